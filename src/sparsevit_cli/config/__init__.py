@@ -1,0 +1,1 @@
+"""Experiment configuration: the schema, its loader and its reference page."""

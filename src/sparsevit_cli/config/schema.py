@@ -1,0 +1,273 @@
+"""One experiment, as pydantic models: closed, frozen, every field with its unit and a sentence.
+
+`docs/configuration.md` is generated from this file (`make docs`); a test compares the two.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Ratio = Annotated[float, Field(ge=0, le=0.8)]
+StageRatios = tuple[tuple[Ratio, ...], ...]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=16384)]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are not coerced, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which timm Swin, and its weights."""
+
+    name: str = Field(
+        "swin_tiny_patch4_window7_224",
+        pattern=r"^swin_[a-z0-9_]+(\.[a-z0-9_]+)?$",
+        description="timm model name, `swin_*` or `swin_s3_*`, with or without a pretrained tag.",
+    )
+    pretrained: bool = Field(False, description="Start from timm's pretrained weights (downloads from the model hub).")
+    checkpoint: str | None = Field(
+        None, description="Local weights to start from: .safetensors, .pth/.pt, or a checkpoint directory of ours."
+    )
+    reset_head: bool = Field(False, description="Start with a new classifier where the checkpoint's does not fit.")
+    img_size: Size | tuple[Size, Size] = Field(224, description="Input size in pixels: one number or [height, width].")
+    in_chans: Count = Field(3, description="Input channels.")
+    num_classes: Count | None = Field(None, description="Number of classes; null takes it from the training data.")
+    embed_dim: Count | None = Field(None, description="Channels of the first stage; null keeps the architecture's.")
+    depths: tuple[Count, ...] | None = Field(None, description="Blocks per stage; null keeps the architecture's.")
+    num_heads: tuple[Count, ...] | None = Field(None, description="Attention heads per stage; null keeps them.")
+    window_size: Count | None = Field(None, description="Window side in tokens; null keeps the architecture's.")
+    patch_size: Count | None = Field(None, description="Patch side in pixels; null keeps the architecture's.")
+    mlp_ratio: Positive | None = Field(None, description="Hidden over input channels of the MLP; null keeps it.")
+    global_pool: Literal["avg", "max"] | None = Field(None, description="Pooling before the classifier; null keeps it.")
+    drop_path_rate: Fraction | None = Field(None, description="Stochastic depth rate in training; null keeps it.")
+    importance: Literal["mean_abs_l2", "l2", "random"] = Field(
+        "mean_abs_l2",
+        description="Score of a window: the released code's, the paper's wording, or a seeded random control.",
+    )
+
+
+class DigitsSection(Section):
+    """The embedded data set: scikit-learn's handwritten digits on large cluttered canvases."""
+
+    digit_min: Count = Field(16, description="Smallest drawn digit, side in pixels.")
+    digit_max: Count = Field(24, description="Largest drawn digit, side in pixels.")
+    clutter: Fraction = Field(0.5, description="Strength of the background clutter, 0 to 1.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DigitsSection:
+        if self.digit_min > self.digit_max:
+            raise ValueError(f"digit_min {self.digit_min} is above digit_max {self.digit_max}")
+        return self
+
+
+class AugmentSection(Section):
+    """Augmentation of training images from folders and timm data sets (timm.data.create_transform)."""
+
+    scale_min: Fraction = Field(0.35, description="Smallest share of the image area that a random crop keeps.")
+    hflip: Fraction = Field(0.5, description="Probability of a horizontal flip.")
+    color_jitter: Fraction = Field(0.0, description="Strength of colour jitter.")
+    auto_augment: str | None = Field(None, description="timm policy, e.g. `rand-m9-mstd0.5`; null for none.")
+    random_erasing: Fraction = Field(0.0, description="Probability of erasing a random box.")
+
+
+class DataSection(Section):
+    """Where images come from and how they are split."""
+
+    source: Literal["digits", "folder", "timm"] = Field(
+        "digits", description="Embedded digits, an ImageFolder tree, or anything timm.data.create_dataset reads."
+    )
+    root: str | None = Field(None, description="Folder with the images (source folder and timm).")
+    dataset: str = Field("", description="timm data set name, e.g. `torch/cifar10` or `hfds/...` (source timm).")
+    train_split: str = Field("train", description="Name of the training split or sub-folder.")
+    val_split: str = Field("val", description="Name of the validation split or sub-folder.")
+    search_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="Share of the training images held out for search: never trained on, never validated on."
+    )
+    eval_batch_size: Count = Field(64, description="Images per batch in evaluation and search.")
+    workers: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Data loading processes; 0 loads in-process.")
+    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="Per-channel mean of normalised images, 0-1.")
+    std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="Per-channel deviation of images, 0-1.")
+    interpolation: Literal["bilinear", "bicubic"] = Field("bicubic", description="Resampling of images.")
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Centre crop share in evaluation.")
+    max_bad_fraction: Fraction = Field(
+        0.01, description="Share of unreadable training images tolerated; above it training ends with exit 3."
+    )
+    max_megapixels: Positive = Field(64.0, description="Largest image accepted, in megapixels, before decoding.")
+    digits: DigitsSection = Field(DigitsSection(), description="The embedded data set (source digits).")
+    augment: AugmentSection = Field(AugmentSection(), description="Training augmentation (sources folder, timm).")
+
+    @model_validator(mode="after")
+    def _needs_root(self) -> DataSection:
+        if self.source == "folder" and self.root is None:
+            raise ValueError("source folder needs root: the folder that holds the train and val folders")
+        if self.source == "timm" and not self.dataset:
+            raise ValueError("source timm needs dataset: a name that timm.data.create_dataset knows")
+        return self
+
+
+class Phase(Section):
+    """One step of a curriculum of growing images."""
+
+    img_size: Size = Field(description="Image side in pixels in this phase.")
+    epochs: Positive = Field(description="Length in epochs.")
+    lr: Positive | None = Field(None, description="Peak learning rate of this phase; null takes the section's.")
+
+
+class LoopSection(Section):
+    """What the one training loop needs; adapt, finetune and dense training share it."""
+
+    epochs: Positive = Field(30.0, description="Length in passes over the training split.")
+    batch_size: Count = Field(64, description="Images per optimizer step.")
+    accumulation: Count = Field(1, description="Micro-batches that a step is split into, to save memory.")
+    optimizer: str = Field("adamw", pattern=r"^[a-z0-9_]+$", description="timm optimizer name.")
+    lr: Positive = Field(1e-3, description="Peak learning rate.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="None on norms, biases and bias tables.")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Learning rate decay per layer.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up.")
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(1.0, description="Linear warm-up, in epochs.")
+    min_lr: Annotated[float, Field(ge=0)] = Field(1e-6, description="Learning rate at the end.")
+    clip_grad: Positive | None = Field(1.0, description="Largest gradient norm; null does not clip.")
+    precision: Precision = Field("fp32", description="fp32, or autocast to bf16 or fp16 (fp16 with a loss scaler).")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Decay of the exponential moving average of the weights; null keeps none."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Label smoothing.")
+    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="Mixup alpha; 0 is off.")
+    cutmix: Annotated[float, Field(ge=0)] = Field(0.0, description="CutMix alpha; 0 is off.")
+    eval_every: Positive = Field(1.0, description="Epochs between validations.")
+    save_every: Positive = Field(1.0, description="Epochs between checkpoints.")
+    keep: Annotated[int, Field(ge=2)] = Field(2, description="Newest checkpoints kept, besides the best.")
+    grad_checkpointing: bool = Field(False, description="Recompute blocks in the backward pass, to save memory.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> LoopSection:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        return self
+
+
+class TrainSection(LoopSection):
+    """Dense training from scratch or from given weights (`sparsevit pretrain`)."""
+
+    curriculum: tuple[Phase, ...] = Field(
+        (), description="Phases of growing images; empty trains at model.img_size for `epochs`. Replaces `epochs`."
+    )
+
+
+class DistilLoopSection(LoopSection):
+    """A loop that may learn from the dense model."""
+
+    distill: Fraction = Field(0.0, description="Weight of the distillation loss from the dense model; 0 is off.")
+    temperature: Positive = Field(2.0, description="Softmax temperature of distillation.")
+
+
+class AdaptSection(DistilLoopSection):
+    """Sparsity-aware adaptation: a new random configuration at every step (`sparsevit adapt`)."""
+
+    epochs: Positive = Field(12.0, description="Length in passes over the training split.")
+    lr: Positive = Field(1e-5, description="Peak learning rate (the authors: 1e-5).")
+    max_ratio: Ratio = Field(0.8, description="Largest sparsity ratio drawn.")
+    check_ratios: tuple[Ratio, ...] = Field((0.3, 0.5, 0.7), description="Uniform ratios of the closing table.")
+    check_random: Count = Field(4, description="Random configurations whose mean stands in the closing table.")
+
+
+class FinetuneSection(DistilLoopSection):
+    """Training with the found configuration fixed (`sparsevit finetune`)."""
+
+    epochs: Positive = Field(36.0, description="Length in passes over the training split.")
+    lr: Positive = Field(1e-5, description="Peak learning rate.")
+    ratios: StageRatios | None = Field(
+        None, description="Ratios per stage and block pair; null takes the winner of the search."
+    )
+
+
+class SearchSection(Section):
+    """The search for the best sparsity configuration within a budget (`sparsevit search`)."""
+
+    strategy: Literal["evolution", "random"] = Field("evolution", description="The paper's algorithm, or its control.")
+    budget_latency: str | None = Field(
+        None, description="Latency budget per batch: milliseconds (`50ms`) or share of dense (`70%`)."
+    )
+    budget_macs: str | None = Field(
+        None, description="Budget of multiply-adds per image: `3G`, `450M` or share of dense (`60%`)."
+    )
+    population: Annotated[int, Field(ge=2)] = Field(100, description="Candidates per generation.")
+    parents: Count = Field(25, description="Best candidates that breed.")
+    generations: Annotated[int, Field(ge=1)] = Field(20, description="Generations after the first.")
+    mutation: Fraction = Field(0.1, description="Probability that a mutation redraws a gene.")
+    max_evaluations: Count | None = Field(None, description="True evaluations at most; null for no limit.")
+    max_ratio: Annotated[float, Field(gt=0, le=0.8)] = Field(0.8, description="Largest sparsity ratio searched.")
+    samples: Count | None = Field(None, description="Fixed subset of the search split for candidates; null for all.")
+    finalists: Count = Field(5, description="Best candidates that are scored on the whole split and measured.")
+    batch_size: Count = Field(1, description="Images per batch in latency measurements.")
+    precision: Precision = Field("fp32", description="Precision of the model in latency measurements.")
+    margin: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.02, description="Share of a latency budget kept free for measurement error."
+    )
+    holdout: Annotated[int, Field(ge=2)] = Field(
+        8, description="Random configurations measured to report the latency table's error."
+    )
+    seconds: Positive = Field(0.3, description="Measuring time per latency table entry, in seconds.")
+
+    @model_validator(mode="after")
+    def _parents_fit(self) -> SearchSection:
+        if self.parents > self.population:
+            raise ValueError(f"parents {self.parents} is above population {self.population}")
+        return self
+
+
+class ProfileSection(Section):
+    """Dense against sparse on this machine (`sparsevit profile`)."""
+
+    batch_sizes: tuple[Count, ...] = Field((1, 4), min_length=1, description="Images per batch.")
+    image_sizes: tuple[Size | tuple[Size, Size], ...] = Field(
+        (), description="Input sizes in pixels, numbers or [height, width]; empty takes model.img_size."
+    )
+    precision: Precision = Field("fp32", description="Precision of model and input.")
+    mode: Literal["eager", "compile"] = Field("eager", description="Plain PyTorch, or torch.compile for all rows.")
+    ratios: StageRatios | Ratio | None = Field(
+        None, description="Configuration to profile: per stage and pair, or one number; null takes the winner."
+    )
+    seconds: Positive = Field(3.0, description="Measuring time per row at least, in seconds.")
+    rounds: Annotated[int, Field(ge=6)] = Field(30, description="Interleaved rounds at least.")
+    max_spread: Positive = Field(0.10, description="Largest accepted interquartile range over median.")
+    threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads; null keeps PyTorch's choice.")
+
+
+class ExportSection(Section):
+    """Files for other runtimes, each checked against eager before it is called good (`sparsevit export`)."""
+
+    formats: tuple[Literal["onnx", "pt2"], ...] = Field(
+        ("onnx", "pt2"), description="Formats besides safetensors + sparsity.json, which are always written."
+    )
+    opset: Annotated[int, Field(ge=18, le=25)] = Field(20, description="ONNX operator set.")
+    check_batch_sizes: tuple[Count, Count] = Field((1, 3), description="Two batch sizes of the check against eager.")
+    tolerance: Positive = Field(1e-3, description="Largest accepted difference, over the largest eager output.")
+    latency: bool = Field(True, description="Measure dense and sparse latency in onnxruntime.")
+
+
+class ExperimentConfig(Section):
+    """One YAML file: an experiment."""
+
+    experiment: str = Field(
+        "experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$", description="Name; the run folder is called so."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Every random draw is a function of it.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N.")
+    output: str = Field("runs", min_length=1, description="Folder of all run folders.")
+    model: ModelSection = Field(ModelSection(), description="Which timm Swin, and its weights.")
+    data: DataSection = Field(DataSection(), description="Where images come from.")
+    train: TrainSection = Field(TrainSection(), description="Dense training.")
+    adapt: AdaptSection = Field(AdaptSection(), description="Sparsity-aware adaptation.")
+    search: SearchSection = Field(SearchSection(), description="Search under a budget.")
+    finetune: FinetuneSection = Field(FinetuneSection(), description="Finetuning of the winner.")
+    profile: ProfileSection = Field(ProfileSection(), description="Measurement.")
+    export: ExportSection = Field(ExportSection(), description="Files for other runtimes.")

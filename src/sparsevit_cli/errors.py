@@ -1,0 +1,72 @@
+"""Our exceptions, nothing else. Each says what, got, do, and knows its exit code."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SparseViTError(Exception):
+    """A failure the user can act on: `what` is wrong, what we `got`, what to `do` about it.
+
+    `what` names the thing (a config field path, a file, a step), `got` the value met and what was
+    allowed, `do` the next step. Exit codes are the table of the README ("Exit codes").
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, got: str, do: str) -> None:
+        super().__init__(what, got, do)
+        self.what, self.got, self.do = what, got, do
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.got}. {self.do}"
+
+
+class ConfigError(SparseViTError, ValueError):
+    """A setting, argument or sparsity ratio that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(SparseViTError):
+    """Images, labels or splits that cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(SparseViTError):
+    """A checkpoint, winner file or ledger that is missing, damaged or belongs to something else."""
+
+    exit_code = 4
+
+
+class BudgetError(SparseViTError, ValueError):
+    """A budget that no configuration of the search space meets."""
+
+    exit_code = 5
+
+
+class NonFiniteError(SparseViTError, ArithmeticError):
+    """A loss, gradient or metric that is NaN or infinite."""
+
+    exit_code = 6
+
+
+class ResourceError(SparseViTError):
+    """Disk or memory ran out."""
+
+    exit_code = 7
+
+
+class MeasurementError(SparseViTError):
+    """A latency that did not settle, or a check of an exported file that did not agree."""
+
+    exit_code = 8
+
+
+class StoppedError(SparseViTError):
+    """SIGTERM (75) or Ctrl-C (130) arrived; what could be saved was saved."""
+
+    def __init__(self, what: str, got: str, do: str, *, interrupted: bool) -> None:
+        super().__init__(what, got, do)
+        self.exit_code = 130 if interrupted else 75  # type: ignore[misc]

@@ -1,0 +1,113 @@
+"""Windows of a feature map as rows of tokens: index, score, rank, gather, scatter. Pure functions, no timm.
+
+Shapes: B images, H x W tokens, C channels, n windows of N tokens, K kept windows.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Importance = Literal["mean_abs_l2", "l2", "random"]
+IMPORTANCES: tuple[str, ...] = get_args(Importance)
+
+
+def num_keep(num_windows: int, tenths: int) -> int:
+    """Windows kept of `num_windows` at a ratio of `tenths` tenths; integer arithmetic, at least one."""
+    return max(1, num_windows * (10 - tenths) // 10)
+
+
+def window_grid(height: int, width: int, window_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of windows that cover the map once it is padded at the bottom and right."""
+    return -(-height // window_size[0]), -(-width // window_size[1])
+
+
+def window_token_index(
+    height: int, width: int, window_size: tuple[int, int], shift_size: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Row of every token of every window in the flattened map: roll, pad and partition in one index.
+
+    Returns (n, N) int64 with values in 0 ... H*W - 1, and H*W for a padding token. As in timm, the map is
+    rolled by the shift first and padded after (timm/models/swin_transformer.py, SwinTransformerBlock._attn).
+    """
+    rows, cols = window_grid(height, width, window_size)
+    y = torch.arange(rows * window_size[0], device=device)
+    x = torch.arange(cols * window_size[1], device=device)
+    source = ((y + shift_size[0]) % height * width)[:, None] + (x + shift_size[1]) % width  # Hp, Wp
+    padding = (y >= height)[:, None] | (x >= width)
+    source = torch.where(padding, height * width, source)
+    source = source.view(rows, window_size[0], cols, window_size[1]).permute(0, 2, 1, 3)
+    return source.reshape(rows * cols, window_size[0] * window_size[1])
+
+
+def has_padding(height: int, width: int, window_size: tuple[int, int]) -> bool:
+    """True where the windows cover more than the map."""
+    return height % window_size[0] != 0 or width % window_size[1] != 0
+
+
+def token_magnitude(x: Tensor, importance: Importance) -> Tensor:
+    """Share of each token in the score of its window: x (B, H, W, C) -> (B, H*W) float32, not differentiable.
+
+    `mean_abs_l2`: mean over channels of |x| (the released code); `l2`: the L2 norm over channels, so that a
+    window's score is the L2 norm over all its tokens and channels (the paper's wording).
+    """
+    x = x.detach().float().flatten(1, 2)
+    return x.abs().mean(-1) if importance == "mean_abs_l2" else x.square().sum(-1).sqrt()
+
+
+def window_scores(magnitude: Tensor, token_index: Tensor) -> Tensor:
+    """L2 norm over each window's tokens: (B, H*W), (n, N) -> (B, n). Padding tokens count as zero."""
+    padded = torch.nn.functional.pad(magnitude, (0, 1))
+    return padded[:, token_index].square().sum(-1).sqrt()
+
+
+def random_scores(batch: int, num_windows: int, seed: int, device: torch.device) -> Tensor:
+    """The control: (B, n) scores in [0, 1) that are a function of (seed, image, window) alone.
+
+    An integer hash (two rounds of multiply and xor-shift, after Wellons' "lowbias32") instead of a generator:
+    no hidden state, and it compiles and exports.
+    """
+    image = torch.arange(batch, device=device)[:, None]
+    value = (torch.arange(num_windows, device=device) + image * 7919 + seed * 104729) & 0xFFFFFFFF
+    for multiplier in (0x7FEB352D, 0x846CA68B):
+        value = ((value ^ (value >> 16)) * multiplier) & 0xFFFFFFFF
+    return (value ^ (value >> 16)).to(torch.float32) / 2**32
+
+
+def rank_windows(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` best windows, best first: (B, n) -> (B, count). A prefix serves a higher ratio."""
+    return torch.topk(scores, count, dim=1, sorted=True).indices
+
+
+def flat_rows(token_index: Tensor, keep_indices: Tensor, num_tokens: int) -> Tensor:
+    """Rows of the kept windows in the flattened batch: (n, N), (B, K) -> (B, K, N) in 0 ... B*H*W.
+
+    Every padding token of every image maps to the one scratch row B*H*W.
+    """
+    rows = token_index[keep_indices]  # B, K, N
+    batch = keep_indices.shape[0]
+    offset = torch.arange(batch, device=rows.device)[:, None, None] * num_tokens
+    return torch.where(rows == num_tokens, batch * num_tokens, rows + offset)
+
+
+def flatten_map(x: Tensor, *, scratch_row: bool) -> Tensor:
+    """Map (B, H, W, C) as rows (B*H*W, C), with one zero row more where padding tokens need a place."""
+    tokens = x.reshape(-1, x.shape[-1])
+    return torch.nn.functional.pad(tokens, (0, 0, 0, 1)) if scratch_row else tokens
+
+
+def gather_rows(tokens: Tensor, rows: Tensor) -> Tensor:
+    """Rows (R, C) of a flattened map, `rows` (R,) int64."""
+    return tokens.index_select(0, rows)
+
+
+def scatter_rows(tokens: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """A copy of `tokens` with `values` (R, C) at `rows`; every other row keeps its bits."""
+    return tokens.index_put((rows,), values.to(tokens.dtype))
+
+
+def unflatten_map(tokens: Tensor, shape: tuple[int, int, int], *, scratch_row: bool) -> Tensor:
+    """Inverse of `flatten_map`; `shape` is (B, H, W)."""
+    return (tokens[:-1] if scratch_row else tokens).view(*shape, tokens.shape[-1])

@@ -1,0 +1,293 @@
+"""The sparse Swin against timm: bit for bit at ratio 0, close when every window is gathered, exact where skipped."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from sparsevit_cli import windows
+from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.sparsity import SparsityConfig
+from sparsevit_cli.swin import (
+    SparseSwinTransformerBlock,
+    get_sparsity,
+    model_depths,
+    set_sparsity,
+    sparse_stages,
+    sparsify_,
+)
+
+SWIN_NAMES = timm.list_models(["swin_*"])
+RATIOS = [[0.6], [0.3], [0.2, 0.4, 0.5], [0]]
+
+
+def small_swin(name: str = "swin_tiny_patch4_window7_224", **kwargs: object) -> nn.Module:
+    """timm's `name` at reduced width, with weights that make every branch matter."""
+    settings = {
+        "num_heads": (1, 2, 4, 8),
+        "depths": (2, 2, 6, 2),
+        "embed_dim": 8,
+        "num_classes": 5,
+        "drop_path_rate": 0.0,
+    }
+    settings |= kwargs
+    model = timm.create_model(name, **settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def sizes_of(window: int) -> list[tuple[int, int]]:
+    """Dividing, padded, not square, last map no larger than a window; in pixels at patch 4."""
+    return [(window * 16, window * 16), (window * 16 + 12, window * 16 + 20), (window * 16, window * 40), (64, 96)]
+
+
+@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("name", SWIN_NAMES)
+def test_ratio_zero_is_timm_to_the_bit(name: str, case: int) -> None:
+    size = sizes_of(12 if "window12" in name else 7)[case]
+    model = small_swin(name, img_size=size, depths=(2, 2, 2, 2))
+    x = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        expected, features = model(x), model.forward_features(x)
+        keys = list(model.state_dict())
+        sparsify_(model)
+        assert torch.equal(model(x), expected)
+        assert torch.equal(model.forward_features(x), features)
+    assert list(model.state_dict()) == keys
+    assert get_sparsity(model).is_dense
+
+
+class _ForceGather:
+    """Every block computes all its windows, in a shuffled order, through gather and scatter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        for block in model.modules():
+            if isinstance(block, SparseSwinTransformerBlock):
+                block.register_forward_pre_hook(self._all_windows, with_kwargs=True)
+
+    def _all_windows(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        (x,) = args
+        index = windows.window_token_index(x.shape[1], x.shape[2], block.window_size, block.shift_size, x.device)
+        order = torch.stack([torch.randperm(index.shape[0]) for _ in range(x.shape[0])])
+        return args, {"keep_indices": order, "token_index": index}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("size", [(112, 112), (124, 132), (112, 280), (64, 96)])
+def test_all_windows_gathered_is_close_forward_and_gradients(size: tuple[int, int], dynamic: bool) -> None:
+    dense = small_swin(img_size=size, strict_img_size=not dynamic)
+    forced = sparsify_(copy.deepcopy(dense))
+    _ForceGather(forced)
+    x = torch.randn(2, 3, *size)
+    expected, actual = dense(x), forced(x)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    expected.square().sum().backward()
+    actual.square().sum().backward()
+    gradients = dict(forced.named_parameters())
+    for name, parameter in dense.named_parameters():
+        scale = parameter.grad.abs().max()
+        assert (gradients[name].grad - parameter.grad).abs().max() <= 1e-5 * max(1.0, scale), name
+
+
+@pytest.mark.parametrize("importance", windows.IMPORTANCES)
+@pytest.mark.parametrize("size", [(112, 112), (124, 132)])
+def test_skipped_windows_keep_their_bits(size: tuple[int, int], importance: windows.Importance) -> None:
+    model = sparsify_(small_swin(img_size=size), importance=importance)
+    set_sparsity(model, RATIOS)
+    touched: list[str] = []
+
+    def check(block: SparseSwinTransformerBlock, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        if not kwargs:
+            return
+        (x,) = args
+        keep, index = kwargs["keep_indices"], kwargs["token_index"]
+        for image in range(x.shape[0]):
+            kept = torch.zeros(x.shape[1] * x.shape[2] + 1, dtype=torch.bool)
+            kept[index[keep[image]].flatten()] = True
+            before, after = x[image].flatten(0, 1), output[image].flatten(0, 1)
+            assert torch.equal(before[~kept[:-1]], after[~kept[:-1]])
+            assert not torch.equal(before[kept[:-1]], after[kept[:-1]])
+        touched.append("block")
+
+    for block in model.modules():
+        if isinstance(block, SparseSwinTransformerBlock):
+            block.register_forward_hook(check, with_kwargs=True)
+    with torch.no_grad():
+        model(torch.randn(2, 3, *size))
+    assert len(touched) >= 4  # stages of one or few windows keep all of them and stay dense
+
+
+def test_one_ranking_per_partition_and_prefixes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sparsify_(small_swin(img_size=448, depths=(2, 2, 6, 2)))
+    set_sparsity(model, [[0], [0], [0, 0.4, 0.5], [0]])
+    counts: list[int] = []
+    rank = windows.rank_windows
+    monkeypatch.setattr(windows, "rank_windows", lambda s, k: counts.append(k) or rank(s, k))
+    kept: list[torch.Tensor] = []
+    for block in sparse_stages(model)[2].blocks:
+        block.register_forward_pre_hook(lambda _m, _a, kw: kept.append(kw.get("keep_indices")), with_kwargs=True)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 448, 448))
+    windows_of_stage = 16
+    assert counts == [windows.num_keep(windows_of_stage, 4)] * 2  # plain and shifted, once each
+    assert kept[0] is None
+    assert kept[1] is None
+    assert torch.equal(kept[4], kept[2][:, : windows.num_keep(windows_of_stage, 5)])
+    assert torch.equal(kept[5], kept[3][:, : windows.num_keep(windows_of_stage, 5)])
+
+
+def test_each_image_of_a_batch_has_its_own_ranking() -> None:
+    model = sparsify_(small_swin(img_size=112))
+    set_sparsity(model, RATIOS)
+    x = torch.randn(3, 3, 112, 112) * torch.rand(3, 1, 112, 112)
+    with torch.no_grad():
+        together = model(x)
+        alone = torch.cat([model(image[None]) for image in x])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_every_entrance_runs_sparse() -> None:
+    dense = small_swin(img_size=112)
+    model = sparsify_(copy.deepcopy(dense))
+    set_sparsity(model, RATIOS)
+    listed = timm.create_model(
+        "swin_tiny_patch4_window7_224", features_only=True, img_size=112, embed_dim=8, num_heads=(1, 2, 4, 8)
+    ).eval()
+    listed.load_state_dict(
+        {k.replace("layers.", "layers_", 1): v for k, v in dense.state_dict().items() if "head" not in k and k[:5] != "norm."}
+    )  # fmt: skip
+    sparsify_(listed)
+    set_sparsity(listed, RATIOS)
+    x = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        final, intermediates = model.forward_intermediates(x)
+        assert torch.equal(features, final)
+        assert torch.equal(model.forward_head(features), model(x))
+        assert not torch.allclose(features, dense.forward_features(x))
+        for ours, wrapped in zip(intermediates, listed(x), strict=True):
+            wrapped = wrapped if wrapped.shape == ours.shape else wrapped.permute(0, 3, 1, 2)
+            assert torch.equal(ours, wrapped)
+
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = copy.deepcopy(dense)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.backbone.forward_features(x)
+
+    detector = sparsify_(Detector())
+    set_sparsity(detector, RATIOS)
+    with torch.no_grad():
+        assert torch.equal(detector(x), features)
+
+
+def test_set_sparsity_validates_before_it_changes() -> None:
+    model = sparsify_(small_swin())
+    set_sparsity(model, RATIOS)
+    before = get_sparsity(model)
+    wrong: list[object] = [
+        [[0.6], [0], [0.5, 0.4, 0.2], [0]], [[0.6], [0], [0.2, 0.4], [0]], [[0.6], [0]], [[0.9], [0], [0, 0, 0], [0]],
+        [[0.65], [0], [0, 0, 0], [0]], [[float("nan")], [0], [0, 0, 0], [0]], "0.6", [[True], [0], [0, 0, 0], [0]],
+        [["a"], [0], [0, 0, 0], [0]], 0.95, None,
+    ]  # fmt: skip
+    for ratios in wrong:
+        with pytest.raises(ConfigError):
+            set_sparsity(model, ratios)
+        assert get_sparsity(model) == before
+    set_sparsity(model, 0.5)
+    assert get_sparsity(model) == SparsityConfig.from_ratios(0.5, (2, 2, 6, 2))
+
+
+def test_sparsify_refuses_what_it_cannot_patch() -> None:
+    with pytest.raises(ConfigError, match="contains no timm Swin"):
+        sparsify_(nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="is not sparse"):
+        set_sparsity(small_swin(), 0.5)
+    with pytest.raises(ConfigError, match="importance"):
+        sparsify_(small_swin(), importance="magic")
+
+    class Custom(type(small_swin().layers[0])):  # type: ignore[misc]
+        pass
+
+    model = small_swin()
+    model.layers[1].__class__ = Custom
+    with pytest.raises(ConfigError, match="timm's own class"):
+        sparsify_(model)
+    assert not isinstance(model.layers[0].blocks[0], SparseSwinTransformerBlock)
+    assert model_depths(model) == (2, 2, 6, 2)
+
+
+def test_pickle_deepcopy_and_second_call() -> None:
+    model = sparsify_(small_swin(img_size=112))
+    set_sparsity(model, RATIOS)
+    x = torch.randn(1, 3, 112, 112)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(copy.deepcopy(model)(x), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+        assert sparsify_(model) is model
+        assert torch.equal(model(x), expected)
+        sparsify_(model, importance="random")
+        assert get_sparsity(model).ratios[0] == (0.6,)
+        assert not torch.equal(model(x), expected)
+
+
+def test_gradient_checkpointing_and_autocast() -> None:
+    model = sparsify_(small_swin(img_size=112)).train()
+    set_sparsity(model, RATIOS)
+    x = torch.randn(2, 3, 112, 112)
+    gradients = []
+    for enabled in (False, True):
+        model.set_grad_checkpointing(enabled)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+    model.eval()
+    with torch.no_grad():
+        full = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(x)
+    assert half.dtype == torch.bfloat16
+    assert (half - full).abs().max() < 0.1 * full.abs().max()
+
+
+def test_whole_model_in_bfloat16() -> None:
+    model = sparsify_(small_swin(img_size=124)).to(torch.bfloat16)
+    set_sparsity(model, RATIOS)
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 124, 124, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_compiles_without_a_graph_break() -> None:
+    model = sparsify_(small_swin(img_size=112, depths=(2, 2, 2, 2)))
+    set_sparsity(model, [[0.6], [0.3], [0.2], [0]])
+    x = torch.randn(2, 3, 112, 112)
+    explanation = torch._dynamo.explain(model)(x)
+    assert explanation.graph_break_count == 0
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("importance", windows.IMPORTANCES)
+def test_exports_with_a_dynamic_batch(importance: windows.Importance) -> None:
+    model = sparsify_(small_swin(img_size=124, depths=(2, 2, 2, 2)), importance=importance)
+    set_sparsity(model, [[0.6], [0.3], [0.2], [0]])
+    exported = torch.export.export(
+        model, (torch.randn(2, 3, 124, 124),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 124, 124)
+        with torch.no_grad():
+            torch.testing.assert_close(exported.module()(x), model(x), atol=1e-5, rtol=1e-5)
