@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
 from itertools import combinations_with_replacement, product
+from numbers import Real
 from random import Random
 from typing import Union
 
@@ -25,30 +26,39 @@ def pairs_per_stage(depths: Sequence[int]) -> tuple[int, ...]:
     return tuple((depth + 1) // 2 for depth in depths)
 
 
-def ratio_to_tenths(ratio: float, where: str = "sparsity ratio") -> int:
+def ratio_to_tenths(ratio: object, where: str = "sparsity ratio") -> int:
     """Integer tenths of a ratio on the grid 0, 0.1 ... 0.8. Raises ConfigError off the grid."""
     allowed = f"allowed are 0, 0.1 ... {MAX_TENTHS / 10}"
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float, Decimal)):
+    if isinstance(ratio, bool) or not isinstance(ratio, (Real, Decimal)):
         raise ConfigError(where, f"{ratio!r} is not a number; {allowed}", "Give the share of windows to skip.")
-    if not math.isfinite(ratio):
+    try:
+        value = float(ratio)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
         raise ConfigError(where, f"{ratio!r} is not finite; {allowed}", "Give the share of windows to skip.")
-    tenths = round(float(ratio) * 10)
-    if abs(float(ratio) * 10 - tenths) > 1e-6 or not 0 <= tenths <= MAX_TENTHS:
+    tenths = round(value * 10)
+    if abs(value * 10 - tenths) > 1e-6 or not 0 <= tenths <= MAX_TENTHS:
         raise ConfigError(where, f"{ratio!r} is not on the grid; {allowed}", "Round it to the nearest tenth.")
     return tenths
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class SparsityConfig:
     """Sparsity ratio of every block pair, as integer tenths per stage; never decreasing within a stage.
 
     `SparsityConfig(((3,), (0,), (1, 2, 2), (0,)))` is the published `[[.3], [0], [.1, .2, .2], [0]]`.
-    Hashable and ordered by value; prints and compares as its tenths. Raises ConfigError.
+    Compared, ordered and hashed by its tenths; prints as its ratios. Raises ConfigError.
     """
 
     tenths: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "tenths", tuple(tuple(stage) for stage in self.tenths))
+        except TypeError:
+            got = f"{self.tenths!r} is not one tuple of tenths per stage"
+            raise ConfigError("sparsity", got, "Use from_ratios for one number or fractions.") from None
         if not self.tenths or not all(self.tenths):
             raise ConfigError("sparsity", f"{self.tenths!r} has an empty stage", "Give one ratio per block pair.")
         for number, stage in enumerate(self.tenths):
@@ -112,7 +122,7 @@ def _as_list(value: object) -> list[object]:
 
 
 def _stage_tenths(number: int, stage: object) -> tuple[int, ...]:
-    return tuple(ratio_to_tenths(r, f"sparsity of stage {number}") for r in _as_list(stage))  # type: ignore[arg-type]
+    return tuple(ratio_to_tenths(r, f"sparsity of stage {number}") for r in _as_list(stage))
 
 
 @dataclass(frozen=True)
@@ -149,6 +159,11 @@ class SearchSpace:
         return SparsityConfig(tuple((0,) * pairs for pairs in self.pairs))
 
     @property
+    def middle(self) -> SparsityConfig:
+        """Half of the largest ratio (rounded down to the grid) everywhere."""
+        return SparsityConfig(tuple((self.max_tenths // 2,) * pairs for pairs in self.pairs))
+
+    @property
     def sparsest(self) -> SparsityConfig:
         """The configuration that skips most."""
         return SparsityConfig(tuple((self.max_tenths,) * pairs for pairs in self.pairs))
@@ -157,8 +172,13 @@ class SearchSpace:
         """One ratio for every pair."""
         return SparsityConfig.from_ratios(ratio, self.depths)
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """Number of configurations; unlike `len`, not bounded by the machine's word."""
         return math.prod(math.comb(self.max_tenths + pairs, pairs) for pairs in self.pairs)
+
+    def __len__(self) -> int:
+        return self.size
 
     def __contains__(self, config: object) -> bool:
         return (

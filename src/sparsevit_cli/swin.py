@@ -6,7 +6,6 @@ runs timm's own code. The one thing stored on the model is the setting: tenths p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -19,7 +18,7 @@ from .errors import ConfigError
 from .sparsity import Ratios, SparsityConfig
 
 
-class SparseSwinTransformerBlock(SwinTransformerBlock):  # type: ignore[misc]
+class SparseSwinTransformerBlock(SwinTransformerBlock):
     """timm's block; given `keep_indices`, it computes those windows and leaves the others as they are."""
 
     def forward(self, x: Tensor, keep_indices: Tensor | None = None, token_index: Tensor | None = None) -> Tensor:
@@ -55,7 +54,7 @@ class SparseSwinTransformerBlock(SwinTransformerBlock):  # type: ignore[misc]
         return None if mask is None else mask[keep_indices.flatten()]
 
 
-class SparseSwinTransformerStage(SwinTransformerStage):  # type: ignore[misc]
+class SparseSwinTransformerStage(SwinTransformerStage):
     """timm's stage; scores its windows once, at the first pruned block, and hands each block its share."""
 
     sparsity_tenths: tuple[int, ...]
@@ -172,8 +171,3 @@ def set_sparsity(model: nn.Module, ratios: Ratios) -> None:
 def get_sparsity(model: nn.Module) -> SparsityConfig:
     """The sparsity configuration that `model` runs at. Raises ConfigError where it is not sparse."""
     return SparsityConfig(tuple(stage.sparsity_tenths for stage in sparse_stages(model)))
-
-
-def swin_blocks(model: nn.Module) -> Iterator[SparseSwinTransformerBlock]:
-    """All sparse blocks, stage by stage."""
-    return (block for stage in sparse_stages(model) for block in stage.blocks)

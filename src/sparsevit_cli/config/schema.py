@@ -5,12 +5,35 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-Ratio = Annotated[float, Field(ge=0, le=0.8)]
-StageRatios = tuple[tuple[Ratio, ...], ...]
+from sparsevit_cli.sparsity import SparsityConfig, ratio_to_tenths
+
+
+def _on_grid(ratio: float) -> float:
+    ratio_to_tenths(ratio, where="")
+    return ratio
+
+
+def _never_decreasing(ratios: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+    SparsityConfig.from_ratios(ratios)
+    return ratios
+
+
+def _plain_text(text: str) -> str:
+    if controls := [c for c in text if unicodedata.category(c) == "Cc"]:
+        raise ValueError(f"control character {controls[0]!a} in {ascii(text)[:80]}")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_plain_text)]
+_GRID = {"multipleOf": 0.1}
+Ratio = Annotated[float, Field(ge=0, le=0.8, json_schema_extra=_GRID), AfterValidator(_on_grid)]
+NonZeroRatio = Annotated[float, Field(ge=0.1, le=0.8, json_schema_extra=_GRID), AfterValidator(_on_grid)]
+StageRatios = Annotated[tuple[tuple[Ratio, ...], ...], AfterValidator(_never_decreasing)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -21,7 +44,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are not coerced, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelSection(Section):
@@ -33,7 +56,7 @@ class ModelSection(Section):
         description="timm model name, `swin_*` or `swin_s3_*`, with or without a pretrained tag.",
     )
     pretrained: bool = Field(False, description="Start from timm's pretrained weights (downloads from the model hub).")
-    checkpoint: str | None = Field(
+    checkpoint: Text | None = Field(
         None, description="Local weights to start from: .safetensors, .pth/.pt, or a checkpoint directory of ours."
     )
     reset_head: bool = Field(False, description="Start with a new classifier where the checkpoint's does not fit.")
@@ -48,17 +71,36 @@ class ModelSection(Section):
     mlp_ratio: Positive | None = Field(None, description="Hidden over input channels of the MLP; null keeps it.")
     global_pool: Literal["avg", "max"] | None = Field(None, description="Pooling before the classifier; null keeps it.")
     drop_path_rate: Fraction | None = Field(None, description="Stochastic depth rate in training; null keeps it.")
+    always_partition: bool | None = Field(
+        None, description="Keep the window size on maps smaller than a window (padded); null keeps timm's shrinking."
+    )
+    weight_init: Literal["timm", "jax"] = Field(
+        "timm",
+        description="Initial weights: timm's default, or its `jax` scheme (Xavier), with which narrow models learn.",
+    )
     importance: Literal["mean_abs_l2", "l2", "random"] = Field(
         "mean_abs_l2",
         description="Score of a window: the released code's, the paper's wording, or a seeded random control.",
     )
 
+    @model_validator(mode="after")
+    def _agrees(self) -> ModelSection:
+        if self.checkpoint is not None and self.pretrained:
+            raise ValueError("checkpoint and pretrained are both set, and only one can give the weights")
+        if self.checkpoint is not None and "://" in self.checkpoint:
+            raise ValueError(f"checkpoint {self.checkpoint} is an address, not a local path; download it first")
+        if self.depths is not None and self.num_heads is not None and len(self.depths) != len(self.num_heads):
+            raise ValueError(
+                f"depths {list(self.depths)} and num_heads {list(self.num_heads)} differ in their number of stages"
+            )
+        return self
+
 
 class DigitsSection(Section):
     """The embedded data set: scikit-learn's handwritten digits on large cluttered canvases."""
 
-    digit_min: Count = Field(16, description="Smallest drawn digit, side in pixels.")
-    digit_max: Count = Field(24, description="Largest drawn digit, side in pixels.")
+    digit_min: Annotated[int, Field(ge=4)] = Field(16, description="Smallest drawn digit, side in pixels.")
+    digit_max: Annotated[int, Field(ge=4)] = Field(24, description="Largest drawn digit, side in pixels.")
     clutter: Fraction = Field(0.5, description="Strength of the background clutter, 0 to 1.")
 
     @model_validator(mode="after")
@@ -74,7 +116,12 @@ class AugmentSection(Section):
     scale_min: Fraction = Field(0.35, description="Smallest share of the image area that a random crop keeps.")
     hflip: Fraction = Field(0.5, description="Probability of a horizontal flip.")
     color_jitter: Fraction = Field(0.0, description="Strength of colour jitter.")
-    auto_augment: str | None = Field(None, description="timm policy, e.g. `rand-m9-mstd0.5`; null for none.")
+    auto_augment: str | None = Field(
+        None,
+        pattern=r"^(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z0-9.]+)*$",
+        description="timm policy: rand, augmix, original, originalr, v0, v0r or 3a, and its settings, "
+        "e.g. `rand-m9-mstd0.5`; null for none.",
+    )
     random_erasing: Fraction = Field(0.0, description="Probability of erasing a random box.")
 
 
@@ -84,10 +131,10 @@ class DataSection(Section):
     source: Literal["digits", "folder", "timm"] = Field(
         "digits", description="Embedded digits, an ImageFolder tree, or anything timm.data.create_dataset reads."
     )
-    root: str | None = Field(None, description="Folder with the images (source folder and timm).")
-    dataset: str = Field("", description="timm data set name, e.g. `torch/cifar10` or `hfds/...` (source timm).")
-    train_split: str = Field("train", description="Name of the training split or sub-folder.")
-    val_split: str = Field("val", description="Name of the validation split or sub-folder.")
+    root: Text | None = Field(None, description="Folder with the images (source folder and timm).")
+    dataset: Text = Field("", description="timm data set name, e.g. `torch/cifar10` or `hfds/...` (source timm).")
+    train_split: Text = Field("train", description="Name of the training split or sub-folder.")
+    val_split: Text = Field("val", description="Name of the validation split or sub-folder.")
     search_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="Share of the training images held out for search: never trained on, never validated on."
     )
@@ -105,11 +152,17 @@ class DataSection(Section):
     augment: AugmentSection = Field(AugmentSection(), description="Training augmentation (sources folder, timm).")
 
     @model_validator(mode="after")
-    def _needs_root(self) -> DataSection:
+    def _source_has_what_it_needs(self) -> DataSection:
         if self.source == "folder" and self.root is None:
             raise ValueError("source folder needs root: the folder that holds the train and val folders")
         if self.source == "timm" and not self.dataset:
             raise ValueError("source timm needs dataset: a name that timm.data.create_dataset knows")
+        if self.source == "digits" and self.root is not None:
+            raise ValueError("root is set, and source digits would ignore it; set source to folder or timm")
+        if self.source != "timm" and self.dataset:
+            raise ValueError(f"dataset is set, and source {self.source} would ignore it; set source to timm")
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels and std has {len(self.std)}")
         return self
 
 
@@ -127,9 +180,11 @@ class LoopSection(Section):
     epochs: Positive = Field(30.0, description="Length in passes over the training split.")
     batch_size: Count = Field(64, description="Images per optimizer step.")
     accumulation: Count = Field(1, description="Micro-batches that a step is split into, to save memory.")
-    optimizer: str = Field("adamw", pattern=r"^[a-z0-9_]+$", description="timm optimizer name.")
+    optimizer: str = Field("adamw", pattern=r"^[a-z0-9_]+$", description="timm optimizer name, lower case.")
     lr: Positive = Field(1e-3, description="Peak learning rate.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="None on norms, biases and bias tables.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.05, description="Weight decay; none on norms, biases, bias tables."
+    )
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Learning rate decay per layer.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up.")
     warmup_epochs: Annotated[float, Field(ge=0)] = Field(1.0, description="Linear warm-up, in epochs.")
@@ -151,6 +206,8 @@ class LoopSection(Section):
     def _divides(self) -> LoopSection:
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        if self.schedule != "constant" and self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}, and the rate would rise to it")
         return self
 
 
@@ -193,10 +250,10 @@ class SearchSection(Section):
     """The search for the best sparsity configuration within a budget (`sparsevit search`)."""
 
     strategy: Literal["evolution", "random"] = Field("evolution", description="The paper's algorithm, or its control.")
-    budget_latency: str | None = Field(
+    budget_latency: Text | None = Field(
         None, description="Latency budget per batch: milliseconds (`50ms`) or share of dense (`70%`)."
     )
-    budget_macs: str | None = Field(
+    budget_macs: Text | None = Field(
         None, description="Budget of multiply-adds per image: `3G`, `450M` or share of dense (`60%`)."
     )
     population: Annotated[int, Field(ge=2)] = Field(100, description="Candidates per generation.")
@@ -204,7 +261,7 @@ class SearchSection(Section):
     generations: Annotated[int, Field(ge=1)] = Field(20, description="Generations after the first.")
     mutation: Fraction = Field(0.1, description="Probability that a mutation redraws a gene.")
     max_evaluations: Count | None = Field(None, description="True evaluations at most; null for no limit.")
-    max_ratio: Annotated[float, Field(gt=0, le=0.8)] = Field(0.8, description="Largest sparsity ratio searched.")
+    max_ratio: NonZeroRatio = Field(0.8, description="Largest sparsity ratio searched.")
     samples: Count | None = Field(None, description="Fixed subset of the search split for candidates; null for all.")
     finalists: Count = Field(5, description="Best candidates that are scored on the whole split and measured.")
     batch_size: Count = Field(1, description="Images per batch in latency measurements.")
@@ -258,11 +315,15 @@ class ExperimentConfig(Section):
     """One YAML file: an experiment."""
 
     experiment: str = Field(
-        "experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$", description="Name; the run folder is called so."
+        "experiment",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
+        description="Name of the run folder: at most 64 letters, digits and `_ . -`, a letter or digit first.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Every random draw is a function of it.")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N.")
-    output: str = Field("runs", min_length=1, description="Folder of all run folders.")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="`auto`, `cpu`, `mps`, `cuda` or `cuda:N`."
+    )
+    output: Text = Field("runs", min_length=1, description="Folder of all run folders.")
     model: ModelSection = Field(ModelSection(), description="Which timm Swin, and its weights.")
     data: DataSection = Field(DataSection(), description="Where images come from.")
     train: TrainSection = Field(TrainSection(), description="Dense training.")

@@ -1,0 +1,375 @@
+"""The command line: parse, call one workflow, print. torch is imported by the workflows, not by `--help`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import ResourceError, SparseViTError
+from .stopping import stop_on_signals
+
+if TYPE_CHECKING:
+    from .console import ConsoleReporter
+    from .workflows.session import Session
+
+app = typer.Typer(
+    name="sparsevit",
+    help=(
+        "Make a timm Swin Transformer faster on large images by skipping attention windows (SparseViT, CVPR 2023). "
+        "Order of work: pretrain, adapt, search, finetune, profile, export; `run` does all of it. "
+        "Without --config the packaged digits experiment is used."
+    ),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="Experiment YAML; default: the packaged digits.")]
+Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override a field: search.population=32.")]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder of all run folders; default: runs.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, mps, cuda or cuda:N.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Every random draw is a function of it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, sizes and estimated time; write nothing.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show library warnings, and tracebacks of errors.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Set an earlier run of this command aside and start anew.")]
+BudgetLatency = Annotated[
+    str | None, typer.Option("--budget-latency", help="Latency per batch: 50ms, or 70% of the dense model.")
+]
+BudgetMacs = Annotated[
+    str | None, typer.Option("--budget-macs", help="Multiply-adds per image: 3G, 450M, or 60% of the dense model.")
+]
+Ratios = Annotated[
+    str | None,
+    typer.Option("--ratios", help="0.6 everywhere, [[.6],[0],[.2,.4,.5],[0]] per stage and pair, or a winner.yaml."),
+]
+WeightsOf = Annotated[
+    str | None, typer.Option("--weights", help="pretrain, adapt or finetune; default: the last one done.")
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags that every command has."""
+
+    config: Path | None
+    overrides: tuple[str, ...]
+    json: bool
+    dry_run: bool
+    verbose: bool
+    fresh: bool
+
+
+def _options(
+    config: Path | None, set_: Sequence[str] | None, as_json: bool, dry_run: bool, verbose: bool, fresh: bool,
+    **fields: object,
+) -> Options:  # fmt: skip
+    """Flags such as --seed are overrides of their field, and come last."""
+    named = [f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in fields.items() if value is not None]
+    return Options(config, (*(set_ or ()), *named), as_json, dry_run, verbose, fresh)
+
+
+def _run(command: str, options: Options, work: Callable[[Session], Any], show: Callable[[Any], None]) -> None:
+    """One command: a session, its workflow, and the result as a table or as JSON."""
+    from .config.loading import load_config
+    from .console import ConsoleReporter, print_json, print_lines
+
+    reporter = ConsoleReporter(verbose=options.verbose)
+    with _reported(reporter, options.verbose):
+        config = load_config(options.config, options.overrides)
+        from .workflows.session import Session
+
+        with stop_on_signals() as stop, _library_talk(reporter, options.verbose):
+            session = Session(config, reporter, stop, ("sparsevit", *sys.argv[1:]), options.fresh)
+            if options.dry_run:
+                from .workflows.plan import plan_lines
+
+                lines = plan_lines(session, command)
+                print_json({"plan": lines}) if options.json else print_lines(*lines)
+                return
+            result = work(session)
+        print_json(as_document(result)) if options.json else show(result)
+
+
+def as_document(result: Any) -> Mapping[str, object]:
+    """A frozen result as plain JSON values; it may say how itself (`document`)."""
+    if hasattr(result, "document"):
+        return dict(result.document())
+    return {"schema_version": 1, **_plain(asdict(result))}
+
+
+def _plain(value: Any) -> Any:
+    from .sparsity import SparsityConfig
+
+    if isinstance(value, SparsityConfig):
+        return value.ratios
+    if isinstance(value, Mapping):
+        if set(value) == {"tenths"}:  # asdict of a SparsityConfig
+            return SparsityConfig(value["tenths"]).ratios
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+# -- training ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def pretrain(
+    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
+) -> None:  # fmt: skip
+    """Train a dense model: from scratch, from timm's weights or from a checkpoint file. Resumes."""
+    from .views import show_training
+
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+    _run("pretrain", options, _workflow("training", "pretrain"), show_training)
+
+
+@app.command()
+def adapt(
+    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
+) -> None:  # fmt: skip
+    """Train on with random sparsity, so that the search can compare configurations. Resumes."""
+    from .views import show_training
+
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+    _run("adapt", options, _workflow("training", "adapt"), show_training)
+
+
+@app.command()
+def finetune(
+    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
+) -> None:  # fmt: skip
+    """Train the adapted weights on at the winner's ratios. Resumes."""
+    from .views import show_training
+
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+    _run("finetune", options, _workflow("training", "finetune"), show_training)
+
+
+# -- search, evaluation, measurement, export --------------------------------------------------------------------
+
+
+@app.command()
+def search(
+    budget_latency: BudgetLatency = None, budget_macs: BudgetMacs = None,
+    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
+) -> None:  # fmt: skip
+    """Find the most accurate sparsity configuration within a budget; writes winner.yaml. Resumes, reuses its ledger."""
+    from .views import show_search
+
+    budgets: dict[str, object] = {}
+    if budget_latency is not None or budget_macs is not None:  # a typed budget replaces both configured ones
+        budgets = {"search__budget_latency": budget_latency, "search__budget_macs": budget_macs}
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+    cleared = [f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in budgets.items()]
+    options = Options(options.config, (*options.overrides, *cleared), as_json, dry_run, verbose, fresh)
+    _run("search", options, _workflow("search", "search"), show_search)
+
+
+@app.command()
+def evaluate(
+    weights: WeightsOf = None, ratios: Ratios = None,
+    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
+) -> None:  # fmt: skip
+    """Score trained weights at given ratios on the validation data."""
+    from .views import show_evaluation
+
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+
+    def work(session: Session) -> Any:
+        from .workflows.evaluate import evaluate_checkpoint
+
+        return evaluate_checkpoint(session, weights=weights, ratios=ratios)
+
+    _run("evaluate", options, work, show_evaluation)
+
+
+@app.command()
+def profile(
+    model: Annotated[str | None, typer.Option("--model", help="timm model name; needs no data and no training.")] = None,
+    img_size: Annotated[
+        str | None, typer.Option("--img-size", help="Pixels, e.g. 672, 256x704, or a list 448,672.")
+    ] = None,
+    ratios: Ratios = None,
+    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
+) -> None:  # fmt: skip
+    """Measure dense against sparse on this machine, interleaved: latency, multiply-adds, memory, time per stage."""
+    from .views import show_profile
+
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+
+    def work(session: Session) -> Any:
+        from .workflows.profile import profile_model
+
+        return profile_model(session, model=model, img_size=img_size, ratios=ratios)
+
+    _run("profile", options, work, show_profile)
+
+
+@app.command()
+def export(
+    weights: WeightsOf = None, ratios: Ratios = None,
+    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
+) -> None:  # fmt: skip
+    """Write ONNX and .pt2 files, checked against PyTorch first, and safetensors + sparsity.json.
+
+    Window pruning skips computation: weights and file sizes do not shrink.
+    """
+    from .views import show_export
+
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+
+    def work(session: Session) -> Any:
+        from .workflows.export import export_winner
+
+        return export_winner(session, weights=weights, ratios=ratios)
+
+    _run("export", options, work, show_export)
+
+
+@app.command()
+def run(
+    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
+) -> None:  # fmt: skip
+    """Everything in order: pretrain, adapt, search, finetune, evaluate, profile, export; ends with one table. Resumes."""
+    from .views import show_pipeline
+
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+    _run("run", options, _workflow("pipeline", "run_pipeline"), show_pipeline)
+
+
+# -- what surrounds them ----------------------------------------------------------------------------------------
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the timm models that can be made sparse."""
+    from .console import ConsoleReporter, print_json, print_lines
+
+    with _reported(ConsoleReporter(), False):
+        from .models import supported_models
+
+        names = supported_models()
+        print_json({"models": list(names)}) if as_json else print_lines(*names)
+
+
+@app.command("config")
+def config_command(config: Config = None, set_: Set = None, as_json: Json = False) -> None:
+    """Print the resolved configuration: defaults, YAML and overrides together."""
+    from .config.loading import dump_config, load_config
+    from .console import ConsoleReporter, print_json
+
+    with _reported(ConsoleReporter(), False):
+        resolved = load_config(config, set_ or ())
+        if as_json:
+            print_json(resolved.model_dump(mode="json"))
+        else:
+            sys.stdout.write(dump_config(resolved))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Print device, versions and missing extras, ready to paste into a bug report."""
+    from .console import ConsoleReporter, print_json, print_lines
+
+    with _reported(ConsoleReporter(), False):
+        from .workflows.doctor import examine
+
+        found = examine()
+        print_json(found) if as_json else print_lines(*(f"{name}: {value}" for name, value in found.items()))
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"sparsevit {__version__}")
+        raise typer.Exit
+
+
+def _workflow(module: str, name: str) -> Callable[[Session], Any]:
+    def work(session: Session) -> Any:
+        import importlib
+
+        return getattr(importlib.import_module(f".workflows.{module}", __package__), name)(session)
+
+    return work
+
+
+# -- from exception to message and exit code --------------------------------------------------------------------
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def _reported(reporter: ConsoleReporter, verbose: bool) -> Iterator[None]:
+    """The one table from exception to message and exit code."""
+    try:
+        yield
+    except SparseViTError as error:
+        reporter.error(error)
+        if verbose:
+            reporter.console.print_exception()
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        reporter.say("stopped by Ctrl-C; what was saved is whole. Type the same command to go on.")
+        raise typer.Exit(130) from error
+    except MemoryError as error:
+        reporter.error(ResourceError("memory", "the machine ran out of it", "Lower batch sizes or image sizes."))
+        raise typer.Exit(7) from error
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        reporter.error(ResourceError(str(error.filename or "disk"), error.strerror or "it is full", "Make room."))
+        raise typer.Exit(7) from error
+
+
+@contextmanager
+def _library_talk(reporter: ConsoleReporter, verbose: bool) -> Iterator[None]:
+    """Our rooms' log records become warnings of the reporter; Python warnings are shown with --verbose alone."""
+
+    class Forward(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            (reporter.warn if record.levelno >= logging.WARNING else reporter.say)(record.getMessage())
+
+    log, handler = logging.getLogger(__package__), Forward()
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default" if verbose else "ignore")
+            yield
+    finally:
+        log.removeHandler(handler)
+
+
+def main() -> None:
+    """Entry point of `sparsevit`."""
+    app(prog_name="sparsevit")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""docs/configuration.md, made from the schema: `python -m sparsevit_cli.config.reference [--check]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .fields import JsonSchema, allowed, dotted, experiment_schema, is_section, resolved
+from .yaml_loader import FieldPath
+
+REFERENCE_PATH = Path(__file__).resolve().parents[3] / "docs" / "configuration.md"
+
+_INTRODUCTION = """\
+# Configuration
+
+One YAML file describes one experiment: `sparsevit <command> --config experiment.yaml`. Without `--config` the
+packaged digits experiment is used. Every field has a default, so a file holds only what differs; `{}` is a
+complete file. The resolved experiment, defaults included, is saved in each run folder.
+
+`--set section.field=value` replaces one value, as often as wanted; the last one of a field wins. The value is read
+as in the file: `--set search.population=32`, `--set 'finetune.ratios=[[0.6],[0]]'`, `--set data.root=null`.
+Order: defaults, then the file, then `--set`, then the other flags.
+
+Relative paths (`data.root`, `model.checkpoint`, `output`) start at the current directory, not at the file.
+
+Unknown settings, wrong types, values out of range and settings that contradict each other end the command with
+exit code 2 before anything starts, up to ten of them told at once. The YAML is read strictly:
+
+- Scalars follow YAML 1.2: `1e-4` is a number; `yes`, `no`, `on`, `off`, `12:30` and `2024-01-01` are text;
+  only `true` and `false` are truth values. Numbers are finite.
+- A whole number may stand for a number (`epochs: 30`), nothing else is converted: `"30"` and `30.0` are no whole
+  numbers.
+- A key that stands twice, anchors, aliases, tags, a second document, more than 1 MiB, more than 20 levels and more
+  than 10,000 values are errors. Files are UTF-8.
+- No value can name code: nothing in a file is imported or executed.
+
+This page is generated from `src/sparsevit_cli/config/schema.py` by `python -m sparsevit_cli.config.reference`.
+"""
+
+
+def render_reference() -> str:
+    """The reference page as Markdown: one table per section with field, allowed values, default and meaning."""
+    return _INTRODUCTION + "".join(_tables(experiment_schema(), (), list_of=False))
+
+
+def main() -> int:
+    """Write the page, or with --check compare it: 0 equal or written, 1 outdated."""
+    parser = argparse.ArgumentParser(prog="python -m sparsevit_cli.config.reference", description=main.__doc__)
+    parser.add_argument("--check", action="store_true", help="compare only")
+    page = render_reference()
+    if not parser.parse_args().check:
+        REFERENCE_PATH.write_text(page, encoding="utf-8")
+        print(REFERENCE_PATH)
+        return 0
+    if REFERENCE_PATH.is_file() and REFERENCE_PATH.read_text(encoding="utf-8") == page:
+        return 0
+    print(f"{REFERENCE_PATH} is outdated. Run: python -m sparsevit_cli.config.reference", file=sys.stderr)
+    return 1
+
+
+def _tables(schema: JsonSchema, path: FieldPath, *, list_of: bool) -> list[str]:
+    """The section's table and those of the sections within it."""
+    sentence = " ".join((resolved({"$ref": schema["$ref"]}) if "$ref" in schema else schema)["description"].split())
+    schema = resolved(schema)
+    sections, rows = [], []
+    for name, child in schema["properties"].items():
+        items = resolved(child).get("items", {})
+        if is_section(child):
+            sections += _tables(child, (*path, name), list_of=False)
+            continue
+        rows.append(_row(name, child, required=name in schema.get("required", ())))
+        if is_section(items):
+            sections += _tables(items, (*path, name), list_of=True)
+    title = f"`{dotted(path)}`{', each item' if list_of else ''}" if path else "Top level"
+    head = f"\n## {title}\n\n{sentence}\n\n"
+    return [head + "| Field | Allowed | Default | Meaning |\n|---|---|---|---|\n" + "".join(rows), *sections]
+
+
+def _row(name: str, schema: JsonSchema, *, required: bool) -> str:
+    default = "required" if required else f"`{json.dumps(schema['default'])}`"
+    cells = (f"`{name}`", allowed(schema), default, schema["description"])
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

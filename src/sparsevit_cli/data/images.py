@@ -1,0 +1,87 @@
+"""One image file to upright RGB, safely: whatever is wrong with the file ends in UnreadableImageError.
+
+What is done to unusual files: EXIF orientation is applied; transparency is laid on white; of 16 bits
+the upper 8 are kept; CMYK, palette and greyscale are converted; of an animation the first frame counts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from sparsevit_cli.errors import DataError
+
+IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""What counts as an image in a folder, by the end of its lower-case name."""
+
+# Pillow opens many more; the fewer parsers see foreign bytes, the better.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImageError(DataError):
+    """One image that cannot be used: `what` is its name, `got` the reason."""
+
+
+def decode_image(file: Path | BinaryIO, name: str, max_megapixels: float) -> Image.Image:
+    """Upright RGB image of a file or stream. Raises UnreadableImageError; where too large, from the header alone."""
+    max_pixels = max_megapixels * 1e6
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = int(max_pixels)  # the user asked for images above Pillow's own limit
+    try:
+        with Image.open(file, formats=_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise Image.DecompressionBombError
+            image.load()
+            return _upright(to_rgb(image), _orientation(image))
+    except MemoryError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        got = f"more than {max_megapixels:g} megapixels"
+        raise UnreadableImageError(name, got, "Shrink or remove it, or raise data.max_megapixels.") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(name, f"not an image ({', '.join(_FORMATS)})", "Replace or remove it.") from error
+    except Exception as error:  # decoders answer hostile bytes with almost any exception
+        got = f"cannot be decoded ({type(error).__name__}: {error})"
+        raise UnreadableImageError(name, got, "Repair or remove it.") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any 8- or 16-bit mode as a new RGB image; transparency on white. Raises ValueError for 32-bit pixels."""
+    # Pillow's own conversion of 16-bit grey clips at 255, which leaves a white image.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        upper = np.asarray(image).clip(0, 65535) >> 8
+        return Image.fromarray(upper.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits per channel, of unknown range; save it with 8 or 16")
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image.convert("RGBA"))
+        return canvas.convert("RGB")
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; 1 (as stored) where the EXIF block is missing or damaged."""
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # a damaged EXIF block does not make the pixels worse
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _UPRIGHT.get(orientation)
+    return image if turn is None else image.transpose(turn)

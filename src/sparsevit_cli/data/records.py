@@ -1,0 +1,161 @@
+"""Labelled images before any transform, and the source that transforms them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from sparsevit_cli.errors import DataError
+
+from .images import UnreadableImageError
+from .seeding import derive_seed, seeded
+from .source import BadImages, ImageSize, shorten
+from .splits import Indices
+from .transforms import TransformSpec
+
+NOT_A_FILE = -1
+"""Size of what cannot be opened as a file: a link that leads nowhere, a pipe, a device."""
+
+R = TypeVar("R", bound="Records")
+
+
+@dataclass(frozen=True)
+class Records(ABC):
+    """The images of one split, listed but not decoded.
+
+    Attributes:
+        split: what messages call the split: a folder, or a data set and its split.
+        origin: where the images lie; equal for two splits only where they are the same images.
+        class_names: names in the order of the labels.
+        labels: (n,) int64, each an index of `class_names`.
+        keys: names of the images, distinct, the same on every machine.
+        sizes: bytes of each file, NOT_A_FILE, or None where there are no files.
+        version: whatever else tells one state of the data from another.
+    """
+
+    split: str
+    origin: str
+    class_names: tuple[str, ...]
+    labels: Indices
+    keys: tuple[str, ...]
+    sizes: tuple[int, ...] | None
+    version: str
+
+    @abstractmethod
+    def load(self, index: int) -> Image.Image:
+        """Upright RGB image. Raises UnreadableImageError."""
+
+    def read(self, index: int) -> Image.Image:
+        """`load`, without touching what the listing already told to be unreadable."""
+        reason = self.known_fault(index)
+        if reason is not None:
+            raise UnreadableImageError(self.keys[index], reason, "Replace or remove it.")
+        return self.load(index)
+
+    def known_fault(self, index: int) -> str | None:
+        """Why an image is unreadable, as far as the listing tells."""
+        size = None if self.sizes is None else self.sizes[index]
+        return {0: "empty file", NOT_A_FILE: "cannot be opened as a file"}.get(size)  # type: ignore[arg-type]
+
+    def known_faults(self) -> dict[int, str]:
+        """Unreadable images as far as the listing tells: index to reason."""
+        faults = ((index, self.known_fault(index)) for index in range(len(self.keys)))
+        return {index: reason for index, reason in faults if reason is not None}
+
+
+def check_classes(records: Records) -> None:
+    """Raises DataError where a class has no image: its label would be learned, or scored, from nothing."""
+    counts = np.bincount(records.labels, minlength=len(records.class_names))
+    empty = [name for name, count in zip(records.class_names, counts, strict=True) if count == 0]
+    if empty:
+        raise DataError(records.split, f"no images of {len(empty)} classes: {shorten(empty)}", "Add images of them.")
+
+
+def relabelled(records: R, class_names: Sequence[str], owner: str) -> R:
+    """The records with labels in the order of `class_names`, which `owner` has. Raises DataError where they differ."""
+    missing = [name for name in class_names if name not in set(records.class_names)]
+    added = [name for name in records.class_names if name not in set(class_names)]
+    if missing or added:
+        parts = [f"{len(missing)} classes of {owner} are missing here: {shorten(missing)}"] if missing else []
+        parts += [f"{len(added)} classes here are not in {owner}: {shorten(added)}"] if added else []
+        raise DataError(records.split, "; ".join(parts), "Make the classes the same.")
+    if len(set(class_names)) != len(class_names):
+        raise DataError(records.split, f"{owner} names a class twice", "Make class names distinct.")
+    position = {name: index for index, name in enumerate(class_names)}
+    new_label = np.array([position[name] for name in records.class_names], dtype=np.int64)
+    return replace(records, class_names=tuple(class_names), labels=new_label[records.labels])
+
+
+class RecordSource:
+    """An ImageSource of chosen records. Augmentation is a function of (seed, epoch, index), whoever computes it."""
+
+    def __init__(
+        self, records: Records, indices: Indices, spec: TransformSpec, *, seed: int, bad_images: BadImages | None
+    ) -> None:
+        self.records, self.spec, self.seed, self.bad_images = records, spec, seed, bad_images
+        self.epoch = 0
+        self._indices = indices
+        self._transform = spec.build()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.records.class_names
+
+    @property
+    def labels(self) -> Indices:
+        """Label of every sample, (n,) int64."""
+        return self.records.labels[self._indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        record = self._record(index)
+        image = self.records.read(record)
+        label = int(self.records.labels[record])
+        if self.spec.augment is None:
+            return self._transform(image), label
+        with seeded(derive_seed(self.seed, "augment", self.epoch, index)):
+            return self._transform(image), label
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def with_image_size(self, size: ImageSize) -> RecordSource:
+        other = RecordSource(
+            self.records, self._indices, self.spec.resized(size), seed=self.seed, bad_images=self.bad_images
+        )
+        other.set_epoch(self.epoch)
+        return other
+
+    def sample_name(self, index: int) -> str:
+        return self.records.keys[self._record(index)]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self._listing_digest}\n{self.spec.describe()}".encode()).hexdigest()
+
+    @functools.cached_property
+    def _listing_digest(self) -> str:
+        """SHA-256 over classes, and name, size and label of every image in order of name; not the contents."""
+        records, digest = self.records, hashlib.sha256()
+        lines = [records.version, repr(records.class_names)]
+        for record in sorted(self._indices.tolist(), key=records.keys.__getitem__):
+            size = None if records.sizes is None else records.sizes[record]
+            lines.append(repr((records.keys[record], size, int(records.labels[record]))))
+        for line in lines:
+            digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+        return digest.hexdigest()
+
+    def _record(self, index: int) -> int:
+        # IndexError ends iteration over a sequence without __iter__.
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return int(self._indices[index])

@@ -1,0 +1,292 @@
+"""timm Swin models by name, and weights from anywhere: every key and shape is checked before a model changes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from .checkpoints import load_checkpoint
+from .config.schema import ModelSection
+from .errors import CheckpointError, ConfigError
+from .swin import model_depths
+
+__all__ = [
+    "build_model",
+    "check_img_size",
+    "load_weights",
+    "model_arguments",
+    "model_depths",
+    "read_weights",
+    "set_img_size",
+    "supported_models",
+]
+
+_PATCH_SIZE = 4  # of every timm swin_* and swin_s3_*
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged weights first
+_BUFFERS = ("relative_position_index", "attn_mask")  # computed by timm since 0.9, stored before
+_HEAD = ("head.fc.weight", "head.fc.bias")
+_BIAS_TABLE = "relative_position_bias_table"
+_RESHAPING = ("embed_dim", "depths", "num_heads", "mlp_ratio")
+_OVERRIDES = (*_RESHAPING, "window_size", "patch_size", "global_pool", "drop_path_rate", "always_partition")
+_MAX_LISTED = 10
+
+
+def supported_models() -> tuple[str, ...]:
+    """Names that `model.name` may hold, without pretrained tags."""
+    return tuple(timm.list_models("swin_*", module="swin_transformer"))
+
+
+def model_arguments(section: ModelSection, num_classes: int) -> dict[str, Any]:
+    """Arguments of timm.create_model, besides `img_size`, with which the weights of a trained model fit."""
+    given = {key: value for key in _OVERRIDES if (value := getattr(section, key)) is not None}
+    return {"in_chans": section.in_chans, "num_classes": num_classes, **given}
+
+
+def build_model(
+    section: ModelSection, num_classes: int, *, img_size: int | tuple[int, int] | None = None, seed: int = 0
+) -> nn.Module:
+    """The dense timm Swin of `section`, with its overrides, weights and `num_classes` outputs.
+
+    `img_size` (pixels, one number or (height, width)) replaces the section's. Windows keep their size in tokens
+    whatever the image; without `always_partition` timm shrinks a window to a map that is smaller. Initial weights
+    are a function of `seed`. `pretrained` goes through timm, which replaces a classifier of other size and
+    interpolates for other windows, patches and input channels; a `checkpoint` must fit exactly.
+    Raises ConfigError, CheckpointError.
+    """
+    size = section.img_size if img_size is None else img_size
+    _check_name(section)
+    check_img_size(size, section.patch_size or _PATCH_SIZE)
+    reshaping = [key for key in _RESHAPING if getattr(section, key) is not None]
+    if section.pretrained and reshaping:
+        got = f"timm's weights do not fit a model with its own {', '.join(reshaping)}"
+        raise ConfigError("model.pretrained", got, "Drop these overrides, or train from scratch.")
+    arguments = model_arguments(section, num_classes)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which moves every GPU's generator too
+            model: nn.Module = timm.create_model(
+                section.name,
+                pretrained=section.pretrained,
+                img_size=size,
+                weight_init="" if section.weight_init == "timm" else section.weight_init,
+                **arguments,
+            )
+    except Exception as error:  # assertions, indices, divisions, downloads: timm checks nothing before it builds
+        got = f"timm cannot build {section.name} with {arguments} ({type(error).__name__}: {_first_line(error)})"
+        if section.pretrained:
+            do = "Check the network, drop overrides, or give model.checkpoint a local file."
+            raise CheckpointError("model.pretrained", got, do) from error
+        do = "Give as many num_heads as depths, and no more heads than channels in each stage."
+        raise ConfigError("model", got, do) from error
+    if section.checkpoint is not None:
+        load_weights(model, section.checkpoint, reset_head=section.reset_head)
+    return model
+
+
+def check_img_size(img_size: int | tuple[int, int], patch_size: int, what: str = "model.img_size") -> None:
+    """Refuse, with the two nearest valid sizes, what timm would crop: sides that are no multiple of the patch.
+
+    Maps that are no multiple of the window, or odd before patch merging, are padded exactly by timm.
+    """
+    sides = (img_size,) if isinstance(img_size, int) else img_size
+    if all(side % patch_size == 0 for side in sides):
+        return
+    below = [max(side // patch_size, 1) * patch_size for side in sides]
+    above = [-(-side // patch_size) * patch_size for side in sides]
+    choices = [below, above] if below != above else [above, [side + patch_size for side in above]]
+    texts = [str(choice[0]) if isinstance(img_size, int) else str(choice) for choice in choices]
+    got = (
+        f"{img_size if isinstance(img_size, int) else list(img_size)} is not a multiple of the patch size {patch_size}"
+    )
+    raise ConfigError(what, got, f"The nearest valid sizes are {texts[0]} and {texts[1]}.")
+
+
+def set_img_size(model: nn.Module, img_size: int | tuple[int, int]) -> None:
+    """Give a timm Swin another input size in place: windows keep their size in tokens, parameters stay.
+
+    Only where a map is, or was, smaller than the window, and without `always_partition`, timm interpolates bias
+    tables to another shape: new parameters, unknown to an optimizer. Raises ConfigError for sizes timm would crop.
+    """
+    swin: Any = model
+    check_img_size(img_size, swin.patch_embed.patch_size[0])
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    swin.set_input_size(img_size=size, window_size=swin._ref_window_sizes)  # timm alone would scale the windows
+
+
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """Weights on the CPU from `.safetensors`, from `.pth`, `.pt` or `.bin`, or from a checkpoint folder of ours.
+
+    Averaged (EMA) weights are preferred where a file or folder holds both. Wrapping dicts (`model`, `state_dict`)
+    and the prefixes of DataParallel and torch.compile are taken off. Never runs code from the file: pickles are
+    read with weights_only=True, and there is no other way in. Raises CheckpointError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        tensors = load_checkpoint(path, only=("model", "ema")).tensors
+        if not tensors:
+            raise CheckpointError(str(path), "holds neither `ema` nor `model` weights", "Give another checkpoint.")
+        return _plain_names(path, tensors.get("ema", tensors.get("model", {})))
+    if not path.is_file():
+        raise CheckpointError(str(path), "does not exist", "Give a .safetensors or .pth file, or a checkpoint folder.")
+    match path.suffix.lower():
+        case ".safetensors":
+            content = _read_safetensors(path)
+        case ".pth" | ".pt" | ".bin":
+            content = _read_pickle(path)
+        case suffix:
+            got = f"has the ending {suffix!r}; read are .safetensors, .pth, .pt and .bin"
+            raise CheckpointError(str(path), got, "Convert it with safetensors.torch.save_file.")
+    while isinstance(content, Mapping) and (
+        inner := [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+    ):
+        content = content[inner[0]]
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(str(path), f"holds a {type(content).__name__}, not named tensors", _CONVERT)
+    strange = [str(key) for key, value in content.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
+    if strange:
+        got = f"holds other things than tensors: {', '.join(strange[:_MAX_LISTED])}"
+        raise CheckpointError(str(path), got, _CONVERT)
+    return _plain_names(path, content)
+
+
+def load_weights(model: nn.Module, path: Path | str, reset_head: bool = False) -> tuple[str, ...]:
+    """Load `path` into a timm Swin, exactly or not at all; returns the keys left as they were (the new head).
+
+    Takes timm's layout and Microsoft's official one. With `reset_head` a classifier that does not fit, or is
+    missing, stays as `model` has it. Nothing is interpolated. Raises CheckpointError with at most 10 keys and
+    shapes, before anything in the model changes.
+    """
+    own = model.state_dict()
+    weights = _timm_layout(read_weights(path))
+    wrong = [
+        key for key in (*own, *(key for key in weights if key not in own)) if _shape(own, key) != _shape(weights, key)
+    ]
+    kept = tuple(key for key in wrong if key in _HEAD) if reset_head else ()
+    wrong = [key for key in wrong if key not in kept]
+    if wrong:
+        raise _misfit(Path(path), own, weights, wrong)
+    model.load_state_dict(weights | {key: own[key] for key in kept if key in own})
+    return kept
+
+
+_CONVERT = "Save its tensors alone with safetensors.torch.save_file, and give that file."
+
+
+def _check_name(section: ModelSection) -> None:
+    """Names of timm's own Swin only: no hub prefix, no path, no other architecture."""
+    names = supported_models()
+    name, _, tag = section.name.partition(".")
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names
+        got = f"{section.name!r} is not a Swin Transformer of timm {timm.__version__}"
+        raise ConfigError("model.name", got, f"Did you mean {', '.join(near)}?")
+    tags = timm.list_models(f"{name}.*", pretrained=True)
+    if tag and section.name not in tags:
+        got = f"{name} has no pretrained tag {tag!r}"
+        raise ConfigError("model.name", got, f"Take {name} alone, or one of {', '.join(tags)}.")
+
+
+def _read_safetensors(path: Path) -> object:
+    try:
+        return safetensors.torch.load_file(path)
+    except Exception as error:  # damaged headers surface as many types
+        raise CheckpointError(str(path), f"is not a readable safetensors file ({error})", "Copy it again.") from error
+
+
+def _read_pickle(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # hostile and damaged files surface as many types
+        blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if blocked:
+            got = f"would run code to be read: it names {blocked[1]}, and only plain tensors are accepted"
+            do = "If you trust its source, open it there and save its tensors with safetensors.torch.save_file."
+            raise CheckpointError(str(path), got, do) from error
+        # torch's texts go on to recommend weights_only=False: what matters is after, or before, that
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("In PyTorch 2.6")[0]
+        got = f"is not a readable weights file ({type(error).__name__}: {_first_line(reason)})"
+        raise CheckpointError(str(path), got, f"Copy it again. If it is another format: {_CONVERT}") from error
+
+
+def _first_line(text: object) -> str:
+    return str(text).strip().partition("\n")[0][:300]
+
+
+def _plain_names(path: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys without what DataParallel (`module.`) and torch.compile (`_orig_mod.`) put into them."""
+    plain: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        name = key.replace("_orig_mod.", "")
+        while name.startswith("module."):
+            name = name.removeprefix("module.")
+        if name in plain:
+            raise CheckpointError(str(path), f"holds {name} twice, with and without prefix", _CONVERT)
+        plain[name] = tensor
+    return plain
+
+
+def _timm_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names as timm has them: stored buffers dropped, Microsoft's official keys renamed.
+
+    Officially a stage ends with its merging, in timm the next one starts with it. The renaming is that of timm's
+    `checkpoint_filter_fn`, which would also interpolate bias tables and patches that do not fit.
+    """
+    kept = {key: tensor for key, tensor in weights.items() if not key.endswith(_BUFFERS)}
+    if "layers.0.downsample.reduction.weight" not in kept:
+        return kept
+
+    def renamed(key: str) -> str:
+        key = re.sub(r"^layers\.(\d+)\.downsample\.", lambda match: f"layers.{int(match[1]) + 1}.downsample.", key)
+        return re.sub(r"^head\.(?!fc\.)", "head.fc.", key)
+
+    return {renamed(key): tensor for key, tensor in kept.items()}
+
+
+def _shape(weights: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:
+    return tuple(weights[key].shape) if key in weights else None
+
+
+def _misfit(
+    path: Path, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], wrong: Sequence[str]
+) -> CheckpointError:
+    """The error that lists what does not fit, and names the setting most likely at fault."""
+    both = [key for key in wrong if key in own and key in weights]
+    missing, unexpected = ([key for key in wrong if key not in those] for those in (weights, own))
+    listed = [*both, *(key for pair in zip_longest(missing, unexpected) for key in pair if key)][:_MAX_LISTED]
+    lines = [f"{key}: {_text(_shape(weights, key))} here, {_text(_shape(own, key))} in the model" for key in listed]
+    more = f"; and {len(wrong) - len(listed)} more" if len(wrong) > len(listed) else ""
+    got = f"tensors that do not fit the model: {len(wrong)} ({'; '.join(lines)}{more})"
+    windows = [
+        (_window_side(weights[key]), _window_side(own[key]), key)
+        for key in both
+        if key.endswith(_BIAS_TABLE) and own[key].shape[1] == weights[key].shape[1]
+    ]
+    if all(key in _HEAD for key in wrong):
+        do = "Set model.reset_head to start with a new classifier, or model.num_classes to the checkpoint's."
+    elif windows and len(windows) == len(wrong):
+        theirs, ours, key = windows[0]
+        do = (
+            f"Its windows are {theirs}, the model's {ours} ({key.rpartition('.attn')[0]}). "
+            "Set model.window_size, or model.always_partition where the image is so small that timm shrinks windows."
+        )
+    else:
+        do = "Give the name, embed_dim, depths, num_heads, window_size and in_chans it was trained with."
+    return CheckpointError(str(path), got, do)
+
+
+def _text(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape)) or "scalar"
+
+
+def _window_side(table: Tensor) -> str:
+    side = (table.shape[0] ** 0.5 + 1) / 2
+    return f"{side:g}x{side:g}" if side.is_integer() else f"{table.shape[0]} relative positions"

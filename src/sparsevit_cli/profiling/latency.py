@@ -1,0 +1,342 @@
+"""Latency: interleaved blocks of calls, medians with an interval, speed-ups from the same rounds.
+
+One round times one block of every candidate, in random order, so that a drift of the machine or a busy neighbour
+meets all of them. A block is as many calls as fill `block_ms`; a sample is the time per call of one block.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from random import Random
+from statistics import median
+
+import torch
+from torch import nn
+
+from sparsevit_cli.errors import ConfigError, MeasurementError
+
+from .device import synchronize
+from .inputs import InputSize, evaluating, example_input, model_device, model_dtype, placed
+from .memory import memory_errors
+
+Candidate = Callable[[], object]
+Clock = Callable[[], int]
+"""Nanoseconds of a steady clock, such as `time.perf_counter_ns`."""
+Stopwatch = Callable[[Candidate, int], float]
+"""Milliseconds that so many calls of a candidate take together."""
+
+OUTLIER_Z = 14.8
+WARMUP_ROUNDS = 10
+WARMUP_DRIFT = 0.02
+WARMUP_CAP = 3.0
+DRIFT_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds per call (one batch) of one candidate. `low` and `high` bound the median at 95 %.
+
+    `speedup` is the reference's time over this one's, the median of the rounds' own ratios. Outliers are counted,
+    never removed. `stable` is False where the spread or the drift stayed above what was allowed.
+    """
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    iqr_ms: float
+    p90_ms: float
+    rounds: int
+    outliers: int
+    samples_ms: tuple[float, ...]
+    speedup: float = 1.0
+    speedup_low: float = 1.0
+    speedup_high: float = 1.0
+    calls_per_sample: int = 1
+    stable: bool = True
+
+    def __float__(self) -> float:
+        return self.median_ms
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over median."""
+        return self.iqr_ms / self.median_ms
+
+    @classmethod
+    def from_samples(cls, samples_ms: Sequence[float], reference_ms: Sequence[float] | None = None) -> Latency:
+        """Statistics of samples; `reference_ms` are the reference's samples of the same rounds."""
+        ordered = sorted(samples_ms)
+        low, high = median_interval(samples_ms)
+        speedups = [r / s for r, s in zip(reference_ms or samples_ms, samples_ms, strict=True)]
+        speedup_low, speedup_high = median_interval(speedups)
+        return cls(
+            median_ms=median(ordered),
+            low_ms=low,
+            high_ms=high,
+            iqr_ms=quantile(ordered, 0.75) - quantile(ordered, 0.25),
+            p90_ms=quantile(ordered, 0.9),
+            rounds=len(ordered),
+            outliers=count_outliers(ordered),
+            samples_ms=tuple(samples_ms),
+            speedup=median(speedups),
+            speedup_low=speedup_low,
+            speedup_high=speedup_high,
+        )
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Quantile of sorted values, linear between neighbours."""
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+@lru_cache
+def median_rank(count: int) -> int:
+    """Rank r, from 1, such that order statistics r and count + 1 - r hold the median with at least 95 %.
+
+    The binomial test's interval: 10 of 30, 40 of 100. Below six values no such interval exists: 1.
+    """
+    rank, cumulative = 0, 0
+    while 40 * (cumulative := cumulative + math.comb(count, rank)) <= 2**count:
+        rank += 1
+    return max(rank, 1)
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the median from order statistics; least and largest value where there are below six."""
+    rank = median_rank(len(values))
+    ordered = sorted(values)
+    return ordered[rank - 1], ordered[-rank]
+
+
+def count_outliers(values: Sequence[float]) -> int:
+    """Values whose modified z-score (0.6745 * |x - median| / median absolute deviation) is above 14.8."""
+    middle = median(values)
+    deviations = [abs(value - middle) for value in values]
+    return sum(0.6745 * deviation > OUTLIER_Z * median(deviations) for deviation in deviations)
+
+
+def measure_latency(
+    model: nn.Module,
+    input_size: InputSize = 224,
+    *,
+    batch_size: int = 1,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    seconds: float = 3.0,
+    rounds: int = 30,
+    max_spread: float = 0.10,
+    retries: int = 3,
+    strict: bool = False,
+    seed: int = 0,
+    clock: Clock | None = None,
+) -> Latency:
+    """Milliseconds per batch of `model` in evaluation mode, on its own or another device and in another dtype.
+
+    `input_size` is a side, (H, W), (C, H, W) or an example batch (then `batch_size` is not used). The model is
+    not changed: another device or dtype works on a copy. An unstable measurement is returned with `stable=False`,
+    or raises MeasurementError where `strict`. Raises ConfigError, ResourceError.
+    """
+    device = model_device(model) if device is None else torch.device(device)
+    model = placed(model, device, dtype or model_dtype(model))
+    x = example_input(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
+    with evaluating(model):
+        return measure_interleaved(
+            {"model": lambda: model(x)},
+            device=device,
+            seconds=seconds,
+            rounds=rounds,
+            seed=seed,
+            max_spread=max_spread,
+            retries=retries,
+            strict=strict,
+            clock=clock,
+        )["model"]
+
+
+def measure_interleaved(
+    candidates: Mapping[str, Candidate],
+    *,
+    device: torch.device,
+    seconds: float = 3.0,
+    rounds: int = 30,
+    seed: int = 0,
+    max_spread: float = 0.10,
+    retries: int = 3,
+    strict: bool = True,
+    warmup_seconds: float | None = None,
+    block_ms: float = 10.0,
+    clock: Clock | None = None,
+) -> dict[str, Latency]:
+    """Latency of every candidate, measured in turns; the first candidate is the reference of `speedup`.
+
+    Each gets at least `rounds` samples and `seconds` of measuring. Before that all warm up together, for
+    `warmup_seconds` (default: `seconds`) and until their times settle, or three times as long. Where a spread
+    (interquartile range over median) is above `max_spread`, or the reference drifted, the whole session is
+    repeated, `retries` times at most; then MeasurementError where `strict`, else the steadiest session, with
+    the unsteady candidates marked. Time is read from `clock`; None takes CUDA events on a GPU, and
+    `time.perf_counter_ns` elsewhere. Raises ConfigError, ResourceError.
+    """
+    if not candidates or seconds <= 0 or rounds < 1 or max_spread <= 0 or retries < 0 or block_ms <= 0:
+        got = f"{len(candidates)} candidates, {seconds=}, {rounds=}, {max_spread=}, {retries=}, {block_ms=}"
+        raise ConfigError("measurement", got, "Give a candidate and positive settings.")
+    rng, stopwatch = Random(seed), stopwatch_of(device, clock)
+    names = list(candidates)
+    with torch.inference_mode(), _no_garbage_collection():
+        calls = {name: _calls_per_block(name, candidates[name], stopwatch, block_ms) for name in names}
+        turn = _Session(candidates, calls, stopwatch, rng)
+        _warm_up(turn, rounds, (seconds if warmup_seconds is None else warmup_seconds) * 1000)
+        sessions = []
+        for _ in range(retries + 1):
+            sessions.append(_judged(turn.run(rounds, seconds * 1000), names[0], calls, max_spread))
+            if all(latency.stable for latency in sessions[-1].values()):
+                return sessions[-1]
+    if strict:
+        raise _unstable(sessions[-1], max_spread, retries)
+    return min(sessions, key=_unsteadiness)
+
+
+def stopwatch_of(device: torch.device, clock: Clock | None = None) -> Stopwatch:
+    """CUDA events on a GPU unless a clock is given; else the clock around calls and a synchronisation."""
+    if device.type == "cuda" and clock is None:
+        return lambda candidate, calls: _cuda_ms(candidate, calls, device)
+    read_ns = clock or time.perf_counter_ns
+
+    def clock_ms(candidate: Candidate, calls: int) -> float:
+        synchronize(device)
+        start_ns = read_ns()
+        for _ in range(calls):
+            candidate()
+        synchronize(device)
+        return (read_ns() - start_ns) / 1e6
+
+    return clock_ms
+
+
+def _cuda_ms(candidate: Candidate, calls: int, device: torch.device) -> float:
+    with torch.cuda.device(device):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)  # an earlier block's queue would hide this one's launch time
+        start.record()
+        for _ in range(calls):
+            candidate()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+
+def _calls_per_block(name: str, candidate: Candidate, stopwatch: Stopwatch, block_ms: float) -> int:
+    """Calls that fill a block, after one call that may compile and allocate."""
+    with memory_errors(f"latency of {name}"):
+        stopwatch(candidate, 1)
+        calls = 1
+        while (total_ms := stopwatch(candidate, calls)) < block_ms:
+            calls = max(calls + 1, math.ceil(calls * min(1.2 * block_ms / max(total_ms, 1e-6), 100)))
+    return calls
+
+
+class _Session:
+    """Rounds of blocks: every candidate once per round, in an order drawn anew."""
+
+    def __init__(
+        self, candidates: Mapping[str, Candidate], calls: Mapping[str, int], stopwatch: Stopwatch, rng: Random
+    ) -> None:
+        self.candidates, self.calls, self.stopwatch, self.rng = candidates, calls, stopwatch, rng
+
+    def round_ms(self) -> dict[str, float]:
+        """Milliseconds per block of every candidate."""
+        order = list(self.candidates)
+        self.rng.shuffle(order)
+        times = {}
+        for name in order:
+            with memory_errors(f"latency of {name}"):
+                times[name] = self.stopwatch(self.candidates[name], self.calls[name])
+        return times
+
+    def run(self, rounds: int, budget_ms: float) -> dict[str, list[float]]:
+        """Samples (ms per call) of all candidates: at least `rounds` of them and `budget_ms` each."""
+        samples: dict[str, list[float]] = {name: [] for name in self.candidates}
+        spent_ms = dict.fromkeys(self.candidates, 0.0)
+        done = 0
+        while done < rounds or min(spent_ms.values()) < budget_ms:
+            for name, block_ms in self.round_ms().items():
+                samples[name].append(block_ms / self.calls[name])
+                spent_ms[name] += block_ms
+            done += 1
+        return samples
+
+
+def _warm_up(session: _Session, rounds: int, budget_ms: float) -> None:
+    """Rounds until their total settles: the last five's median within 2 % of the five before."""
+    half = max(1, min(WARMUP_ROUNDS, rounds) // 2)
+    totals: list[float] = []
+    spent_ms = 0.0
+    while True:
+        totals.append(sum(session.round_ms().values()))
+        spent_ms += totals[-1]
+        if len(totals) < 2 * half or spent_ms < budget_ms:
+            continue
+        before, last = median(totals[-2 * half : -half]), median(totals[-half:])
+        if abs(last - before) <= WARMUP_DRIFT * before or spent_ms >= WARMUP_CAP * budget_ms:
+            return
+
+
+def _judged(
+    samples: Mapping[str, Sequence[float]], reference: str, calls: Mapping[str, int], max_spread: float
+) -> dict[str, Latency]:
+    """Statistics of a session. A drift of the reference spoils all of it, a spread the candidate's own row."""
+    drifted = has_drift(samples[reference], DRIFT_SHARE * max_spread)
+    result = {}
+    for name, sample in samples.items():
+        latency = Latency.from_samples(sample, samples[reference])
+        stable = not drifted and latency.spread <= max_spread
+        result[name] = replace(latency, calls_per_sample=calls[name], stable=stable)
+    return result
+
+
+def has_drift(samples_ms: Sequence[float], limit: float) -> bool:
+    """True where the halves' medians differ by more than the share `limit` and their intervals do not meet."""
+    half = len(samples_ms) // 2
+    if half < 6:
+        return False
+    first, second = samples_ms[:half], samples_ms[-half:]
+    (low, high), (other_low, other_high) = median_interval(first), median_interval(second)
+    apart = high < other_low or other_high < low
+    return apart and abs(median(second) - median(first)) > limit * median(first)
+
+
+def _unsteadiness(session: Mapping[str, Latency]) -> tuple[int, float]:
+    rows = session.values()
+    return sum(not latency.stable for latency in rows), max(latency.spread for latency in rows)
+
+
+def _unstable(session: Mapping[str, Latency], max_spread: float, retries: int) -> MeasurementError:
+    worst = max(session, key=lambda name: session[name].spread)
+    got = f"its samples spread by {session[worst].spread:.0%} of the median ({max_spread:.0%} allowed)"
+    if session[worst].spread <= max_spread:
+        got = "the reference's time drifted during the session"
+    return MeasurementError(
+        f"latency of {worst}",
+        f"{got}, after {retries} repetitions",
+        "Stop other work on this machine, measure longer (seconds), or allow more (max_spread).",
+    )
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A collection inside a block would be charged to whoever runs."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

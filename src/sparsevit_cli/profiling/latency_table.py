@@ -1,0 +1,226 @@
+"""Measure a `LatencyTable`: every block pair at every ratio, inside the running model.
+
+One marked pass of the model at a uniform ratio times all its pairs at that ratio at once, with the caches and the
+memory it will have in earnest; nine ratios fill the table of any Swin. Marked and unmarked passes take turns in random
+order, and the unmarked ones set the table's scale, which the marks and the sum of medians would leave biased.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from random import Random
+from statistics import fmean, median
+
+import torch
+from torch import Tensor, nn
+
+from sparsevit_cli.search.latency_table import LatencyTable
+from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
+from sparsevit_cli.swin import get_sparsity, set_sparsity, sparse_stages
+from sparsevit_cli.windows import num_keep, window_grid
+
+from .device import describe_versions, device_identity
+from .inputs import InputSize, evaluating, example_input, model_device, model_dtype, placed
+from .latency import Clock, Latency, measure_interleaved, stopwatch_of
+from .memory import memory_errors
+from .timeline import Label, Timeline, hooked, timed_forward
+
+WARMUP_ROUNDS = 2
+
+
+def measure_latency_table(
+    model: nn.Module,
+    input_size: InputSize = 224,
+    *,
+    batch_size: int = 1,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    max_tenths: int = MAX_TENTHS,
+    seconds: float = 0.3,
+    rounds: int = 10,
+    seed: int = 0,
+    clock: Clock | None = None,
+    on_round: Callable[[float], None] | None = None,
+) -> LatencyTable:
+    """The latency table of a sparsified `model` on this device, for ratios of 0 to `max_tenths` tenths.
+
+    `seconds` is the measuring time per entry: rounds are taken until the marked passes have lasted `seconds` times
+    the number of entries, and at least `rounds` of them. `on_round` is told the share done after each. Device, dtype
+    and `clock` as in `measure_latency`. The model and its ratios are left as they were. Raises ConfigError,
+    ResourceError.
+    """
+    device = device or model_device(model)
+    model = placed(model, device, dtype or model_dtype(model))
+    x = example_input(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
+    pairs = get_sparsity(model).pairs
+    uniform = [SparsityConfig(tuple((t,) * n for n in pairs)) for t in range(max_tenths + 1)]
+    session = _TableSession(model, x, uniform, Random(seed), clock)
+    budget_ms = seconds * 1000 * sum(pairs) * len(uniform)
+    with evaluating(model), _sparsity_kept(model), memory_errors(f"latency table at batch {len(x)}"):
+        for _ in range(WARMUP_ROUNDS):
+            session.round()
+        session.clear()
+        done = 0
+        while done < rounds or session.spent_ms < budget_ms:
+            session.round()
+            done += 1
+            if on_round is not None:
+                on_round(min(done / rounds, session.spent_ms / budget_ms))
+        kept = _kept_windows(model, x, max_tenths)
+    table = _table(session, kept, table_identity(model, x))
+    return table.calibrated([(uniform[t], median(samples)) for t, samples in session.whole_ms.items()])
+
+
+def measure_configs(
+    model: nn.Module,
+    configs: Iterable[SparsityConfig],
+    input_size: InputSize = 224,
+    *,
+    batch_size: int = 1,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    seconds: float = 1.0,
+    rounds: int = 30,
+    seed: int = 0,
+    max_spread: float = 0.10,
+    retries: int = 3,
+    strict: bool = False,
+    clock: Clock | None = None,
+) -> dict[SparsityConfig, Latency]:
+    """Latency of the whole model at each configuration, interleaved; the first is the reference of `speedup`.
+
+    Settings and errors as in `measure_interleaved`; device and dtype as in `measure_latency`. The model and its ratios
+    are left as they were.
+    """
+    device = device or model_device(model)
+    model = placed(model, device, dtype or model_dtype(model))
+    x = example_input(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
+    by_name = {str(config): config for config in configs}
+    with evaluating(model), _sparsity_kept(model):
+        result = measure_interleaved(
+            {name: partial(_run_at, model, x, config) for name, config in by_name.items()},
+            device=device,
+            seconds=seconds,
+            rounds=rounds,
+            seed=seed,
+            max_spread=max_spread,
+            retries=retries,
+            strict=strict,
+            clock=clock,
+        )
+    return {by_name[name]: latency for name, latency in result.items()}
+
+
+def table_identity(model: nn.Module, x: Tensor) -> dict[str, object]:
+    """What a latency table of `model` on inputs like `x` (B, C, H, W) holds for: it is of no use elsewhere."""
+    versions = describe_versions()
+    stages = sparse_stages(model)
+    return {
+        "device": device_identity(x.device),
+        "batch": x.shape[0],
+        "image_size": list(x.shape[2:]),
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "mode": "eager",
+        "torch": versions["torch"],
+        "timm": versions["timm"],
+        "importance": stages[0].importance,
+        "fused_attention": bool(stages[0].blocks[0].attn.fused_attn),
+        "depths": [len(stage.blocks) for stage in stages],
+        "channels": [stage.blocks[0].dim for stage in stages],
+        "windows": [list(stage.blocks[0].window_size) for stage in stages],
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+class _TableSession:
+    """Samples in milliseconds: `parts[tenths][label]` of marked passes, `whole[tenths]` of unmarked ones."""
+
+    def __init__(
+        self, model: nn.Module, x: Tensor, uniform: list[SparsityConfig], rng: Random, clock: Clock | None
+    ) -> None:
+        self.model, self.x, self.uniform, self.rng = model, x, uniform, rng
+        self.timeline, self.stopwatch = Timeline(x.device, clock), stopwatch_of(x.device, clock)
+        self.anchors = sorted({0, len(uniform) // 2, len(uniform) - 1})
+        self.clear()
+
+    def clear(self) -> None:
+        self.parts_ms: list[dict[Label, list[float]]] = [{} for _ in self.uniform]
+        self.whole_ms: dict[int, list[float]] = {t: [] for t in self.anchors}
+        self.spent_ms = 0.0
+
+    def round(self) -> None:
+        """One marked pass at each ratio and one unmarked pass at each anchor, in random order."""
+        jobs = [(True, t) for t in range(len(self.uniform))] + [(False, t) for t in self.anchors]
+        self.rng.shuffle(jobs)
+        for marked, tenths in jobs:
+            set_sparsity(self.model, self.uniform[tenths])
+            if not marked:
+                self.whole_ms[tenths].append(self.stopwatch(lambda: self.model(self.x), 1))
+                continue
+            with hooked(self.model, self.timeline):
+                times = timed_forward(self.model, self.x, self.timeline)
+            self.spent_ms += sum(times.values())
+            for label, ms in times.items():
+                self.parts_ms[tenths].setdefault(label, []).append(ms)
+
+
+def _table(session: _TableSession, kept: list[list[int]], identity: Mapping[str, object]) -> LatencyTable:
+    """Medians of a session; `kept[stage][tenths]` windows. Ratios that keep equally many share their samples."""
+    parts_ms, num_tenths = session.parts_ms, len(session.uniform)
+
+    def pooled(label: Label, stage: int, tenths: int) -> float:
+        same = [t for t in range(num_tenths) if kept[stage][t] == kept[stage][tenths]]
+        return median(ms for t in same for ms in parts_ms[t][label])
+
+    pair_ms = tuple(
+        tuple(tuple(pooled(("pair", stage, pair), stage, t) for t in range(num_tenths)) for pair in range(pairs))
+        for stage, pairs in enumerate(session.uniform[0].pairs)
+    )
+    dense_ms = {label: median(samples) for label, samples in parts_ms[0].items()}
+    base_ms = sum(ms for label, ms in dense_ms.items() if label[0] != "pair")
+    overhead_ms = []
+    for stage, counts in enumerate(kept):
+        label = ("scoring", stage)
+        pruned = [median(parts_ms[t][label]) for t in range(num_tenths) if counts[t] < counts[0]]
+        overhead_ms.append(max(0.0, fmean(pruned) - dense_ms[label]) if pruned else 0.0)
+    return LatencyTable(base_ms, pair_ms, tuple(overhead_ms), identity)
+
+
+def _kept_windows(model: nn.Module, x: Tensor, max_tenths: int) -> list[list[int]]:
+    """Windows computed per stage at 0 ... `max_tenths` tenths, on the maps that `x` makes."""
+    kept = []
+    for stage, shape in zip(sparse_stages(model), _map_shapes(model, x), strict=True):
+        rows, cols = window_grid(shape[1], shape[2], stage.blocks[0].window_size)
+        kept.append([num_keep(rows * cols, t) for t in range(max_tenths + 1)])
+    return kept
+
+
+def _map_shapes(model: nn.Module, x: Tensor) -> list[torch.Size]:
+    """Shape (B, H, W, C) of every stage's map."""
+    shapes: list[torch.Size] = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        shapes.append(inputs[0].shape)
+
+    with ExitStack() as stack:
+        for stage in sparse_stages(model):
+            stack.callback(stage.blocks[0].register_forward_pre_hook(record).remove)
+        model(x)
+    return shapes
+
+
+@contextmanager
+def _sparsity_kept(model: nn.Module) -> Iterator[None]:
+    """Put the model's ratios back at the end."""
+    before = get_sparsity(model)
+    try:
+        yield
+    finally:
+        set_sparsity(model, before)
+
+
+def _run_at(model: nn.Module, x: Tensor, config: SparsityConfig) -> None:
+    set_sparsity(model, config)
+    model(x)

@@ -1,0 +1,245 @@
+"""Multiply-adds per image (MACs; FLOPs = 2 MACs), counted three ways.
+
+`count_macs` traces the model with fvcore and is what reports show. `analytic_macs` reckons from the modules' shapes
+and the set ratios, runs nothing, and serves the search through `macs_cost`. `flopcounter_macs` is torch's own counter.
+All count matrix products and convolutions, at the rows that are really computed: attention runs on padded windows;
+the MLP on the map's tokens where a block is dense, and on all tokens of the kept windows where it is sparse.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
+from sparsevit_cli.windows import num_keep, window_grid
+
+from .inputs import InputSize, evaluating, example_input, image_shape, named_stages, stem_name, uncompiled
+from .memory import memory_errors
+
+
+@dataclass(frozen=True)
+class MacsReport:
+    """Multiply-adds per image: `total`, and its split into `parts` (stem, stage 0 ..., head).
+
+    `uncounted` tells operators met that may hold matrix products and have no count: operator -> occurrences.
+    """
+
+    total: float
+    parts: Mapping[str, float]
+    counter: str
+    uncounted: Mapping[str, int]
+
+    @property
+    def gmacs(self) -> float:
+        """Total in 10^9."""
+        return self.total / 1e9
+
+    def __float__(self) -> float:
+        return float(self.total)
+
+    def __int__(self) -> int:
+        return round(self.total)
+
+    def __str__(self) -> str:
+        return f"{self.gmacs:.4g} GMACs"
+
+
+def count_macs(model: nn.Module, input_size: InputSize = 224, *, batch_size: int = 1) -> MacsReport:
+    """Multiply-adds per image of `model`, at the sparsity it is set to, from a trace by fvcore.
+
+    `input_size` is a side, (H, W), (C, H, W) or an example batch. Any module is accepted; parts other than `head`
+    are told for timm Swins only. Normalisation, activations and other elementwise work are not counted, by anyone.
+    Runs one forward pass. Raises ConfigError, ResourceError.
+    """
+    model = uncompiled(model)
+    x = example_input(model, input_size, batch_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fvcore stands on torch.jit, which is deprecated
+        from fvcore.nn import FlopCountAnalysis
+
+        analysis = FlopCountAnalysis(model, x).set_op_handle(**_HANDLES)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        with evaluating(model), memory_errors(f"forward of {tuple(x.shape)}"), _quiet_fvcore():
+            by_module = analysis.by_module()
+            unsupported = analysis.unsupported_ops()
+    parts = {label: by_module[name] / len(x) for label, name in _part_names(model).items()}
+    total = by_module[""] / len(x)
+    parts["head"] = total - sum(parts.values())
+    uncounted = {op: count for op, count in sorted(unsupported.items()) if op not in _ELEMENTWISE}
+    return MacsReport(total, parts, "fvcore", uncounted)
+
+
+def flopcounter_macs(model: nn.Module, input_size: InputSize = 224, *, batch_size: int = 1) -> MacsReport:
+    """Multiply-adds per image by torch.utils.flop_counter (its FLOPs halved); runs one forward pass.
+
+    It names no operators that it does not know, so `uncounted` is empty. Raises ConfigError, ResourceError.
+    """
+    model = uncompiled(model)
+    x = example_input(model, input_size, batch_size)
+    counter = FlopCounterMode(display=False)
+    with evaluating(model), memory_errors(f"forward of {tuple(x.shape)}"), counter:
+        model(x)
+    total = counter.get_total_flops() / 2 / len(x)
+    return MacsReport(total, {"head": total}, "torch", {})
+
+
+def analytic_macs(model: nn.Module, input_size: InputSize = 224) -> MacsReport:
+    """Multiply-adds per image from the shapes of a timm Swin and the ratios it is set to; nothing runs.
+
+    Counts the Swin inside `model` and its classifier; other modules around it are left out. Works on the meta
+    device. Raises ConfigError.
+    """
+    shapes = _model_shapes(model, input_size)
+    stages = [stage for _, stage in named_stages(model)]
+    parts: dict[str, float] = {"stem": shapes.stem}
+    for number, (stage, pairs) in enumerate(zip(stages, shapes.pairs, strict=True)):
+        tenths = getattr(stage, "sparsity_tenths", (0,) * len(pairs))
+        macs = sum(pair[t] for pair, t in zip(pairs, tenths, strict=True))
+        parts[f"stage {number}"] = shapes.merging[number] + macs
+    parts["head"] = shapes.head
+    return MacsReport(sum(parts.values()), parts, "analytic", {})
+
+
+def macs_cost(model: nn.Module, input_size: InputSize = 224) -> Callable[[SparsityConfig], float]:
+    """A function from configuration to multiply-adds per image, equal to `analytic_macs`, in microseconds.
+
+    Raises ConfigError here; the function itself does for a configuration of another model.
+    """
+    shapes = _model_shapes(model, input_size)
+    fixed = shapes.stem + sum(shapes.merging) + shapes.head
+    pairs = tuple(len(stage) for stage in shapes.pairs)
+    genes = [pair for stage in shapes.pairs for pair in stage]
+
+    def cost(config: SparsityConfig) -> float:
+        if config.pairs != pairs:
+            got = f"{config} has block pairs {list(config.pairs)}, the model {list(pairs)}"
+            raise ConfigError("sparsity", got, "Give a configuration of this model.")
+        tenths = (t for stage in config.tenths for t in stage)
+        return float(fixed + sum(pair[t] for pair, t in zip(genes, tenths, strict=True)))
+
+    return cost
+
+
+@dataclass(frozen=True)
+class _ModelShapes:
+    """Multiply-adds of a Swin: fixed ones, and `pairs[stage][pair][tenths]`."""
+
+    stem: int
+    merging: tuple[int, ...]
+    pairs: tuple[tuple[tuple[int, ...], ...], ...]
+    head: int
+
+
+def _model_shapes(model: nn.Module, input_size: InputSize) -> _ModelShapes:
+    trunk = next((m for m in model.modules() if hasattr(m, "patch_embed") and named_stages(m)), None)
+    if trunk is None:
+        got = f"{type(model).__name__} contains no timm Swin Transformer"
+        raise ConfigError("model", got, "Give a timm `swin_*` or `swin_s3_*` model.")
+    _, *image = image_shape(model, input_size)
+    embed: Any = trunk.patch_embed
+    round_up, head = embed.dynamic_img_pad, getattr(trunk, "head", None)
+    height, width = (math.ceil(n / p) if round_up else n // p for n, p in zip(image, embed.patch_size, strict=True))
+    stem = height * width * _weights(embed)
+    merging, pairs = [], []
+    for _, stage in named_stages(trunk):
+        reduction = _weights(stage.downsample)
+        if reduction:
+            height, width = (height + 1) // 2, (width + 1) // 2
+        merging.append(height * width * reduction)
+        starts = [*range(0, len(stage.blocks), 2), len(stage.blocks)]
+        pairs.append(tuple(_pair_macs(stage.blocks[a:b], height, width) for a, b in pairwise(starts)))
+    return _ModelShapes(stem, tuple(merging), tuple(pairs), _weights(head) if head else 0)
+
+
+def _pair_macs(blocks: nn.Sequential, height: int, width: int) -> tuple[int, ...]:
+    return tuple(sum(_block_macs(block, height, width, t) for block in blocks) for t in range(MAX_TENTHS + 1))
+
+
+def _block_macs(block: SwinTransformerBlock, height: int, width: int, tenths: int) -> int:
+    """Multiply-adds of one block on a map of `height` x `width` tokens."""
+    rows, cols = window_grid(height, width, block.window_size)
+    num_windows, area = rows * cols, block.window_area
+    kept = num_keep(num_windows, tenths)
+    mlp_rows = kept * area if kept < num_windows else height * width
+    attention = 2 * area * block.attn.proj.in_features  # per token: q @ k and attn @ v over all heads
+    return int(kept * area * (_weights(block.attn) + attention) + mlp_rows * _weights(block.mlp))
+
+
+def _weights(module: nn.Module) -> int:
+    """Weights of all linear layers and convolutions inside: the multiply-adds of one row or patch."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+
+
+def _part_names(model: nn.Module) -> dict[str, str]:
+    """Label of a part -> name of its module."""
+    stem = stem_name(model)
+    stages = {f"stage {number}": name for number, (name, _) in enumerate(named_stages(model))}
+    return stages if stem is None else {"stem": stem} | stages
+
+
+@contextmanager
+def _quiet_fvcore() -> Iterator[None]:
+    """Uncalled modules and the tracer are of no interest; what was not counted is reported by us."""
+    logger = logging.getLogger("fvcore")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _attention_handle(inputs: list[Any], outputs: list[Any]) -> int:
+    """Fused attention: q (..., L, E), k (..., S, E), v (..., S, Ev)."""
+    q, k, v = (value.type().sizes() for value in inputs[:3])
+    return int(math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1]))
+
+
+def _baddbmm_handle(inputs: list[Any], outputs: list[Any]) -> int:
+    a, b = (value.type().sizes() for value in inputs[1:3])
+    return int(math.prod(a) * b[-1])
+
+
+def _no_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    return 0
+
+
+_HANDLES: dict[str, Callable[[list[Any], list[Any]], int]] = {
+    **dict.fromkeys(
+        (
+            "aten::scaled_dot_product_attention",
+            "aten::_scaled_dot_product_flash_attention",
+            "aten::_scaled_dot_product_flash_attention_for_cpu",
+            "aten::_scaled_dot_product_efficient_attention",
+            "aten::_scaled_dot_product_cudnn_attention",
+        ),
+        _attention_handle,
+    ),
+    "aten::baddbmm": _baddbmm_handle,
+    # fvcore counts these with guessed factors; they hold no matrix product
+    **dict.fromkeys(("aten::layer_norm", "aten::batch_norm", "aten::adaptive_avg_pool2d"), _no_macs),
+}
+
+_ELEMENTWISE = frozenset(
+    f"aten::{name}"
+    for name in """
+        abs add add_ amax amin argsort bitwise_and bitwise_or bitwise_xor clamp clamp_min copy_ cumsum div eq exp
+        fill_ floor_divide gather ge gelu gt index index_add index_copy index_put index_put_ index_select le
+        linalg_vector_norm log log_softmax logical_and logical_or lt masked_fill masked_fill_ max maximum mean min
+        minimum mul mul_ ne neg norm pad pow relu remainder repeat_interleave roll rsub scatter scatter_ sigmoid
+        silu sin softmax sort sqrt square sub sum tanh topk where zero_ __and__ __lshift__ __or__ __rshift__ __xor__
+    """.split()  # noqa: SIM905 - a paragraph reads better than seventy quoted lines
+)
+"""Operators without a matrix product that fvcore would call unsupported."""

@@ -1,0 +1,91 @@
+"""Peak memory of a forward pass, and running out of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sparsevit_cli.errors import ResourceError
+
+from .device import synchronize
+from .inputs import evaluating, uncompiled
+
+BYTES_PER_MB = 10**6
+
+
+def peak_memory_mb(model: nn.Module, x: Tensor) -> float:
+    """Largest memory of one forward of `x` (B, C, H, W) in megabytes (10^6 bytes), weights and input included.
+
+    On CUDA the peak of torch's allocator (`max_memory_allocated`). Elsewhere the peak of the bytes of all live
+    tensors, seen operator by operator: the same at every run, but blind to scratch space inside an operator, and a
+    compiled model is taken as it was before torch.compile. Raises ResourceError.
+    """
+    with evaluating(model), memory_errors(f"forward of {tuple(x.shape)}"):
+        if x.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(x.device)
+            model(x)
+            synchronize(x.device)
+            return float(torch.cuda.max_memory_allocated(x.device)) / BYTES_PER_MB
+        model = uncompiled(model)
+        with _LiveBytes() as live:
+            for tensor in (*model.parameters(), *model.buffers(), x):
+                live.add(tensor)
+            model(x)
+        peak: int = live.peak
+        return peak / BYTES_PER_MB
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operators returned and nobody has let go of yet: `now` and `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        weakref.finalize(storage, self._free, storage.nbytes())
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+
+    def _free(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return result
+
+
+@contextmanager
+def memory_errors(what: str) -> Iterator[None]:
+    """Turn torch's and Python's out-of-memory errors into a ResourceError about `what`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        do = "Choose a smaller batch or image, or another device; a measurement never changes the batch by itself."
+        raise ResourceError(what, reason, do) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for MemoryError, torch.OutOfMemoryError and the CPU allocator's RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)

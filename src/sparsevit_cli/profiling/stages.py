@@ -1,0 +1,106 @@
+"""Time per stage: blocks, scoring and ranking, gather and scatter, merging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from statistics import median
+
+from torch import Tensor, nn
+
+from .inputs import evaluating, named_stages
+from .latency import Clock
+from .memory import memory_errors
+from .timeline import Label, Timeline, hooked, moves_labelled, timed_forward
+
+WARMUP_PASSES = 3
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Milliseconds of one part of a forward pass; `name` is stem, stage 0 ..., or head (final norm, pooling, head).
+
+    `blocks_ms` is norm, attention and MLP; `scoring_ms` scoring and ranking of windows; `moves_ms` gather and scatter;
+    `merging_ms` patch merging. Stem and head have `other_ms` only.
+    """
+
+    name: str
+    blocks_ms: float = 0.0
+    scoring_ms: float = 0.0
+    moves_ms: float = 0.0
+    merging_ms: float = 0.0
+    other_ms: float = 0.0
+
+    @property
+    def total_ms(self) -> float:
+        """Sum of the parts."""
+        return self.blocks_ms + self.scoring_ms + self.moves_ms + self.merging_ms + self.other_ms
+
+    def scaled(self, factor: float) -> StageTime:
+        """All times by `factor`."""
+        return replace(self, **{part: factor * getattr(self, part) for part in _PARTS})
+
+
+_PARTS = ("blocks_ms", "scoring_ms", "moves_ms", "merging_ms", "other_ms")
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """The rows of a pass, which add up to `total_ms`.
+
+    They were measured in marked passes of `marked_ms` and scaled to the total; `residual` is the share that the
+    marked passes took longer: the marks themselves, and the change of the machine in between.
+    """
+
+    rows: tuple[StageTime, ...]
+    total_ms: float
+    marked_ms: float
+
+    @property
+    def residual(self) -> float:
+        """Marked passes over the total, less one."""
+        return self.marked_ms / self.total_ms - 1
+
+    def share(self, part: str) -> float:
+        """Share of the total that all rows spend on `part`, such as `scoring_ms`."""
+        return sum(float(getattr(row, part)) for row in self.rows) / self.total_ms
+
+
+def time_stages(
+    model: nn.Module, x: Tensor, *, total_ms: float | None = None, passes: int = 15, clock: Clock | None = None
+) -> StageTimes:
+    """Where a forward of `x` (B, C, H, W) spends its time, from passes made for this alone.
+
+    Medians over `passes`, scaled to add up to `total_ms`, the latency measured without marks (None: not scaled).
+    A dense timm model has blocks and merging only. Raises ConfigError for compiled models, ResourceError.
+    """
+    timeline = Timeline(x.device, clock)
+    samples: dict[Label, list[float]] = {}
+    forward = f"forward of {tuple(x.shape)}"
+    with evaluating(model), memory_errors(forward), hooked(model, timeline), moves_labelled(timeline):
+        for _ in range(WARMUP_PASSES):
+            timed_forward(model, x, timeline)
+        for _ in range(passes):
+            for label, ms in timed_forward(model, x, timeline).items():
+                samples.setdefault(label, []).append(ms)
+    is_pruned = [any(getattr(stage, "sparsity_tenths", ())) for _, stage in named_stages(model)]
+    rows = _rows({label: median(values) for label, values in samples.items()}, is_pruned)
+    marked_ms = sum(row.total_ms for row in rows)
+    total_ms = marked_ms if total_ms is None else total_ms
+    return StageTimes(tuple(row.scaled(total_ms / marked_ms) for row in rows), total_ms, marked_ms)
+
+
+def _rows(times: dict[Label, float], is_pruned: list[bool]) -> list[StageTime]:
+    rows = [StageTime("stem", other_ms=times[("stem",)])] if ("stem",) in times else []
+    for stage, pruned in enumerate(is_pruned):
+        blocks_ms = sum(ms for label, ms in times.items() if label[:2] == ("pair", stage))
+        own_ms = times[("scoring", stage)]  # of a dense stage: the loop over its blocks, nothing is scored
+        rows.append(
+            StageTime(
+                f"stage {stage}",
+                blocks_ms=blocks_ms if pruned else blocks_ms + own_ms,
+                scoring_ms=own_ms if pruned else 0.0,
+                moves_ms=times.get(("moves", stage), 0.0),
+                merging_ms=times[("merging", stage)],
+            )
+        )
+    return [*rows, StageTime("head", other_ms=times[("rest",)])]

@@ -1,0 +1,145 @@
+"""Where one forward pass of a window-sparse Swin spends its time: hooks that charge every moment to one label.
+
+For passes of their own: the marks cost some microseconds each, so no figure of a whole model is taken from here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsevit_cli import windows
+from sparsevit_cli.errors import ConfigError
+
+from .device import synchronize
+from .inputs import named_stages, stem_name
+from .latency import Clock
+
+Label = tuple[Any, ...]
+GATHER_SCATTER = ("flat_rows", "flatten_map", "gather_rows", "scatter_rows", "unflatten_map")
+"""Functions of `windows` that move rows, called by the sparse block."""
+
+
+class Timeline:
+    """A stack of labels; the time between two changes belongs to the label that was on top.
+
+    On a GPU the changes are CUDA events in the stream, elsewhere readings of `clock` in nanoseconds.
+    """
+
+    def __init__(self, device: torch.device, clock: Clock | None = None) -> None:
+        self._on_gpu = device.type == "cuda" and clock is None
+        self._read_ns = clock or time.perf_counter_ns
+        self._device = device
+        self._stack: list[Label] = []
+        self._moments: list[tuple[Label | None, Any]] = []
+
+    @property
+    def top(self) -> Label:
+        """The label that is being charged."""
+        return self._stack[-1]
+
+    def enter(self, label: Label) -> None:
+        """Charge what follows to `label`."""
+        self._stack.append(label)
+        self._mark(label)
+
+    def leave(self) -> None:
+        """Charge what follows to the label before."""
+        self._stack.pop()
+        self._mark(self._stack[-1] if self._stack else None)
+
+    def _mark(self, label: Label | None) -> None:
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._moments.append((label, event))
+        else:
+            synchronize(self._device)
+            self._moments.append((label, self._read_ns()))
+
+    def take_ms(self) -> dict[Label, float]:
+        """Milliseconds of every label since the last taking."""
+        assert not self._stack, "taken inside a pass"
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)
+        times: dict[Label, float] = {}
+        for (label, start), (_, end) in pairwise(self._moments):
+            if label is not None:
+                ms = start.elapsed_time(end) if self._on_gpu else (end - start) / 1e6
+                times[label] = times.get(label, 0.0) + ms
+        self._moments.clear()
+        return times
+
+
+def timed_forward(model: nn.Module, x: Tensor, timeline: Timeline) -> dict[Label, float]:
+    """Milliseconds of one forward pass per label, which add up to the whole pass.
+
+    Labels: `("stem",)`; per stage s `("merging", s)` and `("scoring", s)`, the stage's own work, which is scoring
+    and ranking; per block pair p `("pair", s, p)`, less the moves that `moves_labelled` takes out of it; and
+    `("rest",)` for what is in no other one: final norm, pooling, head.
+    """
+    timeline.enter(("rest",))
+    model(x)
+    timeline.leave()
+    return timeline.take_ms()
+
+
+@contextmanager
+def hooked(model: nn.Module, timeline: Timeline) -> Iterator[None]:
+    """Hooks on the stem, the stages, their merging and their blocks. Raises ConfigError for a compiled model."""
+    if hasattr(model, "_orig_mod"):
+        got = "a compiled model does not call its modules one by one"
+        raise ConfigError("model", got, "Measure the parts of the model before torch.compile.")
+    with ExitStack() as stack:
+        for module, label in _labelled_modules(model):
+            enter, leave = partial(_enter, timeline, label), partial(_leave, timeline)
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        yield
+
+
+@contextmanager
+def moves_labelled(timeline: Timeline) -> Iterator[None]:
+    """Charge gather and scatter to `("moves", s)`, s being the stage whose block is running."""
+    functions = {name: getattr(windows, name) for name in GATHER_SCATTER}
+    for name, function in functions.items():
+        setattr(windows, name, partial(_moving, timeline, function))
+    try:
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(windows, name, function)
+
+
+def _labelled_modules(model: nn.Module) -> Iterator[tuple[nn.Module, Label]]:
+    stem = stem_name(model)
+    if stem is not None:
+        yield model.get_submodule(stem), ("stem",)
+    for number, (_, stage) in enumerate(named_stages(model)):
+        yield stage, ("scoring", number)
+        yield stage.downsample, ("merging", number)
+        for index, block in enumerate(stage.blocks):
+            yield block, ("pair", number, index // 2)
+
+
+def _enter(timeline: Timeline, label: Label, *_: object) -> None:
+    timeline.enter(label)
+
+
+def _leave(timeline: Timeline, *_: object) -> None:
+    timeline.leave()
+
+
+def _moving(timeline: Timeline, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    _, stage, *_ = timeline.top
+    timeline.enter(("moves", stage))
+    result = function(*args, **kwargs)
+    timeline.leave()
+    return result

@@ -1,0 +1,150 @@
+"""Run folders: `<output>/<experiment>/<command>/` with what was asked, where it ran, and what came out.
+
+Nothing is overwritten in silence: a training with other settings is refused, an earlier measurement is moved to
+`earlier-001/` and the reporter says so.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .atomic import write_atomic, write_json
+from .config.loading import config_differences, dump_config, load_config
+from .config.schema import ExperimentConfig
+from .errors import CheckpointError, ConfigError, SparseViTError
+from .reporting import Reporter
+
+SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "pretrain": ("seed", "model", "data", "train"),
+    "adapt": ("seed", "model", "data", "adapt"),
+    "search": ("model", "data"),
+    "finetune": ("seed", "model", "data", "finetune"),
+    "evaluate": ("model", "data"),
+    "profile": ("model",),
+    "export": ("model",),
+    "run": ("model", "data"),
+}
+"""Sections that the result of a command depends on; a second run in the folder must agree on them."""
+
+HARMLESS = (
+    "data.workers", "data.eval_batch_size", "model.checkpoint",
+    *(f"{section}.{name}" for section in ("train", "adapt", "finetune") for name in ("save_every", "keep")),
+)  # fmt: skip
+"""Settings inside those sections that change how, but not what, is computed."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One command's folder."""
+
+    path: Path
+    command: str
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where a training saves."""
+        return self.path / "checkpoints"
+
+    @property
+    def result(self) -> Path:
+        """The final numbers, written last: a folder with it is done."""
+        return self.path / "metrics.json"
+
+    def read_result(self) -> dict[str, Any] | None:
+        """The final numbers of an earlier, finished run."""
+        return read_json(self.result) if self.result.exists() else None
+
+    def write_result(self, result: Mapping[str, object]) -> None:
+        """Write the final numbers."""
+        write_json(self.result, {"schema_version": 1, "command": self.command, **result})
+
+    def set_aside(self, names: Sequence[str], reporter: Reporter) -> None:
+        """Move earlier results called `names` into `earlier-NNN/`, and say so."""
+        present = [self.path / name for name in names if (self.path / name).exists()]
+        if not present:
+            return
+        number = 1 + len(list(self.path.glob("earlier-*")))
+        target = self.path / f"earlier-{number:03d}"
+        target.mkdir()
+        for path in present:
+            path.rename(target / path.name)
+        reporter.say(f"{self.command}: the earlier result is kept in {target}")
+
+
+def open_run(
+    config: ExperimentConfig,
+    command: str,
+    *,
+    argv: Sequence[str],
+    environment: Mapping[str, object],
+    fresh: bool,
+    reporter: Reporter,
+) -> RunFolder:
+    """Make or re-open the folder of `command`; saves config.yaml, env.json and command.txt.
+
+    `fresh` moves an existing folder aside. Raises ConfigError where the folder holds a run with other settings.
+    """
+    path = Path(config.output) / config.experiment / command
+    if fresh and path.exists():
+        number = 1 + len(list(path.parent.glob(f"{command}.old-*")))
+        path.rename(aside := path.with_name(f"{command}.old-{number:03d}"))
+        reporter.say(f"{command}: the earlier run is kept in {aside}")
+    saved = path / "config.yaml"
+    if saved.exists():
+        _refuse_other_settings(load_config(saved), config, command, path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("output", f"cannot make {path}: {error.strerror}", "Give a folder you may write.") from error
+    write_atomic(saved, dump_config(config))
+    write_json(path / "env.json", environment)
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {shlex.join(argv)}\n"
+    with (path / "command.txt").open("a", encoding="utf-8") as file:
+        file.write(line)
+    return RunFolder(path, command)
+
+
+def _refuse_other_settings(old: ExperimentConfig, new: ExperimentConfig, command: str, path: Path) -> None:
+    sections = SECTIONS[command]
+    differing = [
+        line
+        for line in config_differences(old, new, ignore=HARMLESS)
+        if line.split(":", 1)[0].split(".", 1)[0] in sections
+    ]
+    if differing:
+        got = f"it holds a run with other settings: {'; '.join(differing[:10])}"
+        raise ConfigError(str(path), got, "Choose a name (--set experiment=NAME), or --fresh to set it aside.")
+
+
+def find_result(config: ExperimentConfig, command: str, needed_by: str) -> RunFolder:
+    """Folder of an earlier command. Raises CheckpointError that says what to type where there is none."""
+    folder = RunFolder(Path(config.output) / config.experiment / command, command)
+    if not folder.result.exists():
+        raise missing_result(folder, needed_by)
+    return folder
+
+
+def missing_result(folder: RunFolder, needed_by: str) -> SparseViTError:
+    """What to type first."""
+    state = "has not finished" if folder.path.exists() else "was not run"
+    got = f"`sparsevit {folder.command}` {state} ({folder.result} is missing)"
+    return CheckpointError(needed_by, got, f"Type: sparsevit {folder.command}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object written by us. Raises CheckpointError where it is damaged."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            str(path), f"it cannot be read: {error}", "Run the command that makes it again."
+        ) from error
+    if not isinstance(document, dict):
+        raise CheckpointError(str(path), "it holds no JSON object", "Run the command that makes it again.")
+    return document

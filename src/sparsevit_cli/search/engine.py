@@ -1,0 +1,150 @@
+"""search_sparsity: feasibility first, then generations of candidates, each evaluated at most once."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, get_args
+
+from sparsevit_cli.errors import BudgetError, ConfigError, NonFiniteError
+from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
+
+from .budget import FIELD, Budget, Cost, format_cost
+from .evolution import Evolution
+from .feasible import FeasibleSpace
+from .random_search import RandomSearch
+from .results import Evaluation, Progress, SearchResult, best_first, rank
+
+StrategyName = Literal["evolution", "random"]
+Evaluate = Callable[[SparsityConfig], float]
+
+POPULATION, GENERATIONS, MUTATION = 100, 20, 0.1
+"""The authors' settings; their 25 parents are a quarter of the population."""
+
+
+class Known(Protocol):
+    """Metrics paid for earlier: a ledger, or a plain dict."""
+
+    def get(self, config: SparsityConfig, /) -> float | None:
+        """Metric of `config`, or None."""
+
+
+class Strategy(Protocol):
+    """Where candidates come from."""
+
+    def propose(self, feasible: FeasibleSpace, generation: int, ranked: Sequence[Evaluation]) -> list[SparsityConfig]:
+        """Distinct feasible candidates outside `ranked` (all earlier evaluations, best first); empty at the end."""
+
+
+def search_sparsity(
+    space: SearchSpace,
+    evaluate: Evaluate,
+    cost: Cost,
+    budget: Budget,
+    *,
+    strategy: StrategyName = "evolution",
+    seed: int = 0,
+    max_evaluations: int | None = None,
+    population: int | None = None,
+    parents: int | None = None,
+    generations: int = GENERATIONS,
+    mutation: float = MUTATION,
+    constraints: Sequence[tuple[Cost, Budget]] = (),
+    known: Known | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> SearchResult:
+    """The configuration of `space` with the best `evaluate` (higher is better) whose `cost` is within `budget`.
+
+    `constraints` are further (cost, budget) pairs that must hold too. `known` is asked before `evaluate`.
+    At most population * (generations + 1) configurations are asked for, or `max_evaluations` if that is less; known
+    ones count, so that a search that was stopped and resumed equals the straight one. Defaults: population 100, or a
+    fifth of `max_evaluations` where that is less (a population as large as the cap would never breed); parents
+    a quarter of the population.
+
+    Deterministic in `seed`. Where dense is within budget it is evaluated alone and returned. Raises BudgetError
+    where no configuration is within budget (before anything is evaluated), NonFiniteError for a metric or cost that
+    is not finite, ConfigError for a setting; what `evaluate` raises passes through.
+    """
+    if population is None:
+        population = min(POPULATION, max(2, (max_evaluations or 5 * POPULATION) // 5))
+    if parents is None:
+        parents = max(1, population // 4)
+    _check_settings(population, parents, generations, mutation, max_evaluations)
+    chosen = _strategy(strategy, seed, population, parents, mutation)
+    feasible = FeasibleSpace(space, ((cost, budget), *constraints))
+
+    feasible.check_reachable()
+    dense_fits = space.dense in feasible
+    if dense_fits:
+        generations = 0
+    total = 1 if dense_fits else min(population * (generations + 1), max_evaluations or sys.maxsize)
+
+    history: list[Evaluation] = []
+    for generation in range(generations + 1):
+        candidates = [space.dense] if dense_fits else chosen.propose(feasible, generation, best_first(history))
+        for config in candidates[: total - len(history)]:
+            metric, cached = _metric(config, evaluate, known)
+            history.append(Evaluation(config, metric, feasible.cost(config), generation, cached))
+            if on_progress is not None:
+                on_progress(_progress(history, feasible.infeasible, generations, total))
+        if not candidates or len(history) == total:
+            break
+    if not history:
+        limits = " and ".join(str(each) for _, each in ((cost, budget), *constraints))
+        got = f"no configuration was found within {limits} at once"
+        raise BudgetError(FIELD[budget.metric], got, "Raise one of the budgets.")
+
+    best = min(history, key=rank)
+    note = ""
+    if dense_fits:
+        note = f"dense is within budget ({format_cost(best.cost, budget.metric)} <= {budget}): nothing to prune"
+    elif strategy == "evolution" and total <= population:
+        note = f"{total} evaluations do not exceed the population of {population}: nothing was bred"
+    paid = sum(not evaluation.cached for evaluation in history)
+    return SearchResult(best.config, best.metric, best.cost, tuple(history), feasible.infeasible, paid, note)
+
+
+def _metric(config: SparsityConfig, evaluate: Evaluate, known: Known | None) -> tuple[float, bool]:
+    paid = known.get(config) if known is not None else None
+    metric = float(evaluate(config)) if paid is None else float(paid)
+    if not math.isfinite(metric):
+        got = f"the metric is {metric}"
+        raise NonFiniteError(f"candidate {config}", got, "Check the weights and the data, or search with fp32.")
+    return metric, paid is not None
+
+
+def _progress(history: Sequence[Evaluation], infeasible: int, generations: int, total: int) -> Progress:
+    return Progress(
+        generation=history[-1].generation,
+        generations=generations,
+        asked=len(history),
+        total=total,
+        cached=sum(evaluation.cached for evaluation in history),
+        infeasible=infeasible,
+        best=min(history, key=rank),
+        last=history[-1],
+    )
+
+
+def _strategy(name: str, seed: int, population: int, parents: int, mutation: float) -> Strategy:
+    if name == "evolution":
+        return Evolution(seed, population, parents, mutation)
+    if name == "random":
+        return RandomSearch(seed, population)
+    raise ConfigError("search.strategy", f"{name!r}; allowed are {' and '.join(get_args(StrategyName))}", "Choose one.")
+
+
+def _check_settings(
+    population: int, parents: int, generations: int, mutation: float, max_evaluations: int | None
+) -> None:
+    checks = (
+        ("population", population, population >= 2, "at least 2"),
+        ("parents", parents, 1 <= parents <= population, f"1 to the population, {population}"),
+        ("generations", generations, generations >= 0, "at least 0"),
+        ("mutation", mutation, 0 <= mutation <= 1, "0 to 1"),
+        ("max_evaluations", max_evaluations, max_evaluations is None or max_evaluations >= 1, "at least 1"),
+    )
+    for name, value, valid, allowed in checks:
+        if not valid:
+            raise ConfigError(f"search.{name}", f"{value}; allowed is {allowed}", "Change it.")

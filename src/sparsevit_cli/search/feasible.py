@@ -1,0 +1,124 @@
+"""The part of a search space that meets every budget, drawn from with bounded effort."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from functools import cache, cached_property
+from random import Random
+
+from sparsevit_cli.errors import NonFiniteError
+from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
+
+from .budget import Budget, Cost, check_reachable
+
+Breed = Callable[[Random], SparsityConfig]
+
+TRIES = 50
+"""Draws per way of drawing before the next way is tried."""
+ENUMERABLE = 10_000
+"""Spaces up to this size are enumerated when drawing finds nothing new."""
+
+
+class FeasibleSpace:
+    """Configurations of `space` within all `constraints`: (cost function, budget) pairs, the first one leading.
+
+    Every configuration is judged by its own cost; nothing is inferred from a neighbour's. Costs are asked for once
+    per configuration.
+    """
+
+    def __init__(self, space: SearchSpace, constraints: Sequence[tuple[Cost, Budget]]) -> None:
+        self.space = space
+        self._constraints = [(cache(_finite(cost)), budget) for cost, budget in constraints]
+        self._verdicts: dict[SparsityConfig, bool] = {}
+        self.infeasible = 0
+        """Distinct configurations judged so far that exceed a budget."""
+
+    def cost(self, config: SparsityConfig) -> float:
+        """Cost under the leading constraint."""
+        return self._constraints[0][0](config)
+
+    def __contains__(self, config: SparsityConfig) -> bool:
+        if config not in self._verdicts:
+            self._verdicts[config] = all(budget.allows(cost(config)) for cost, budget in self._constraints)
+            self.infeasible += not self._verdicts[config]
+        return self._verdicts[config]
+
+    def check_reachable(self) -> None:
+        """Raise BudgetError where a budget is out of reach; asks for the costs of dense and sparsest alone."""
+        for cost, budget in self._constraints:
+            check_reachable(budget, cost(self.space.dense), cost(self.space.sparsest))
+
+    def draw(self, rng: Random, seen: AbstractSet[SparsityConfig], breed: Breed | None = None) -> SparsityConfig | None:
+        """A feasible configuration outside `seen`, or None where none was found.
+
+        Bred, if `breed` is given; else by rejection sampling; else from the whole space where it can be
+        enumerated, or by walking a sample towards the sparsest configuration where it cannot.
+        """
+        for propose in (breed, self.space.sample):
+            for _ in range(TRIES if propose else 0):
+                config = propose(rng)  # type: ignore[misc]
+                if config not in seen and config in self:
+                    return config
+        if self.space.size <= ENUMERABLE:
+            unseen = [config for config in self._all if config not in seen]
+            return rng.choice(unseen) if unseen else None
+        for _ in range(TRIES):
+            config = self._walk_to_sparsest(self.space.sample(rng), rng)
+            if config not in seen and config in self:
+                return config
+        return None
+
+    def fill(
+        self,
+        rngs: Sequence[Random],
+        seen: AbstractSet[SparsityConfig],
+        breed: Sequence[Breed] | None = None,
+    ) -> list[SparsityConfig]:
+        """Distinct feasible configurations outside `seen`, one per generator; fewer where the space runs out."""
+        population: list[SparsityConfig] = []
+        taken = set(seen)
+        for slot, rng in enumerate(rngs):
+            config = self.draw(rng, taken, breed[slot] if breed else None)
+            if config is None:
+                break
+            population.append(config)
+            taken.add(config)
+        return population
+
+    @cached_property
+    def _all(self) -> list[SparsityConfig]:
+        return [config for config in self.space if config in self]
+
+    def _walk_to_sparsest(self, config: SparsityConfig, rng: Random) -> SparsityConfig:
+        """A stop on a random path that raises one gene by one tenth at a time; found by bisection.
+
+        Feasible wherever the sparsest configuration is: a stop is returned only if it was tested, or is the last.
+        """
+        steps = [
+            (stage, pair)
+            for stage, genes in enumerate(config.tenths)
+            for pair, tenths in enumerate(genes)
+            for _ in range(self.space.max_tenths - tenths)
+        ]
+        rng.shuffle(steps)
+
+        def stop(count: int) -> SparsityConfig:
+            genes = [list(stage) for stage in config.tenths]
+            for stage, pair in steps[:count]:
+                genes[stage][pair] += 1
+            return self.space.repair(genes)
+
+        return stop(bisect_left(range(len(steps)), True, key=lambda count: stop(count) in self))
+
+
+def _finite(cost: Cost) -> Cost:
+    def checked(config: SparsityConfig) -> float:
+        value = float(cost(config))
+        if not math.isfinite(value):
+            raise NonFiniteError(f"cost of candidate {config}", str(value), "Check the cost function or latency table.")
+        return value
+
+    return checked

@@ -1,0 +1,146 @@
+"""Latency of any configuration as a sum of measured parts. Measuring is done elsewhere; this is the arithmetic."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
+from sparsevit_cli.sparsity import SparsityConfig
+
+Measured = Sequence[tuple[SparsityConfig, float]]
+"""Configurations with their measured milliseconds per batch."""
+
+FORMAT = "sparsevit-latency-table-1"
+
+
+@dataclass(frozen=True)
+class TableError:
+    """Relative error of predictions against `n` measurements (0.01 is 1 %), mean and largest of the magnitudes."""
+
+    mean: float
+    largest: float
+    n: int
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds per batch on one device, part by part.
+
+    `base_ms`: everything outside the blocks. `pair_ms[stage][pair][tenths]`: both blocks of a pair at that ratio.
+    `overhead_ms[stage]`: scoring and ranking, added once where any pair of the stage is pruned.
+    `identity`: what the numbers hold for (device, batch, image size, dtype, versions ...), plain JSON values.
+    Raises ConfigError for shapes or numbers that cannot be.
+    """
+
+    base_ms: float
+    pair_ms: tuple[tuple[tuple[float, ...], ...], ...]
+    overhead_ms: tuple[float, ...]
+    identity: Mapping[str, Any] = field(hash=False)
+
+    def __post_init__(self) -> None:
+        pair_ms = tuple(tuple(tuple(float(ms) for ms in pair) for pair in stage) for stage in self.pair_ms)
+        object.__setattr__(self, "pair_ms", pair_ms)
+        object.__setattr__(self, "base_ms", float(self.base_ms))
+        object.__setattr__(self, "overhead_ms", tuple(float(ms) for ms in self.overhead_ms))
+        object.__setattr__(self, "identity", json.loads(json.dumps(dict(self.identity))))  # as it will be read back
+        if len(self.overhead_ms) != len(pair_ms) or not pair_ms or not all(pair_ms):
+            got = f"{len(pair_ms)} stages and {len(self.overhead_ms)} overheads; every stage needs one, and its pairs"
+            raise ConfigError("latency table", got, "Measure it again.")
+        entries = [len(pair) for stage in pair_ms for pair in stage]
+        if not min(entries) or len(set(entries)) != 1:
+            got = f"{min(entries)} to {max(entries)} ratios per pair; every pair needs the same ones, from 0 up"
+            raise ConfigError("latency table", got, "Measure it again.")
+        numbers = [self.base_ms, *self.overhead_ms, *(ms for stage in pair_ms for pair in stage for ms in pair)]
+        if not all(math.isfinite(ms) for ms in numbers):
+            raise ConfigError("latency table", "an entry is not finite", "Measure it again.")
+
+    @property
+    def max_tenths(self) -> int:
+        """Largest ratio in the table, in tenths."""
+        return len(self.pair_ms[0][0]) - 1
+
+    def predict(self, config: SparsityConfig) -> float:
+        """Milliseconds per batch. Raises ConfigError for a configuration of another model or outside the table."""
+        pairs = tuple(len(stage) for stage in self.pair_ms)
+        if config.pairs != pairs or max(map(max, config.tenths)) > self.max_tenths:
+            got = f"{config} has no entry; the table holds block pairs {list(pairs)}, ratios to {self.max_tenths / 10}"
+            raise ConfigError("latency table", got, "Measure a table for this model.")
+        total = self.base_ms
+        for stage_ms, overhead_ms, stage in zip(self.pair_ms, self.overhead_ms, config.tenths, strict=True):
+            total += sum(pair_ms[tenths] for pair_ms, tenths in zip(stage_ms, stage, strict=True))
+            total += overhead_ms if any(stage) else 0.0
+        return total
+
+    def fit_error(self, measured: Measured) -> TableError:
+        """Error against measurements that the table was not made of. Raises MeasurementError where there are none."""
+        _check_measured(measured)
+        errors = [abs(self.predict(config) - ms) / ms for config, ms in measured]
+        return TableError(math.fsum(errors) / len(errors), max(errors), len(errors))
+
+    def calibrated(self, measured: Measured) -> LatencyTable:
+        """This table with one scale and one offset (least squares), which removes the bias of parts timed alone.
+
+        Hand in other configurations than those `fit_error` will be told on. With a single distinct prediction only
+        the offset is fitted. Raises MeasurementError where measured latency falls as predicted latency rises.
+        """
+        _check_measured(measured)
+        predicted = [self.predict(config) for config, _ in measured]
+        mean_predicted = math.fsum(predicted) / len(measured)
+        mean_measured = math.fsum(ms for _, ms in measured) / len(measured)
+        spread = math.fsum((p - mean_predicted) ** 2 for p in predicted)
+        scale = 1.0
+        if spread > 1e-18 * mean_predicted**2 * len(measured):
+            pairs = zip(predicted, measured, strict=True)
+            scale = math.fsum((p - mean_predicted) * (ms - mean_measured) for p, (_, ms) in pairs) / spread
+        if scale <= 0:
+            got = f"measured latency does not rise with the prediction over {len(measured)} configurations"
+            raise MeasurementError("latency table", got, "Measure longer (search.seconds) or on an idle machine.")
+        return replace(
+            self,
+            base_ms=scale * self.base_ms + mean_measured - scale * mean_predicted,
+            pair_ms=tuple(tuple(tuple(scale * ms for ms in pair) for pair in stage) for stage in self.pair_ms),
+            overhead_ms=tuple(scale * ms for ms in self.overhead_ms),
+        )
+
+    def check_identity(self, other: Mapping[str, Any]) -> None:
+        """Raise CheckpointError naming the differing fields where the table was measured under another identity."""
+        here = json.loads(json.dumps(dict(other)))
+        fields = sorted(name for name in {*self.identity, *here} if self.identity.get(name) != here.get(name))
+        if fields:
+            told = "; ".join(f"{name} {self.identity.get(name)!r} there, {here.get(name)!r} here" for name in fields)
+            raise CheckpointError("latency table", f"measured for something else: {told}", "Measure one here.")
+
+    def to_json(self) -> str:
+        """The table with a checksum, exact to the bit."""
+        table = asdict(self)
+        return json.dumps({"format": FORMAT, "sha256": _checksum(table), "table": table}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "latency table") -> LatencyTable:
+        """Table from `to_json`; `where` names the file in messages. Raises CheckpointError where it is damaged."""
+        try:
+            document = json.loads(text)
+            if not isinstance(document, dict) or document.get("format") != FORMAT:
+                raise ValueError(f"expected format {FORMAT}")
+            table = document["table"]
+            if document["sha256"] != _checksum(table):
+                raise ValueError("the checksum does not match")
+            return cls(**table)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            got = f"damaged or not a latency table ({type(error).__name__}: {error})"
+            raise CheckpointError(where, got, "Measure it again.") from error
+
+
+def _checksum(table: object) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _check_measured(measured: Measured) -> None:
+    if not measured or not all(math.isfinite(ms) and ms > 0 for _, ms in measured):
+        got = f"{len(measured)} measurements; at least one is needed, each positive and finite"
+        raise MeasurementError("latency table", got, "Measure again.")

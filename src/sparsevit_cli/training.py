@@ -1,0 +1,428 @@
+"""ONE training loop. Dense training, adaptation and finetuning differ only in their sparsity schedule.
+
+Every random draw is a function of (seed, purpose, step), so a resumed run equals the straight one to the bit:
+order of samples, augmentation, sparsity, dropout and mixup need no saved state.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from .checkpoints import latest_checkpoint, load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
+from .config.schema import LoopSection, Phase
+from .data.loader import Batch, train_batches
+from .data.source import ImageSource
+from .errors import CheckpointError, ConfigError, NonFiniteError, ResourceError
+from .models import set_img_size
+from .reporting import Progress, Reporter
+from .schedule import SparsitySchedule
+from .stopping import StopRequest
+from .swin import set_sparsity
+from .tasks.classification import classification_loss, distillation_loss, shrink
+
+AMP_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_BAD_STEPS = 3
+"""Non-finite fp16 steps in a row before training ends; the loss scaler needs a few to settle."""
+MAX_MEMORY_RETRIES = 6
+"""Times that a step may halve its micro-batch after running out of memory."""
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """Steps `first_step` ... `first_step + steps - 1` at one image size and learning rate."""
+
+    img_size: tuple[int, int]
+    first_step: int
+    steps: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What happens when: a pure function of the configuration and the number of training images."""
+
+    phases: tuple[PhasePlan, ...]
+    steps_per_epoch: int
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.phases[-1].first_step + self.phases[-1].steps
+
+    def phase(self, step: int) -> PhasePlan:
+        """The phase that `step` belongs to."""
+        return next(phase for phase in self.phases if step < phase.first_step + phase.steps)
+
+    def is_due(self, step: int, every_epochs: float) -> bool:
+        """True after each `every_epochs` epochs' worth of steps, and at the end of the training."""
+        every = max(1, round(every_epochs * self.steps_per_epoch))
+        return step % every == 0 or step == self.total_steps
+
+
+def plan_training(
+    section: LoopSection, num_samples: int, img_size: tuple[int, int], curriculum: tuple[Phase, ...] = ()
+) -> TrainingPlan:
+    """Lay out the phases; without a curriculum one phase at `img_size` for `section.epochs`."""
+    steps_per_epoch = max(1, num_samples // section.batch_size)
+    wanted = [((p.img_size, p.img_size), p.epochs, p.lr or section.lr) for p in curriculum]
+    phases, first = [], 0
+    for size, epochs, lr in wanted or [(img_size, section.epochs, section.lr)]:
+        steps = max(1, round(epochs * steps_per_epoch))
+        phases.append(PhasePlan(size, first, steps, lr))
+        first += steps
+    return TrainingPlan(tuple(phases), steps_per_epoch)
+
+
+class Validate(Protocol):
+    """Metrics of a model on the validation data, at fixed configurations; `top1` decides which is best."""
+
+    def __call__(self, model: nn.Module, img_size: tuple[int, int]) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Everything a training needs. `model` is changed in place; it must already be sparse (ratio 0 for dense)."""
+
+    kind: str
+    model: nn.Module
+    section: LoopSection
+    schedule: SparsitySchedule
+    plan: TrainingPlan
+    source: ImageSource
+    validate: Validate
+    checkpoints: Path
+    device: torch.device
+    seed: int
+    num_classes: int
+    workers: int = 0
+    teacher: nn.Module | None = None
+    distill: float = 0.0
+    temperature: float = 1.0
+    downscale: bool = False
+    """Images are read at the source's own size and shrunk to the plan's (the dense rival at a lower resolution)."""
+    identity: Mapping[str, object] = field(default_factory=dict)
+    """What a checkpoint must agree with to be resumed: data fingerprint, classes, start weights, settings."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The end of a training: the last checkpoint, and one row of metrics per validation."""
+
+    checkpoint: Path
+    history: tuple[Mapping[str, float], ...]
+    resumed_from: int | None
+    """Step at which this process took over, None for a start from the beginning."""
+    seconds: float
+
+
+def train(
+    job: TrainingJob,
+    reporter: Reporter,
+    stop: StopRequest,
+    on_row: Callable[[tuple[Mapping[str, float], ...]], None] = lambda rows: None,
+) -> TrainingResult:
+    """Train to the end of the plan, from the newest whole checkpoint where there is one.
+
+    Raises NonFiniteError (weights as before the bad step), ResourceError, CheckpointError for a checkpoint of
+    another run, StoppedError after a signal once a checkpoint is saved.
+    """
+    began = time.monotonic()
+    run = _Run(job, reporter)
+    resumed_from = run.resume()
+    total = job.plan.total_steps
+    with reporter.progress(job.kind, total) as progress:
+        progress.advance(run.step)
+        while run.step < total:
+            run.train_until_event(stop, progress)
+            due = job.plan.is_due(run.step, job.section.eval_every)
+            if due:
+                run.validate(time.monotonic() - began)
+                on_row(tuple(run.history))
+            if stop.requested or job.plan.is_due(run.step, job.section.save_every):
+                run.save(best=due and run.is_best())
+            stop.check(job.kind, f"step {run.step} of {total} is saved")
+    newest = latest_checkpoint(job.checkpoints, reporter.warn)
+    assert newest is not None, "the last step always saves"
+    return TrainingResult(newest, tuple(run.history), resumed_from, time.monotonic() - began)
+
+
+class _Run:
+    """The mutable state of one training: step, optimizer, scaler, EMA and the rows so far."""
+
+    def __init__(self, job: TrainingJob, reporter: Reporter) -> None:
+        self.job, self.reporter = job, reporter
+        section = job.section
+        self.model = job.model.to(job.device)
+        self.optimizer = create_optimizer_v2(
+            self.model,
+            opt=section.optimizer,
+            lr=section.lr,
+            weight_decay=section.weight_decay,
+            layer_decay=section.layer_decay,
+        )
+        self.ema = ModelEmaV3(self.model, decay=section.ema_decay, use_warmup=True) if section.ema_decay else None
+        self.scaler = torch.amp.GradScaler(job.device.type, enabled=section.precision == "fp16")
+        self.mixup = (
+            Mixup(section.mixup, section.cutmix, label_smoothing=section.label_smoothing, num_classes=job.num_classes)
+            if section.mixup or section.cutmix
+            else None
+        )
+        self.lr_of_phase = {phase: self._scheduler(phase) for phase in job.plan.phases}
+        self.step = 0
+        self.history: list[Mapping[str, float]] = []
+        self.losses: list[float] = []
+        self.accumulation = section.accumulation
+        self.bad_steps = 0
+
+    # -- learning rate ------------------------------------------------------------------------------------------
+
+    def _scheduler(self, phase: PhasePlan) -> Any:
+        """timm's scheduler over the steps of `phase`; its value is a function of the step alone."""
+        section = self.job.section
+        if section.schedule == "constant":
+            sched: dict[str, Any] = {"sched": "step", "decay_epochs": phase.steps + 1, "decay_rate": 1.0}
+        else:
+            sched = {"sched": {"cosine": "cosine", "linear": "poly"}[section.schedule], "min_lr": section.min_lr}
+            sched |= {"decay_rate": 1.0} if section.schedule == "linear" else {}
+        for group in self.optimizer.param_groups:
+            group["lr"] = phase.lr
+            group.pop("initial_lr", None)
+        scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            num_epochs=phase.steps,
+            warmup_epochs=min(phase.steps - 1, round(section.warmup_epochs * self.job.plan.steps_per_epoch)),
+            warmup_lr=min(section.min_lr, phase.lr),
+            step_on_epochs=False,
+            updates_per_epoch=1,
+            **sched,
+        )
+        return scheduler
+
+    # -- steps --------------------------------------------------------------------------------------------------
+
+    def train_until_event(self, stop: StopRequest, progress: Progress) -> None:
+        """Step until a validation or checkpoint is due, the images change, or a signal arrives."""
+        plan, section = self.job.plan, self.job.section
+        phase = plan.phase(self.step)
+        self._set_size(phase.img_size)
+        for batch in self._batches(phase):
+            self._step(batch, phase)
+            self.step += 1
+            progress.advance(1, loss=f"{self.losses[-1]:.3f}", size=phase.img_size[0])
+            if (
+                stop.requested
+                or plan.is_due(self.step, section.eval_every)
+                or plan.is_due(self.step, section.save_every)
+            ):
+                return
+            if self.step == phase.first_step + phase.steps:
+                return
+
+    def _set_size(self, img_size: tuple[int, int]) -> None:
+        """Make model, EMA and teacher take the images of this phase; parameters stay the optimizer's."""
+        before = list(map(id, self.model.parameters()))
+        for model in (self.model, self.ema.module if self.ema is not None else None, self.job.teacher):
+            if model is not None and model.patch_embed.img_size != img_size:  # type: ignore[union-attr]
+                set_img_size(model, img_size)
+        if list(map(id, self.model.parameters())) != before:
+            got = (
+                f"at {img_size[0]}x{img_size[1]} pixels a map is smaller than its window, and timm changes the weights"
+            )
+            raise ConfigError("train.curriculum", got, "Set model.always_partition: true, or use larger images.")
+
+    def _batches(self, phase: PhasePlan) -> Iterator[Batch]:
+        """Batches from the current step to the end of its epoch."""
+        epoch, start = divmod(self.step, self.job.plan.steps_per_epoch)
+        source = self.job.source if self.job.downscale else self.job.source.with_image_size(phase.img_size)
+        return train_batches(
+            source,
+            batch_size=min(self.job.section.batch_size, len(source)),
+            seed=self.job.seed,
+            epoch=epoch,
+            start=start,
+            workers=self.job.workers,
+        )
+
+    def _step(self, batch: Batch, phase: PhasePlan) -> None:
+        job, section = self.job, self.job.section
+        set_sparsity(self.model, job.schedule.at(self.step))
+        self.lr_of_phase[phase].step_update(self.step - phase.first_step)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._backward_with_retries(batch, phase)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), section.clip_grad or math.inf)
+        if not (math.isfinite(loss) and torch.isfinite(norm)):
+            self._refuse_step(batch, loss, float(norm))
+        else:
+            self.bad_steps = 0
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+        self.losses.append(loss)
+
+    def _backward_with_retries(self, batch: Batch, phase: PhasePlan) -> float:
+        """Forward and backward of a step; out of memory halves the micro-batch, the step stays the same."""
+        for _ in range(MAX_MEMORY_RETRIES + 1):
+            try:
+                return self._backward(batch, phase)
+            except (torch.OutOfMemoryError, MemoryError):
+                self.optimizer.zero_grad(set_to_none=True)
+                micro = math.ceil(len(batch.labels) / self.accumulation)
+                if micro == 1:
+                    break
+                self.accumulation *= 2
+                self.reporter.warn(f"out of memory at micro-batch {micro}: going on with {math.ceil(micro / 2)}")
+                if self.job.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        got = f"step {self.step} runs out of memory at micro-batch {math.ceil(len(batch.labels) / self.accumulation)}"
+        raise ResourceError(f"{self.job.kind}.batch_size", got, "Lower batch_size, or turn grad_checkpointing on.")
+
+    def _backward(self, batch: Batch, phase: PhasePlan) -> float:
+        torch.manual_seed(self._draw("step"))  # dropout and stochastic depth of this step
+        images, target = batch.images.to(self.job.device), batch.labels.to(self.job.device)
+        if self.mixup is not None:
+            np.random.seed(self._draw("mixup"))  # timm's Mixup draws from numpy's global generator
+            even = len(images) // 2 * 2
+            images, target = self.mixup(images[:even], target[:even])
+        images = shrink(images, phase.img_size)
+        micro = math.ceil(len(images) / self.accumulation)
+        total = 0.0
+        for first in range(0, len(images), micro):
+            part, part_target = images[first : first + micro], target[first : first + micro]
+            with self._autocast():
+                loss = self._loss(part, part_target) * (len(part) / len(images))
+            self.scaler.scale(loss).backward()
+            total += loss.item()
+        return total
+
+    def _loss(self, images: Tensor, target: Tensor) -> Tensor:
+        logits = self.model(images)
+        loss = classification_loss(logits, target, self.job.section.label_smoothing)
+        if self.job.teacher is None or not self.job.distill:
+            return loss
+        with torch.no_grad():
+            teacher_logits = self.job.teacher(images)
+        distilled = distillation_loss(logits, teacher_logits, self.job.temperature)
+        return (1 - self.job.distill) * loss + self.job.distill * distilled
+
+    def _autocast(self) -> Any:
+        dtype = AMP_DTYPE.get(self.job.section.precision)
+        return torch.autocast(self.job.device.type, dtype) if dtype else nullcontext()
+
+    def _draw(self, purpose: str) -> int:
+        """A 32-bit seed that is a function of (seed, purpose, step)."""
+        words = np.random.SeedSequence([self.job.seed, self.step, *purpose.encode()]).generate_state(1)
+        return int(words[0])
+
+    def _refuse_step(self, batch: Batch, loss: float, norm: float) -> None:
+        """Leave the weights as they are; end the training at once, in fp16 after a few in a row."""
+        self.bad_steps += 1
+        if self.scaler.is_enabled() and self.bad_steps < MAX_BAD_STEPS:
+            self.scaler.step(self.optimizer)  # skips itself, and remembers to lower its scale
+            return
+        names = ", ".join(self.job.source.sample_name(int(i)) for i in batch.indices[:5])
+        lr = self.optimizer.param_groups[0]["lr"]
+        got = (
+            f"loss {loss} and gradient norm {norm} at step {self.step}, lr {lr:.3g}, "
+            f"sparsity {self.job.schedule.at(self.step)}, files {names}"
+        )
+        raise NonFiniteError(self.job.kind, got, f"Lower {self.job.kind}.lr, or train in fp32; the weights are kept.")
+
+    # -- validation and checkpoints -----------------------------------------------------------------------------
+
+    def validate(self, seconds: float) -> None:
+        """Append one row of metrics, of the EMA weights where they are kept."""
+        model = self.ema.module if self.ema is not None else self.model
+        size = self.job.plan.phase(min(self.step, self.job.plan.total_steps) - 1).img_size
+        self._set_size(size)
+        metrics = self.job.validate(model, size)
+        row: dict[str, float] = {
+            "step": self.step,
+            "epoch": round(self.step / self.job.plan.steps_per_epoch, 3),
+            "img_size": size[0],
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": sum(self.losses) / max(1, len(self.losses)),
+            "seconds": round(seconds, 1),
+        }
+        self.losses = self.losses[-1:]
+        self.history.append(row | dict(metrics))
+
+    def is_best(self) -> bool:
+        """True where the newest row has the best top1 of all rows at its image size."""
+        newest = self.history[-1]
+        rivals = [row["top1"] for row in self.history if row["img_size"] == newest["img_size"]]
+        return newest["top1"] >= max(rivals)
+
+    def save(self, *, best: bool) -> None:
+        """Write a whole checkpoint of the current step."""
+        optimizer_tensors, optimizer_state = pack_optimizer(self.optimizer.state_dict())
+        tensors: dict[str, Mapping[str, Tensor]] = {
+            "model": self.model.state_dict(), "optimizer": optimizer_tensors,
+        }  # fmt: skip
+        if self.ema is not None:
+            tensors["ema"] = self.ema.module.state_dict()
+        state = {
+            "kind": self.job.kind,
+            "step": self.step,
+            "total_steps": self.job.plan.total_steps,
+            "seed": self.job.seed,
+            "optimizer": optimizer_state,
+            "scaler": self.scaler.state_dict(),
+            "losses": self.losses,
+            "history": self.history,
+            "accumulation": self.accumulation,
+            "identity": dict(self.job.identity),
+        }
+        save_checkpoint(
+            self.job.checkpoints, self.step, tensors, state,
+            keep=self.job.section.keep, best=best, warn=self.reporter.warn,
+        )  # fmt: skip
+
+    def resume(self) -> int | None:
+        """Take over the newest whole checkpoint; returns its step, None where there is none."""
+        newest = latest_checkpoint(self.job.checkpoints, self.reporter.warn)
+        if newest is None:
+            return None
+        saved = load_checkpoint(newest, device="cpu")
+        self._refuse_another_run(newest, saved.state.get("identity"))
+        self.model.load_state_dict(saved.tensors["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved.tensors["ema"])
+        optimizer_state: Any = saved.state["optimizer"]
+        self.optimizer.load_state_dict(unpack_optimizer(saved.tensors["optimizer"], optimizer_state))
+        scaler_state: Any = saved.state["scaler"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(scaler_state)
+        history: Any = saved.state["history"]
+        losses: Any = saved.state["losses"]
+        accumulation: Any = saved.state["accumulation"]
+        self.history, self.losses, self.accumulation = list(history), list(losses), int(accumulation)
+        self.step = saved.step
+        if self.step < self.job.plan.total_steps:
+            self.reporter.say(f"{self.job.kind}: going on from step {self.step} of {self.job.plan.total_steps}")
+        return self.step
+
+    def _refuse_another_run(self, path: Path, identity: object) -> None:
+        saved = identity if isinstance(identity, Mapping) else {}
+        wanted = dict(self.job.identity)
+        differing = [key for key in wanted if saved.get(key) != wanted[key]]
+        if differing:
+            key = differing[0]
+            got = f"it was made with another {', '.join(differing)} ({key}: {saved.get(key)!r}, now {wanted[key]!r})"
+            raise CheckpointError(str(path), got, "Use another experiment name, or --fresh to start anew.")

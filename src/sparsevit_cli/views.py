@@ -1,0 +1,139 @@
+"""Results as tables and lines on stdout. Each function takes the frozen result of one workflow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .console import print_lines, print_table
+
+if TYPE_CHECKING:
+    from .workflows.evaluate import EvaluateSummary
+    from .workflows.export import ExportSummary
+    from .workflows.pipeline import PipelineSummary
+    from .workflows.profile import ProfileReport
+    from .workflows.search import SearchSummary
+    from .workflows.training import TrainingSummary
+
+NEXT = {
+    "pretrain": "sparsevit adapt",
+    "adapt": "sparsevit search --budget-latency 70%",
+    "search": "sparsevit finetune",
+    "finetune": "sparsevit profile",
+}
+
+
+def show_training(summary: TrainingSummary) -> None:
+    """Accuracy, the closing table of adapt, and what to type next."""
+    if summary.rows:
+        rows = [(row.label, f"{row.top1:.2f}", f"{row.gmacs:.3f}") for row in summary.rows]
+        print_table("Adapted weights at fixed sparsity", ("sparsity", "top-1 %", "GMACs"), rows)
+    print_lines(
+        f"{summary.command}: top-1 {summary.top1:.2f} % after {summary.seconds:.0f} s, in {summary.folder.path}",
+        f"Next: {NEXT[summary.command]}",
+    )
+
+
+def show_search(summary: SearchSummary) -> None:
+    """Finalists, winner, errors of the table, and what to type next."""
+    rows = [
+        (
+            str(f.config), f"{f.top1:.2f}", f"{f.gmacs:.3f}", "-" if f.predicted_ms is None else f"{f.predicted_ms:.2f}",
+            f"{f.latency_ms:.2f} [{f.latency_ms_low:.2f}, {f.latency_ms_high:.2f}]", f"{f.speedup:.2f}x",
+            "winner" if f is summary.winner else ("yes" if f.within_budget else "no"),
+        )
+        for f in summary.finalists
+    ]  # fmt: skip
+    columns = ("ratios", "search top-1 %", "GMACs", "predicted ms", "measured ms", "speed-up", "within budget")
+    print_table("Finalists, measured", columns, rows)
+    lines = [
+        f"search: {summary.asked} candidates, {summary.evaluated} evaluated now, "
+        f"{summary.asked - summary.evaluated} from the ledger, {summary.infeasible} infeasible"
+    ]
+    if summary.table_error is not None:
+        error = summary.table_error
+        lines.append(f"latency table: mean error {error.mean:.1%}, largest {error.largest:.1%} on {error.n} held out")
+    if summary.proxy_correlation is not None:
+        lines.append(f"subset against whole search split: rank correlation {summary.proxy_correlation:.2f}")
+    lines += [summary.note] if summary.note else []
+    lines.append(f"winner: {summary.winner.config}, in {summary.folder.path / 'winner.yaml'}")
+    print_lines(*lines, f"Next: {NEXT['search']}")
+
+
+def show_evaluation(summary: EvaluateSummary) -> None:
+    """One line."""
+    print_lines(
+        f"evaluate: {summary.weights} weights at {summary.config}: top-1 {summary.top1:.2f} % "
+        f"on {summary.count} validation images, {summary.gmacs:.3f} GMACs"
+    )
+
+
+def show_profile(report: ProfileReport) -> None:
+    """All cells, the losing ones marked, and where the time goes."""
+    from .workflows.profile import row_values
+
+    columns = (
+        "model", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [95 %]", "speed-up [95 %]", "images/s",
+        "peak MB",
+    )  # fmt: skip
+    losing = [number for number, row in enumerate(report.rows) if row.losing]
+    print_table(f"{report.model} at {report.config}", columns, [row_values(row) for row in report.rows], losing=losing)
+    for label, times in report.stages.items():
+        parts = [
+            (part.name, *(f"{ms:.2f}" for ms in (part.blocks_ms, part.scoring_ms, part.moves_ms, part.merging_ms,
+                                                 part.other_ms, part.total_ms)))
+            for part in times.rows
+        ]  # fmt: skip
+        heads = ("part", "blocks", "scoring, ranking", "gather, scatter", "merging", "other", "ms")
+        print_table(f"Where the time goes: {label}, first size and batch", heads, parts)
+    for number in losing:
+        row = report.rows[number]
+        print_lines(
+            f"sparse LOSES at batch {row.batch}, {row.image_size[0]}x{row.image_size[1]}: {row.speedup:.2f}x of dense"
+        )
+    print_lines(f"written: {report.folder.path / 'profile.json'}")
+
+
+def show_export(summary: ExportSummary) -> None:
+    """Files, their checks, and onnxruntime's latency."""
+    report = summary.report
+    rows = [
+        (file.path.name, f"{file.size_bytes / 1e6:.2f}", f"{max(d.relative for d in file.differences):.1e}", "ok")
+        for file in report.files
+    ]
+    rows += [(report.weights.name, f"{report.weights.stat().st_size / 1e6:.2f}", "-", "ok")]
+    rows += [(report.sparsity_file.name, "0.00", "-", "ok")]
+    print_table(f"Export of {summary.weights} at {summary.config}", ("file", "MB", "difference", "check"), rows)
+    if report.dense_latency is not None and report.sparse_latency is not None:
+        dense, sparse = report.dense_latency, report.sparse_latency
+        print_lines(
+            f"onnxruntime, batch 1: dense {dense.median_ms:.2f} ms, sparse {sparse.median_ms:.2f} ms, "
+            f"speed-up {dense.median_ms / sparse.median_ms:.2f}x"
+        )
+    print_lines(
+        "Window pruning skips computation: weights and file sizes do not shrink.",
+        f"written: {report.manifest}",
+    )
+
+
+def show_pipeline(summary: PipelineSummary) -> None:
+    """The one table."""
+    device = summary.environment["device"]
+    name = device.get("name", "this machine") if isinstance(device, dict) else "this machine"
+    rows = [
+        (
+            row.label, f"{row.top1:.2f}", f"{row.gmacs:.3f}",
+            f"{row.latency_ms:.2f} [{row.latency_ms_low:.2f}, {row.latency_ms_high:.2f}]",
+            f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
+        )
+        for row in summary.rows
+    ]  # fmt: skip
+    losing = [number for number, row in enumerate(summary.rows) if number and row.speedup < 1]
+    title = f"Dense against sparse: {name}, batch {summary.batch}, {summary.count} validation images"
+    print_table(title, ("model", "top-1 %", "GMACs", "ms per batch [95 %]", "speed-up [95 %]"), rows, losing=losing)
+    dense, winner = summary.rows[0], summary.rows[-1]
+    print_lines(
+        f"winner {winner.ratios}: {1 - winner.gmacs / dense.gmacs:.0%} of the multiply-adds gone, "
+        f"{winner.speedup:.2f}x as fast, {winner.top1 - dense.top1:+.2f} points of top-1",
+        "written:",
+        *(f"  {path}" for path in summary.written),
+    )

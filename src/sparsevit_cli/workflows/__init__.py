@@ -1,0 +1,1 @@
+"""One module per command: a session in, a frozen result out. Nothing here prints."""

@@ -1,0 +1,24 @@
+"""doctor: what a bug report needs."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from ..profiling.device import describe_device, describe_versions, resolve_device
+
+EXTRAS = {
+    "demo": ("sklearn", "matplotlib"),
+    "plot": ("matplotlib",),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+}
+"""Packages that an extra brings, by import name."""
+
+
+def examine() -> dict[str, object]:
+    """Device, versions, and for each extra what is missing and how to install it."""
+    found: dict[str, object] = {**describe_versions(), **describe_device(resolve_device("auto"))}
+    for extra, packages in EXTRAS.items():
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        install = f"missing {', '.join(missing)}: pip install 'sparsevit-cli[{extra}]'"
+        found[f"extra {extra}"] = install if missing else "installed"
+    return found

@@ -1,0 +1,69 @@
+"""export: the finetuned model at the winner's ratios, as files for other runtimes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..exporting import ExportReport, ModelInfo, export_model
+from ..models import model_arguments
+from ..runs import RunFolder, read_json
+from ..sparsity import SparsityConfig
+from ..swin import model_depths, set_sparsity
+from .evaluate import latest_weights, ratios_to_use
+from .session import Session
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """Where the files are and how they were checked."""
+
+    folder: RunFolder
+    weights: str
+    config: SparsityConfig
+    report: ExportReport
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document of `sparsevit export --json`."""
+        return {
+            "schema_version": 1,
+            "folder": str(self.folder.path),
+            "weights": self.weights,
+            "ratios": self.config.ratios,
+            **read_json(self.report.manifest),
+        }
+
+
+def export_winner(session: Session, *, weights: str | None = None, ratios: str | None = None) -> ExportSummary:
+    """Export the last trained weights (or those of `weights`) at `ratios` as typed, else the winner's.
+
+    Raises MeasurementError where an exported file does not agree with PyTorch; nothing is left of it then.
+    """
+    section = session.config.export
+    command, trained = latest_weights(session, weights, "sparsevit export")
+    folder = session.folder("export")
+    model = session.model(len(trained.class_names), trained).eval()
+    config = ratios_to_use(session, model_depths(model), ratios, command)
+    set_sparsity(model, config)
+    report = export_model(
+        model,
+        folder.path,
+        input_size=(session.config.model.in_chans, *session.img_size),
+        formats=section.formats,
+        opset=section.opset,
+        check_batch_sizes=section.check_batch_sizes,
+        tolerance=section.tolerance,
+        measure_ms=section.latency,
+        seed=session.config.seed,
+        info=ModelInfo(
+            name=session.config.model.name.partition(".")[0],
+            args=model_arguments(session.config.model, len(trained.class_names)),
+            class_names=trained.class_names,
+            mean=session.config.data.mean if session.config.data.source != "digits" else None,
+            std=session.config.data.std if session.config.data.source != "digits" else None,
+        ),
+        reporter=session.reporter,
+    )
+    folder.set_aside(["metrics.json"], session.reporter)
+    folder.write_result({"weights": command, "ratios": config.ratios, "manifest": report.manifest.name})
+    return ExportSummary(folder, command, config, report)

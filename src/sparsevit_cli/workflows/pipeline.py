@@ -1,0 +1,241 @@
+"""run: every command in order, then one table of dense against sparse on this machine.
+
+A step that is done is not done again, so a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..data.build import DataBundle
+from ..models import set_img_size
+from ..profiling.inputs import TORCH_DTYPE, example_input
+from ..profiling.latency import Latency, measure_interleaved
+from ..profiling.macs import count_macs, macs_cost
+from ..runs import RunFolder
+from ..sparsity import SearchSpace, SparsityConfig
+from ..swin import get_sparsity, model_depths, set_sparsity
+from ..tasks.classification import Accuracy
+from .evaluate import evaluate_checkpoint
+from .export import export_winner
+from .profile import profile_model
+from .search import search
+from .session import Session, Weights, trained_weights
+from .training import adapt, chosen_ratios, finetune, pretrain, score, train_smaller_rival
+
+SIZE_STEPS = 8
+"""Dense rivals are looked for at this many image sizes below the full one."""
+
+
+@dataclass(frozen=True)
+class PipelineRow:
+    """One model of the closing table; speed-up against dense in the same interleaved measurement."""
+
+    label: str
+    ratios: tuple[tuple[float, ...], ...] | None
+    image_size: tuple[int, int]
+    top1: float
+    gmacs: float
+    latency_ms: float
+    latency_ms_low: float
+    latency_ms_high: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+
+
+@dataclass(frozen=True)
+class PipelineSummary:
+    """The closing table and what was written."""
+
+    folder: RunFolder
+    batch: int
+    count: int
+    rows: tuple[PipelineRow, ...]
+    seconds: Mapping[str, float]
+    written: tuple[str, ...]
+    environment: Mapping[str, object]
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document of `sparsevit run --json`."""
+        return {
+            "schema_version": 1, **self.environment, "batch": self.batch, "validation_images": self.count,
+            "rows": [asdict(row) for row in self.rows], "seconds": self.seconds, "written": self.written,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """A model at its setting, with what it scored."""
+
+    label: str
+    model: nn.Module
+    config: SparsityConfig
+    size: tuple[int, int]
+    accuracy: Accuracy
+
+
+def run_pipeline(session: Session) -> PipelineSummary:
+    """pretrain, adapt, search, finetune, evaluate, profile, export, and the closing table.
+
+    Raises what the steps raise; typing the command again goes on.
+    """
+    folder = session.folder("run")
+    seconds: dict[str, float] = {}
+    if not _starts_from_given_weights(session):
+        seconds["pretrain"] = pretrain(session).seconds
+    seconds["adapt"] = adapt(session).seconds
+    if not (session.earlier("search").path / "winner.yaml").exists():
+        search(session)
+    seconds["finetune"] = finetune(session).seconds
+    contenders = _contenders(session, seconds)
+    for command, step in (("evaluate", evaluate_checkpoint), ("profile", profile_model), ("export", export_winner)):
+        if not session.earlier(command).result.exists():
+            step(session)
+    return _summary(session, folder, contenders, seconds)
+
+
+def _starts_from_given_weights(session: Session) -> bool:
+    model = session.config.model
+    return (model.pretrained or model.checkpoint is not None) and session.config.model.reset_head is False
+
+
+def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]:
+    """The models of the table, each scored on the validation data."""
+    adapted, tuned = (trained_weights(session, name, "sparsevit run") for name in ("adapt", "finetune"))
+    dense = trained_weights(session, "pretrain", "sparsevit run") if "pretrain" in seconds else None
+    data = session.data(tuned)
+    classes = len(tuned.class_names)
+    dense_model, adapted_model, tuned_model = (session.model(classes, w).eval() for w in (dense, adapted, tuned))
+    winner = chosen_ratios(session, model_depths(tuned_model), "sparsevit run")
+    space = session.space(adapted_model, session.config.search.max_ratio)
+
+    found = [_score(session, data, "dense", dense_model, space.dense)]
+    rival, size = _smaller_rival(session, dense, classes, dense_model, tuned_model, winner)
+    if rival is not None:
+        seconds["rival"] = train_smaller_rival(session, rival, dense, size).seconds
+        found.append(_score(session, data, f"dense at {size[0]}x{size[1]}", rival.eval(), space.dense, size))
+    for config in _uniform_rivals(session, space, adapted_model, winner):
+        label = f"uniform {config.ratios[0][0]:g}"
+        found.append(_score(session, data, label, session.model(classes, adapted).eval(), config))
+    found.append(_score(session, data, "winner, before finetuning", adapted_model, winner))
+    found.append(_score(session, data, "winner, finetuned", tuned_model, winner))
+    return found
+
+
+def _score(
+    session: Session, data: DataBundle, label: str, model: nn.Module, config: SparsityConfig,
+    size: tuple[int, int] | None = None,
+) -> _Contender:  # fmt: skip
+    session.stop.check("run", "every finished step is saved")
+    set_sparsity(model, config)
+    accuracy = score(session, model, data.val, resize=size)
+    return _Contender(label, model, config, size or session.img_size, accuracy)
+
+
+def _uniform_rivals(
+    session: Session, space: SearchSpace, model: nn.Module, winner: SparsityConfig
+) -> list[SparsityConfig]:
+    """The two uniform ratios whose multiply-adds stand next to the winner's, above and below."""
+    macs = macs_cost(model, (session.config.model.in_chans, *session.img_size))
+    uniform = [space.uniform(tenths / 10) for tenths in range(1, space.max_tenths + 1)]
+    above = [config for config in uniform if macs(config) >= macs(winner)]
+    below = [config for config in uniform if macs(config) < macs(winner)]
+    return above[-1:] + below[:1]
+
+
+def _smaller_rival(
+    session: Session, weights: Weights | None, classes: int, dense: nn.Module, tuned: nn.Module, winner: SparsityConfig
+) -> tuple[nn.Module | None, tuple[int, int]]:
+    """The dense model at the lower resolution whose latency is nearest to the winner's; None where none is faster."""
+    set_sparsity(tuned, winner)
+    height, width = session.img_size
+    patch: Any = tuned.patch_embed
+    step = 4 * int(patch.patch_size[0])
+    sizes = [
+        (height - n * step, round(width * (height - n * step) / height / step) * step) for n in range(1, SIZE_STEPS)
+    ]
+    models = {size: session.model(classes, weights).eval() for size in sizes if min(size) >= step}
+    for size, model in models.items():
+        set_img_size(model, size)
+    calls: dict[str, Any] = {"winner": _call(session, tuned, session.img_size)}
+    calls |= {f"{size[0]}x{size[1]}": _call(session, model, size) for size, model in models.items()}
+    latencies = _measure(session, calls, rounds=10)
+    target = latencies["winner"].median_ms
+    if not models:
+        return None, session.img_size
+    size = min(models, key=lambda size: abs(latencies[f"{size[0]}x{size[1]}"].median_ms - target))
+    session.reporter.say(
+        f"run: the dense rival of equal latency takes {size[0]}x{size[1]} pixels "
+        f"({latencies[f'{size[0]}x{size[1]}'].median_ms:.2f} ms, the winner {target:.2f} ms)"
+    )
+    return models[size], size
+
+
+def _call(session: Session, model: nn.Module, size: tuple[int, int]) -> Any:
+    model.eval()
+    x = _images(session, model, size)
+    return lambda: model(x)
+
+
+def _images(session: Session, model: nn.Module, size: tuple[int, int]) -> Tensor:
+    section = session.config.search
+    image = (session.config.model.in_chans, *size)
+    return example_input(model, image, section.batch_size, device=session.device, dtype=TORCH_DTYPE[section.precision])
+
+
+def _measure(session: Session, calls: Mapping[str, Any], rounds: int = 30) -> dict[str, Latency]:
+    latencies = measure_interleaved(
+        calls, device=session.device, seconds=session.config.search.seconds, rounds=rounds,
+        seed=session.config.seed, strict=False,
+    )  # fmt: skip
+    unsteady = [name for name, latency in latencies.items() if not latency.stable]
+    if unsteady:
+        session.reporter.warn(f"not steady on this machine now: {', '.join(unsteady)}")
+    return latencies
+
+
+def _summary(
+    session: Session, folder: RunFolder, contenders: list[_Contender], seconds: Mapping[str, float]
+) -> PipelineSummary:
+    """Measure all contenders in one interleaved run, dense first: it is the reference."""
+    calls = {c.label: _call(session, c.model, c.size) for c in contenders}
+    latencies = _measure(session, calls)
+    rows = []
+    for contender in contenders:
+        latency = latencies[contender.label]
+        image = (session.config.model.in_chans, *contender.size)
+        rows.append(
+            PipelineRow(
+                label=contender.label,
+                ratios=get_sparsity(contender.model).ratios,
+                image_size=contender.size,
+                top1=contender.accuracy.top1,
+                gmacs=count_macs(contender.model, image).gmacs,
+                latency_ms=latency.median_ms,
+                latency_ms_low=latency.low_ms,
+                latency_ms_high=latency.high_ms,
+                speedup=latency.speedup,
+                speedup_low=latency.speedup_low,
+                speedup_high=latency.speedup_high,
+            )
+        )
+    written = [
+        session.earlier("search").path / "winner.yaml",
+        session.earlier("search").path / "pareto.png",
+        session.earlier("finetune").path / "checkpoints",
+        session.earlier("profile").path / "profile.json",
+        session.earlier("export").path / "manifest.json",
+        folder.result,
+    ]
+    summary = PipelineSummary(
+        folder, session.config.search.batch_size, contenders[0].accuracy.count, tuple(rows), seconds,
+        tuple(str(path) for path in written), session.environment,
+    )  # fmt: skip
+    folder.set_aside(["metrics.json"], session.reporter)
+    folder.write_result(summary.document())
+    return summary

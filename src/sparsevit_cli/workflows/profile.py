@@ -1,0 +1,282 @@
+"""profile: dense timm, ours at ratio 0 and ours sparse, interleaved, at every batch and image size."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..atomic import write_json
+from ..config.schema import ModelSection
+from ..errors import CheckpointError, ConfigError
+from ..models import build_model
+from ..profiling.inputs import TORCH_DTYPE, example_input
+from ..profiling.latency import Latency, measure_interleaved
+from ..profiling.macs import analytic_macs, count_macs, flopcounter_macs
+from ..profiling.memory import peak_memory_mb
+from ..profiling.stages import StageTimes, time_stages
+from ..runs import RunFolder
+from ..sparsity import SparsityConfig
+from ..swin import model_depths, set_sparsity, sparsify_
+from ..winner import parse_ratios
+from .session import Session
+from .training import winner_ratios
+
+Size = tuple[int, int]
+DENSE, OURS_DENSE, OURS_SPARSE = "dense (timm)", "ours at ratio 0", "ours sparse"
+MACS_TOLERANCE = 0.005
+"""Share by which the three counters may differ before a warning is given."""
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """One measured cell. Latency is milliseconds per batch: median and 95 % interval; speed-up is against dense."""
+
+    label: str
+    ratios: tuple[tuple[float, ...], ...] | None
+    batch: int
+    image_size: Size
+    dtype: str
+    mode: str
+    gmacs: float
+    latency_ms: float
+    latency_ms_low: float
+    latency_ms_high: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    throughput: float
+    """Images per second."""
+    peak_memory_mb: float
+    parameters: int
+    rounds: int
+    outliers: int
+    stable: bool
+
+    @property
+    def losing(self) -> bool:
+        """True where a row of ours is slower than dense."""
+        return self.label == OURS_SPARSE and self.speedup < 1
+
+
+@dataclass(frozen=True)
+class ProfileReport:
+    """All cells, and where the time of the first one goes."""
+
+    folder: RunFolder
+    model: str
+    config: SparsityConfig
+    rows: tuple[ProfileRow, ...]
+    stages: Mapping[str, StageTimes]
+    macs_check: Mapping[str, float]
+    environment: Mapping[str, object]
+    settings: Mapping[str, object]
+
+    def document(self) -> dict[str, object]:
+        """The JSON document of `sparsevit profile --json`."""
+        return {
+            "schema_version": 1,
+            **self.environment,
+            "model": self.model,
+            "scope": "model",
+            "settings": self.settings,
+            "rows": [asdict(row) for row in self.rows],
+            "stages": {label: asdict(times) for label, times in self.stages.items()},
+            "gmacs_by_counter": self.macs_check,
+        }
+
+
+def profile_model(
+    session: Session, *, model: str | None = None, img_size: str | None = None, ratios: str | None = None
+) -> ProfileReport:
+    """Measure the configuration's model, or timm's `model`, at `ratios` as typed, else the configured or the winner's.
+
+    Weights do not matter to the clock: the architecture is built with random ones. Raises MeasurementError where
+    the latency does not settle, CheckpointError where there is no winner and no ratios are given.
+    """
+    if model is not None:
+        named = {"experiment": model, "model": ModelSection(name=model)}
+        session = session.replaced(config=session.config.model_copy(update=named))
+    section = session.config.profile
+    sizes = parse_sizes(img_size) if img_size is not None else tuple(map(as_size, section.image_sizes))
+    sizes = sizes or (session.img_size,)
+    depths = model_depths(_built(session, sizes[0]))
+    config = _ratios(session, depths, ratios, named=model is not None)
+    folder = session.folder("profile")
+    rows: list[ProfileRow] = []
+    samples: dict[str, tuple[float, ...]] = {}
+    stages: dict[str, StageTimes] = {}
+    macs_check: dict[str, float] = {}
+    with _threads(section.threads), session.reporter.progress("profile", len(sizes) * len(section.batch_sizes)) as bar:
+        for size in sizes:
+            models = _models(session, size, config)
+            if not macs_check:
+                macs_check = _macs_check(session, models[OURS_SPARSE], size)
+            for batch in section.batch_sizes:
+                session.stop.check("profile", "nothing of this profile is saved")
+                cell, latencies = _cell(session, models, config, size, batch)
+                rows += cell
+                samples |= {f"{label} b{batch} {size[0]}x{size[1]}": x.samples_ms for label, x in latencies.items()}
+                if not stages:
+                    stages = _stage_times(session, models, size, batch, latencies)
+                bar.advance()
+    settings = {**section.model_dump(mode="json"), "threads": torch.get_num_threads()}
+    report = ProfileReport(
+        folder, session.config.model.name, config, tuple(rows), stages, macs_check, session.environment, settings
+    )
+    folder.set_aside(["profile.json", "samples.npz", "metrics.json"], session.reporter)
+    arrays: dict[str, Any] = {name: np.array(values) for name, values in samples.items()}
+    np.savez(folder.path / "samples.npz", **arrays)
+    write_json(folder.path / "profile.json", report.document())
+    folder.write_result({"rows": [asdict(row) for row in rows], "ratios": config.ratios})
+    return report
+
+
+def as_size(size: int | tuple[int, int]) -> Size:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def parse_sizes(text: str) -> tuple[Size, ...]:
+    """`672`, `256x704` (height x width) or a list of them with commas. Raises ConfigError."""
+    sizes = []
+    for part in text.replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:[x×](\d{1,5}))?", part)
+        if match is None or "0" in (match[1], match[2]):
+            raise ConfigError("--img-size", f"{part!r} is no size in pixels", "Write 672, 256x704 or 448,672.")
+        sizes.append((int(match[1]), int(match[2] or match[1])))
+    return tuple(sizes)
+
+
+def _ratios(session: Session, depths: tuple[int, ...], typed: str | None, *, named: bool) -> SparsityConfig:
+    configured = session.config.profile.ratios
+    if typed is not None:
+        return parse_ratios(typed, depths)
+    if configured is not None and not named:
+        return SparsityConfig.from_ratios(configured, depths)
+    try:
+        return winner_ratios(session, depths, "sparsevit profile")
+    except CheckpointError as error:
+        raise CheckpointError(error.what, error.got, f"{error.do}, or give --ratios 0.6") from error
+
+
+def _built(session: Session, size: Size) -> nn.Module:
+    section = session.config.model.model_copy(update={"pretrained": False, "checkpoint": None})
+    return build_model(section, section.num_classes or 1000, img_size=size).eval()
+
+
+def _models(session: Session, size: Size, config: SparsityConfig) -> dict[str, nn.Module]:
+    """The three rivals with the same weights, on the device and in the precision of the profile."""
+    section = session.config.profile
+    dense = _built(session, size).to(session.device, TORCH_DTYPE[section.precision])
+    importance = session.config.model.importance
+    ours_dense = sparsify_(copy.deepcopy(dense), importance=importance)
+    ours_sparse = sparsify_(copy.deepcopy(dense), importance=importance)
+    set_sparsity(ours_sparse, config)
+    return {DENSE: dense, OURS_DENSE: ours_dense, OURS_SPARSE: ours_sparse}
+
+
+def _cell(
+    session: Session, models: Mapping[str, nn.Module], config: SparsityConfig, size: Size, batch: int
+) -> tuple[list[ProfileRow], dict[str, Latency]]:
+    section, image = session.config.profile, (session.config.model.in_chans, *size)
+    x = example_input(
+        models[DENSE], image, batch, device=session.device, dtype=TORCH_DTYPE[section.precision],
+        seed=session.config.seed,
+    )  # fmt: skip
+    runnable: dict[str, Any] = dict(models)
+    if section.mode == "compile":
+        session.reporter.say(f"profile: compiling at batch {batch}, {size[0]}x{size[1]}")
+        runnable = {label: torch.compile(model, dynamic=False) for label, model in models.items()}
+    latencies = measure_interleaved(
+        {label: partial(model, x) for label, model in runnable.items()},
+        device=session.device,
+        seconds=section.seconds,
+        rounds=section.rounds,
+        seed=session.config.seed,
+        max_spread=section.max_spread,
+    )
+    rows = []
+    for label, model in models.items():
+        latency = latencies[label]
+        rows.append(
+            ProfileRow(
+                label=label,
+                ratios=None if label == DENSE else (config if label == OURS_SPARSE else _dense_of(config)).ratios,
+                batch=batch,
+                image_size=size,
+                dtype=section.precision,
+                mode=section.mode,
+                gmacs=count_macs(model, image).gmacs,
+                latency_ms=latency.median_ms,
+                latency_ms_low=latency.low_ms,
+                latency_ms_high=latency.high_ms,
+                speedup=latency.speedup,
+                speedup_low=latency.speedup_low,
+                speedup_high=latency.speedup_high,
+                throughput=1000 * batch / latency.median_ms,
+                peak_memory_mb=peak_memory_mb(model, x),
+                parameters=sum(parameter.numel() for parameter in model.parameters()),
+                rounds=latency.rounds,
+                outliers=latency.outliers,
+                stable=latency.stable,
+            )
+        )
+    return rows, latencies
+
+
+def _dense_of(config: SparsityConfig) -> SparsityConfig:
+    return SparsityConfig(tuple((0,) * pairs for pairs in config.pairs))
+
+
+def _macs_check(session: Session, model: nn.Module, size: Size) -> dict[str, float]:
+    """The sparse model counted three ways; a difference is told, never averaged away."""
+    image = (session.config.model.in_chans, *size)
+    reports = [count_macs(model, image), analytic_macs(model, image), flopcounter_macs(model, image)]
+    counts = {report.counter: report.gmacs for report in reports}
+    if max(counts.values()) - min(counts.values()) > MACS_TOLERANCE * counts["fvcore"]:
+        session.reporter.warn(f"the multiply-add counters disagree: {json.dumps(counts)}")
+    if reports[0].uncounted:
+        session.reporter.warn(f"operators without a multiply-add count: {dict(reports[0].uncounted)}")
+    return counts
+
+
+def _stage_times(
+    session: Session, models: Mapping[str, nn.Module], size: Size, batch: int, latencies: Mapping[str, Latency]
+) -> dict[str, StageTimes]:
+    """Where the time goes, dense and sparse, in instrumented passes scaled to the measured latency."""
+    image = (session.config.model.in_chans, *size)
+    dtype = TORCH_DTYPE[session.config.profile.precision]
+    x = example_input(models[DENSE], image, batch, device=session.device, dtype=dtype)
+    labels = (DENSE, OURS_SPARSE)
+    return {label: time_stages(models[label], x, total_ms=latencies[label].median_ms) for label in labels}
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def row_values(row: ProfileRow) -> tuple[Any, ...]:
+    """Cells of the console table."""
+    return (
+        row.label, f"{row.image_size[0]}x{row.image_size[1]}", row.batch, f"{row.gmacs:.2f}",
+        f"{row.latency_ms:.2f} [{row.latency_ms_low:.2f}, {row.latency_ms_high:.2f}]",
+        f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
+        f"{row.throughput:.1f}", f"{row.peak_memory_mb:.0f}",
+    )  # fmt: skip

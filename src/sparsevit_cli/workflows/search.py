@@ -1,0 +1,429 @@
+"""search: feasibility, latency table, evolution on the search split, finalists measured for real, one winner."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from random import Random
+
+import torch
+from torch import nn
+
+from ..atomic import write_atomic
+from ..config.loading import section_hash
+from ..data.build import DataBundle
+from ..errors import CheckpointError, ConfigError, MeasurementError
+from ..profiling.inputs import TORCH_DTYPE, example_input
+from ..profiling.latency import Latency
+from ..profiling.latency_table import measure_configs, measure_latency_table, table_identity
+from ..profiling.macs import macs_cost
+from ..runs import RunFolder
+from ..search.budget import (
+    Budget,
+    BudgetRequest,
+    Cost,
+    Feasibility,
+    check_reachable,
+    format_cost,
+    parse_latency_budget,
+    parse_macs_budget,
+)
+from ..search.correlation import spearman
+from ..search.engine import search_sparsity
+from ..search.latency_table import LatencyTable, TableError
+from ..search.ledger import Ledger, LedgerScope
+from ..search.pareto import pareto_front
+from ..search.results import Evaluation, Progress, SearchResult, best_first
+from ..sparsity import SparsityConfig
+from ..swin import set_sparsity
+from ..winner import write_winner
+from .plots import plot_pareto
+from .session import Session, Weights, trained_weights
+from .training import score
+
+RESULTS = ("winner.yaml", "pareto.csv", "pareto.png", "history.csv", "metrics.json")
+"""Files of one search; an earlier search's are set aside, the ledger and the latency table are shared."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A candidate scored on the whole search split and measured on the device."""
+
+    config: SparsityConfig
+    top1: float
+    proxy_top1: float
+    gmacs: float
+    predicted_ms: float | None
+    latency_ms: float
+    latency_ms_low: float
+    latency_ms_high: float
+    speedup: float
+    within_budget: bool
+
+
+@dataclass(frozen=True)
+class SearchSummary:
+    """The winner and how it was found."""
+
+    folder: RunFolder
+    winner: Finalist
+    finalists: tuple[Finalist, ...]
+    dense_ms: float
+    feasibility: tuple[Feasibility, ...]
+    table_error: TableError | None
+    asked: int
+    evaluated: int
+    infeasible: int
+    proxy_correlation: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What candidates are judged by: one cost function and budget per request, the first leading."""
+
+    constraints: tuple[tuple[Cost, Budget], ...]
+    feasibility: tuple[Feasibility, ...]
+    table: LatencyTable | None
+    table_error: TableError | None
+
+
+def search(session: Session) -> SearchSummary:
+    """Find the configuration with the best accuracy on the search split within the budgets.
+
+    Raises BudgetError with the reachable range before anything is evaluated, MeasurementError where no finalist
+    meets the budget once measured, CheckpointError where there is nothing to search with.
+    """
+    requests = _requests(session)
+    weights = trained_weights(session, "adapt", "sparsevit search")
+    folder = session.folder("search")
+    data = session.data(weights)
+    model = session.model(len(weights.class_names), weights).eval()
+    work = _Search(session, folder, data, model, weights)
+    costs = work.costs(requests)
+    folder.set_aside(RESULTS, session.reporter)
+    scope = LedgerScope(weights.sha256, data.fingerprint, section_hash(session.config, "model") + work.subset_name)
+    with Ledger.open(folder.path / "ledger.sqlite", scope) as ledger:
+        result = work.run(costs, ledger)
+        finalists = work.finalists(costs, result, ledger)
+    return work.finish(costs, result, finalists)
+
+
+def _requests(session: Session) -> tuple[BudgetRequest, ...]:
+    section = session.config.search
+    requests = []
+    if section.budget_latency is not None:
+        requests.append(parse_latency_budget(section.budget_latency))
+    if section.budget_macs is not None:
+        requests.append(parse_macs_budget(section.budget_macs))
+    if not requests:
+        got = "neither search.budget_latency nor search.budget_macs is set"
+        raise ConfigError("search", got, "Give --budget-latency 50ms or 70%, or --budget-macs 3G or 60%.")
+    return tuple(requests)
+
+
+class _Search:
+    """One search: the model and data it looks at, and the steps from feasibility to the winner."""
+
+    def __init__(
+        self, session: Session, folder: RunFolder, data: DataBundle, model: nn.Module, weights: Weights
+    ) -> None:
+        self.session, self.folder, self.data, self.model, self.weights = session, folder, data, model, weights
+        self.section = session.config.search
+        self.space = session.space(model, self.section.max_ratio)
+        self.image = (session.config.model.in_chans, *session.img_size)
+        self.macs = macs_cost(model, self.image)
+        self.subset = self._subset()
+
+    # -- what candidates are scored on --------------------------------------------------------------------------
+
+    def _subset(self) -> tuple[int, ...] | None:
+        """Indices of the fixed subset of the search split, None for all of it."""
+        samples, total = self.section.samples, len(self.data.search)
+        if samples is None or samples >= total:
+            return None
+        return tuple(sorted(Random(f"subset:{self.session.config.seed}").sample(range(total), samples)))
+
+    @property
+    def subset_name(self) -> str:
+        """What a paid evaluation was made on, for the ledger."""
+        return "all" if self.subset is None else f"{len(self.subset)} of seed {self.session.config.seed}"
+
+    def top1(self, config: SparsityConfig, subset: Sequence[int] | None) -> float:
+        """Accuracy on the search split, with the adapted weights as they are."""
+        self.session.stop.check("search", "every evaluation so far is in the ledger")
+        set_sparsity(self.model, config)
+        return score(self.session, self.model, self.data.search, subset=subset).top1
+
+    # -- costs --------------------------------------------------------------------------------------------------
+
+    def costs(self, requests: Sequence[BudgetRequest]) -> _Costs:
+        """Feasibility of every budget, told before anything is spent; then the latency table if one is asked for."""
+        corners = [self.space.dense, self.space.middle, self.space.sparsest]
+        constraints: list[tuple[Cost, Budget]] = []
+        feasibility: list[Feasibility] = []
+        table, error = None, None
+        measured: dict[SparsityConfig, float] = {}
+        for request in requests:
+            if request.metric == "latency_ms":
+                measured = {config: latency.median_ms for config, latency in self.measure(corners).items()}
+            cost = measured.__getitem__ if request.metric == "latency_ms" else self.macs
+            dense, middle, sparsest = map(cost, corners)
+            budget = request.resolve(dense)
+            feasibility.append(Feasibility(dense, middle, sparsest, budget.limit, budget.metric))
+        self._tell(feasibility, requests)
+        for row in feasibility:
+            check_reachable(Budget(row.limit, row.metric), row.dense, row.sparsest)
+        for row in feasibility:
+            budget = Budget(row.limit, row.metric)
+            if row.metric == "macs":
+                constraints.append((self.macs, budget))
+                continue
+            table, error = self._latency_table(list(measured.items()))
+            constraints.append((table.predict, self._with_margin(budget, table, row)))
+        return _Costs(tuple(constraints), tuple(feasibility), table, error)
+
+    def _with_margin(self, budget: Budget, table: LatencyTable, row: Feasibility) -> Budget:
+        """The budget less the share kept free for errors of the table; dense stays in where it was measured in."""
+        if row.dense_fits:
+            return Budget(max(budget.limit, table.predict(self.space.dense)), "latency_ms")
+        cheapest = table.predict(self.space.sparsest)
+        return Budget(max(budget.limit * (1 - self.section.margin), cheapest), "latency_ms")
+
+    def _tell(self, feasibility: Sequence[Feasibility], requests: Sequence[BudgetRequest]) -> None:
+        rows = [
+            (
+                "latency" if row.metric == "latency_ms" else "multiply-adds",
+                *(format_cost(value, row.metric) for value in (row.dense, row.middle, row.sparsest, row.limit)),
+                "yes" if row.reachable else "NO",
+            )
+            for row in feasibility
+        ]
+        budgets = " and ".join(str(request) for request in requests)
+        columns = ("cost", "dense", "middle", "sparsest", "budget", "reachable")
+        self.session.reporter.table(f"Budget of {budgets}, batch {self.section.batch_size}", columns, rows)
+
+    def _latency_table(self, known: Sequence[tuple[SparsityConfig, float]]) -> tuple[LatencyTable, TableError]:
+        """The table of this very device and model, its scale set by `known`, and its error on held-out configs."""
+        table = self._measured_table().calibrated(known)
+        rng = Random(f"holdout:{self.session.config.seed}")
+        measured = self.measure([self.space.sample(rng) for _ in range(self.section.holdout)])
+        error = table.fit_error([(config, latency.median_ms) for config, latency in measured.items()])
+        self.session.reporter.say(
+            f"search: latency table against {error.n} held-out configurations: "
+            f"mean error {error.mean:.1%}, largest {error.largest:.1%}"
+        )
+        return table, error
+
+    def _measured_table(self) -> LatencyTable:
+        """Read from the folder where it was measured under the same identity, else measured now."""
+        path, reporter = self.folder.path / "latency_table.json", self.session.reporter
+        if path.exists():
+            table = LatencyTable.from_json(path.read_text(encoding="utf-8"), str(path))
+            x = example_input(self.model, self.image, self.section.batch_size, dtype=self.dtype)
+            try:
+                table.check_identity(table_identity(self.model, x))
+                reporter.say(f"search: using the latency table {path}")
+                return table
+            except CheckpointError as error:
+                reporter.warn(f"{path}: {error.got}; measuring a new one")
+                self.folder.set_aside([path.name], reporter)
+        with reporter.progress("latency table", 100) as bar:
+            told = 0
+
+            def on_round(share: float) -> None:
+                nonlocal told
+                self.session.stop.check("search", "the latency table is not saved yet")
+                bar.advance(round(100 * share) - told)
+                told = round(100 * share)
+
+            table = measure_latency_table(
+                self.model, self.image, batch_size=self.section.batch_size, device=self.session.device,
+                dtype=self.dtype, max_tenths=self.space.max_tenths, seconds=self.section.seconds,
+                seed=self.session.config.seed, on_round=on_round,
+            )  # fmt: skip
+        write_atomic(path, table.to_json())
+        return table
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model and its input in measurements."""
+        return TORCH_DTYPE[self.section.precision]
+
+    def measure(self, configs: Sequence[SparsityConfig]) -> dict[SparsityConfig, Latency]:
+        """Milliseconds per batch of each, interleaved with dense, which is the reference of the speed-ups."""
+        reporter = self.session.reporter
+        reporter.say(f"search: measuring {len(configs)} configurations on {self.session.device}")
+        latencies = measure_configs(
+            self.model, list(dict.fromkeys([self.space.dense, *configs])), self.image,
+            batch_size=self.section.batch_size, device=self.session.device, dtype=self.dtype,
+            seconds=self.section.seconds, seed=self.session.config.seed,
+        )  # fmt: skip
+        self.session.stop.check("search", "every evaluation so far is in the ledger")
+        unsteady = [latency.spread for latency in latencies.values() if not latency.stable]
+        if unsteady:
+            reporter.warn(f"{len(unsteady)} of {len(latencies)} latencies are not steady: spread {max(unsteady):.0%}")
+        return {config: latencies[config] for config in configs}
+
+    # -- search -------------------------------------------------------------------------------------------------
+
+    def run(self, costs: _Costs, ledger: Ledger) -> SearchResult:
+        """The search itself; every evaluation is in the ledger before the next one starts."""
+        section = self.section
+
+        def evaluate(config: SparsityConfig) -> float:
+            began = time.monotonic()
+            return ledger.put(config, self.top1(config, self.subset), time.monotonic() - began)
+
+        (cost, budget), *further = costs.constraints
+        total = min(section.population * (section.generations + 1), section.max_evaluations or math.inf)
+        with self.session.reporter.progress("search", int(total)) as bar:
+
+            def on_progress(progress: Progress) -> None:
+                bar.advance(
+                    1,
+                    gen=f"{progress.generation}/{progress.generations}",
+                    cached=progress.cached,
+                    infeasible=progress.infeasible,
+                    best=f"{progress.best.metric:.2f}",
+                )
+
+            return search_sparsity(
+                self.space,
+                evaluate,
+                cost,
+                budget,
+                strategy=section.strategy,
+                seed=self.session.config.seed,
+                max_evaluations=section.max_evaluations,
+                population=section.population,
+                parents=section.parents,
+                generations=section.generations,
+                mutation=section.mutation,
+                constraints=tuple(further),
+                known=ledger,
+                on_progress=on_progress,
+            )
+
+    def finalists(self, costs: _Costs, result: SearchResult, ledger: Ledger) -> tuple[Finalist, ...]:
+        """The best candidates on the whole split and on the clock, until one of them meets the budget."""
+        ranked = best_first(result.history)
+        count = min(self.section.finalists, len(ranked))
+        chosen: list[Finalist] = []
+        for first in range(0, len(ranked), count):
+            chosen += self._judge(costs, ranked[first : first + count])
+            if any(finalist.within_budget for finalist in chosen):
+                return tuple(chosen)
+            if first >= 2 * count:
+                break
+            self.session.reporter.warn("no finalist meets the budget on the clock; looking at the next ones")
+        limit = next(row for row in costs.feasibility if row.metric == "latency_ms")
+        fastest = min(chosen, key=lambda finalist: finalist.latency_ms)
+        got = (
+            f"the fastest of {len(chosen)} finalists takes {fastest.latency_ms:.3g} ms, predicted "
+            f"{fastest.predicted_ms:.3g} ms, the budget is {format_cost(limit.limit, 'latency_ms')}"
+        )
+        raise MeasurementError("search", got, "Search again on an idle machine, or raise search.margin.")
+
+    def _judge(self, costs: _Costs, candidates: Sequence[Evaluation]) -> list[Finalist]:
+        reporter = self.session.reporter
+        latencies = self.measure([candidate.config for candidate in candidates])
+        limits = [row.limit for row in costs.feasibility if row.metric == "latency_ms"]
+        finalists = []
+        with reporter.progress("finalists", len(candidates)) as bar:
+            for candidate in candidates:
+                full = candidate.metric if self.subset is None else self.top1(candidate.config, None)
+                latency = latencies[candidate.config]
+                finalists.append(
+                    Finalist(
+                        candidate.config,
+                        full,
+                        candidate.metric,
+                        self.macs(candidate.config) / 1e9,
+                        costs.table.predict(candidate.config) if costs.table else None,
+                        latency.median_ms,
+                        latency.low_ms,
+                        latency.high_ms,
+                        latency.speedup,
+                        all(self._within(latency, limit, costs) for limit in limits),
+                    )
+                )
+                bar.advance()
+        return finalists
+
+    def _within(self, latency: Latency, limit: float, costs: _Costs) -> bool:
+        """Judged by the ratio to dense of the same rounds, which outlives a machine that slows down meanwhile."""
+        dense = next(row.dense for row in costs.feasibility if row.metric == "latency_ms")
+        return dense / latency.speedup <= limit or limit >= dense
+
+    # -- results ------------------------------------------------------------------------------------------------
+
+    def finish(self, costs: _Costs, result: SearchResult, finalists: Sequence[Finalist]) -> SearchSummary:
+        """Name the winner and write what was found."""
+        within = [finalist for finalist in finalists if finalist.within_budget]
+        winner = min(within, key=lambda f: (-f.top1, f.latency_ms, f.config))
+        dense_ms = winner.latency_ms * winner.speedup
+        correlation = None
+        if self.subset is not None and len(finalists) > 2:
+            correlation = spearman([f.proxy_top1 for f in finalists], [f.top1 for f in finalists])
+        summary = SearchSummary(
+            self.folder, winner, tuple(finalists), dense_ms, costs.feasibility, costs.table_error,
+            len(result.history), result.evaluations, result.infeasible, correlation, result.note,
+        )  # fmt: skip
+        front = pareto_front(result.history)
+        write_atomic(self.folder.path / "history.csv", self._csv(result.history))
+        write_atomic(self.folder.path / "pareto.csv", self._csv(front))
+        unit = "predicted ms per batch" if costs.table else "multiply-adds per image"
+        plot_pareto(self.folder.path / "pareto.png", result.history, front, winner.config, unit, self.session.reporter)
+        self._write_winner(summary, costs)
+        return summary
+
+    def _csv(self, evaluations: Sequence[Evaluation]) -> str:
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(["ratios", "top1", "cost", "gmacs", "generation", "cached"])
+        for e in evaluations:
+            writer.writerow([e.config, e.metric, e.cost, self.macs(e.config) / 1e9, e.generation, e.cached])
+        return text.getvalue()
+
+    def _write_winner(self, summary: SearchSummary, costs: _Costs) -> None:
+        winner = summary.winner
+        budgets = {row.metric: row.limit for row in costs.feasibility}
+        numbers = {
+            "search_top1": winner.top1,
+            "gmacs": winner.gmacs,
+            "latency_ms": winner.latency_ms,
+            "latency_ms_low": winner.latency_ms_low,
+            "latency_ms_high": winner.latency_ms_high,
+            "dense_latency_ms": summary.dense_ms,
+            "speedup": winner.speedup,
+        }
+        about = {
+            "depths": list(self.space.depths),
+            **{name: round(value, 4) for name, value in numbers.items()},
+            "budget": budgets,
+            "measured_with": {"batch_size": self.section.batch_size, "image_size": list(self.session.img_size),
+                              "precision": self.section.precision, "device": str(self.session.device)},
+            "checkpoint_sha256": self.weights.sha256,
+        }  # fmt: skip
+        self.folder.write_result(
+            {
+                **numbers,
+                "ratios": winner.config.ratios,
+                "budget": budgets,
+                "strategy": self.section.strategy,
+                "asked": summary.asked,
+                "evaluated": summary.evaluated,
+                "infeasible": summary.infeasible,
+                "latency_table_error": asdict(summary.table_error) if summary.table_error else None,
+                "proxy_correlation": summary.proxy_correlation,
+                "finalists": [asdict(f) | {"config": f.config.ratios} for f in summary.finalists],
+                "note": summary.note,
+                **self.session.environment,
+            }
+        )
+        write_winner(self.folder.path / "winner.yaml", winner.config, about)  # last: it says that the search is done

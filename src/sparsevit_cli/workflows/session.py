@@ -1,0 +1,125 @@
+"""What every workflow starts from: the configuration, the device, data, and a model with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..atomic import sha256_file
+from ..checkpoints import load_checkpoint
+from ..config.schema import ExperimentConfig
+from ..data.build import DataBundle, build_data
+from ..errors import CheckpointError
+from ..models import build_model
+from ..profiling.device import describe_device, describe_versions, resolve_device
+from ..reporting import Reporter
+from ..runs import RunFolder, missing_result, open_run
+from ..sparsity import SearchSpace
+from ..stopping import StopRequest
+from ..swin import model_depths, sparsify_
+
+
+@dataclass(frozen=True)
+class Session:
+    """One command's surroundings."""
+
+    config: ExperimentConfig
+    reporter: Reporter
+    stop: StopRequest = field(default_factory=StopRequest)
+    argv: Sequence[str] = ()
+    fresh: bool = False
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device that `config.device` names."""
+        return resolve_device(self.config.device)
+
+    @cached_property
+    def environment(self) -> dict[str, object]:
+        """Device and versions, saved with every result."""
+        return {"device": describe_device(self.device), "versions": describe_versions()}
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Input height and width in pixels."""
+        size = self.config.model.img_size
+        return (size, size) if isinstance(size, int) else size
+
+    def folder(self, command: str) -> RunFolder:
+        """Open the folder of `command`, and log into it."""
+        folder = open_run(
+            self.config, command, argv=self.argv, environment=self.environment, fresh=self.fresh, reporter=self.reporter
+        )
+        log_to = getattr(self.reporter, "log_to", None)
+        if log_to is not None:
+            log_to(folder.path / "log.txt")
+        return folder
+
+    def earlier(self, command: str) -> RunFolder:
+        """The folder of another command, without opening it."""
+        return RunFolder(Path(self.config.output) / self.config.experiment / command, command)
+
+    def data(self, weights: Weights | None = None) -> DataBundle:
+        """The data of the experiment; class indices are those that `weights` were trained with."""
+        return build_data(
+            self.config.data,
+            img_size=self.img_size,
+            in_chans=self.config.model.in_chans,
+            seed=self.config.seed,
+            class_names=weights.class_names if weights else None,
+        )
+
+    def model(self, num_classes: int, weights: Weights | None = None) -> nn.Module:
+        """A sparse model at ratio 0 with `weights`, or with the configuration's own where there are none."""
+        section = self.config.model
+        if weights is not None:  # everything else that names weights would be loaded for nothing
+            section = section.model_copy(update={"pretrained": False, "checkpoint": None})
+        model = build_model(section, num_classes)
+        if weights is not None:
+            model.load_state_dict(weights.state_dict)
+        return sparsify_(model, importance=section.importance).to(self.device)
+
+    def space(self, model: nn.Module, max_ratio: float) -> SearchSpace:
+        """All configurations of `model` up to `max_ratio`."""
+        return SearchSpace(model_depths(model), max_ratio)
+
+    def replaced(self, **changes: Any) -> Session:
+        """This session with another configuration, reporter or flag."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Trained weights of an earlier command, with what they must be used with."""
+
+    state_dict: dict[str, Tensor]
+    sha256: str
+    class_names: tuple[str, ...]
+    result: dict[str, Any]
+    """The `metrics.json` of the command that made them."""
+
+
+def trained_weights(session: Session, command: str, needed_by: str) -> Weights:
+    """Weights of a finished training: the averaged ones where an EMA was kept, else the last.
+
+    Raises CheckpointError that says which command to type where it was not run or not finished.
+    """
+    folder = session.earlier(command)
+    result = folder.read_result()
+    if result is None:
+        raise missing_result(folder, needed_by)
+    path = folder.path / str(result["checkpoint"])
+    checkpoint = load_checkpoint(path)
+    tensors = checkpoint.tensors.get("ema") or checkpoint.tensors["model"]
+    used = "ema" if "ema" in checkpoint.tensors else "model"
+    digest = sha256_file(checkpoint.path / f"{used}.safetensors")
+    names = result.get("class_names")
+    if not isinstance(names, list):
+        raise CheckpointError(str(folder.result), "it has no class_names", f"Type: sparsevit {command} --fresh")
+    return Weights(dict(tensors), digest, tuple(map(str, names)), result)

@@ -1,0 +1,279 @@
+"""pretrain, adapt and finetune: one loop, three sparsity schedules."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from torch import nn
+
+from ..atomic import write_atomic, write_json
+from ..config.loading import section_hash
+from ..config.schema import DistilLoopSection, LoopSection
+from ..data.build import DataBundle
+from ..profiling.macs import macs_cost
+from ..runs import RunFolder, missing_result
+from ..schedule import FixedSchedule, RandomSchedule, SparsitySchedule
+from ..sparsity import SearchSpace, SparsityConfig
+from ..swin import model_depths, set_sparsity
+from ..tasks.classification import Accuracy, evaluate
+from ..training import TrainingJob, TrainingPlan, plan_training, train
+from ..winner import read_winner
+from .session import Session, Weights, trained_weights
+
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """Accuracy and cost of one fixed configuration."""
+
+    label: str
+    top1: float
+    gmacs: float
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What a training command tells at its end."""
+
+    command: str
+    folder: RunFolder
+    top1: float
+    seconds: float
+    already_done: bool
+    rows: tuple[CheckRow, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What differs between the three commands."""
+
+    command: str
+    section: LoopSection
+    schedule: SparsitySchedule
+    validate_at: SparsityConfig
+    plan: TrainingPlan
+    start: str
+    """Hash of the weights that the training starts from."""
+    teacher: nn.Module | None = None
+    downscale: bool = False
+
+
+def pretrain(session: Session) -> TrainingSummary:
+    """Train a dense model: from scratch, from timm's weights, or from a checkpoint file."""
+    folder, section = session.folder("pretrain"), session.config.train
+    data = session.data()
+    model = session.model(_num_classes(session, data))
+    dense = SparsityConfig.dense(model_depths(model))
+    plan = plan_training(section, len(data.train), session.img_size, section.curriculum)
+    start = section_hash(session.config, "model")
+    return _train(session, folder, data, model, _Kind("pretrain", section, FixedSchedule(dense), dense, plan, start))
+
+
+def adapt(session: Session) -> TrainingSummary:
+    """Train on with a new random configuration at every step (paper section 3.2)."""
+    folder, section = session.folder("adapt"), session.config.adapt
+    weights = _dense_weights(session, "adapt")
+    data = session.data(weights)
+    model = session.model(_num_classes(session, data), weights)
+    space = session.space(model, section.max_ratio)
+    middle = space.uniform(min(0.5, section.max_ratio))
+    plan = plan_training(section, len(data.train), session.img_size)
+    kind = _Kind(
+        "adapt", section, RandomSchedule(space, session.config.seed), middle, plan, _start(session, weights),
+        teacher=_teacher(session, section, data, weights),
+    )  # fmt: skip
+    summary = _train(session, folder, data, model, kind)
+    rows = _check_rows(session, folder, data, model, space)
+    return TrainingSummary("adapt", folder, summary.top1, summary.seconds, summary.already_done, rows)
+
+
+def finetune(session: Session) -> TrainingSummary:
+    """Train on from the adapted weights with one configuration fixed (paper section 3.4)."""
+    folder, section = session.folder("finetune"), session.config.finetune
+    weights = trained_weights(session, "adapt", "sparsevit finetune")
+    data = session.data(weights)
+    model = session.model(_num_classes(session, data), weights)
+    config = chosen_ratios(session, model_depths(model), "sparsevit finetune")
+    plan = plan_training(section, len(data.train), session.img_size)
+    kind = _Kind(
+        "finetune", section, FixedSchedule(config), config, plan, f"{weights.sha256} at {config}",
+        teacher=_teacher(session, section, data, _dense_weights(session, "finetune") if section.distill else None),
+    )  # fmt: skip
+    return _train(session, folder, data, model, kind)
+
+
+def train_smaller_rival(session: Session, model: nn.Module, weights: Weights | None, size: Size) -> TrainingSummary:
+    """Train the dense `model` on images shrunk to `size`, for as long as adapt and finetune together."""
+    folder = session.folder("rival")
+    section = session.config.finetune.model_copy(
+        update={
+            "epochs": session.config.adapt.epochs + session.config.finetune.epochs,
+            "lr": session.config.adapt.lr,
+            "distill": 0.0,
+        }
+    )
+    data = session.data(weights)
+    dense = SparsityConfig.dense(model_depths(model))
+    plan = plan_training(section, len(data.train), size)
+    start = f"{_start(session, weights)} at {size[0]}x{size[1]}"
+    kind = _Kind("rival", section, FixedSchedule(dense), dense, plan, start, downscale=True)
+    return _train(session, folder, data, model, kind)
+
+
+def chosen_ratios(session: Session, depths: tuple[int, ...], needed_by: str) -> SparsityConfig:
+    """The ratios to finetune: those of the configuration, else the winner of the search."""
+    given = session.config.finetune.ratios
+    if given is not None:
+        return SparsityConfig.from_ratios(given, depths)
+    return winner_ratios(session, depths, needed_by)
+
+
+def winner_ratios(session: Session, depths: tuple[int, ...], needed_by: str) -> SparsityConfig:
+    """The winner of the search. Raises CheckpointError that says what to type where there is none."""
+    folder = session.earlier("search")
+    path = folder.path / "winner.yaml"
+    if not path.exists():
+        raise missing_result(folder, needed_by)
+    return SparsityConfig.from_ratios(read_winner(path)[0], depths)
+
+
+def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Module, kind: _Kind) -> TrainingSummary:
+    config = session.config
+    section = kind.section
+    job = TrainingJob(
+        kind=kind.command,
+        model=model,
+        section=section,
+        schedule=kind.schedule,
+        plan=kind.plan,
+        source=data.train,
+        validate=_validator(session, data, kind),
+        checkpoints=folder.checkpoints,
+        device=session.device,
+        seed=config.seed,
+        num_classes=len(data.class_names),
+        workers=config.data.workers,
+        teacher=kind.teacher,
+        distill=section.distill if isinstance(section, DistilLoopSection) else 0.0,
+        temperature=section.temperature if isinstance(section, DistilLoopSection) else 1.0,
+        downscale=kind.downscale,
+        identity={
+            "data": data.fingerprint,
+            "class_names": list(data.class_names),
+            "model": section_hash(config, "model"),
+            "start": kind.start,
+            "steps": kind.plan.total_steps,
+        },
+    )
+    if section.grad_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    result = train(job, session.reporter, session.stop, on_row=lambda rows: _write_rows(folder, rows))
+    set_sparsity(model, kind.validate_at)
+    last: Mapping[str, Any] = result.history[-1]
+    already_done = result.resumed_from == kind.plan.total_steps and folder.result.exists()
+    if already_done:
+        session.reporter.say(f"{kind.command}: already done; the result of {folder.path} is used")
+    else:
+        write_json(folder.path / "sparsity.json", {"ratios": kind.validate_at.ratios})
+        folder.write_result(
+            {
+                "top1": last["top1"],
+                "checkpoint": str(result.checkpoint.relative_to(folder.path)),
+                "class_names": list(data.class_names),
+                "data_fingerprint": data.fingerprint,
+                "steps": kind.plan.total_steps,
+                "seconds": last["seconds"],
+                "history": list(result.history),
+                **session.environment,
+            }
+        )
+    return TrainingSummary(kind.command, folder, float(last["top1"]), float(last["seconds"]), already_done)
+
+
+def _validator(session: Session, data: DataBundle, kind: _Kind) -> Any:
+    """Validation at one fixed configuration, whatever the schedule."""
+
+    def validate(model: nn.Module, img_size: tuple[int, int]) -> Mapping[str, float]:
+        set_sparsity(model, kind.validate_at)
+        own_size = kind.downscale or img_size == session.img_size
+        source = data.val if own_size else data.val.with_image_size(img_size)
+        accuracy = score(session, model, source, resize=img_size if kind.downscale else None)
+        return {"top1": round(accuracy.top1, 3), "val_loss": accuracy.loss}
+
+    return validate
+
+
+def score(session: Session, model: nn.Module, source: Any, **options: Any) -> Accuracy:
+    """Accuracy at the model's current sparsity, with the configuration's batch size and workers."""
+    data = session.config.data
+    return evaluate(
+        model, source, batch_size=data.eval_batch_size, device=session.device, workers=data.workers, **options
+    )
+
+
+def _check_rows(
+    session: Session, folder: RunFolder, data: DataBundle, model: nn.Module, space: SearchSpace
+) -> tuple[CheckRow, ...]:
+    """The closing table of adapt: dense, uniform ratios, and the mean of random configurations."""
+    section = session.config.adapt
+    rng = Random(f"check:{session.config.seed}")
+    wanted = [("dense", [space.dense])]
+    wanted += [
+        (f"uniform {ratio:g}", [space.uniform(ratio)]) for ratio in section.check_ratios if ratio <= space.max_ratio
+    ]
+    wanted += [(f"random, mean of {section.check_random}", [space.sample(rng) for _ in range(section.check_random)])]
+    done = (folder.read_result() or {}).get("check", {})
+    if not done:
+        macs = macs_cost(model, (session.config.model.in_chans, *session.img_size))
+        total = sum(len(configs) for _, configs in wanted)
+        with session.reporter.progress("check", total) as progress:
+            for label, configs in wanted:
+                top1 = 0.0
+                for config in configs:
+                    session.stop.check("adapt", "the training is saved, its closing table is not")
+                    set_sparsity(model, config)
+                    top1 += score(session, model, data.val).top1 / len(configs)
+                    progress.advance()
+                done[label] = {"top1": top1, "gmacs": sum(map(macs, configs)) / len(configs) / 1e9}
+        folder.write_result({**(folder.read_result() or {}), "check": done})
+    return tuple(CheckRow(label, row["top1"], row["gmacs"]) for label, row in done.items())
+
+
+def _dense_weights(session: Session, needed_by: str) -> Weights | None:
+    """Weights of `pretrain`; None where the configuration names weights of its own instead."""
+    named = session.config.model.pretrained or session.config.model.checkpoint is not None
+    if named and session.earlier("pretrain").read_result() is None:
+        return None
+    return trained_weights(session, "pretrain", f"sparsevit {needed_by}")
+
+
+def _start(session: Session, weights: Weights | None) -> str:
+    return weights.sha256 if weights else section_hash(session.config, "model")
+
+
+def _teacher(
+    session: Session, section: DistilLoopSection, data: DataBundle, weights: Weights | None
+) -> nn.Module | None:
+    if not section.distill:
+        return None
+    return session.model(_num_classes(session, data), weights).eval().requires_grad_(False)
+
+
+def _num_classes(session: Session, data: DataBundle) -> int:
+    return session.config.model.num_classes or len(data.class_names)
+
+
+def _write_rows(folder: RunFolder, rows: tuple[Mapping[str, float], ...]) -> None:
+    """results.csv: one row per validation."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(folder.path / "results.csv", text.getvalue())

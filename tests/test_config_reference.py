@@ -1,0 +1,53 @@
+"""The reference page agrees with the schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparsevit_cli.config import reference
+from sparsevit_cli.config.fields import field_schema
+from sparsevit_cli.config.reference import REFERENCE_PATH, main, render_reference
+from sparsevit_cli.config.schema import ExperimentConfig
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert REFERENCE_PATH.read_text(encoding="utf-8") == render_reference()
+
+
+def test_every_field_has_a_row_with_a_sentence() -> None:
+    page = render_reference()
+
+    def check(section: dict[str, object], prefix: tuple[str, ...]) -> None:
+        for name, value in section.items():
+            if isinstance(value, dict):
+                assert f"\n## `{'.'.join((*prefix, name))}`\n" in page
+                check(value, (*prefix, name))
+                continue
+            schema = field_schema((*prefix, name))
+            assert schema is not None
+            assert schema["description"].endswith((".", "`"))
+            assert f"| `{name}` | " in page
+            assert f" | {schema['description']} |\n" in page
+
+    check(ExperimentConfig().model_dump(mode="json"), ())
+    assert "\n## `train.curriculum`, each item\n" in page
+    assert "| `ratios` | list of lists of numbers from 0 to 0.8 in steps of 0.1, or null | `null` | Ratios" in page
+    assert "| `img_size` | whole number from 1 to 16384 | required |" in page
+
+
+def test_check_notices_an_old_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "configuration.md"
+    monkeypatch.setattr(reference, "REFERENCE_PATH", page)
+    monkeypatch.setattr("sys.argv", ["reference", "--check"])
+    assert main() == 1
+    assert "outdated" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["reference"])
+    assert main() == 0
+    monkeypatch.setattr("sys.argv", ["reference", "--check"])
+    assert main() == 0
+    page.write_text("old")
+    assert main() == 1

@@ -1,0 +1,164 @@
+"""Decoding: every kind of file becomes upright RGB or UnreadableImageError, nothing else."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sparsevit_cli.data.images import UnreadableImageError, decode_image
+
+RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
+
+
+def encoded(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def decode(data: bytes, max_megapixels: float = 1.0) -> Image.Image:
+    return decode_image(io.BytesIO(data), "cat.jpg", max_megapixels)
+
+
+def noise(image_format: str, **options: object) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(pixels), image_format, **options)
+
+
+def png_of_size(width: int, height: int, extra: bytes = b"") -> bytes:
+    """A small PNG file whose header promises an image of any size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(bytes(10_000_000), 9))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + body + chunk(b"IEND", b"")
+
+
+def jpeg_of_size(width: int, height: int) -> bytes:
+    data = bytearray(noise("JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def palette_image() -> Image.Image:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "image_format", "options", "expected"),
+    [
+        (Image.new("L", (4, 4), 7), "PNG", {}, (7, 7, 7)),
+        (Image.new("1", (4, 4), 1), "PNG", {}, WHITE),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF", {}, RED),
+        (palette_image(), "PNG", {}, RED),
+        (palette_image(), "PNG", {"transparency": 1}, WHITE),
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 255)), "PNG", {}, RED),
+        (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "PNG", {}, WHITE),
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 51)), "PNG", {}, (255, 204, 204)),
+        (Image.new("LA", (4, 4), (0, 0)), "PNG", {}, WHITE),
+        (Image.new("RGB", (4, 4), RED), "PNG", {"transparency": RED}, WHITE),
+        (Image.fromarray(np.full((4, 4), 0x9C40, np.uint16)), "PNG", {}, (0x9C, 0x9C, 0x9C)),
+        (Image.fromarray(np.full((4, 4), 0x9C40, np.uint16)), "TIFF", {}, (0x9C, 0x9C, 0x9C)),
+        (Image.fromarray(np.full((4, 4), 0x9C40, np.uint16)), "PPM", {}, (0x9C, 0x9C, 0x9C)),
+        (palette_image(), "GIF", {"save_all": True, "append_images": [Image.new("L", (4, 4), 0)]}, RED),
+    ],
+)
+def test_unusual_modes(image, image_format, options, expected):
+    decoded = decode(encoded(image, image_format, **options))
+    assert decoded.mode == "RGB"
+    assert decoded.size == (4, 4)
+    assert decoded.getpixel((1, 1)) == expected
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(image_format):
+    lying = Image.new("RGB", (32, 16))
+    lying.paste(RED, (0, 0, 16, 16))  # the left half; orientation 6 says: turn right by a quarter
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = decode(encoded(lying, image_format, exif=exif))
+    assert upright.size == (16, 32)
+    top, bottom = np.asarray(upright)[4, 8].astype(int), np.asarray(upright)[28, 8].astype(int)
+    assert abs(top - RED).max() < 10
+    assert abs(bottom - BLACK).max() < 10
+
+
+def test_damaged_exif_leaves_the_image_as_stored():
+    assert decode(noise("JPEG", exif=b"Exif\0\0garbage")).size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "not an image"),
+        (b"this is a text\n" * 50, "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
+        (noise("JPEG")[:-200], "truncated"),
+        (noise("PNG")[:1500], "truncated"),
+        (encoded(Image.new("F", (4, 4)), "TIFF"), "32 bits"),
+    ],
+    ids=["empty", "text", "postscript", "truncated jpeg", "truncated png", "float"],
+)
+def test_unreadable(data, reason):
+    with pytest.raises(UnreadableImageError, match=reason) as caught:
+        decode(data)
+    assert caught.value.what == "cat.jpg"
+    assert caught.value.exit_code == 3
+
+
+TEXT_BOMB = b"k\0\0" + zlib.compress(bytes(100_000_000), 9)
+TEXT_CHUNK = struct.pack(">I", len(TEXT_BOMB)) + b"zTXt" + TEXT_BOMB + struct.pack(">I", zlib.crc32(b"zTXt" + TEXT_BOMB))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (png_of_size(20_000, 20_000), "more than 64 megapixels"),
+        (png_of_size(8_001, 8_000), "more than 64 megapixels"),
+        (jpeg_of_size(65_500, 65_500), "more than 64 megapixels"),
+        (png_of_size(4, 4, TEXT_CHUNK), "too large"),
+    ],
+    ids=["400 Mpx png", "just above", "jpeg header", "zTXt"],
+)
+def test_bombs_are_refused_before_their_pixels_are_decoded(data, reason, monkeypatch):
+    assert len(data) < 200_000
+
+    def load(image):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(UnreadableImageError, match=reason):
+        decode(data, max_megapixels=64)
+
+
+def test_the_limit_can_be_raised_above_pillows_own(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnreadableImageError, match="megapixels"):
+        decode(noise("PNG"), max_megapixels=0.001)
+    assert decode(noise("PNG"), max_megapixels=1).size == (32, 32)
+
+
+@given(
+    st.sampled_from(["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM"]),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
+    st.floats(0, 1),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_give_an_image_or_one_kind_of_error(image_format, changes, kept):
+    data = bytearray(noise(image_format))
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    try:
+        assert decode(bytes(data[: int(kept * len(data)) + 1])).mode == "RGB"
+    except UnreadableImageError as error:
+        assert error.got  # noqa: PT017

@@ -1,0 +1,280 @@
+"""Batches: order, resume, workers, unreadable samples, dead processes."""
+
+import os
+import pickle
+import random
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_data_folder import build, make_example_tree
+
+from sparsevit_cli.config.schema import AugmentSection
+from sparsevit_cli.data import epoch_order, eval_batches, fixed_subset, num_batches, train_batches
+from sparsevit_cli.data.images import UnreadableImageError
+from sparsevit_cli.data.source import BadImages
+from sparsevit_cli.data.splits import carve
+from sparsevit_cli.errors import DataError
+
+
+class Numbers:
+    """Sample i of epoch e is the image [[[i, e]]] with label i; some cannot be read."""
+
+    class_names = ()
+
+    def __init__(self, length, unreadable=(), max_bad_fraction=1.0):
+        self.length, self.unreadable, self.epoch = length, frozenset(unreadable), 0
+        self.bad_images = BadImages(length, max_bad_fraction)
+        self.read = []
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        if index in self.unreadable:
+            raise UnreadableImageError(f"sample {index}", "torn", "Mend it.")
+        return torch.tensor([[[index, self.epoch]]], dtype=torch.float32), index
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def sample_name(self, index):
+        return f"sample {index}"
+
+
+def indices(batches):
+    return [batch.indices.tolist() for batch in batches]
+
+
+@given(st.integers(0, 300), st.integers(0, 2**31 - 1), st.integers(0, 1000))
+def test_epoch_order_is_a_permutation_of_its_own(n, seed, epoch):
+    order = epoch_order(n, seed, epoch)
+    assert sorted(order) == list(range(n))
+    assert order == epoch_order(n, seed, epoch)
+    if n > 20:
+        assert order != epoch_order(n, seed, epoch + 1)
+        assert order != epoch_order(n, seed + 1, epoch)
+
+
+def test_epoch_order_is_pinned():
+    """A resumed run must find the order that an older version wrote its checkpoint in."""
+    assert epoch_order(8, seed=0, epoch=0) == [4, 7, 2, 3, 1, 5, 0, 6]
+
+
+@given(
+    st.integers(1, 60),
+    st.integers(1, 10),
+    st.sets(st.integers(0, 59)),
+    st.integers(0, 5),
+    st.booleans(),
+    st.data(),
+)
+def test_training_batches(n, batch_size, unreadable, epoch, drop_last, data):
+    source = Numbers(n, unreadable)
+    readable = set(range(n)) - unreadable
+    total = num_batches(n, batch_size, drop_last)
+    arguments = {"batch_size": batch_size, "seed": 3, "epoch": epoch, "drop_last": drop_last}
+    if total == 0:
+        with pytest.raises(DataError, match="fewer than one batch"):
+            train_batches(source, **arguments)
+        return
+    if not readable:
+        with pytest.raises(DataError, match="can be read"):
+            list(train_batches(source, **arguments))
+        return
+    batches = list(train_batches(source, **arguments))
+    assert len(batches) == total
+    for number, batch in enumerate(batches):
+        wanted = min(batch_size, n - number * batch_size)
+        assert len(set(batch.indices.tolist())) == min(wanted, len(readable))
+        assert torch.equal(batch.labels, batch.indices)
+        assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.indices)
+        assert set(batch.images[:, 0, 0, 1].tolist()) == {epoch}
+    if not unreadable & set(range(n)):
+        assert sum(indices(batches), []) == epoch_order(n, 3, epoch)[: total * batch_size]
+    if not drop_last:
+        assert set(sum(indices(batches), [])) == readable
+
+    start = data.draw(st.integers(0, total))
+    resumed = Numbers(n, unreadable)
+    assert indices(train_batches(resumed, start=start, **arguments)) == indices(batches)[start:]
+    if not unreadable:
+        assert resumed.read == epoch_order(n, 3, epoch)[start * batch_size : total * batch_size]
+
+
+def test_epochs_do_not_disturb_each_other():
+    source = Numbers(8)
+    first = train_batches(source, batch_size=2, seed=0, epoch=1)
+    second = train_batches(source, batch_size=2, seed=0, epoch=2)
+    for one, two in zip(first, second, strict=True):
+        assert set(one.images[..., 1].flatten().tolist()) == {1}
+        assert set(two.images[..., 1].flatten().tolist()) == {2}
+
+
+def test_too_many_unreadable_stops_early_and_lists_ten():
+    source = Numbers(1000, unreadable=range(1000), max_bad_fraction=0.014)
+    with pytest.raises(DataError, match=r"15 of 1000, above data.max_bad_fraction 0.014: .* and 5 more\."):
+        list(train_batches(source, batch_size=10, seed=0, epoch=0))
+    assert len(source.read) == 15
+
+
+@given(st.integers(0, 25), st.integers(1, 9), st.data())
+def test_evaluation_counts_every_sample_once_in_order(n, batch_size, data):
+    subset = data.draw(st.none() | st.permutations(range(n)).map(lambda order: order[: n // 2]))
+    batches = indices(eval_batches(Numbers(n), batch_size, subset=subset))
+    assert sum(batches, []) == list(range(n) if subset is None else subset)
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+
+
+def test_evaluation_in_processes():
+    assert indices(eval_batches(Numbers(7), 3, workers=2)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert indices(eval_batches(Numbers(7), 3, workers=2, subset=[5, 1, 2, 6])) == [[5, 1, 2], [6]]
+
+
+def test_evaluation_names_unreadable_samples():
+    with pytest.raises(DataError, match=r"sample 3 \(torn\), sample 4 \(torn\)"):
+        list(eval_batches(Numbers(9, unreadable=(3, 4, 8)), 5))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    augment = AugmentSection(auto_augment="rand-m9-mstd0.5", random_erasing=0.5)
+    return build(make_example_tree(tmp_path_factory.mktemp("data")), img_size=24, augment=augment)
+
+
+def global_states():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def test_workers_and_resume_change_no_bit_and_no_global_generator(bundle):
+    before = global_states()
+    runs = [
+        list(train_batches(bundle.train, batch_size=6, seed=5, epoch=2, workers=workers, start=start))
+        for workers, start in ((0, 0), (2, 0), (0, 2), (2, 2))
+    ]
+    assert global_states() == before
+    assert len(runs[0]) == 4
+    for run in runs[1:]:
+        for batch, expected in zip(reversed(run), reversed(runs[0]), strict=False):
+            assert torch.equal(batch.images, expected.images)
+            assert torch.equal(batch.labels, expected.labels)
+            assert torch.equal(batch.indices, expected.indices)
+    assert [len(run) for run in runs] == [4, 4, 2, 2]
+
+
+def test_augmentation_follows_the_sample_not_the_batch(bundle):
+    drawn = {}
+    for batch_size in (4, 9):
+        for batch in train_batches(bundle.train, batch_size=batch_size, seed=5, epoch=1, drop_last=False):
+            for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
+                assert torch.equal(drawn.setdefault(index, image), image)
+
+
+def test_sources_travel_by_pickle(bundle):
+    twin = pickle.loads(pickle.dumps(bundle.train))
+    assert torch.equal(twin[3][0], bundle.train[3][0])
+    assert twin.fingerprint() == bundle.train.fingerprint()
+
+
+class Deadly(Numbers):
+    def __getitem__(self, index):
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_dead_loader_process_is_a_data_error():
+    with pytest.raises(DataError, match="loader process died") as caught:
+        list(eval_batches(Deadly(20), 2, workers=1))
+    assert caught.value.what == "data.workers"
+
+
+def test_a_dead_loader_process_is_noticed_between_batches_not_inside_a_step():
+    batches = eval_batches(Deadly(20), 2, workers=2)
+    next(batches)
+    time.sleep(0.5)  # a step; the process of sample 5 dies meanwhile, and no exception may come here
+    with pytest.raises(DataError, match="loader process died"):
+        list(batches)
+
+
+def test_errors_of_the_source_itself_pass_through():
+    class Broken(Numbers):
+        def __getitem__(self, index):
+            raise FileNotFoundError("gone")
+
+    for workers in (0, 1):
+        with pytest.raises(FileNotFoundError, match="gone"):
+            list(eval_batches(Broken(4), 2, workers))
+
+
+def test_signals_to_the_group_do_not_kill_loader_processes():
+    class Slow(Numbers):
+        def __getitem__(self, index):
+            if index == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    assert sum(indices(eval_batches(Slow(6), 2, workers=1)), []) == list(range(6))
+
+
+def test_leaving_early_ends_the_processes():
+    batches = eval_batches(Numbers(100), 2, workers=2)
+    next(batches)
+    children = [child.pid for child in torch.multiprocessing.active_children()]
+    assert len(children) >= 2
+    batches.close()
+    assert not torch.multiprocessing.active_children()
+
+
+def test_works_outside_the_main_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(indices(eval_batches(Numbers(5), 2, workers=1))))
+    thread.start()
+    thread.join()
+    assert found == [[0, 1], [2, 3], [4]]
+
+
+# Splits
+
+
+@given(st.lists(st.tuples(st.text(), st.integers(0, 4)), unique_by=lambda pair: pair[0]), st.floats(0.01, 0.99))
+def test_carve(pairs, fraction):
+    keys, labels = [key for key, _ in pairs], np.array([label for _, label in pairs], dtype=np.int64)
+    usable = np.array([len(key) != 1 for key in keys], dtype=bool)
+    counts = np.bincount(labels[usable], minlength=5)
+    if counts.max(initial=0) < 2:
+        with pytest.raises(DataError, match="two usable images"):
+            carve(keys, labels, fraction, usable)
+        return
+    kept, held_out = carve(keys, labels, fraction, usable)
+    assert sorted([*kept, *held_out]) == list(range(len(keys)))
+    assert usable[held_out].all()
+    for label in np.flatnonzero(counts):
+        taken = int((labels[held_out] == label).sum())
+        assert taken < counts[label]
+        assert taken >= min(1, counts[label] - 1)
+        assert abs(taken - fraction * counts[label]) <= 1
+
+
+def test_a_new_image_moves_few_others_between_splits():
+    keys = [f"train/cat/{number}.jpg" for number in range(200)]
+    labels, usable = np.zeros(200, dtype=np.int64), np.ones(200, dtype=bool)
+    _, held_out = carve(keys, labels, 0.1, usable)
+    _, later = carve([*keys, "train/cat/new.jpg"], np.zeros(201, dtype=np.int64), 0.1, np.ones(201, dtype=bool))
+    assert len(set(held_out) ^ set(later)) <= 2
+
+
+@given(st.integers(1, 200), st.integers(1, 300), st.integers(0, 9))
+def test_fixed_subset(length, samples, seed):
+    subset = fixed_subset(length, samples, seed)
+    assert subset == sorted(set(subset))
+    assert len(subset) == min(length, samples)
+    assert set(subset) <= set(range(length))
+    assert subset == fixed_subset(length, samples, seed)

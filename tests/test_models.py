@@ -1,0 +1,545 @@
+"""Models by name, weights from anywhere, and files that want to run code (reliability.md, T10, T18, T20)."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import pickle
+import random
+import re
+import struct
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models.swin_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+import sparsevit_cli
+from sparsevit_cli.checkpoints import save_checkpoint
+from sparsevit_cli.config.schema import ModelSection
+from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.models import (
+    build_model,
+    check_img_size,
+    load_weights,
+    model_arguments,
+    model_depths,
+    read_weights,
+    set_img_size,
+    supported_models,
+)
+
+TINY: dict[str, Any] = {
+    "embed_dim": 16,
+    "depths": (1, 1, 2, 1),
+    "num_heads": (1, 2, 2, 4),
+    "window_size": 4,
+    "img_size": 64,
+}
+
+
+def tiny(num_classes: int = 5, **changes: object) -> nn.Module:
+    return build_model(ModelSection(**(TINY | changes)), num_classes)  # type: ignore[arg-type]
+
+
+def windows(model: nn.Module) -> list[tuple[int, int]]:
+    return [block.window_size for stage in model.layers for block in stage.blocks]  # type: ignore[union-attr,operator]
+
+
+def image(*size: int) -> Tensor:
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(3))
+
+
+# -- building -----------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_reaches_timm() -> None:
+    section = ModelSection(
+        embed_dim=24, depths=(2, 1), num_heads=(2, 3), window_size=5, patch_size=2, mlp_ratio=2.0, global_pool="max",
+        drop_path_rate=0.3, in_chans=1, img_size=(60, 40), always_partition=True, weight_init="jax",
+    )  # fmt: skip
+    model: Any = build_model(section, 7)
+    assert model_depths(model) == (2, 1)
+    assert model.patch_embed.proj.weight.shape == (24, 1, 2, 2)
+    assert [stage.blocks[0].attn.num_heads for stage in model.layers] == [2, 3]
+    assert windows(model) == [(5, 5)] * 3
+    assert model.layers[0].blocks[0].mlp.fc1.weight.shape == (48, 24)
+    assert model.layers[1].blocks[0].drop_path1.drop_prob == pytest.approx(0.3)
+    assert model.global_pool == "max"
+    assert all(block.always_partition for stage in model.layers for block in stage.blocks)
+    assert model.layers[0].blocks[0].attn.qkv.weight.abs().max() > 0.15  # Xavier; timm's default has deviation 0.02
+    assert model.patch_embed.img_size == (60, 40)
+    assert model(torch.randn(2, 1, 60, 40)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", supported_models())
+def test_unset_settings_keep_the_architecture(name: str) -> None:
+    with torch.device("meta"):
+        ours, theirs = build_model(ModelSection(name=name, img_size=224), 1000), timm.create_model(name, img_size=224)
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in theirs.state_dict().items()
+    }
+
+
+def test_initial_weights_are_a_function_of_the_seed() -> None:
+    section = ModelSection(**TINY)
+    state = torch.get_rng_state()
+    first, again, other = (build_model(section, 5, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["head.fc.weight"], other["head.fc.weight"])
+
+
+def test_the_arguments_rebuild_the_model() -> None:
+    section = ModelSection(**TINY, always_partition=True)
+    arguments = model_arguments(section, 5)
+    assert arguments["embed_dim"] == 16
+    assert "patch_size" not in arguments
+    again = timm.create_model(section.name, img_size=64, **arguments).eval()
+    model = build_model(section, 5).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(image(64, 64)), model(image(64, 64)))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("swin_tiny_patch4_window8_224", "swin_tiny_patch4_window7_224"),
+        ("swin_s3_tyni_224", "swin_s3_tiny_224"),
+        ("swin_tiny_patch4_window7_224.ms_in3k", "swin_tiny_patch4_window7_224.ms_in1k"),
+        ("swinv2_tiny_window8_256", "swin_"),
+        ("resnet18", "swin_"),
+        ("hf-hub:timm/swin_tiny_patch4_window7_224.ms_in1k", "swin_tiny"),
+        ("hf_hub:a/b", "swin_"),
+        ("local-dir:.", "swin_"),
+        ("./swin_tiny_patch4_window7_224", "swin_tiny_patch4_window7_224"),
+        ("swin_tiny_patch4_window7_224/../x", "swin_tiny_patch4_window7_224"),
+        ("*", "swin_"),
+    ],
+)
+def test_other_names_are_refused_with_the_nearest(name: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(*args: object, **kwargs: object) -> None:
+        pytest.fail("timm.create_model was reached")
+
+    monkeypatch.setattr(timm, "create_model", reached)
+    with pytest.raises(ConfigError, match=re.escape(hint)) as caught:
+        build_model(ModelSection.model_construct(name=name, pretrained=True), 5)
+    assert caught.value.exit_code == 2
+    assert caught.value.what == "model.name"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"depths": (1, 1, 1, 1, 1)}, {"embed_dim": 2}, {"num_heads": (1, 2)}, {"num_heads": (3, 6, 12, 9999)}],
+)
+def test_settings_that_contradict_the_architecture(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="timm cannot build") as caught:
+        build_model(ModelSection(**changes), 5)
+    assert str(next(iter(changes.values()))) in str(caught.value)
+
+
+def test_pretrained_weights_need_the_architecture_as_it_is() -> None:
+    with pytest.raises(ConfigError, match=r"model\.pretrained.*its own embed_dim, depths"):
+        build_model(ModelSection(pretrained=True, embed_dim=16, depths=(2, 2, 2, 2)), 5)
+
+
+def test_pretrained_weights_without_a_network(tmp_path: Path) -> None:
+    program = (
+        "from sparsevit_cli.models import build_model; from sparsevit_cli.config.schema import ModelSection\n"
+        "from sparsevit_cli.errors import CheckpointError\n"
+        "try: build_model(ModelSection(pretrained=True), 5)\n"
+        "except CheckpointError as error: print(error.exit_code, error)"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True, timeout=200
+    )
+    assert done.stdout.startswith("4 model.pretrained: timm cannot build swin_tiny_patch4_window7_224")
+    assert "model.checkpoint" in done.stdout
+
+
+# -- image sizes (T18) --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [64, (128, 96), 68, 100, (52, 76), 16, 8, 4])
+def test_sizes_that_fit_the_patch_are_taken_whole(size: int | tuple[int, int]) -> None:
+    model: Any = tiny(img_size=size).eval()
+    height, width = size if isinstance(size, tuple) else (size, size)
+    assert model.patch_embed.grid_size == (height // 4, width // 4)
+    assert max(max(window) for window in windows(model)) <= 4
+    corner = image(height, width)
+    changed = corner.clone()
+    changed[:, :, -1, -1] += 1
+    assert not torch.equal(model(corner), model(changed))  # the last row and column count
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"),
+    [
+        (65, "64 and 68"),
+        (90, "88 and 92"),
+        (97, "96 and 100"),
+        (225, "224 and 228"),
+        ((230, 198), "[228, 196] and [232, 200]"),
+        ((64, 66), "[64, 64] and [64, 68]"),
+        (3, "4 and 8"),
+        (1, "4 and 8"),
+    ],
+)
+def test_sizes_that_timm_would_crop_are_refused(size: int | tuple[int, int], nearest: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(nearest)) as caught:
+        tiny(img_size=size)
+    assert caught.value.what == "model.img_size"
+    with pytest.raises(ConfigError, match=re.escape(nearest)):
+        set_img_size(tiny(), size)
+
+
+def test_a_size_may_stand_elsewhere_and_patches_differ() -> None:
+    check_img_size((70, 98), 14)
+    with pytest.raises(ConfigError, match=r"profile\.image_sizes.*70 and 84"):
+        check_img_size(72, 14, "profile.image_sizes")
+
+
+def test_another_size_keeps_the_windows() -> None:
+    model = tiny().eval()
+    set_img_size(model, (96, 128))
+    other = tiny(img_size=(96, 128)).eval()
+    assert windows(model) == windows(other)
+    weights = {key: value for key, value in model.state_dict().items() if "layers.3" not in key}
+    other.load_state_dict(weights, strict=False)
+    set_img_size(model, 256)
+    set_img_size(other, 256)
+    assert windows(model) == windows(other) == [(4, 4)] * 5  # never scaled with the grid
+    small = build_model(ModelSection(**TINY), 5, img_size=32)
+    assert windows(small) == [(4, 4), (4, 4), (2, 2), (2, 2), (1, 1)]
+    padded = tiny(img_size=256, always_partition=True)
+    before = list(padded.parameters())
+    for side in (32, 64):
+        set_img_size(padded, side)
+        assert windows(padded) == [(4, 4)] * 5
+        assert padded(image(side, side)).shape == (2, 5)
+    assert all(a is b for a, b in zip(padded.parameters(), before, strict=True))
+
+
+def test_another_size_computes_what_a_model_of_that_size_computes() -> None:
+    model, other = tiny(img_size=128).eval(), tiny(img_size=192).eval()
+    other.load_state_dict(model.state_dict())
+    set_img_size(model, 192)
+    assert torch.equal(model(image(192, 192)), other(image(192, 192)))
+
+
+# -- reading weights ----------------------------------------------------------------------------------------------
+
+
+def save_pickle(content: object, path: Path) -> Path:
+    torch.save(content, path)
+    return path
+
+
+WRITERS: dict[str, Callable[[dict[str, Tensor], Path], Path]] = {
+    "safetensors": lambda w, p: safetensors.torch.save_file(w, p / "w.safetensors") or p / "w.safetensors",
+    "pth": lambda w, p: save_pickle(w, p / "w.pth"),
+    "model": lambda w, p: save_pickle({"model": w, "epoch": 3}, p / "w.pt"),
+    "state_dict": lambda w, p: save_pickle({"state_dict": w, "optimizer": {}}, p / "w.bin"),
+    "ema": lambda w, p: save_pickle({"state_dict": {"old": w["norm.bias"]}, "state_dict_ema": w}, p / "w.pth"),
+    "no ema": lambda w, p: save_pickle({"model": w, "model_ema": None}, p / "w.pth"),
+    "twice": lambda w, p: save_pickle({"model": {"state_dict": w}}, p / "w.pth"),
+    "module.": lambda w, p: save_pickle({f"module.{k}": v for k, v in w.items()}, p / "w.pth"),
+    "_orig_mod.": lambda w, p: save_pickle({f"_orig_mod.module.{k}": v for k, v in w.items()}, p / "w.pth"),
+    "half": lambda w, p: save_pickle({("module." * (i % 2)) + k: v for i, (k, v) in enumerate(w.items())}, p / "w.pth"),
+    "stage": lambda w, p: save_pickle({k.replace(".0.", ".0._orig_mod.", 1): v for k, v in w.items()}, p / "w.pth"),
+    "folder": lambda w, p: save_checkpoint(p, 1, {"model": w}, {}),
+    "root": lambda w, p: (
+        save_checkpoint(p, 1, {"model": {}, "ema": {f"module.{k}": v for k, v in w.items()}}, {}).parent
+    ),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_weights_come_back_from_every_wrapping(writer: str, tmp_path: Path) -> None:
+    source, model = tiny().eval(), tiny().eval()
+    path = WRITERS[writer](dict(source.state_dict()), tmp_path)
+    assert load_weights(model, path) == ()
+    assert torch.equal(model(image(64, 64)), source(image(64, 64)))
+    built = tiny(checkpoint=str(path)).eval()
+    assert torch.equal(built(image(64, 64)), source(image(64, 64)))
+
+
+def official(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Microsoft's layout: merging at the end of a stage, a bare head, buffers stored."""
+
+    def name(key: str) -> str:
+        key = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)
+        return key.replace("head.fc.", "head.")
+
+    buffers = {
+        "layers.0.blocks.0.attn.relative_position_index": torch.zeros(16, 16, dtype=torch.long),
+        "layers.2.blocks.1.attn_mask": torch.zeros(4, 16, 16),
+    }
+    return {name(key): value for key, value in weights.items()} | buffers
+
+
+def test_official_layout(tmp_path: Path) -> None:
+    source, model = tiny().eval(), tiny().eval()
+    weights = official(source.state_dict())
+    converted = checkpoint_filter_fn(dict(weights), model)
+    assert converted.keys() == source.state_dict().keys()  # the test's idea of the layout is timm's
+    load_weights(model, save_pickle({"model": weights}, tmp_path / "swin.pth"))
+    assert torch.equal(model(image(64, 64)), source(image(64, 64)))
+    assert all(torch.equal(value, converted[key]) for key, value in model.state_dict().items())
+
+
+# -- weights that do not fit (T20) --------------------------------------------------------------------------------
+
+
+def half_pruned(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value[: value.shape[0] // 2] for key, value in model.state_dict().items() if "mlp.fc1" in key}
+
+
+MISFITS: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
+    "classes": (lambda: tiny(9).state_dict(), r"head\.fc\.weight: 9x128 here, 5x128 in the model.*model\.reset_head"),
+    "headless": (lambda: tiny_without("head"), r"head\.fc\.weight: missing here.*model\.reset_head"),
+    "depth": (
+        lambda: tiny(depths=(1, 1, 4, 1)).state_dict(),
+        r"layers\.2\.blocks\.2\.\S+: \S+ here, missing in the mod",
+    ),
+    "width": (lambda: tiny(embed_dim=32).state_dict(), r"patch_embed\.proj\.weight: 32x3x4x4 here, 16x3x4x4"),
+    "window": (lambda: tiny(window_size=3).state_dict(), r"windows are 3x3, the model's 4x4.*model\.window_size"),
+    "official window": (lambda: official(tiny(window_size=3).state_dict()), r"windows are 3x3, the model's 4x4"),
+    "image": (
+        lambda: tiny(img_size=128).state_dict(),
+        r"windows are 4x4, the model's 2x2 \(layers\.3\.\S+\).*img_size",
+    ),
+    "channels": (lambda: tiny(in_chans=1).state_dict(), r"16x1x4x4 here, 16x3x4x4 in the model.*in_chans"),
+    "patch": (lambda: tiny(patch_size=2, img_size=32).state_dict(), r"16x3x2x2 here"),
+    "other network": (
+        lambda: nn.Conv2d(3, 4, 3).state_dict(),
+        r"model: \d\d .*; weight: 4x3x3x3 here, missing in the model.*and \d+ more",
+    ),
+    "pruned": (lambda: tiny().state_dict() | half_pruned(tiny()), r"mlp\.fc1\.weight: 32x16 here, 64x16 in the model"),
+}
+
+
+def tiny_without(prefix: str) -> dict[str, Tensor]:
+    return {key: value for key, value in tiny().state_dict().items() if not key.startswith(prefix)}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_weights_that_do_not_fit_change_nothing(case: str, tmp_path: Path) -> None:
+    weights, message = MISFITS[case]
+    path = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(weights(), path)
+    model = tiny()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_weights(model, path)
+    assert caught.value.exit_code == 4
+    assert 1 <= str(caught.value).count(" here, ") <= 10
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("case", ["classes", "headless"])
+def test_a_new_head_only_when_asked_for(case: str, tmp_path: Path) -> None:
+    weights = MISFITS[case][0]()
+    path = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(weights, path)
+    model: Any = tiny()
+    head = model.head.fc.weight.clone()
+    assert load_weights(model, path, reset_head=True) == ("head.fc.weight", "head.fc.bias")
+    assert torch.equal(model.head.fc.weight, head)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items() if "head" not in key)
+    fitting: Any = tiny()
+    path = WRITERS["pth"](fitting.state_dict(), tmp_path)
+    assert load_weights(model, path, reset_head=True) == ()
+    assert torch.equal(model.head.fc.weight, fitting.head.fc.weight)
+
+
+def test_reset_head_excuses_nothing_else(tmp_path: Path) -> None:
+    path = WRITERS["pth"](tiny(9, embed_dim=32).state_dict(), tmp_path)
+    with pytest.raises(CheckpointError, match="embed_dim"):
+        load_weights(tiny(), path, reset_head=True)
+
+
+def test_rectangular_windows_load_as_they_are(tmp_path: Path) -> None:
+    source, model = tiny(img_size=(64, 128)), tiny(img_size=(64, 128))
+    assert (2, 4) in windows(source)
+    load_weights(model, WRITERS["pth"](source.state_dict(), tmp_path))
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {"a": torch.ones(1), "b": 3}}, "other things than tensors: b"),
+        ([torch.ones(1)], "holds a list"),
+        ({}, "not named tensors"),
+        ({"module.a": torch.ones(1), "a": torch.ones(1)}, "holds a twice"),
+    ],
+)
+def test_files_that_hold_something_else(content: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(save_pickle(content, tmp_path / "w.pth"))
+
+
+def test_paths_that_hold_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "w.onnx").write_bytes(b"x")
+    for path, message in ((tmp_path / "no.pth", "does not exist"), (tmp_path / "w.onnx", r"'\.onnx'")):
+        with pytest.raises(CheckpointError, match=message):
+            read_weights(path)
+    with pytest.raises(CheckpointError, match="neither"):
+        read_weights(save_checkpoint(tmp_path / "c", 1, {"optimizer": {"m": torch.ones(1)}}, {}))
+
+
+# -- files that want to run code (T10) ----------------------------------------------------------------------------
+
+
+class Trap:
+    """Unpickles by calling `function(*args)`."""
+
+    def __init__(self, function: Callable[..., object], *args: object) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call
+
+
+def legacy_tar(trap: object, path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in (("storages", 0), ("tensors", 0), ("pickle", trap), ("sys_info", {})):
+            data = pickle.dumps(content, protocol=2)
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def torchscript(path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), str(path))
+
+
+def object_array(trap: object, path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, weights=np.array([trap], dtype=object))
+
+
+def dcp_metadata(trap: object, folder: Path) -> Path:
+    (folder / "dcp").mkdir()
+    (folder / "dcp" / ".metadata").write_bytes(pickle.dumps(trap))
+    return folder / "dcp"
+
+
+def header(path: Path, text: str, length: int | None = None) -> None:
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text.encode() + b"\0" * 16)
+
+
+ENTRY = '{"dtype":"F32","shape":[4],"data_offsets":[%d,%d]}'
+HOSTILE: dict[str, Callable[[Any, Path], object]] = {
+    "raw.pth": lambda trap, p: p.write_bytes(pickle.dumps(trap)),
+    "protocol0.pth": lambda trap, p: p.write_bytes(pickle.dumps({"model": trap}, protocol=0)),
+    "zip.pt": lambda trap, p: torch.save({"model": {"w": trap}}, p),
+    "legacy.bin": lambda trap, p: torch.save(trap, p, _use_new_zipfile_serialization=False),
+    "eval.pth": lambda trap, p: torch.save(Trap(eval, trap.python), p),
+    "exec.pth": lambda trap, p: torch.save(Trap(exec, trap.python), p),
+    "runpy.pth": lambda trap, p: torch.save(Trap(__import__("runpy").run_path, trap.script), p),
+    "nested.pth": lambda trap, p: torch.save(Trap(pickle.loads, pickle.dumps(trap)), p),
+    "torch_load.pth": lambda trap, p: torch.save(Trap(torch.load, trap.script + ".pkl"), p),
+    "tar.pth": legacy_tar,
+    "script.pt": lambda trap, p: torchscript(p),
+    "npz.pth": object_array,
+    "array.npz": object_array,
+    "rng.pth": lambda trap, p: torch.save({"rng": random.Random(0), "numpy": np.random.RandomState(0)}, p),
+    "named.pkl": lambda trap, p: p.write_bytes(pickle.dumps(trap)),
+    "text.pth": lambda trap, p: p.write_text("not a checkpoint"),
+    "empty.pth": lambda trap, p: p.write_bytes(b""),
+    "pickled.safetensors": lambda trap, p: p.write_bytes(pickle.dumps(trap)),
+    "huge_header.safetensors": lambda trap, p: header(p, "{}", 2**62),
+    "large_header.safetensors": lambda trap, p: header(p, "{}", 99_000_000),
+    "overlap.safetensors": lambda trap, p: header(p, f'{{"a":{ENTRY % (0, 16)},"b":{ENTRY % (8, 24)}}}'),
+    "outside.safetensors": lambda trap, p: header(p, f'{{"a":{ENTRY % (4096, 4112)}}}'),
+    "shape.safetensors": lambda trap, p: header(p, '{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,16]}}'),
+    "empty.safetensors": lambda trap, p: p.write_bytes(b""),
+}
+
+
+def armed(canary: Path, folder: Path) -> Trap:
+    trap = Trap(os.system, f"touch {canary}")
+    trap.python = f"open({str(canary)!r}, 'w')"
+    trap.script = str(folder / "trap.py")
+    Path(trap.script).write_text(trap.python)
+    Path(trap.script + ".pkl").write_bytes(pickle.dumps(trap))
+    return trap
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_run_nothing(name: str, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    path = tmp_path / name
+    HOSTILE[name](armed(canary, tmp_path), path)
+    with pytest.raises(CheckpointError) as caught:
+        tiny(checkpoint=str(path))
+    assert caught.value.exit_code == 4
+    assert str(path) in str(caught.value)
+    assert "likely succeed" not in str(caught.value)  # torch's advice to load it unsafely
+    assert not canary.exists()
+
+
+def test_a_hostile_folder_runs_nothing(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    with pytest.raises(CheckpointError):
+        read_weights(dcp_metadata(armed(canary, tmp_path), tmp_path))
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", ["raw.pth", "eval.pth", "runpy.pth", "nested.pth", "npz.pth"])
+def test_the_traps_are_live(name: str, tmp_path: Path) -> None:
+    """Without protection these files do run code, so the test above can fail."""
+    canary = tmp_path / "canary"
+    path = tmp_path / name
+    HOSTILE[name](armed(canary, tmp_path), path)
+    if name == "raw.pth":
+        pickle.loads(path.read_bytes())
+    elif name == "npz.pth":
+        np.load(path, allow_pickle=True)["weights"]
+    else:
+        torch.load(path, weights_only=False)
+    assert canary.exists()
+
+
+def test_what_was_blocked_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"args": Trap(os.system, "true")}, path)
+    with pytest.raises(CheckpointError, match=r"would run code.*(posix|nt)\.system.*save_file"):
+        read_weights(path)
+
+
+def test_the_source_loads_no_code() -> None:
+    """No unsafe reader anywhere in the package, now or later."""
+    found = []
+    for path in Path(sparsevit_cli.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                if {name.partition(".")[0] for name in modules} & {"pickle", "dill", "joblib", "marshal", "shelve"}:
+                    found.append(f"{where}: {ast.unparse(node)}")
+            if isinstance(node, ast.Call):
+                text = ast.unparse(node)
+                safe = any(
+                    keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True" for keyword in node.keywords
+                )
+                if re.match(r"torch\.load\(|torch\.jit\.load\(", text) and not safe:
+                    found.append(f"{where}: {text}")
+                if re.match(r"(eval|exec|yaml\.(unsafe_|full_)?load_all|yaml\.unsafe_load|yaml\.full_load)\(", text):
+                    found.append(f"{where}: {text}")
+                if "shell=True" in text or re.match(r"[\w.]*\.extractall\(", text):
+                    found.append(f"{where}: {text}")
+    assert not found

@@ -1,0 +1,194 @@
+"""Multiply-adds: three counters against one another, against the published figures, and against reckoning by hand."""
+
+from __future__ import annotations
+
+import logging
+from random import Random
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.profiling.macs import analytic_macs, count_macs, flopcounter_macs, macs_cost
+from sparsevit_cli.sparsity import Ratios, SearchSpace, SparsityConfig
+from sparsevit_cli.swin import get_sparsity, set_sparsity, sparsify_
+
+DEPTHS = (1, 1, 3, 2)
+
+
+def tiny_swin(img_size: int | tuple[int, int] = 64, **options: object) -> nn.Module:
+    """Sparse, 16 channels, block pairs (1, 1, 2, 1), the second pair of stage 2 with one block."""
+    options = {"embed_dim": 16, "depths": DEPTHS, "num_heads": (1, 2, 4, 8), "num_classes": 10} | options
+    model: nn.Module = timm.create_model("swin_tiny_patch4_window7_224", img_size=img_size, **options)
+    return sparsify_(model)
+
+
+def fused(model: nn.Module, is_fused: bool) -> nn.Module:
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = is_fused
+    return model
+
+
+@pytest.mark.parametrize(
+    ("ratios", "published_batch4_gmacs"),
+    [
+        (0, 161.63),
+        ([[0.3], [0], [0.1, 0.2, 0.2], [0]], 139.33),
+        ([[0.6], [0], [0.2, 0.4, 0.5], [0]], 116.31),
+        ([[0.7], [0], [0.2, 0.4, 0.5], [0]], 113.58),
+        (0.6, 66.05),
+    ],
+)
+def test_swin_t_at_672_has_the_published_multiply_adds(ratios: Ratios, published_batch4_gmacs: float) -> None:
+    with torch.device("meta"):
+        model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", img_size=672, num_classes=0))
+    set_sparsity(model, ratios)
+    report = analytic_macs(model, 672)
+    assert report.gmacs == pytest.approx(published_batch4_gmacs / 4, rel=1e-4)
+    config = get_sparsity(model)
+    assert macs_cost(model, 672)(config) == report.total
+
+
+@pytest.mark.parametrize(
+    ("img_size", "options"),
+    [
+        (112, {}),
+        (128, {}),  # padded windows in every stage
+        ((100, 180), {}),  # odd maps before merging
+        ((92, 60), {"strict_img_size": False}),
+        (64, {"global_pool": "max", "window_size": 4, "mlp_ratio": 2.0, "head_dim": 8}),
+    ],
+    ids=["divides", "padded", "odd", "dynamic", "other"],
+)
+def test_the_three_counters_agree(img_size: int | tuple[int, int], options: dict[str, object]) -> None:
+    model = tiny_swin(img_size, **options)
+    for ratios, is_fused in [(0, False), (0, True), (0.5, False), ([[0.8], [0], [0.1, 0.7], [0.3]], True)]:
+        set_sparsity(fused(model, is_fused), ratios)
+        traced, own, torch_count = (count(model, img_size) for count in (count_macs, analytic_macs, flopcounter_macs))
+        assert traced.total == own.total == torch_count.total
+        assert traced.parts == own.parts
+        assert sum(own.parts.values()) == own.total
+        assert traced.uncounted == {}
+        assert int(traced) == traced.total == float(traced)
+
+
+def test_counts_are_per_image() -> None:
+    model = tiny_swin()
+    set_sparsity(model, 0.4)
+    assert count_macs(model, 64).total == count_macs(model, 64, batch_size=3).total
+    assert count_macs(model, torch.zeros(2, 3, 64, 64)).total == flopcounter_macs(model, 64, batch_size=4).total
+
+
+def test_one_sparse_block_by_hand() -> None:
+    """Stage 0 at 112 pixels: 28 x 28 tokens, 16 windows of 49, 16 channels, 1 block; 0.6 keeps 6 windows."""
+    model = tiny_swin(112)
+    set_sparsity(model, [[0.6], [0], [0, 0], [0]])
+    weights = 16 * 48 + 16 * 16 + 2 * 16 * 64
+    assert analytic_macs(model, 112).parts["stage 0"] == 6 * 49 * (weights + 2 * 49 * 16)
+    set_sparsity(model, 0)
+    assert analytic_macs(model, 112).parts["stage 0"] == 16 * 49 * (weights + 2 * 49 * 16)
+
+
+def test_only_pruned_stages_change() -> None:
+    model = tiny_swin(128)
+    dense = count_macs(model, 128).parts
+    set_sparsity(model, [[0], [0.5], [0, 0], [0]])
+    sparse = count_macs(model, 128).parts
+    assert {name for name in dense if dense[name] != sparse[name]} == {"stage 1"}
+    assert list(dense) == ["stem", "stage 0", "stage 1", "stage 2", "stage 3", "head"]
+
+
+@given(st.integers(0, 10**6), st.sampled_from([64, 128, (96, 160)]))
+def test_cost_of_any_configuration_equals_the_count_of_a_model_set_to_it(
+    seed: int, size: int | tuple[int, int]
+) -> None:
+    model = MODELS.setdefault(size, tiny_swin(size))
+    config = SearchSpace(DEPTHS).sample(Random(seed))
+    set_sparsity(model, config)
+    assert macs_cost(model, size)(config) == analytic_macs(model, size).total
+
+
+MODELS: dict[int | tuple[int, int], nn.Module] = {}
+
+
+def test_cost_falls_with_every_ratio() -> None:
+    cost = macs_cost(tiny_swin(224), 224)
+    space = SearchSpace(DEPTHS)
+    costs = [cost(space.uniform(tenths / 10)) for tenths in range(9)]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] > 2 * costs[-1]
+
+
+def test_a_configuration_of_another_model_is_refused() -> None:
+    cost = macs_cost(tiny_swin(), 64)
+    with pytest.raises(ConfigError, match=r"block pairs \[1, 1, 3, 1\], the model \[1, 1, 2, 1\]"):
+        cost(SparsityConfig(((0,), (0,), (0, 0, 0), (0,))))
+
+
+def test_a_single_window_is_never_pruned() -> None:
+    model = tiny_swin(64)  # stage 3: a map of 2 x 2, the window shrunk to it
+    set_sparsity(model, [[0], [0], [0, 0], [0.8]])
+    dense = tiny_swin(64)
+    assert count_macs(model, 64).total == count_macs(dense, 64).total == analytic_macs(model, 64).total
+
+
+def test_dense_timm_models_and_feature_wrappers() -> None:
+    dense = timm.create_model("swin_s3_tiny_224", embed_dim=16, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 1))
+    assert count_macs(dense).total == analytic_macs(dense).total
+    options = {"embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (1, 1, 1, 1), "img_size": 96}
+    features = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, **options)
+    sparsify_(features)
+    set_sparsity(features, 0.5)
+    assert count_macs(features, 96).total == analytic_macs(features, 96).total
+    assert analytic_macs(features, 96).parts["head"] == 0
+
+
+def test_any_other_model_can_be_counted_but_not_reckoned() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 5))
+    report = count_macs(model, 4)
+    assert report.total == report.parts["head"] == 4 * 4 * 9 * 2 + 32 * 5
+    assert flopcounter_macs(model, (1, 4, 4)).total == report.total
+    with pytest.raises(ConfigError, match="contains no timm Swin"):
+        analytic_macs(model, 4)
+
+
+class Distances(nn.Module):
+    """Hides a matrix product in an operator that nobody counts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cdist(x.flatten(2), x.flatten(2))
+
+
+def test_uncounted_operators_are_told() -> None:
+    assert count_macs(Distances(), 8).uncounted == {"aten::cdist": 1}
+
+
+@pytest.mark.parametrize("importance", ["mean_abs_l2", "l2", "random"])
+def test_scoring_counts_as_nothing_and_hides_nothing(importance: str) -> None:
+    model = sparsify_(tiny_swin(128), importance=importance)  # type: ignore[arg-type]
+    set_sparsity(model, 0.3)
+    report = count_macs(model, 128)
+    assert report.uncounted == {}
+    assert report.total == analytic_macs(model, 128).total
+
+
+def test_counting_leaves_the_model_alone(caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder) -> None:
+    model = tiny_swin().train()
+    model.head.eval()
+    count_macs(model, 64)
+    flopcounter_macs(model, 64)
+    assert (model.training, model.head.training, model.layers.training) == (True, False, True)
+    assert not caplog.records
+    assert not recwarn.list
+    assert logging.getLogger("fvcore").level == logging.NOTSET
+
+
+def test_a_size_that_the_model_is_not_built_for_is_refused() -> None:
+    for count in (count_macs, analytic_macs, flopcounter_macs, macs_cost):
+        with pytest.raises(ConfigError, match="96 x 96 pixels, the model is built for 64 x 64"):
+            count(tiny_swin(64), 96)

@@ -1,0 +1,53 @@
+"""Peak memory against sums by hand, and out-of-memory errors."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from sparsevit_cli.errors import ResourceError
+from sparsevit_cli.profiling.memory import peak_memory_mb
+from sparsevit_cli.swin import set_sparsity, sparsify_
+
+
+def test_peak_is_weights_input_and_the_two_largest_neighbours() -> None:
+    model = nn.Sequential(*(nn.ReLU() for _ in range(10)), nn.Linear(1000, 10, bias=False))
+    x = torch.ones(500, 1000)  # 2 MB; a chain of ReLUs holds two maps besides the input
+    assert peak_memory_mb(model, x) == pytest.approx(0.04 + 2 + 2 * 2)
+
+
+class Keeps(nn.Module):
+    """Holds on to what it computed for so many steps; views and in-place work need no memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = [x * n for n in range(3)]
+        return sum(kept, start=x.view(-1).add_(0).view_as(x))
+
+
+def test_kept_tensors_count_and_views_do_not() -> None:
+    x = torch.ones(250_000)  # 1 MB
+    assert peak_memory_mb(Keeps(), x) == pytest.approx(1 + 3 + 2)  # input, kept, running sum and the next one
+
+
+def test_pruning_lowers_the_peak_and_it_repeats_exactly() -> None:
+    options = {"embed_dim": 16, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
+    model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", img_size=112, **options)).train()
+    x = torch.randn(2, 3, 112, 112)
+    dense = peak_memory_mb(model, x)
+    assert dense == peak_memory_mb(model, x)
+    set_sparsity(model, 0.8)
+    assert peak_memory_mb(model, x) < 0.8 * dense
+    assert model.training
+
+
+class Huge(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_empty(10**15)
+
+
+def test_running_out_of_memory_is_exit_7() -> None:
+    with pytest.raises(ResourceError, match=r"forward of \(1, 3, 4, 4\)") as caught:
+        peak_memory_mb(Huge(), torch.zeros(1, 3, 4, 4))
+    assert caught.value.exit_code == 7

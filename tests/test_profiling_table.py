@@ -1,0 +1,219 @@
+"""Latency table and time per stage, on a clock that the model's own parts move: exact numbers, no waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from sparsevit_cli import windows
+from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.profiling.inputs import example_input
+from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
+from sparsevit_cli.profiling.stages import time_stages
+from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
+from sparsevit_cli.swin import SparseSwinTransformerBlock, get_sparsity, set_sparsity, sparsify_
+
+SIZE, DEPTHS = 112, (1, 2, 3, 1)
+SPACE = SearchSpace(DEPTHS)
+"""Maps of 28, 14, 7 and 4 tokens a side: 16, 4, 1 and 1 windows."""
+
+
+def tiny_swin(size: int = SIZE) -> nn.Module:
+    options = {"embed_dim": 16, "depths": DEPTHS, "num_heads": (1, 2, 4, 8), "num_classes": 10}
+    return sparsify_(timm.create_model("swin_tiny_patch4_window7_224", img_size=size, **options))
+
+
+class FakeTime:
+    """A clock in nanoseconds moved by the model: a block costs its kept windows, a ranking and a move a fixed time."""
+
+    BLOCK_MS, WINDOW_MS, RANK_MS, MOVE_MS, STEM_MS, MERGE_MS = 1.0, 0.5, 0.25, 0.125, 3.0, 2.0
+
+    def __init__(self, noise: float = 0.0) -> None:
+        self.now_ns, self.noise, self.rng = 0, noise, Random(0)
+
+    def clock(self) -> int:
+        return self.now_ns
+
+    def spend(self, ms: float) -> None:
+        self.now_ns += round(ms * 1e6 * (1 + self.noise * self.rng.expovariate(1)))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
+    return patched(FakeTime(), monkeypatch)
+
+
+def patched(fake: FakeTime, monkeypatch: pytest.MonkeyPatch) -> FakeTime:
+    def spends(owner: Any, name: str, ms: float) -> None:
+        real = getattr(owner, name)
+
+        def spending(*args: Any, **kwargs: Any) -> Any:
+            fake.spend(ms)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, spending)
+
+    real_forward = SparseSwinTransformerBlock.forward
+
+    def forward(self: Any, x: Tensor, keep_indices: Tensor | None = None, token_index: Tensor | None = None) -> Tensor:
+        rows, cols = windows.window_grid(x.shape[1], x.shape[2], self.window_size)
+        count = rows * cols if keep_indices is None else keep_indices.shape[1]
+        fake.spend(fake.BLOCK_MS + fake.WINDOW_MS * count)
+        return real_forward(self, x, keep_indices, token_index)
+
+    monkeypatch.setattr(SparseSwinTransformerBlock, "forward", forward)
+    spends(windows, "token_magnitude", fake.RANK_MS)
+    spends(windows, "gather_rows", fake.MOVE_MS)
+    spends(windows, "scatter_rows", fake.MOVE_MS)
+    spends(timm.models.swin_transformer.PatchMerging, "forward", fake.MERGE_MS)
+    spends(timm.layers.PatchEmbed, "forward", fake.STEM_MS)
+    return fake
+
+
+def test_a_table_of_additive_times_predicts_every_configuration_exactly(fake: FakeTime) -> None:
+    model = tiny_swin()
+    table = measure_latency_table(model, SIZE, seconds=0.001, rounds=2, clock=fake.clock)
+    assert [len(stage) for stage in table.pair_ms] == [1, 1, 2, 1]
+    assert table.overhead_ms == pytest.approx((fake.RANK_MS, fake.RANK_MS, 0, 0))
+    assert table.base_ms == pytest.approx(fake.STEM_MS + 3 * fake.MERGE_MS)
+    assert table.pair_ms[0][0][0] == pytest.approx(fake.BLOCK_MS + 16 * fake.WINDOW_MS)
+    assert table.pair_ms[0][0][5] == pytest.approx(fake.BLOCK_MS + 8 * fake.WINDOW_MS + 2 * fake.MOVE_MS)
+    configs = [SPACE.dense, SPACE.sparsest, *(SPACE.sample(Random(n)) for n in range(20))]
+    measured = measure_configs(model, configs, SIZE, seconds=0.001, rounds=6, clock=fake.clock)
+    assert list(measured) == list(dict.fromkeys(configs))
+    for config, latency in measured.items():
+        assert table.predict(config) == pytest.approx(latency.median_ms)
+    sparsest = measured[SPACE.sparsest]
+    assert sparsest.speedup == pytest.approx(measured[SPACE.dense].median_ms / sparsest.median_ms)
+    assert sparsest.speedup > 1.5
+
+
+def test_the_scale_comes_from_unmarked_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise that only ever adds leaves a sum of medians too small; held-out configurations still fit."""
+    fake = patched(FakeTime(noise=0.2), monkeypatch)
+    model = tiny_swin()
+    table = measure_latency_table(model, SIZE, seconds=0.001, rounds=60, clock=fake.clock)
+    configs = [SPACE.sample(Random(n)) for n in range(12)]
+    measured = measure_configs(model, configs, SIZE, seconds=0.001, rounds=60, max_spread=1, clock=fake.clock)
+    error = table.fit_error([(config, latency.median_ms) for config, latency in measured.items()])
+    assert error.mean < 0.02
+    assert error.largest < 0.05
+
+
+def test_ratios_that_keep_equally_many_windows_share_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = patched(FakeTime(noise=0.5), monkeypatch)
+    table = measure_latency_table(tiny_swin(), SIZE, seconds=0.001, rounds=3, clock=fake.clock)
+    four_windows = [4, 3, 3, 2, 2, 2, 1, 1, 1]
+    for tenths, kept in enumerate(four_windows):
+        assert (table.pair_ms[1][0][tenths] == table.pair_ms[1][0][four_windows.index(kept)]) is True
+    assert len(set(table.pair_ms[1][0])) == 4
+    assert len(set(table.pair_ms[2][0])) == 1  # a single window is always computed
+    assert table.overhead_ms[2:] == (0, 0)
+
+
+def test_a_smaller_table_and_its_progress(fake: FakeTime) -> None:
+    shares: list[float] = []
+    table = measure_latency_table(
+        tiny_swin(), SIZE, max_tenths=3, seconds=0.01, rounds=4, clock=fake.clock, on_round=shares.append
+    )
+    assert table.max_tenths == 3
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert len(shares) >= 4
+
+
+def test_measuring_leaves_the_model_as_it_was(fake: FakeTime) -> None:
+    model = tiny_swin().train()
+    config = SparsityConfig(((1,), (2,), (3, 4), (5,)))
+    set_sparsity(model, config)
+    measure_latency_table(model, SIZE, seconds=0.001, rounds=1, clock=fake.clock)
+    measure_configs(model, [SPACE.dense], SIZE, seconds=0.001, rounds=1, clock=fake.clock)
+    assert get_sparsity(model) == config
+    assert model.training
+    assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+def test_a_dense_timm_model_has_no_table() -> None:
+    options = {"embed_dim": 16, "depths": DEPTHS, "num_heads": (1, 2, 4, 8)}
+    with pytest.raises(ConfigError, match=r"sparsify_\(model\) first"):
+        measure_latency_table(timm.create_model("swin_tiny_patch4_window7_224", **options))
+
+
+def test_identity_tells_what_a_table_holds_for() -> None:
+    model = tiny_swin()
+    identity = table_identity(model, example_input(model, SIZE, 2))
+    assert identity == table_identity(model, example_input(model, SIZE, 2, seed=1))
+    others = [
+        table_identity(model, example_input(model, SIZE, 3)),
+        table_identity(model, example_input(model, SIZE, 2, dtype=torch.bfloat16)),
+        table_identity(sparsify_(model, importance="l2"), example_input(model, SIZE, 2)),
+        table_identity(tiny_swin(64), torch.zeros(2, 3, 64, 64)),
+    ]
+    assert identity not in others
+
+
+def test_real_passes_fill_a_table() -> None:
+    table = measure_latency_table(tiny_swin(), SIZE, batch_size=2, seconds=0.001, rounds=2)
+    assert all(ms > 0 for stage in table.pair_ms for pair in stage for ms in pair)
+    assert table.identity["batch"] == 2
+    assert table.predict(SPACE.dense) > 0
+
+
+@pytest.fixture
+def pruned() -> Iterator[nn.Module]:
+    model = tiny_swin()
+    set_sparsity(model, [[0.5], [0], [0, 0], [0]])
+    yield model
+    assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+def test_time_per_stage_is_charged_to_its_part(fake: FakeTime, pruned: nn.Module) -> None:
+    times = time_stages(pruned, torch.zeros(1, 3, SIZE, SIZE), passes=3, clock=fake.clock)
+    rows = {row.name: row for row in times.rows}
+    assert list(rows) == ["stem", "stage 0", "stage 1", "stage 2", "stage 3", "head"]
+    assert rows["stem"].other_ms == fake.STEM_MS
+    first, second = rows["stage 0"], rows["stage 1"]
+    assert (first.blocks_ms, first.scoring_ms) == (fake.BLOCK_MS + 8 * fake.WINDOW_MS, fake.RANK_MS)
+    assert (first.moves_ms, first.merging_ms) == (2 * fake.MOVE_MS, 0)
+    assert (second.blocks_ms, second.merging_ms) == (2 * (fake.BLOCK_MS + 4 * fake.WINDOW_MS), fake.MERGE_MS)
+    assert second.scoring_ms == second.moves_ms == 0
+    assert sum(row.total_ms for row in times.rows) == times.total_ms == times.marked_ms
+    assert times.share("moves_ms") == pytest.approx(2 * fake.MOVE_MS / times.total_ms)
+
+
+def test_stage_times_are_scaled_to_the_measured_total_and_tell_the_residual(fake: FakeTime, pruned: nn.Module) -> None:
+    x = torch.zeros(1, 3, SIZE, SIZE)
+    marked_ms = time_stages(pruned, x, passes=3, clock=fake.clock).marked_ms
+    times = time_stages(pruned, x, total_ms=0.8 * marked_ms, passes=3, clock=fake.clock)
+    assert sum(row.total_ms for row in times.rows) == pytest.approx(0.8 * marked_ms)
+    assert times.residual == pytest.approx(0.25)
+
+
+def test_dense_models_spend_on_blocks_and_merging_only() -> None:
+    options = {"embed_dim": 16, "depths": DEPTHS, "num_heads": (1, 2, 4, 8), "img_size": SIZE}
+    times = time_stages(timm.create_model("swin_tiny_patch4_window7_224", **options), torch.zeros(1, 3, SIZE, SIZE))
+    assert all(row.scoring_ms == row.moves_ms == 0 for row in times.rows)
+    assert all(row.blocks_ms > 0 for row in times.rows if row.name.startswith("stage"))
+
+
+def test_marked_passes_compute_the_same_and_leave_no_trace(pruned: nn.Module) -> None:
+    pruned.eval()
+    x = torch.randn(1, 3, SIZE, SIZE)
+    before, gather = pruned(x), windows.gather_rows
+    time_stages(pruned, x, passes=2)
+    assert torch.equal(pruned(x), before)
+    with pytest.raises(AssertionError, match="doesn't match model"):
+        time_stages(pruned, torch.zeros(1, 3, 64, 64))
+    assert windows.gather_rows is gather
+
+
+def test_compiled_models_have_no_parts(pruned: nn.Module) -> None:
+    compiled = torch.compile(pruned, backend="eager")
+    with pytest.raises(ConfigError, match="before torch.compile"):
+        time_stages(compiled, torch.zeros(1, 3, SIZE, SIZE))  # type: ignore[arg-type]
