@@ -26,7 +26,7 @@ def make_example_tree(root: Path, classes=("cat", "dog", "owl"), train=10, val=4
             folder = root / split / name
             folder.mkdir(parents=True)
             for number in range(count):
-                pixels = rng.integers(0, 80, (24, 20 + number % 5, 3), dtype=np.uint8) + np.uint8(50 * label)
+                pixels = rng.integers(0, 80, (24, 20 + number % 5, 3), dtype=np.uint8) + np.uint8(20 * label)
                 Image.fromarray(pixels).save(folder / f"{number:03d}{suffix}")
     return root
 
@@ -158,7 +158,7 @@ def test_class_numbers_follow_the_given_names(tree):
 
 
 def test_other_classes_than_the_checkpoint(tree):
-    with pytest.raises(DataError, match="1 classes of the checkpoint are missing here: emu; 1 classes here .* dog"):
+    with pytest.raises(DataError, match=r"1 classes of the checkpoint are missing here: emu; 1 classes here .* dog"):
         build(tree, class_names=["cat", "emu", "owl"])
 
 
@@ -192,12 +192,13 @@ def test_same_leaf_names_stay_apart(tmp_path):
     assert dict(bundle.describe())["validation images"] == "6 (3 per class)"
 
 
-NAMES = st.text(st.sampled_from("aB01 _é/２"), min_size=1, max_size=6).map(lambda name: name.replace("/", "-"))
+NAMES = st.text(st.sampled_from("aB01 _é/²"), min_size=1, max_size=6).map(lambda name: name.replace("/", "-"))
 
 
 @given(st.lists(NAMES, min_size=1, unique=True))
-def test_class_order_is_total(names):
-    assert sorted(names, key=_natural_key) == sorted(reversed(names), key=_natural_key)
+def test_class_order_does_not_depend_on_the_listing(names):
+    listed_backwards = names[::-1]
+    assert sorted(names, key=_natural_key) == sorted(listed_backwards, key=_natural_key)
 
 
 def test_class_order_is_timms(tmp_path):
@@ -319,7 +320,7 @@ def test_empty_training_files_count_before_training_and_never_reach_search(tmp_p
     bundle = build(tree, max_bad_fraction=0.5)
     assert len(bundle.train.bad_images) == 6
     assert not held_out & {bundle.search.sample_name(i) for i in range(len(bundle.search))}
-    with pytest.raises(DataError, match="6 of 54, above data.max_bad_fraction 0.01"):
+    with pytest.raises(DataError, match="6 of 54, above"):
         build(tree)
 
 

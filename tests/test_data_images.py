@@ -30,15 +30,15 @@ def noise(image_format: str, **options: object) -> bytes:
     return encoded(Image.fromarray(pixels), image_format, **options)
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png_of_size(width: int, height: int, extra: bytes = b"") -> bytes:
     """A small PNG file whose header promises an image of any size."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    body = chunk(b"IDAT", zlib.compress(bytes(10_000_000), 9))
-    return b"\x89PNG\r\n\x1a\n" + header + extra + body + chunk(b"IEND", b"")
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    body = png_chunk(b"IDAT", zlib.compress(bytes(10_000_000), 9))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + body + png_chunk(b"IEND", b"")
 
 
 def jpeg_of_size(width: int, height: int) -> bytes:
@@ -117,7 +117,7 @@ def test_unreadable(data, reason):
 
 
 TEXT_BOMB = b"k\0\0" + zlib.compress(bytes(100_000_000), 9)
-TEXT_CHUNK = struct.pack(">I", len(TEXT_BOMB)) + b"zTXt" + TEXT_BOMB + struct.pack(">I", zlib.crc32(b"zTXt" + TEXT_BOMB))
+TEXT_CHUNK = png_chunk(b"zTXt", TEXT_BOMB)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_data_folder import build, make_example_tree
 
 from sparsevit_cli.config.schema import AugmentSection
 from sparsevit_cli.data import epoch_order, eval_batches, fixed_subset, num_batches, train_batches
@@ -20,6 +21,7 @@ from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.data.source import BadImages
 from sparsevit_cli.data.splits import carve
 from sparsevit_cli.errors import DataError
+from test_data_folder import build, make_example_tree
 
 
 class Numbers:
@@ -52,6 +54,10 @@ def indices(batches):
     return [batch.indices.tolist() for batch in batches]
 
 
+def flat(lists):
+    return [item for items in lists for item in items]
+
+
 @given(st.integers(0, 300), st.integers(0, 2**31 - 1), st.integers(0, 1000))
 def test_epoch_order_is_a_permutation_of_its_own(n, seed, epoch):
     order = epoch_order(n, seed, epoch)
@@ -67,15 +73,9 @@ def test_epoch_order_is_pinned():
     assert epoch_order(8, seed=0, epoch=0) == [4, 7, 2, 3, 1, 5, 0, 6]
 
 
-@given(
-    st.integers(1, 60),
-    st.integers(1, 10),
-    st.sets(st.integers(0, 59)),
-    st.integers(0, 5),
-    st.booleans(),
-    st.data(),
-)
-def test_training_batches(n, batch_size, unreadable, epoch, drop_last, data):
+@given(st.integers(1, 60), st.integers(1, 10), st.sets(st.integers(0, 59)), st.booleans(), st.data())
+def test_training_batches(n, batch_size, unreadable, drop_last, data):
+    epoch = data.draw(st.integers(0, 5))
     source = Numbers(n, unreadable)
     readable = set(range(n)) - unreadable
     total = num_batches(n, batch_size, drop_last)
@@ -97,9 +97,9 @@ def test_training_batches(n, batch_size, unreadable, epoch, drop_last, data):
         assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.indices)
         assert set(batch.images[:, 0, 0, 1].tolist()) == {epoch}
     if not unreadable & set(range(n)):
-        assert sum(indices(batches), []) == epoch_order(n, 3, epoch)[: total * batch_size]
+        assert flat(indices(batches)) == epoch_order(n, 3, epoch)[: total * batch_size]
     if not drop_last:
-        assert set(sum(indices(batches), [])) == readable
+        assert set(flat(indices(batches))) == readable
 
     start = data.draw(st.integers(0, total))
     resumed = Numbers(n, unreadable)
@@ -128,7 +128,7 @@ def test_too_many_unreadable_stops_early_and_lists_ten():
 def test_evaluation_counts_every_sample_once_in_order(n, batch_size, data):
     subset = data.draw(st.none() | st.permutations(range(n)).map(lambda order: order[: n // 2]))
     batches = indices(eval_batches(Numbers(n), batch_size, subset=subset))
-    assert sum(batches, []) == list(range(n) if subset is None else subset)
+    assert flat(batches) == list(range(n) if subset is None else subset)
     assert all(len(batch) == batch_size for batch in batches[:-1])
 
 
@@ -185,6 +185,7 @@ def test_sources_travel_by_pickle(bundle):
 class Deadly(Numbers):
     def __getitem__(self, index):
         if index == 5:
+            time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
 
@@ -198,7 +199,7 @@ def test_a_dead_loader_process_is_a_data_error():
 def test_a_dead_loader_process_is_noticed_between_batches_not_inside_a_step():
     batches = eval_batches(Deadly(20), 2, workers=2)
     next(batches)
-    time.sleep(0.5)  # a step; the process of sample 5 dies meanwhile, and no exception may come here
+    time.sleep(1.0)  # a step; the process of sample 5 dies meanwhile, and no exception may come here
     with pytest.raises(DataError, match="loader process died"):
         list(batches)
 
@@ -221,14 +222,40 @@ def test_signals_to_the_group_do_not_kill_loader_processes():
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__getitem__(index)
 
-    assert sum(indices(eval_batches(Slow(6), 2, workers=1)), []) == list(range(6))
+    assert flat(indices(eval_batches(Slow(6), 2, workers=1))) == list(range(6))
+
+
+STOPPED_RUN = """
+import signal, sys, time
+from test_data_loader import Numbers, indices
+from sparsevit_cli.data import eval_batches
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+batches, left_open = eval_batches(Numbers(9), 2, workers=2), eval_batches(Numbers(9), 2, workers=2)
+next(batches), next(left_open)
+print("ready", flush=True)
+while not stop:
+    time.sleep(0.01)
+print(indices(batches), flush=True)
+keep_alive = [left_open]
+sys.exit(75)
+"""
+
+
+def test_sigterm_to_the_group_leaves_loading_intact_and_the_process_can_exit():
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    command = [sys.executable, "-c", STOPPED_RUN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment) as run:
+        assert run.stdout.readline() == "ready\n"
+        os.killpg(run.pid, signal.SIGTERM)
+        assert run.stdout.readline() == "[[2, 3], [4, 5], [6, 7], [8]]\n"
+        assert run.wait(timeout=60) == 75
 
 
 def test_leaving_early_ends_the_processes():
     batches = eval_batches(Numbers(100), 2, workers=2)
     next(batches)
-    children = [child.pid for child in torch.multiprocessing.active_children()]
-    assert len(children) >= 2
+    assert len(torch.multiprocessing.active_children()) == 2
     batches.close()
     assert not torch.multiprocessing.active_children()
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -153,12 +151,8 @@ def test_graph_selects_with_topk_gather_and_scatter_only(exported: tuple[nn.Modu
     constants = {tensor.name for tensor in graph.initializer}
     constants |= {output for node in graph.node if node.op_type == "Constant" for output in node.output}
     assert all(node.input[1] in constants for node in graph.node if node.op_type == "TopK")
-    assert [dim.dim_param or dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim] == [
-        "batch",
-        3,
-        128,
-        128,
-    ]
+    shape = [dim.dim_param or dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim]
+    assert shape == ["batch", 3, SIDE, SIDE]
     assert not any(tensor.HasField("data_location") and tensor.data_location == 1 for tensor in graph.initializer)
     here = str(Path(timm.__file__).parent).encode()
     assert here not in (report.directory / "model.onnx").read_bytes()
@@ -292,17 +286,15 @@ def spoil(
 
 
 def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An earlier export stays as it was, to the byte; a new folder does not come into being."""
+    """An earlier export stays as it was, to the byte."""
     model = tiny()
-    export_model(model, tmp_path / "old", input_size=SIDE, formats=("pt2",), measure_ms=False)
-    before = {name: (tmp_path / "old" / name).read_bytes() for name in names(tmp_path / "old")}
+    export_model(model, tmp_path, input_size=SIDE, formats=("pt2",), measure_ms=False)
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     monkeypatch.setattr(exporting, "_pt2_runner", spoil(exporting._pt2_runner, lambda number: True))
     set_sparsity(model, 0.2)
-    for folder in ("old", "new/deep"):
-        with pytest.raises(MeasurementError, match=r"model\.pt2: differs from eager by 1\.0e-01 and 1\.0e-01"):
-            export_model(model, tmp_path / folder, input_size=SIDE, formats=("pt2",), measure_ms=False)
-    assert {name: (tmp_path / "old" / name).read_bytes() for name in names(tmp_path / "old")} == before
-    assert names(tmp_path) == {"old"}
+    with pytest.raises(MeasurementError, match=r"model\.pt2: differs from eager by 1\.0e-01 and 1\.0e-01"):
+        export_model(model, tmp_path, input_size=SIDE, formats=("pt2",), measure_ms=False)
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
 
 
 def test_second_images_may_agree_and_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +324,7 @@ def test_broken_outputs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(exporting, "_pt2_runner", runner)
     with pytest.raises(MeasurementError):
-        export_model(tiny(), tmp_path / "new", input_size=SIDE, formats=("pt2",), measure_ms=False)
+        export_model(tiny(), tmp_path / "new" / "deep", input_size=SIDE, formats=("pt2",), measure_ms=False)
     assert names(tmp_path) == set()
 
 
@@ -352,30 +344,34 @@ def test_a_new_export_replaces_the_old_one_and_removes_what_it_does_not_write(tm
     assert load_sparsity(tmp_path).sparsity == get_sparsity(model)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it, and nothing is cleaned up."""
+
+
 @pytest.mark.parametrize(("point", "whole"), [("export.before_publish", True), ("export.mid_publish", False)])
-def test_killed_while_replacing(tmp_path: Path, point: str, whole: bool) -> None:
+def test_killed_while_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, whole: bool) -> None:
     """The old export stays whole, or it has no manifest: never a manifest that vouches for other files."""
-    script = (
-        "import sys, timm, torch\n"
-        "from pathlib import Path\n"
-        "from sparsevit_cli.exporting import ModelInfo, export_model\n"
-        "from sparsevit_cli.swin import set_sparsity, sparsify_\n"
-        f"model = sparsify_(timm.create_model({NAME!r}, img_size={SIDE}, **{TINY!r}))\n"
-        "set_sparsity(model, float(sys.argv[2]))\n"
-        f"info = ModelInfo({NAME!r}, {TINY!r})\n"
-        f"export_model(model, sys.argv[1], input_size={SIDE}, formats=(), measure_ms=False, info=info)\n"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    subprocess.run([*command, "0.5"], check=True)
-    killed = subprocess.run([*command, "0.2"], check=False, env={**os.environ, "SPARSEVIT_FAILPOINT": f"{point}:kill"})
-    assert killed.returncode == -signal.SIGKILL
+
+    def failpoint(name: str) -> None:
+        if name == point:
+            raise Killed
+
+    model = tiny()
+    settings = {"input_size": SIDE, "formats": (), "measure_ms": False, "info": ModelInfo(NAME, TINY)}
+    export_model(model, tmp_path, **settings)
+    set_sparsity(model, 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "failpoint", failpoint)
+        patch.setattr(exporting.shutil, "rmtree", lambda *_args, **_kwargs: None)
+        with pytest.raises(Killed):
+            export_model(model, tmp_path, **settings)
+    assert any(name.startswith(".tmp-") for name in names(tmp_path))
     if whole:
         assert get_sparsity(load_exported(tmp_path)).ratios[0] == (0.5,)
     else:
         with pytest.raises(CheckpointError, match=r"manifest\.json: is missing"):
             load_exported(tmp_path)
-    subprocess.run([*command, "0.2"], check=True)
+    export_model(model, tmp_path, **settings)
     assert get_sparsity(load_exported(tmp_path)).ratios[0] == (0.2,)
     assert names(tmp_path) == {WEIGHTS, SPARSITY, MANIFEST}
 

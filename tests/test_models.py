@@ -318,7 +318,7 @@ MISFITS: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
     "official window": (lambda: official(tiny(window_size=3).state_dict()), r"windows are 3x3, the model's 4x4"),
     "image": (
         lambda: tiny(img_size=128).state_dict(),
-        r"windows are 4x4, the model's 2x2 \(layers\.3\.\S+\).*img_size",
+        r"windows are 4x4, the model's 2x2 \(layers\.3\.\S+\).*always_partition",
     ),
     "channels": (lambda: tiny(in_chans=1).state_dict(), r"16x1x4x4 here, 16x3x4x4 in the model.*in_chans"),
     "patch": (lambda: tiny(patch_size=2, img_size=32).state_dict(), r"16x3x2x2 here"),

@@ -24,7 +24,7 @@ def test_auto_takes_what_is_there() -> None:
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "cuda:-1", "", "meta"])
 def test_absent_devices_are_refused_with_those_that_are_there(name: str) -> None:
-    with pytest.raises(ConfigError, match="this machine has cpu.*Choose one of them, or auto") as caught:
+    with pytest.raises(ConfigError, match=r"this machine has cpu.*Choose one of them, or auto") as caught:
         resolve_device(name)
     assert caught.value.exit_code == 2
 

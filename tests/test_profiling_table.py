@@ -91,19 +91,19 @@ def test_a_table_of_additive_times_predicts_every_configuration_exactly(fake: Fa
         assert table.predict(config) == pytest.approx(latency.median_ms)
     sparsest = measured[SPACE.sparsest]
     assert sparsest.speedup == pytest.approx(measured[SPACE.dense].median_ms / sparsest.median_ms)
-    assert sparsest.speedup > 1.5
+    assert sparsest.speedup > 1.3
 
 
 def test_the_scale_comes_from_unmarked_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that only ever adds leaves a sum of medians too small; held-out configurations still fit."""
-    fake = patched(FakeTime(noise=0.2), monkeypatch)
+    fake = patched(FakeTime(noise=0.1), monkeypatch)
     model = tiny_swin()
-    table = measure_latency_table(model, SIZE, seconds=0.001, rounds=60, clock=fake.clock)
-    configs = [SPACE.sample(Random(n)) for n in range(12)]
-    measured = measure_configs(model, configs, SIZE, seconds=0.001, rounds=60, max_spread=1, clock=fake.clock)
+    table = measure_latency_table(model, SIZE, seconds=0.001, rounds=15, clock=fake.clock)
+    configs = [SPACE.sample(Random(n)) for n in range(6)]
+    measured = measure_configs(model, configs, SIZE, seconds=0.001, rounds=15, max_spread=1, clock=fake.clock)
     error = table.fit_error([(config, latency.median_ms) for config, latency in measured.items()])
     assert error.mean < 0.02
-    assert error.largest < 0.05
+    assert error.largest < 0.04
 
 
 def test_ratios_that_keep_equally_many_windows_share_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,12 +208,14 @@ def test_marked_passes_compute_the_same_and_leave_no_trace(pruned: nn.Module) ->
     before, gather = pruned(x), windows.gather_rows
     time_stages(pruned, x, passes=2)
     assert torch.equal(pruned(x), before)
-    with pytest.raises(AssertionError, match="doesn't match model"):
+    with pytest.raises(RuntimeError, match="to have 3 channels"):
+        time_stages(pruned, torch.zeros(1, 4, SIZE, SIZE))
+    with pytest.raises(ConfigError, match="64 x 64 pixels"):
         time_stages(pruned, torch.zeros(1, 3, 64, 64))
     assert windows.gather_rows is gather
 
 
 def test_compiled_models_have_no_parts(pruned: nn.Module) -> None:
     compiled = torch.compile(pruned, backend="eager")
-    with pytest.raises(ConfigError, match="before torch.compile"):
+    with pytest.raises(ConfigError, match=r"before torch\.compile"):
         time_stages(compiled, torch.zeros(1, 3, SIZE, SIZE))  # type: ignore[arg-type]

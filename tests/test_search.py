@@ -152,6 +152,7 @@ def test_tight_budgets_end_with_the_few_that_fit(space, strategy):
     sparsest = space.sparsest.tenths
     steps = {SparsityConfig((*sparsest[:s], (7, *stage[1:]), *sparsest[s + 1 :])) for s, stage in enumerate(sparsest)}
     assert steps <= configs <= steps | {space.sparsest}
+    assert space.sparsest in configs or space.size > 150_000  # smaller spaces are searched whole
     assert one_step.best in steps
 
 

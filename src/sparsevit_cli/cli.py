@@ -76,7 +76,7 @@ def _options(
     **fields: object,
 ) -> Options:  # fmt: skip
     """Flags such as --seed are overrides of their field, and come last."""
-    named = [f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in fields.items() if value is not None]
+    named = [f"{name.replace('__', '.')}={json.dumps(value, ensure_ascii=False)}" for name, value in fields.items() if value is not None]
     return Options(config, (*(set_ or ()), *named), as_json, dry_run, verbose, fresh)
 
 
@@ -178,7 +178,7 @@ def search(
     if budget_latency is not None or budget_macs is not None:  # a typed budget replaces both configured ones
         budgets = {"search__budget_latency": budget_latency, "search__budget_macs": budget_macs}
     options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
-    cleared = [f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in budgets.items()]
+    cleared = [f"{name.replace('__', '.')}={json.dumps(value, ensure_ascii=False)}" for name, value in budgets.items()]
     options = Options(options.config, (*options.overrides, *cleared), as_json, dry_run, verbose, fresh)
     _run("search", options, _workflow("search", "search"), show_search)
 

@@ -69,7 +69,7 @@ class ConsoleReporter:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table among the talk."""
-        self.console.print(_table(title, columns, rows))
+        _print_table(self.console, _table(title, columns, rows))
 
     def _write(self, text: Text, plain: str) -> None:
         self.console.print(text)
@@ -147,10 +147,7 @@ def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, losing: Sequence[int] = ()
 ) -> None:
     """A table on stdout; rows numbered in `losing` are marked red. Cells are shown literally."""
-    console = Console(highlight=False)
-    if not console.is_terminal:  # the width follows the content, so that piped tables are not cut
-        console = Console(highlight=False, width=PIPED_WIDTH)
-    console.print(_table(title, columns, rows, losing))
+    _print_table(Console(highlight=False), _table(title, columns, rows, losing))
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], losing: Sequence[int] = ()) -> Table:
@@ -160,6 +157,13 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]],
     for number, row in enumerate(rows):
         table.add_row(*(Text(printable(cell)) for cell in row), style="red" if number in losing else "")
     return table
+
+
+def _print_table(console: Console, table: Table) -> None:
+    """Without a terminal the width follows the content, so that piped tables are not cut."""
+    if not console.is_terminal:
+        console = Console(file=console.file, highlight=False, width=PIPED_WIDTH)
+    console.print(table)
 
 
 def print_lines(*lines: str) -> None:

@@ -138,8 +138,7 @@ def _bundle(
     usable[list(faults)] = False
     kept, held_out = carve(train_records.keys, train_records.labels, data.search_fraction, usable)
     bad_images = BadImages(len(kept), data.max_bad_fraction)
-    for index, reason in faults.items():
-        bad_images.note(train_records.keys[index], reason)
+    bad_images.note((train_records.keys[index], reason) for index, reason in faults.items())
     if val_faults := val_records.known_faults():
         listed = shorten([f"{val_records.keys[index]} ({reason})" for index, reason in val_faults.items()])
         got = f"{len(val_faults)} unreadable: {listed}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -141,10 +142,10 @@ def _take(source: ImageSource, candidates: Iterable[int], wanted: int) -> _Fetch
 
 def _train_batches(fetch: _TrainFetch, numbers: range, workers: int, pin_memory: bool) -> Iterator[Batch]:
     for fetched in _run(fetch, numbers, workers, pin_memory):
-        for name, reason in fetched.bad:
+        if fetched.bad:
             if fetch.source.bad_images is None:
-                raise UnreadableImageError(name, reason, "Repair or remove it.")
-            fetch.source.bad_images.note(name, reason)
+                raise UnreadableImageError(*fetched.bad[0], "Repair or remove it.")
+            fetch.source.bad_images.note(fetched.bad)
         if fetched.batch is None:
             got = f"none of {len(fetched.bad)} tried can be read"
             raise DataError("data: training images", got, "Check that the folder can still be read.")
@@ -163,14 +164,19 @@ def _run(fetch: Dataset[_Fetched], numbers: range, workers: int, pin_memory: boo
         pin_memory=pin_memory,
         generator=torch.Generator(),  # DataLoader draws a number; not from the global generator
     )
+    iterator = _started(loader)
     try:
-        yield from _started(loader)
+        yield from iterator
     except (RuntimeError, OSError, EOFError) as error:
-        if not _is_worker_crash(error):
+        if workers == 0 or not _is_worker_crash(error):
             raise
         got = f"a loader process died ({error})"
         do = "Lower data.workers (0 needs no such process); memory or shared memory may have run out."
         raise DataError("data.workers", got, do) from error
+    finally:
+        # torch would end the processes with the last reference, which an exception's traceback may hold.
+        if workers:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _started(loader: DataLoader[_Fetched]) -> Iterator[_Fetched]:
@@ -197,4 +203,13 @@ def _as_it_is(fetched: _Fetched) -> _Fetched:
 def _outlive_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM reach the whole process group; the training process decides when to stop and save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Take SIGTERM only from the training process, which ends its loader processes by it when it exits."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

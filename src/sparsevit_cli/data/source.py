@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -60,11 +60,12 @@ class BadImages:
         """True where `count` unreadable images are above the limit."""
         return count / self.total > self.max_fraction
 
-    def note(self, name: str, reason: str) -> None:
-        """Count one image; warn at the first. Raises DataError above the limit."""
-        if not self._reasons:
-            _log.warning("%s: %s. Training goes on without unreadable images.", name, reason)
-        self._reasons.setdefault(name, reason)
+    def note(self, faults: Iterable[tuple[str, str]]) -> None:
+        """Count images, given as (name, reason); warn at the first of all. Raises DataError above the limit."""
+        for name, reason in faults:
+            if not self._reasons:
+                _log.warning("%s: %s. Training goes on without unreadable images.", name, reason)
+            self._reasons.setdefault(name, reason)
         if self.too_many(len(self)):
             listed = shorten([f"{name} ({reason})" for name, reason in self._reasons.items()])
             raise DataError(

@@ -116,6 +116,9 @@ def _cuda_state(device: torch.device) -> dict[str, str | int | float]:
         "utilization_percent": torch.cuda.utilization,
     }
     state: dict[str, str | int | float] = {}
+    driver = Path("/proc/driver/nvidia/version")
+    if driver.is_file():
+        state["driver"] = driver.read_text().splitlines()[0].removeprefix("NVRM version:").strip()
     for name, read in readers.items():
         # torch reads these through pynvml or amdsmi, which need not be installed nor permitted.
         try:

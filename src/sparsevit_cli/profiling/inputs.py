@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from sparsevit_cli.errors import ConfigError
 
+from .device import resolve_device
+
 TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions of the configuration, as torch names them."""
 
@@ -102,6 +104,22 @@ def placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
     if here and all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
         return model
     return copy.deepcopy(model).to(device, dtype)
+
+
+def prepared(
+    model: nn.Module,
+    input_size: InputSize,
+    batch_size: int = 1,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> tuple[nn.Module, Tensor]:
+    """`placed` and `example_input` at once; `device` and `dtype` default to the model's. Raises ConfigError."""
+    device = model_device(model) if device is None else resolve_device(device)
+    dtype = dtype or model_dtype(model)
+    x = example_input(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
+    return placed(model, device, dtype), x
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import nn
 from sparsevit_cli.errors import ConfigError, MeasurementError
 
 from .device import synchronize
-from .inputs import InputSize, evaluating, example_input, model_device, model_dtype, placed
+from .inputs import InputSize, evaluating, prepared
 from .memory import memory_errors
 
 Candidate = Callable[[], object]
@@ -145,13 +145,11 @@ def measure_latency(
     not changed: another device or dtype works on a copy. An unstable measurement is returned with `stable=False`,
     or raises MeasurementError where `strict`. Raises ConfigError, ResourceError.
     """
-    device = model_device(model) if device is None else torch.device(device)
-    model = placed(model, device, dtype or model_dtype(model))
-    x = example_input(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
+    model, x = prepared(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
     with evaluating(model):
         return measure_interleaved(
             {"model": lambda: model(x)},
-            device=device,
+            device=x.device,
             seconds=seconds,
             rounds=rounds,
             seed=seed,

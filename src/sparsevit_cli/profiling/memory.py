@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,23 +23,31 @@ BYTES_PER_MB = 10**6
 def peak_memory_mb(model: nn.Module, x: Tensor) -> float:
     """Largest memory of one forward of `x` (B, C, H, W) in megabytes (10^6 bytes), weights and input included.
 
-    On CUDA the peak of torch's allocator (`max_memory_allocated`). Elsewhere the peak of the bytes of all live
-    tensors, seen operator by operator: the same at every run, but blind to scratch space inside an operator, and a
-    compiled model is taken as it was before torch.compile. Raises ResourceError.
+    On CUDA what torch's allocator held at most (`max_memory_allocated`), less what others held before. Elsewhere
+    the peak of the bytes of all live tensors, seen operator by operator: the same at every run, but blind to scratch
+    space inside an operator, and a compiled model is taken as it was before torch.compile. Raises ResourceError.
     """
     with evaluating(model), memory_errors(f"forward of {tuple(x.shape)}"):
+        own = (*model.parameters(), *model.buffers(), x)
         if x.device.type == "cuda":
+            model(x)  # the first pass also allocates workspaces that stay
+            before = torch.cuda.memory_allocated(x.device)
             torch.cuda.reset_peak_memory_stats(x.device)
             model(x)
             synchronize(x.device)
-            return float(torch.cuda.max_memory_allocated(x.device)) / BYTES_PER_MB
-        model = uncompiled(model)
+            grown = torch.cuda.max_memory_allocated(x.device) - before
+            return float(grown + _bytes(own)) / BYTES_PER_MB
         with _LiveBytes() as live:
-            for tensor in (*model.parameters(), *model.buffers(), x):
+            for tensor in own:
                 live.add(tensor)
-            model(x)
+            uncompiled(model)(x)
         peak: int = live.peak
         return peak / BYTES_PER_MB
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' storages, each counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -7,7 +7,7 @@ from statistics import median
 
 from torch import Tensor, nn
 
-from .inputs import evaluating, named_stages
+from .inputs import evaluating, image_shape, named_stages
 from .latency import Clock
 from .memory import memory_errors
 from .timeline import Label, Timeline, hooked, moves_labelled, timed_forward
@@ -71,8 +71,10 @@ def time_stages(
     """Where a forward of `x` (B, C, H, W) spends its time, from passes made for this alone.
 
     Medians over `passes`, scaled to add up to `total_ms`, the latency measured without marks (None: not scaled).
-    A dense timm model has blocks and merging only. Raises ConfigError for compiled models, ResourceError.
+    A dense timm model has blocks and merging only. Raises ConfigError (a compiled model, a
+    size it does not take), ResourceError.
     """
+    image_shape(model, x)
     timeline = Timeline(x.device, clock)
     samples: dict[Label, list[float]] = {}
     forward = f"forward of {tuple(x.shape)}"

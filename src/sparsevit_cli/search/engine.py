@@ -56,6 +56,7 @@ def search_sparsity(
 ) -> SearchResult:
     """The configuration of `space` with the best `evaluate` (higher is better) whose `cost` is within `budget`.
 
+    Both are functions: the same configuration gets the same answer (hand in a latency table, not a stopwatch).
     `constraints` are further (cost, budget) pairs that must hold too. `known` is asked before `evaluate`.
     At most population * (generations + 1) configurations are asked for, or `max_evaluations` if that is less; known
     ones count, so that a search that was stopped and resumed equals the straight one. Defaults: population 100, or a

@@ -211,7 +211,7 @@ def _prepare(database: sqlite3.Connection, path: Path) -> None:
     if version > SCHEMA_VERSION:
         got = f"written by a newer version (schema {version}, this one reads {SCHEMA_VERSION})"
         raise CheckpointError(f"ledger {path}", got, "Update sparsevit-cli.")
-    problems = [text for (text,) in database.execute("PRAGMA integrity_check(3)") if text != "ok"]
+    problems = [" ".join(text.split()) for (text,) in database.execute("PRAGMA integrity_check(3)") if text != "ok"]
     if problems:
         raise CheckpointError(f"ledger {path}", f"damaged ({'; '.join(problems)})", _KEEP)
     if database.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":

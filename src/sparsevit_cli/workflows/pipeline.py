@@ -116,9 +116,8 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
 
     found = [_score(session, data, "dense", dense_model, space.dense)]
     rival, size = _smaller_rival(session, dense, classes, dense_model, tuned_model, winner)
-    if rival is not None:
-        seconds["rival"] = train_smaller_rival(session, rival, dense, size).seconds
-        found.append(_score(session, data, f"dense at {size[0]}x{size[1]}", rival.eval(), space.dense, size))
+    seconds["rival"] = train_smaller_rival(session, rival, dense, size).seconds
+    found.append(_score(session, data, f"dense at {size[0]}x{size[1]}", rival.eval(), space.dense, size))
     for config in _uniform_rivals(session, space, adapted_model, winner):
         label = f"uniform {config.ratios[0][0]:g}"
         found.append(_score(session, data, label, session.model(classes, adapted).eval(), config))
@@ -150,30 +149,31 @@ def _uniform_rivals(
 
 def _smaller_rival(
     session: Session, weights: Weights | None, classes: int, dense: nn.Module, tuned: nn.Module, winner: SparsityConfig
-) -> tuple[nn.Module | None, tuple[int, int]]:
-    """The dense model at the lower resolution whose latency is nearest to the winner's; None where none is faster."""
+) -> tuple[nn.Module, tuple[int, int]]:
+    """The dense model at the lower resolution whose latency is nearest to the winner's."""
     set_sparsity(tuned, winner)
-    height, width = session.img_size
     patch: Any = tuned.patch_embed
-    step = 4 * int(patch.patch_size[0])
-    sizes = [
-        (height - n * step, round(width * (height - n * step) / height / step) * step) for n in range(1, SIZE_STEPS)
-    ]
-    models = {size: session.model(classes, weights).eval() for size in sizes if min(size) >= step}
+    shares = [1 - n / SIZE_STEPS for n in range(1, SIZE_STEPS)]
+    sizes = {_multiples(session.img_size, share, int(patch.patch_size[0])) for share in shares}
+    models = {size: session.model(classes, weights).eval() for size in sorted(sizes)}
     for size, model in models.items():
         set_img_size(model, size)
     calls: dict[str, Any] = {"winner": _call(session, tuned, session.img_size)}
     calls |= {f"{size[0]}x{size[1]}": _call(session, model, size) for size, model in models.items()}
     latencies = _measure(session, calls, rounds=10)
     target = latencies["winner"].median_ms
-    if not models:
-        return None, session.img_size
     size = min(models, key=lambda size: abs(latencies[f"{size[0]}x{size[1]}"].median_ms - target))
     session.reporter.say(
         f"run: the dense rival of equal latency takes {size[0]}x{size[1]} pixels "
         f"({latencies[f'{size[0]}x{size[1]}'].median_ms:.2f} ms, the winner {target:.2f} ms)"
     )
     return models[size], size
+
+
+def _multiples(size: tuple[int, int], share: float, patch: int) -> tuple[int, int]:
+    """About `share` of `size`, in whole patches."""
+    height, width = (max(1, round(side * share / patch)) * patch for side in size)
+    return height, width
 
 
 def _call(session: Session, model: nn.Module, size: tuple[int, int]) -> Any:

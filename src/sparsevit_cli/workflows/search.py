@@ -369,7 +369,8 @@ class _Search:
         dense_ms = winner.latency_ms * winner.speedup
         correlation = None
         if self.subset is not None and len(finalists) > 2:
-            correlation = spearman([f.proxy_top1 for f in finalists], [f.top1 for f in finalists])
+            found = spearman([f.proxy_top1 for f in finalists], [f.top1 for f in finalists])
+            correlation = found if math.isfinite(found) else None  # all equal: there is no order to compare
         summary = SearchSummary(
             self.folder, winner, tuple(finalists), dense_ms, costs.feasibility, costs.table_error,
             len(result.history), result.evaluations, result.infeasible, correlation, result.note,

@@ -1,0 +1,113 @@
+"""The house: a module imports only from rooms above it, and the light rooms never load torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparsevit_cli
+
+PACKAGE = Path(sparsevit_cli.__file__).parent
+ROOMS = (
+    "__init__", "errors", "atomic", "sparsity", "schedule", "windows", "config", "reporting", "stopping", "runs",
+    "winner", "search", "swin", "checkpoints", "models", "data", "tasks", "profiling", "training", "exporting", "workflows",
+    "console", "views", "cli",
+)  # fmt: skip
+"""From top to bottom; a module may import from its own room and from those before it."""
+
+LIGHT = (
+    "errors",
+    "sparsity",
+    "schedule",
+    "config.loading",
+    "search.engine",
+    "search.ledger",
+    "console",
+    "cli",
+    "winner",
+)
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of the package that a file imports when it is loaded; inside functions and for types alone is free."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    here = dotted(path)
+    package = here if path.name == "__init__.py" else here[:-1]
+    rooms: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            return
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = package[: len(package) - node.level + 1]
+                target = (*base, *(node.module.split(".") if node.module else ()))
+                rooms.update([target[0]] if target else [alias.name for alias in node.names])
+            elif node.module and node.module.split(".")[0] == "sparsevit_cli":
+                target = tuple(node.module.split(".")[1:])
+                rooms.update([target[0]] if target else [alias.name for alias in node.names])
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return rooms & set(ROOMS)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: ".".join(dotted(path)))
+def test_a_module_imports_only_from_rooms_above(path: Path) -> None:
+    room = dotted(path)[0]
+    assert room in ROOMS, f"{room} has no place in the order"
+    below = {other for other in imported_rooms(path) if ROOMS.index(other) > ROOMS.index(room)}
+    assert not below, f"{'.'.join(dotted(path))} imports from {sorted(below)}"
+
+
+def test_light_rooms_do_not_load_torch() -> None:
+    code = f"""
+import importlib, sys
+for name in {LIGHT!r}:
+    importlib.import_module("sparsevit_cli." + name)
+heavy = {{"torch", "timm", "numpy", "matplotlib", "sklearn", "onnx"}} & set(sys.modules)
+assert not heavy, heavy
+import sparsevit_cli
+assert sparsevit_cli.SearchSpace((2, 2, 6, 2)).dense.is_dense
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_resolve_and_others_do_not() -> None:
+    for name in sparsevit_cli.__all__:
+        assert getattr(sparsevit_cli, name).__module__.startswith("sparsevit_cli")
+    assert set(sparsevit_cli.__all__) <= set(dir(sparsevit_cli))
+    with pytest.raises(AttributeError):
+        _ = sparsevit_cli.nothing  # type: ignore[attr-defined]
+
+
+def test_nothing_unsafe_is_called() -> None:
+    """No pickle of ours, no eval, no shell, no unsafe YAML or torch loading (reliability: T10)."""
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+                assert not {"pickle", "dill", "joblib", "marshal", "shelve"} & {n.split(".")[0] for n in names}, path
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load"), path
+                keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert keywords.get("shell") != "True", path
+                assert called != "torch.load" or keywords.get("weights_only") == "True", path

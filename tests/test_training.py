@@ -1,0 +1,261 @@
+"""The training loop: plan, bitwise resume, bad numbers, memory, and what a schedule may change."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsevit_cli.checkpoints import latest_checkpoint, load_checkpoint
+from sparsevit_cli.config.schema import LoopSection, Phase
+from sparsevit_cli.data.build import build_data
+from sparsevit_cli.errors import CheckpointError, ConfigError, NonFiniteError, ResourceError, StoppedError
+from sparsevit_cli.models import build_model
+from sparsevit_cli.reporting import SilentReporter
+from sparsevit_cli.schedule import FixedSchedule, RandomSchedule
+from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
+from sparsevit_cli.stopping import StopRequest
+from sparsevit_cli.swin import get_sparsity, sparsify_
+from sparsevit_cli.training import TrainingJob, plan_training, train
+from tiny import tiny_config
+
+DEPTHS = (2, 2)
+
+
+def job(folder: Path, *, seed: int = 0, workers: int = 0, **train_fields: Any) -> TrainingJob:
+    """A training of a dozen steps with everything that could break a resume: EMA, mixup, stochastic depth."""
+    section = {"mixup": 0.2, "label_smoothing": 0.1, "clip_grad": 0.5} | train_fields
+    config = tiny_config(train=section, data={"workers": workers})
+    data = build_data(config.data, img_size=32, in_chans=3, seed=seed)
+    torch.manual_seed(seed)
+    model = sparsify_(build_model(config.model, 10))
+    validated: list[SparsityConfig] = []
+
+    def validate(model: nn.Module, img_size: tuple[int, int]) -> Mapping[str, float]:
+        validated.append(get_sparsity(model))
+        return {"top1": float(sum(p.detach().sum() for p in model.parameters()))}
+
+    return TrainingJob(
+        kind="train", model=model, section=config.train, schedule=RandomSchedule(SearchSpace(DEPTHS), seed),
+        plan=plan_training(config.train, len(data.train), (32, 32), config.train.curriculum), source=data.train,
+        validate=validate, checkpoints=folder / "checkpoints", device=torch.device("cpu"), seed=seed, num_classes=10,
+        workers=workers, identity={"data": data.fingerprint, "start": "scratch"},
+    )  # fmt: skip
+
+
+def run(job: TrainingJob, stop: StopRequest | None = None) -> Any:
+    return train(job, SilentReporter(), stop or StopRequest())
+
+
+class StopAt(StopRequest):
+    """A signal that arrives while the given step runs."""
+
+    def __init__(self, job: TrainingJob, step: int) -> None:
+        super().__init__()
+        self.job = replace(job, schedule=self)
+        self.schedule, self.step = job.schedule, step
+
+    def at(self, number: int) -> SparsityConfig:
+        if number == self.step:
+            self.signal_number = 15
+        return self.schedule.at(number)
+
+
+def saved(folder: Path) -> tuple[dict[str, dict[str, Tensor]], list[Mapping[str, float]]]:
+    newest = latest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    checkpoint = load_checkpoint(newest)
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in checkpoint.state["history"]]
+    return checkpoint.tensors, rows
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_training_equals_the_straight_one_to_the_bit(tmp_path: Path, workers: int) -> None:
+    straight = job(tmp_path / "straight", workers=workers)
+    run(straight)
+    total = straight.plan.total_steps
+    assert total > 8
+    for step in (0, 4, total // 2, total - 1) if workers == 0 else (3,):
+        folder = tmp_path / f"killed at {step}"
+        stop = StopAt(job(folder, workers=workers), step)
+        with pytest.raises(StoppedError) as stopped:
+            run(stop.job, stop)
+        assert stopped.value.exit_code == 75
+        resumed = job(folder, workers=workers)
+        torch.manual_seed(99)  # the global generator must not matter
+        result = run(resumed)
+        assert result.resumed_from == step + 1
+        tensors, rows = saved(folder)
+        expected, expected_rows = saved(tmp_path / "straight")
+        assert rows == expected_rows
+        assert tensors.keys() == expected.keys() == {"model", "optimizer", "ema"}
+        for name, group in expected.items():
+            for key, tensor in group.items():
+                assert torch.equal(tensor, tensors[name][key]), (name, key)
+
+
+def test_other_seeds_train_differently(tmp_path: Path) -> None:
+    run(job(tmp_path / "a", seed=0, epochs=0.05))
+    run(job(tmp_path / "b", seed=1, epochs=0.05))
+    first, second = saved(tmp_path / "a")[0]["model"], saved(tmp_path / "b")[0]["model"]
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    run(job(tmp_path, epochs=0.05))
+    other = replace(job(tmp_path, epochs=0.05), identity={"data": "else", "start": "scratch"})
+    with pytest.raises(CheckpointError, match="another data") as refused:
+        run(other)
+    assert refused.value.exit_code == 4
+
+
+def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
+    first = run(job(tmp_path, epochs=0.05))
+    again = run(job(tmp_path, epochs=0.05))
+    assert first.resumed_from is None
+    assert again.resumed_from == job(tmp_path).plan.steps_per_epoch * 0 + load_checkpoint(again.checkpoint).step
+    assert again.checkpoint == first.checkpoint
+
+
+def test_non_finite_loss_leaves_the_weights_and_names_the_step(tmp_path: Path) -> None:
+    bad = job(tmp_path, mixup=0.0)
+    poisoned = 3
+
+    class Poisoned:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def __len__(self) -> int:
+            return len(self.inner)
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            image, label = self.inner[index]
+            return image * (math.nan if index == poisoned else 1), label
+
+        def with_image_size(self, size: Any) -> Any:
+            return self
+
+    bad = replace(bad, source=Poisoned(bad.source), plan=plan_training(bad.section, len(bad.source) * 8, (32, 32)))
+    steps: list[dict[str, Tensor]] = []
+    hook = bad.model.register_forward_pre_hook(
+        lambda module, args: steps.append({k: v.clone() for k, v in module.state_dict().items()})
+    )
+    with pytest.raises(NonFiniteError, match=r"step \d+, lr .*sparsity \[\[.*files") as error:
+        run(bad)
+    hook.remove()
+    assert error.value.exit_code == 6
+    for key, tensor in bad.model.state_dict().items():
+        assert torch.equal(tensor, steps[-1][key])
+    assert bad.source.sample_name(poisoned).split()[0] in str(error.value) or "files" in str(error.value)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(tmp_path: Path) -> None:
+    fields = {"mixup": 0.0, "epochs": 0.05, "ema_decay": None}
+    plain = job(tmp_path / "plain", **fields)
+    plain.model.eval()  # no stochastic depth: the two runs must agree
+
+    def without_drop_path(module: nn.Module) -> nn.Module:
+        for block in module.modules():
+            for name in ("drop_path1", "drop_path2"):
+                if hasattr(block, name):
+                    setattr(block, name, nn.Identity())
+        return module
+
+    without_drop_path(plain.model)
+    expected = run(plain)
+    small = job(tmp_path / "small", **fields)
+    without_drop_path(small.model)
+    forward, seen = small.model.forward, []
+
+    def limited(x: Tensor) -> Tensor:
+        seen.append(len(x))
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("simulated")
+        return forward(x)
+
+    small.model.forward = limited  # type: ignore[method-assign]
+    reporter = SilentReporter()
+    result = train(small, reporter, StopRequest())
+    assert max(seen[5:]) == 4
+    assert any("out of memory" in warning for warning in reporter.warnings)
+    for ours, theirs in zip(result.history, expected.history, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
+
+    hopeless = job(tmp_path / "hopeless", **fields)
+
+    def never(x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("simulated")
+
+    hopeless.model.forward = never  # type: ignore[method-assign]
+    with pytest.raises(ResourceError, match="micro-batch 1") as error:
+        run(hopeless)
+    assert error.value.exit_code == 7
+
+
+def test_a_curriculum_grows_the_images_and_keeps_the_parameters(tmp_path: Path) -> None:
+    phases = [{"img_size": 16, "epochs": 0.1}, {"img_size": 32, "epochs": 0.05, "lr": 1e-4}]
+    growing = job(tmp_path, mixup=0.0, curriculum=phases, eval_every=0.03)
+    sizes: list[int] = []
+    growing.model.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-1]))
+    result = run(growing)
+    assert sizes == [16] * growing.plan.phases[0].steps + [32] * growing.plan.phases[1].steps
+    assert [row["img_size"] for row in result.history][-1] == 32
+    rates = {row["img_size"]: row["lr"] for row in result.history}
+    assert rates[32] <= 1e-4
+    assert rates.keys() == {16, 32}
+
+
+def test_a_curriculum_that_would_change_weights_is_refused(tmp_path: Path) -> None:
+    config = tiny_config(model={"always_partition": None, "window_size": 8, "depths": [2, 2], "img_size": 64})
+    wrong = job(tmp_path, curriculum=[{"img_size": 16, "epochs": 0.1}])
+    wrong = replace(wrong, model=sparsify_(build_model(config.model, 10)))
+    with pytest.raises(ConfigError, match="always_partition"):
+        run(wrong)
+
+
+def test_the_plan_is_a_pure_function_of_the_section() -> None:
+    section = LoopSection(epochs=2.5, batch_size=10)
+    plan = plan_training(section, 105, (64, 64))
+    assert (plan.steps_per_epoch, plan.total_steps) == (10, 25)
+    assert [step for step in range(1, 26) if plan.is_due(step, 1.0)] == [10, 20, 25]
+    phases = (Phase(img_size=16, epochs=1.0), Phase(img_size=32, epochs=0.5, lr=1e-5))
+    plan = plan_training(section, 105, (64, 64), phases)
+    assert [(p.first_step, p.steps, p.lr, p.img_size) for p in plan.phases] == [
+        (0, 10, 1e-3, (16, 16)),
+        (10, 5, 1e-5, (32, 32)),
+    ]
+    assert plan.phase(9).img_size == (16, 16)
+    assert plan.phase(10).img_size == (32, 32)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rates_warm_up_and_end_where_told(tmp_path: Path, schedule: str) -> None:
+    watched = job(tmp_path, schedule=schedule, epochs=0.5, warmup_epochs=0.15, lr=1e-2, min_lr=1e-5, eval_every=0.03)
+    rates = [row["lr"] for row in run(watched).history]
+    assert max(rates) == pytest.approx(1e-2, rel=0.2)
+    assert rates[0] < max(rates)
+    assert rates[-1] == pytest.approx(1e-2 if schedule == "constant" else 1e-5, abs=2e-3)
+
+
+def test_random_schedule_is_a_function_of_seed_and_step() -> None:
+    space = SearchSpace((2, 2, 6, 2))
+    schedule = RandomSchedule(space, 7)
+    assert [schedule.at(n) for n in range(50)] == [RandomSchedule(space, 7).at(n) for n in range(50)]
+    assert schedule.at(1000) == RandomSchedule(space, 7).at(1000)
+    assert len({schedule.at(n) for n in range(50)}) > 40
+    assert schedule.at(3) != RandomSchedule(space, 8).at(3)
+    genes = [t for n in range(2000) for t in schedule.at(n).tenths[0]]
+    assert all(150 < genes.count(t) < 300 for t in range(9))  # uniform on the grid
+    fixed = FixedSchedule(space.dense)
+    assert fixed.at(0) is fixed.at(9) is fixed.config
+    assert json.dumps(schedule.at(0).ratios)

@@ -1,0 +1,45 @@
+"""A whole experiment small enough for tests: 32-pixel digits, a model of two narrow stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsevit_cli.config.schema import ExperimentConfig
+
+TINY: dict[str, Any] = {
+    "experiment": "tiny",
+    "device": "cpu",
+    "model": {
+        "img_size": 32, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 2,
+        "always_partition": True, "weight_init": "jax", "global_pool": "max", "drop_path_rate": 0.2,
+    },
+    "data": {"eval_batch_size": 128, "digits": {"digit_min": 12, "digit_max": 16}},
+    "train": {"epochs": 0.3, "batch_size": 32, "eval_every": 0.15, "save_every": 0.15, "ema_decay": 0.9},
+    "adapt": {"epochs": 0.2, "batch_size": 32, "lr": 1e-4, "check_ratios": [0.5], "check_random": 1, "distill": 0.5},
+    "finetune": {"epochs": 0.2, "batch_size": 32, "lr": 1e-4},
+    "search": {
+        "budget_macs": "70%", "population": 4, "parents": 2, "generations": 1, "samples": 32, "finalists": 2,
+        "seconds": 0.01, "holdout": 2,
+    },
+    "profile": {"batch_sizes": [1, 2], "seconds": 0.02, "rounds": 6, "max_spread": 100.0},
+    "export": {"formats": ["pt2"], "latency": False},
+}  # fmt: skip
+
+
+def tiny_config(**sections: Any) -> ExperimentConfig:
+    """TINY with fields of sections replaced: tiny_config(train={"lr": 1.0})."""
+    merged = {
+        name: ({**value, **sections[name]} if isinstance(value, dict) and name in sections else value)
+        for name, value in TINY.items()
+    }
+    merged |= {name: value for name, value in sections.items() if name not in merged}
+    return ExperimentConfig.model_validate_json(json.dumps(merged))
+
+
+def write_tiny(folder: Path, **sections: Any) -> Path:
+    """TINY as a YAML file (JSON is YAML)."""
+    path = folder / "tiny.yaml"
+    path.write_text(tiny_config(**sections).model_dump_json(), encoding="utf-8")
+    return path
