@@ -13,10 +13,9 @@ import sparsevit_cli
 
 PACKAGE = Path(sparsevit_cli.__file__).parent
 ROOMS = (
-    "__init__", "errors", "atomic", "sparsity", "schedule", "windows", "config", "reporting", "stopping", "runs",
-    "winner", "search", "swin", "checkpoints", "models", "data", "tasks", "profiling", "training", "exporting", "workflows",
-    "console", "views", "cli",
-)  # fmt: skip
+    "__init__ errors atomic sparsity schedule windows config reporting stopping runs winner search swin checkpoints "
+    "models data tasks profiling training exporting workflows console views cli"
+).split()
 """From top to bottom; a module may import from its own room and from those before it."""
 
 LIGHT = (

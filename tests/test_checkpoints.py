@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -231,6 +232,15 @@ def test_damage_is_found(name: str, how: str, tmp_path: Path) -> None:
     assert name in warned[0]
 
 
+def test_a_whole_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
+    first = save(tmp_path, 1)
+    shutil.copytree(first, tmp_path / "step-00000002")
+    with pytest.raises(CheckpointError, match="belongs to step 1"):
+        load_checkpoint(tmp_path / "step-00000002")
+    shutil.copytree(first, tmp_path / "my favourite")
+    assert load_checkpoint(tmp_path / "my favourite").step == 1
+
+
 def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, 8, {"model": {"w": torch.ones(2)}}, {})
     manifest = folder / "MANIFEST.json"
@@ -430,6 +440,8 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 def test_a_full_disk_is_known_in_every_wording(message: str, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="99 bytes needed"), atomic.disk_errors(tmp_path / "x", 99):
         raise RuntimeError(message)
+    with pytest.raises(ResourceError, match="99 bytes needed"), atomic.disk_errors(tmp_path / "x", 99):
+        raise OSError(errno.ENOSPC, "Auf dem Datenträger ist kein Platz mehr verfügbar")
     with pytest.raises(RuntimeError, match="else"), atomic.disk_errors(tmp_path / "x", 99):
         raise RuntimeError("something else")
     with pytest.raises(ConfigError, match="Choose another output"), atomic.disk_errors(tmp_path / "x", 99):

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data import create_transform
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from sparsevit_cli.config.schema import AugmentSection, DataSection
 from sparsevit_cli.data import build_data, eval_batches, train_batches
 from sparsevit_cli.data.folder import _natural_key, read_folder
+from sparsevit_cli.data.transforms import TransformSpec, _trim_strip
 from sparsevit_cli.errors import ConfigError, DataError
 
 
@@ -329,6 +331,8 @@ def test_pipes_and_broken_links_named_like_images_do_not_hang(tree):
     (tree / "train/cat/link.png").symlink_to("nowhere")
     bundle = build(tree, max_bad_fraction=0.5)
     assert len(bundle.train.bad_images) == 2
+    reasons = {bundle.train.records.known_fault(i) for i in range(len(bundle.train.records.keys))}
+    assert reasons == {None, "cannot be opened as a file"}
     assert sum(len(batch.labels) for batch in train_batches(bundle.train, batch_size=7, seed=0, epoch=0)) == 28
 
 
@@ -357,9 +361,29 @@ def test_too_large_image(tree):
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (3, 20_000), (20_000, 1)])
 def test_tiny_images_and_strips(tree, size):
     Image.new("RGB", size, (255, 0, 0)).save(tree / "val/dog/odd.png")
-    Image.new("RGB", size, (255, 0, 0)).save(tree / "train/dog/odd.png")
+    for number in range(3):
+        Image.new("RGB", size, (255, 0, 0)).save(tree / f"train/dog/odd{number}.png")
     bundle = build(tree, augment=AugmentSection(scale_min=0.01))
     assert next(eval_batches(bundle.val, 100)).images.shape == (13, 3, 32, 32)
     for epoch in range(5):
         list(train_batches(bundle.train, batch_size=9, seed=0, epoch=epoch))
     assert len(bundle.train.bad_images) == 0
+
+
+@given(st.integers(1, 60), st.integers(60, 3000), st.booleans(), st.sampled_from([(8, 8), (8, 16), (24, 8)]))
+def test_only_the_centre_of_a_strip_is_resized(short, long, is_wide, size):
+    ramp = Image.fromarray(np.linspace(0, 255, long).astype(np.uint8)[None, :].repeat(short, 0)).convert("RGB")
+    image = ramp if is_wide else ramp.transpose(Image.Transpose.ROTATE_270)
+    trimmed = _trim_strip(image, size)
+    assert max(trimmed.size) <= 8 * 3 * min(image.size) + 1
+    spec = TransformSpec(size, 3, (0.0,) * 3, (1.0,) * 3, "bilinear", 0.9, None)
+    whole = create_transform(input_size=(3, *size), crop_pct=0.9, mean=spec.mean, std=spec.std)(image)
+    # Half a pixel of the source may be lost in rounding the centre.
+    assert (spec.build()(image) - whole).abs().max() <= 2 / 255 + 1 / long
+
+
+def test_transform_is_timms_own(tree):
+    bundle = build(tree, img_size=(32, 48))
+    expected = create_transform(input_size=(3, 32, 48), crop_pct=0.9, interpolation="bicubic")
+    with Image.open(tree / bundle.val.sample_name(5)) as image:
+        assert np.array_equal(bundle.val[5][0], expected(image.convert("RGB")))

@@ -141,6 +141,7 @@ def test_bombs_are_refused_before_their_pixels_are_decoded(data, reason, monkeyp
         decode(data, max_megapixels=64)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_the_limit_can_be_raised_above_pillows_own(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UnreadableImageError, match="megapixels"):

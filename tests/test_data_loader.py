@@ -231,7 +231,7 @@ from test_data_loader import Numbers, indices
 from sparsevit_cli.data import eval_batches
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-batches, left_open = eval_batches(Numbers(9), 2, workers=2), eval_batches(Numbers(9), 2, workers=2)
+batches, left_open = eval_batches(Numbers(9), 2, workers=2), eval_batches(Numbers(9), 2, workers=1)
 next(batches), next(left_open)
 print("ready", flush=True)
 while not stop:

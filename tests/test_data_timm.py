@@ -155,7 +155,7 @@ def test_a_missing_package_is_named_on_stderr_only(tmp_path, capsys):
 
 
 def test_root_is_needed():
-    with pytest.raises(DataError, match="Set data.root"):
+    with pytest.raises(DataError, match=r"Set data\.root"):
         read_timm("torch/mnist", None, "train", 1.0)
 
 

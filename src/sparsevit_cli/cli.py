@@ -76,7 +76,11 @@ def _options(
     **fields: object,
 ) -> Options:  # fmt: skip
     """Flags such as --seed are overrides of their field, and come last."""
-    named = [f"{name.replace('__', '.')}={json.dumps(value, ensure_ascii=False)}" for name, value in fields.items() if value is not None]
+    named = [
+        f"{name.replace('__', '.')}={json.dumps(value, ensure_ascii=False)}"
+        for name, value in fields.items()
+        if value is not None
+    ]
     return Options(config, (*(set_ or ()), *named), as_json, dry_run, verbose, fresh)
 
 
@@ -204,7 +208,7 @@ def evaluate(
 
 @app.command()
 def profile(
-    model: Annotated[str | None, typer.Option("--model", help="timm model name; needs no data and no training.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="timm model name; needs no data, no training.")] = None,
     img_size: Annotated[
         str | None, typer.Option("--img-size", help="Pixels, e.g. 672, 256x704, or a list 448,672.")
     ] = None,
@@ -252,7 +256,7 @@ def run(
     config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
-    """Everything in order: pretrain, adapt, search, finetune, evaluate, profile, export; ends with one table. Resumes."""
+    """All in order: pretrain, adapt, search, finetune, evaluate, profile, export; ends with one table. Resumes."""
     from .views import show_pipeline
 
     options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)

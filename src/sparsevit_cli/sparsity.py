@@ -63,7 +63,7 @@ class SparsityConfig:
             raise ConfigError("sparsity", f"{self.tenths!r} has an empty stage", "Give one ratio per block pair.")
         for number, stage in enumerate(self.tenths):
             for tenths in stage:
-                if isinstance(tenths, bool) or not isinstance(tenths, int) or not 0 <= tenths <= MAX_TENTHS:
+                if type(tenths) is not int or not 0 <= tenths <= MAX_TENTHS:  # a bool is none, nor a NumPy integer
                     got = f"{tenths!r} tenths; allowed are integers 0 ... {MAX_TENTHS}"
                     raise ConfigError(f"sparsity of stage {number}", got, "Use from_ratios for fractions.")
             if list(stage) != sorted(stage):

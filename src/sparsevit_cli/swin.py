@@ -29,13 +29,14 @@ class SparseSwinTransformerBlock(SwinTransformerBlock):
         kept, area = keep_indices.shape[1], self.window_area
         padded = windows.has_padding(height, width, self.window_size)
 
-        rows = windows.flat_rows(token_index, keep_indices, height * width).flatten()  # B*K*N
+        rows = windows.flat_rows(token_index, keep_indices, height * width, scratch_row=padded).flatten()  # B*K*N
         tokens = windows.flatten_map(x, scratch_row=padded)  # B*H*W (+ 1), C
         kept_tokens = windows.gather_rows(tokens, rows).view(batch * kept, area, channels)
 
         normed = self.norm1(kept_tokens)
         if padded:  # timm pads after norm1: a padding token enters attention as zeros
-            normed = normed.masked_fill((rows == batch * height * width).view(batch * kept, area, 1), 0)
+            is_token = rows != batch * height * width
+            normed = normed * is_token.to(normed.dtype).view(batch * kept, area, 1)
         attended = self.attn(normed, mask=self._kept_mask(x, keep_indices))  # B*K, N, C
         kept_tokens = kept_tokens.view(batch, kept, area, channels)
         kept_tokens = kept_tokens + self.drop_path1(attended.view(batch, kept, area, channels))
@@ -97,7 +98,7 @@ class _Ranking:
             self.magnitude = windows.token_magnitude(x, self.stage.importance)
         partition = (block.window_size, block.shift_size)
         if partition not in self.ranked:  # ratios never decrease with depth: the first block keeps most
-            index = windows.window_token_index(self.height, self.width, *partition, x.device)
+            index = windows.token_index_of(self.height, self.width, *partition, x.device)
             self.ranked[partition] = (windows.rank_windows(self._scores(x, index), count), index)
         keep_indices, index = self.ranked[partition]
         return {"keep_indices": keep_indices[:, :count], "token_index": index}

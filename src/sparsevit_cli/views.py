@@ -37,7 +37,8 @@ def show_search(summary: SearchSummary) -> None:
     """Finalists, winner, errors of the table, and what to type next."""
     rows = [
         (
-            str(f.config), f"{f.top1:.2f}", f"{f.gmacs:.3f}", "-" if f.predicted_ms is None else f"{f.predicted_ms:.2f}",
+            str(f.config), f"{f.top1:.2f}", f"{f.gmacs:.3f}",
+            "-" if f.predicted_ms is None else f"{f.predicted_ms:.2f}",
             f"{f.latency_ms:.2f} [{f.latency_ms_low:.2f}, {f.latency_ms_high:.2f}]", f"{f.speedup:.2f}x",
             "winner" if f is summary.winner else ("yes" if f.within_budget else "no"),
         )

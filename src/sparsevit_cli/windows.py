@@ -5,7 +5,8 @@ Shapes: B images, H x W tokens, C channels, n windows of N tokens, K kept window
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from functools import lru_cache
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -40,6 +41,21 @@ def window_token_index(
     source = torch.where(padding, height * width, source)
     source = source.view(rows, window_size[0], cols, window_size[1]).permute(0, 2, 1, 3)
     return source.reshape(rows * cols, window_size[0] * window_size[1])
+
+
+def token_index_of(
+    height: int, width: int, window_size: tuple[int, int], shift_size: tuple[int, int], device: torch.device
+) -> Tensor:
+    """`window_token_index`, made once per map size and device; while a graph is captured it is part of the graph."""
+    if torch.compiler.is_compiling():
+        return window_token_index(height, width, window_size, shift_size, device)
+    return _remembered_token_index(height, width, window_size, shift_size, device)
+
+
+@lru_cache(maxsize=64)
+def _remembered_token_index(*partition: Any) -> Tensor:
+    with torch.inference_mode(False):  # a tensor made in inference mode could not serve a training step later
+        return window_token_index(*partition)
 
 
 def has_padding(height: int, width: int, window_size: tuple[int, int]) -> bool:
@@ -81,14 +97,16 @@ def rank_windows(scores: Tensor, count: int) -> Tensor:
     return torch.topk(scores, count, dim=1, sorted=True).indices
 
 
-def flat_rows(token_index: Tensor, keep_indices: Tensor, num_tokens: int) -> Tensor:
+def flat_rows(token_index: Tensor, keep_indices: Tensor, num_tokens: int, *, scratch_row: bool) -> Tensor:
     """Rows of the kept windows in the flattened batch: (n, N), (B, K) -> (B, K, N) in 0 ... B*H*W.
 
-    Every padding token of every image maps to the one scratch row B*H*W.
+    With `scratch_row` every padding token of every image maps to the one row B*H*W; without, there is no padding.
     """
     rows = token_index[keep_indices]  # B, K, N
     batch = keep_indices.shape[0]
     offset = torch.arange(batch, device=rows.device)[:, None, None] * num_tokens
+    if not scratch_row:
+        return rows + offset
     return torch.where(rows == num_tokens, batch * num_tokens, rows + offset)
 
 

@@ -81,13 +81,14 @@ def check_classes(records: Records) -> None:
 
 def relabelled(records: R, class_names: Sequence[str], owner: str) -> R:
     """The records with labels in the order of `class_names`, which `owner` has. Raises DataError where they differ."""
-    missing = [name for name in class_names if name not in set(records.class_names)]
-    added = [name for name in records.class_names if name not in set(class_names)]
+    here, there = set(records.class_names), set(class_names)
+    missing = [name for name in class_names if name not in here]
+    added = [name for name in records.class_names if name not in there]
     if missing or added:
         parts = [f"{len(missing)} classes of {owner} are missing here: {shorten(missing)}"] if missing else []
         parts += [f"{len(added)} classes here are not in {owner}: {shorten(added)}"] if added else []
         raise DataError(records.split, "; ".join(parts), "Make the classes the same.")
-    if len(set(class_names)) != len(class_names):
+    if len(there) != len(class_names):
         raise DataError(records.split, f"{owner} names a class twice", "Make class names distinct.")
     position = {name: index for index, name in enumerate(class_names)}
     new_label = np.array([position[name] for name in records.class_names], dtype=np.int64)

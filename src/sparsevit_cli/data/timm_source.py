@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,4 +227,5 @@ def _torch_names(dataset: Any) -> tuple[str, ...] | None:
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     """Names that occur twice (ImageNet has two cranes) get their label as well."""
-    return tuple(f"{name} ({label})" if names.count(name) > 1 else name for label, name in enumerate(names))
+    count = Counter(names)
+    return tuple(f"{name} ({label})" if count[name] > 1 else name for label, name in enumerate(names))

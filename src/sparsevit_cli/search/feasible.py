@@ -63,8 +63,11 @@ class FeasibleSpace:
                 if config not in seen and config in self:
                     return config
         if self.space.size <= ENUMERABLE:
-            shuffled = rng.sample(self._all, len(self._all))
-            return next((config for config in shuffled if config not in seen), None)
+            for config in rng.choices(self._all, k=TRIES) if self._all else ():
+                if config not in seen:
+                    return config
+            unseen = [config for config in self._all if config not in seen]
+            return rng.choice(unseen) if unseen else None
         for _ in range(TRIES):
             config = self._walk_to_sparsest(self.space.sample(rng), rng)
             if config not in seen and config in self:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.loader import eval_batches
-from ..data.source import ImageSource
-from ..errors import NonFiniteError
-from ..reporting import Progress
+from sparsevit_cli.data.loader import eval_batches
+from sparsevit_cli.data.source import ImageSource
+from sparsevit_cli.errors import NonFiniteError
+from sparsevit_cli.reporting import Progress
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from ..profiling.device import describe_device, describe_versions, resolve_device
+from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
 
 EXTRAS = {
     "demo": ("sklearn", "matplotlib"),

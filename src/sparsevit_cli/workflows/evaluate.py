@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..profiling.macs import macs_cost
-from ..runs import RunFolder, missing_result
-from ..sparsity import SparsityConfig
-from ..swin import model_depths, set_sparsity
-from ..winner import parse_ratios
+from sparsevit_cli.profiling.macs import macs_cost
+from sparsevit_cli.runs import RunFolder, missing_result
+from sparsevit_cli.sparsity import SparsityConfig
+from sparsevit_cli.swin import model_depths, set_sparsity
+from sparsevit_cli.winner import parse_ratios
+
 from .session import Session, Weights, trained_weights
 from .training import score, winner_ratios
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..exporting import ExportReport, ModelInfo, export_model
-from ..models import model_arguments
-from ..runs import RunFolder, read_json
-from ..sparsity import SparsityConfig
-from ..swin import model_depths, set_sparsity
+from sparsevit_cli.exporting import ExportReport, ModelInfo, export_model
+from sparsevit_cli.models import model_arguments
+from sparsevit_cli.runs import RunFolder, read_json
+from sparsevit_cli.sparsity import SparsityConfig
+from sparsevit_cli.swin import model_depths, set_sparsity
+
 from .evaluate import latest_weights, ratios_to_use
 from .session import Session
 

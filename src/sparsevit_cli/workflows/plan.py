@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from ..profiling.latency_table import measure_configs
-from ..profiling.macs import macs_cost
-from ..swin import model_depths, set_sparsity, sparsify_
-from ..training import plan_training
+from sparsevit_cli.profiling.latency_table import measure_configs
+from sparsevit_cli.profiling.macs import macs_cost
+from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
+from sparsevit_cli.training import plan_training
+
 from .session import Session
 
 OPTIMIZER_COPIES = 3

@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..reporting import Reporter
-from ..search.results import Evaluation
-from ..sparsity import SparsityConfig
+from sparsevit_cli.reporting import Reporter
+from sparsevit_cli.search.results import Evaluation
+from sparsevit_cli.sparsity import SparsityConfig
 
 
 def plot_pareto(

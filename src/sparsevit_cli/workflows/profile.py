@@ -15,24 +15,27 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..atomic import write_json
-from ..config.schema import ModelSection
-from ..errors import CheckpointError, ConfigError
-from ..models import build_model
-from ..profiling.inputs import TORCH_DTYPE, example_input
-from ..profiling.latency import Latency, measure_interleaved
-from ..profiling.macs import analytic_macs, count_macs, flopcounter_macs
-from ..profiling.memory import peak_memory_mb
-from ..profiling.stages import StageTimes, time_stages
-from ..runs import RunFolder
-from ..sparsity import SparsityConfig
-from ..swin import model_depths, set_sparsity, sparsify_
-from ..winner import parse_ratios
+from sparsevit_cli.atomic import write_json
+from sparsevit_cli.config.schema import ModelSection
+from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.models import build_model
+from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
+from sparsevit_cli.profiling.latency import Latency, measure_interleaved
+from sparsevit_cli.profiling.macs import analytic_macs, count_macs, flopcounter_macs
+from sparsevit_cli.profiling.memory import peak_memory_mb
+from sparsevit_cli.profiling.stages import StageTimes, time_stages
+from sparsevit_cli.runs import RunFolder
+from sparsevit_cli.sparsity import SparsityConfig
+from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
+from sparsevit_cli.winner import parse_ratios
+
 from .session import Session
 from .training import winner_ratios
 
 Size = tuple[int, int]
 DENSE, OURS_DENSE, OURS_SPARSE = "dense (timm)", "ours at ratio 0", "ours sparse"
+RETRIES = 3
+"""Times that a measurement that did not settle is repeated before the command ends with exit 8."""
 MACS_TOLERANCE = 0.005
 """Share by which the three counters may differ before a warning is given."""
 
@@ -96,12 +99,18 @@ class ProfileReport:
 
 
 def profile_model(
-    session: Session, *, model: str | None = None, img_size: str | None = None, ratios: str | None = None
+    session: Session,
+    *,
+    model: str | None = None,
+    img_size: str | None = None,
+    ratios: str | None = None,
+    strict: bool = True,
 ) -> ProfileReport:
     """Measure the configuration's model, or timm's `model`, at `ratios` as typed, else the configured or the winner's.
 
-    Weights do not matter to the clock: the architecture is built with random ones. Raises MeasurementError where
-    the latency does not settle, CheckpointError where there is no winner and no ratios are given.
+    Weights do not matter to the clock: the architecture is built with random ones. A latency that does not settle
+    raises MeasurementError, or is marked in its row unless `strict`. Raises CheckpointError where there is no winner
+    and no ratios are given.
     """
     if model is not None:
         named = {"experiment": model, "model": ModelSection(name=model)}
@@ -123,7 +132,7 @@ def profile_model(
                 macs_check = _macs_check(session, models[OURS_SPARSE], size)
             for batch in section.batch_sizes:
                 session.stop.check("profile", "nothing of this profile is saved")
-                cell, latencies = _cell(session, models, config, size, batch)
+                cell, latencies = _cell(session, models, config, size, batch, strict)
                 rows += cell
                 samples |= {f"{label} b{batch} {size[0]}x{size[1]}": x.samples_ms for label, x in latencies.items()}
                 if not stages:
@@ -150,7 +159,7 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
     """`672`, `256x704` (height x width) or a list of them with commas. Raises ConfigError."""
     sizes = []
     for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d{1,5})(?:[x×](\d{1,5}))?", part)
+        match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", part)
         if match is None or "0" in (match[1], match[2]):
             raise ConfigError("--img-size", f"{part!r} is no size in pixels", "Write 672, 256x704 or 448,672.")
         sizes.append((int(match[1]), int(match[2] or match[1])))
@@ -186,7 +195,7 @@ def _models(session: Session, size: Size, config: SparsityConfig) -> dict[str, n
 
 
 def _cell(
-    session: Session, models: Mapping[str, nn.Module], config: SparsityConfig, size: Size, batch: int
+    session: Session, models: Mapping[str, nn.Module], config: SparsityConfig, size: Size, batch: int, strict: bool
 ) -> tuple[list[ProfileRow], dict[str, Latency]]:
     section, image = session.config.profile, (session.config.model.in_chans, *size)
     x = example_input(
@@ -204,6 +213,8 @@ def _cell(
         rounds=section.rounds,
         seed=session.config.seed,
         max_spread=section.max_spread,
+        strict=strict,
+        retries=RETRIES if strict else 0,
     )
     rows = []
     for label, model in models.items():
@@ -274,9 +285,10 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def row_values(row: ProfileRow) -> tuple[Any, ...]:
     """Cells of the console table."""
+    interval = f"[{row.latency_ms_low:.2f}, {row.latency_ms_high:.2f}]"
     return (
         row.label, f"{row.image_size[0]}x{row.image_size[1]}", row.batch, f"{row.gmacs:.2f}",
-        f"{row.latency_ms:.2f} [{row.latency_ms_low:.2f}, {row.latency_ms_high:.2f}]",
+        f"{row.latency_ms:.2f} {interval}{'' if row.stable else ' unsteady'}",
         f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
         f"{row.throughput:.1f}", f"{row.peak_memory_mb:.0f}",
     )  # fmt: skip

@@ -13,16 +13,16 @@ from random import Random
 import torch
 from torch import nn
 
-from ..atomic import write_atomic
-from ..config.loading import section_hash
-from ..data.build import DataBundle
-from ..errors import CheckpointError, ConfigError, MeasurementError
-from ..profiling.inputs import TORCH_DTYPE, example_input
-from ..profiling.latency import Latency
-from ..profiling.latency_table import measure_configs, measure_latency_table, table_identity
-from ..profiling.macs import macs_cost
-from ..runs import RunFolder
-from ..search.budget import (
+from sparsevit_cli.atomic import write_atomic
+from sparsevit_cli.config.loading import section_hash
+from sparsevit_cli.data.build import DataBundle
+from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
+from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
+from sparsevit_cli.profiling.latency import Latency
+from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
+from sparsevit_cli.profiling.macs import macs_cost
+from sparsevit_cli.runs import RunFolder
+from sparsevit_cli.search.budget import (
     Budget,
     BudgetRequest,
     Cost,
@@ -32,15 +32,16 @@ from ..search.budget import (
     parse_latency_budget,
     parse_macs_budget,
 )
-from ..search.correlation import spearman
-from ..search.engine import search_sparsity
-from ..search.latency_table import LatencyTable, TableError
-from ..search.ledger import Ledger, LedgerScope
-from ..search.pareto import pareto_front
-from ..search.results import Evaluation, Progress, SearchResult, best_first
-from ..sparsity import SparsityConfig
-from ..swin import set_sparsity
-from ..winner import write_winner
+from sparsevit_cli.search.correlation import spearman
+from sparsevit_cli.search.engine import search_sparsity
+from sparsevit_cli.search.latency_table import LatencyTable, TableError
+from sparsevit_cli.search.ledger import Ledger, LedgerScope
+from sparsevit_cli.search.pareto import pareto_front
+from sparsevit_cli.search.results import Evaluation, Progress, SearchResult, best_first
+from sparsevit_cli.sparsity import SparsityConfig
+from sparsevit_cli.swin import set_sparsity
+from sparsevit_cli.winner import write_winner
+
 from .plots import plot_pareto
 from .session import Session, Weights, trained_weights
 from .training import score
@@ -209,7 +210,11 @@ class _Search:
 
     def _latency_table(self, known: Sequence[tuple[SparsityConfig, float]]) -> tuple[LatencyTable, TableError]:
         """The table of this very device and model, its scale set by `known`, and its error on held-out configs."""
-        table = self._measured_table().calibrated(known)
+        table = self._measured_table()
+        try:
+            table = table.calibrated(known)
+        except MeasurementError as noisy:
+            self.session.reporter.warn(f"the latency table is used as measured: {noisy.got}")
         rng = Random(f"holdout:{self.session.config.seed}")
         measured = self.measure([self.space.sample(rng) for _ in range(self.section.holdout)])
         error = table.fit_error([(config, latency.median_ms) for config, latency in measured.items()])
@@ -261,7 +266,7 @@ class _Search:
         latencies = measure_configs(
             self.model, list(dict.fromkeys([self.space.dense, *configs])), self.image,
             batch_size=self.section.batch_size, device=self.session.device, dtype=self.dtype,
-            seconds=self.section.seconds, seed=self.session.config.seed,
+            seconds=self.section.seconds, seed=self.session.config.seed, retries=1,
         )  # fmt: skip
         self.session.stop.check("search", "every evaluation so far is in the ledger")
         unsteady = [latency.spread for latency in latencies.values() if not latency.stable]

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..atomic import sha256_file
-from ..checkpoints import load_checkpoint
-from ..config.schema import ExperimentConfig
-from ..data.build import DataBundle, build_data
-from ..errors import CheckpointError
-from ..models import build_model
-from ..profiling.device import describe_device, describe_versions, resolve_device
-from ..reporting import Reporter
-from ..runs import RunFolder, missing_result, open_run
-from ..sparsity import SearchSpace
-from ..stopping import StopRequest
-from ..swin import model_depths, sparsify_
+from sparsevit_cli.atomic import sha256_file
+from sparsevit_cli.checkpoints import load_checkpoint
+from sparsevit_cli.config.schema import ExperimentConfig
+from sparsevit_cli.data.build import DataBundle, build_data
+from sparsevit_cli.errors import CheckpointError
+from sparsevit_cli.models import build_model
+from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
+from sparsevit_cli.reporting import Reporter
+from sparsevit_cli.runs import RunFolder, missing_result, open_run
+from sparsevit_cli.sparsity import SearchSpace
+from sparsevit_cli.stopping import StopRequest
+from sparsevit_cli.swin import model_depths, sparsify_
 
 
 @dataclass(frozen=True)

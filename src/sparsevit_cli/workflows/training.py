@@ -11,20 +11,20 @@ from typing import Any
 
 from torch import nn
 
-from ..atomic import write_atomic, write_json
-from ..config.loading import section_hash
-from ..config.schema import DistilLoopSection, LoopSection
-from ..data.build import DataBundle
-from ..profiling.macs import macs_cost
-from ..runs import RunFolder, missing_result
-from ..schedule import FixedSchedule, RandomSchedule, SparsitySchedule
-from ..sparsity import SearchSpace, SparsityConfig
-from ..swin import model_depths, set_sparsity
-from ..tasks.classification import Accuracy, evaluate
-from ..training import TrainingJob, TrainingPlan, plan_training, train
-from ..winner import read_winner
-from .session import Session, Weights, trained_weights
+from sparsevit_cli.atomic import write_atomic, write_json
+from sparsevit_cli.config.loading import section_hash
+from sparsevit_cli.config.schema import DistilLoopSection, LoopSection
+from sparsevit_cli.data.build import DataBundle
+from sparsevit_cli.profiling.macs import macs_cost
+from sparsevit_cli.runs import RunFolder, missing_result
+from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
+from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
+from sparsevit_cli.swin import model_depths, set_sparsity
+from sparsevit_cli.tasks.classification import Accuracy, evaluate
+from sparsevit_cli.training import TrainingJob, TrainingPlan, plan_training, train
+from sparsevit_cli.winner import read_winner
 
+from .session import Session, Weights, trained_weights
 
 Size = tuple[int, int]
 
