@@ -12,7 +12,7 @@ import pytest
 import sparsevit_cli
 
 PACKAGE = Path(sparsevit_cli.__file__).parent
-ROOMS = (
+ROOMS = (  # noqa: SIM905
     "__init__ errors atomic sparsity schedule windows config reporting stopping runs winner search swin checkpoints "
     "models data tasks profiling training exporting workflows console views cli"
 ).split()

@@ -127,7 +127,7 @@ def test_a_second_budget_reuses_the_ledger(finished: Path) -> None:
     [
         (["--budget-macs", "1%"], 5, "reachable is"),
         (["--budget-macs", "0%"], 2, "above zero"),
-        (["--budget-macs", "50 apples"], 2, "70%"),
+        (["--budget-macs", "50 apples"], 2, "a share of dense (60%)"),
         (["--budget-latency", "1e-9ms"], 5, "reachable is"),
         (["--set", "search.strategy=magic"], 2, "evolution"),
         (["--set", "serach.population=3"], 2, "search"),
@@ -189,7 +189,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 def test_help_is_quick_and_loads_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom sparsevit_cli.cli import app\n"
-        "try:\n    app(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "try:\n    app(sys.argv[1:], prog_name='sparsevit')\nexcept SystemExit:\n    pass\n"
         "assert not {'torch', 'timm', 'numpy'} & set(sys.modules), 'heavy'"
     )
     for arguments in (["--help"], ["search", "--help"], ["--version"]):
@@ -231,7 +231,9 @@ def test_text_from_outside_is_shown_as_it_is(tmp_path: Path) -> None:
     assert "[red]" in done.stderr
     assert "3.png" in done.stderr
     (tmp_path / "data" / "val" / "[red]" / "3.png").unlink()
-    sparsevit("pretrain", "--config", config, cwd=tmp_path)
+    done = sparsevit("pretrain", "--config", config, cwd=tmp_path, check=4)  # the data changed under the run
+    assert "another data" in done.stderr
+    sparsevit("pretrain", "--config", config, "--fresh", cwd=tmp_path)
 
 
 def _wait_for(pattern: str, folder: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -370,6 +371,17 @@ def test_tiny_images_and_strips(tree, size):
     assert len(bundle.train.bad_images) == 0
 
 
+def test_a_crop_of_a_tiny_image_is_never_empty():
+    """timm gives black where the crop rounds to no pixel."""
+    augment = AugmentSection(scale_min=0.01)
+    transform = TransformSpec((8, 8), 3, (0.0,) * 3, (1.0,) * 3, "bilinear", 0.9, augment).build()
+    for width, height in [(1, 1), (2, 1), (1, 9)]:
+        for _ in range(50):
+            image = transform(Image.new("RGB", (width, height), (255, 0, 0)))
+            assert image[0].min() == 1
+            assert image[1:].max() == 0
+
+
 @given(st.integers(1, 60), st.integers(60, 3000), st.booleans(), st.sampled_from([(8, 8), (8, 16), (24, 8)]))
 def test_only_the_centre_of_a_strip_is_resized(short, long, is_wide, size):
     ramp = Image.fromarray(np.linspace(0, 255, long).astype(np.uint8)[None, :].repeat(short, 0)).convert("RGB")
@@ -378,6 +390,7 @@ def test_only_the_centre_of_a_strip_is_resized(short, long, is_wide, size):
     assert max(trimmed.size) <= 8 * 3 * min(image.size) + 1
     spec = TransformSpec(size, 3, (0.0,) * 3, (1.0,) * 3, "bilinear", 0.9, None)
     whole = create_transform(input_size=(3, *size), crop_pct=0.9, mean=spec.mean, std=spec.std)(image)
+    assert replace(spec.build(), transform=lambda image: image)(image).size == trimmed.size
     # Half a pixel of the source may be lost in rounding the centre.
     assert (spec.build()(image) - whole).abs().max() <= 2 / 255 + 1 / long
 

@@ -35,7 +35,12 @@ PIPED_WIDTH = 200
 
 def printable(text: object) -> str:
     """Text from outside with control characters made visible; Rich markup in it is shown as typed."""
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in str(text))
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def _literal(text: object) -> str:
+    """For the places where Rich takes markup strings alone."""
+    return escape(printable(text))
 
 
 class ConsoleReporter:
@@ -44,12 +49,12 @@ class ConsoleReporter:
     def __init__(self, *, verbose: bool = False, stream: TextIO | None = None) -> None:
         self.console = Console(file=stream, stderr=stream is None, highlight=False, soft_wrap=True)
         self.verbose = verbose
-        self._log: Path | None = None
+        self._logs: tuple[Path, ...] = ()
         self._in_progress = False
 
     def log_to(self, path: Path) -> None:
-        """Append everything said from now on to `path`."""
-        self._log = path
+        """Append everything said from now on to `path`, and still to the first such path: that of `run`."""
+        self._logs = (*self._logs[:1], path)
 
     def say(self, message: str) -> None:
         """One line."""
@@ -73,8 +78,8 @@ class ConsoleReporter:
 
     def _write(self, text: Text, plain: str) -> None:
         self.console.print(text)
-        if self._log is not None:
-            with self._log.open("a", encoding="utf-8") as file:
+        for log in dict.fromkeys(self._logs):
+            with log.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%H:%M:%S')} {printable(plain)}\n")
 
     @contextmanager
@@ -87,7 +92,7 @@ class ConsoleReporter:
         try:
             if self.console.is_terminal:
                 with _rich_progress(self.console) as bars:
-                    yield _RichBar(bars, bars.add_task(escape(title), total=total, fields=""))
+                    yield _RichBar(bars, bars.add_task(_literal(title), total=total, fields=""))
             else:
                 bar = _PlainProgress(self, title, total)
                 yield bar
@@ -114,7 +119,7 @@ class _RichBar:
     def advance(self, steps: int = 1, **fields: object) -> None:
         self.bars.advance(self.task, steps)
         if fields:
-            self.bars.update(self.task, fields=escape(_fields(fields)))
+            self.bars.update(self.task, fields=_literal(_fields(fields)))
 
 
 class _PlainProgress:
@@ -151,9 +156,9 @@ def print_table(
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], losing: Sequence[int] = ()) -> Table:
-    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=_literal(title), title_justify="left", title_style="bold", header_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(_literal(column), justify="left" if number == 0 else "right", overflow="fold")
     for number, row in enumerate(rows):
         table.add_row(*(Text(printable(cell)) for cell in row), style="red" if number in losing else "")
     return table

@@ -22,6 +22,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from .atomic import remove_leftovers
 from .checkpoints import latest_checkpoint, load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from .config.schema import LoopSection, Phase
 from .data.loader import Batch, train_batches
@@ -396,6 +397,7 @@ class _Run:
 
     def resume(self) -> int | None:
         """Take over the newest whole checkpoint; returns its step, None where there is none."""
+        remove_leftovers(self.job.checkpoints)
         newest = latest_checkpoint(self.job.checkpoints, self.reporter.warn)
         if newest is None:
             return None

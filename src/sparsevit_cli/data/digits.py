@@ -113,7 +113,7 @@ def split_indices(split: Split, seed: int) -> tuple[int, ...]:
     return tuple(int(index) for index in order[first:last])
 
 
-class DigitsDataset(Dataset):
+class DigitsDataset(Dataset[tuple[torch.Tensor, int]]):
     """One split of the canvases. The epoch moves the training split only.
 
     Items are (image, label): float32 (3, canvas, canvas) of about zero mean and unit variance,
@@ -221,7 +221,8 @@ def _upscale(digit: np.ndarray, side: int, pose: np.ndarray) -> np.ndarray:
     weight_y = _catmull_rom(y[:, None] - centres)  # (side^2, 8)
     weight_x = _catmull_rom(x[:, None] - centres)  # (side^2, 8)
     ink = ((weight_y @ digit) * weight_x).sum(axis=1)
-    return ink.clip(0.0, 1.0).reshape(side, side).astype(np.float32)
+    clipped: np.ndarray = ink.clip(0.0, 1.0).reshape(side, side).astype(np.float32)
+    return clipped
 
 
 def _catmull_rom(distance: np.ndarray) -> np.ndarray:
@@ -251,7 +252,8 @@ def _background(rng: np.random.Generator, canvas: int, digit_max: int, clutter: 
     for patch, (y, x) in zip(patches, corners.tolist(), strict=True):
         wide[y : y + size, x : x + size] += patch
     image += wide[size : size + canvas, size : size + canvas]
-    return np.clip(image, 0.0, 1.0, out=image)
+    np.clip(image, 0.0, 1.0, out=image)
+    return image
 
 
 @functools.lru_cache(maxsize=16)
@@ -275,4 +277,5 @@ def _strokes(rng: np.random.Generator, count: int, digit_max: int) -> np.ndarray
     across = np.abs(y * cos - x * sin)
     cover = np.clip(half_length - along + 0.5, 0.0, 1.0)
     cover *= np.clip(half_width - across + 0.5, 0.0, 1.0)
-    return cover * (2.0 * height - 1.0)
+    strokes: np.ndarray = cover * (2.0 * height - 1.0)
+    return strokes

@@ -16,7 +16,7 @@ from sparsevit_cli.errors import ConfigError
 
 from .source import ImageSize
 
-# Below it, a random crop of a tiny image could round to no pixel at all.
+# A random crop of a tiny image may round to no pixel at all, which timm makes black: tiny ones are enlarged first.
 _SMALLEST_CROP = 0.01
 _TINY_PIXELS = 64
 # Only the centre of an image is evaluated: of a strip, this many times the crop is more than enough.

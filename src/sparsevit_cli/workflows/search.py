@@ -6,16 +6,16 @@ import csv
 import io
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from random import Random
 
-import torch
 from torch import nn
 
 from sparsevit_cli.atomic import write_atomic
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.data.build import DataBundle
+from sparsevit_cli.data.splits import fixed_subset
 from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
 from sparsevit_cli.profiling.latency import Latency
@@ -35,7 +35,7 @@ from sparsevit_cli.search.budget import (
 from sparsevit_cli.search.correlation import spearman
 from sparsevit_cli.search.engine import search_sparsity
 from sparsevit_cli.search.latency_table import LatencyTable, TableError
-from sparsevit_cli.search.ledger import Ledger, LedgerScope
+from sparsevit_cli.search.ledger import LatencyRecord, Ledger, LedgerScope
 from sparsevit_cli.search.pareto import pareto_front
 from sparsevit_cli.search.results import Evaluation, Progress, SearchResult, best_first
 from sparsevit_cli.sparsity import SparsityConfig
@@ -57,6 +57,7 @@ class Finalist:
     config: SparsityConfig
     top1: float
     proxy_top1: float
+    cost: float
     gmacs: float
     predicted_ms: float | None
     latency_ms: float
@@ -103,15 +104,19 @@ def search(session: Session) -> SearchSummary:
     weights = trained_weights(session, "adapt", "sparsevit search")
     folder = session.folder("search")
     data = session.data(weights)
+    if data.fingerprint != weights.result["data_fingerprint"]:
+        got = "the data, or the seed that splits them, are not those that adapt trained on"
+        raise CheckpointError("sparsevit search", got, "Use the same data and seed: images trained on prove nothing.")
     model = session.model(len(weights.class_names), weights).eval()
-    work = _Search(session, folder, data, model, weights)
-    costs = work.costs(requests)
-    folder.set_aside(RESULTS, session.reporter)
-    scope = LedgerScope(weights.sha256, data.fingerprint, section_hash(session.config, "model") + work.subset_name)
+    subset = _subset(session, len(data.search))
+    samples = "all" if subset is None else f"{len(subset)} of seed {session.config.seed}"
+    scope = LedgerScope(weights.sha256, data.fingerprint, f"{section_hash(session.config, 'model')} on {samples}")
     with Ledger.open(folder.path / "ledger.sqlite", scope) as ledger:
-        result = work.run(costs, ledger)
-        finalists = work.finalists(costs, result, ledger)
-    return work.finish(costs, result, finalists)
+        work = _Search(session, folder, data, model, weights, subset, ledger)
+        costs = work.costs(requests)
+        result = work.run(costs)
+        finalists = work.finalists(costs, result)
+        return work.finish(costs, result, finalists)
 
 
 def _requests(session: Session) -> tuple[BudgetRequest, ...]:
@@ -127,32 +132,37 @@ def _requests(session: Session) -> tuple[BudgetRequest, ...]:
     return tuple(requests)
 
 
+def _subset(session: Session, total: int) -> tuple[int, ...] | None:
+    """Indices of the fixed subset of the search split that candidates are scored on, None for all of it."""
+    samples = session.config.search.samples
+    if samples is None or samples >= total:
+        return None
+    return tuple(fixed_subset(total, samples, session.config.seed))
+
+
 class _Search:
     """One search: the model and data it looks at, and the steps from feasibility to the winner."""
 
     def __init__(
-        self, session: Session, folder: RunFolder, data: DataBundle, model: nn.Module, weights: Weights
+        self,
+        session: Session,
+        folder: RunFolder,
+        data: DataBundle,
+        model: nn.Module,
+        weights: Weights,
+        subset: tuple[int, ...] | None,
+        ledger: Ledger,
     ) -> None:
         self.session, self.folder, self.data, self.model, self.weights = session, folder, data, model, weights
+        self.subset, self.ledger = subset, ledger
         self.section = session.config.search
         self.space = session.space(model, self.section.max_ratio)
         self.image = (session.config.model.in_chans, *session.img_size)
         self.macs = macs_cost(model, self.image)
-        self.subset = self._subset()
-
-    # -- what candidates are scored on --------------------------------------------------------------------------
-
-    def _subset(self) -> tuple[int, ...] | None:
-        """Indices of the fixed subset of the search split, None for all of it."""
-        samples, total = self.section.samples, len(self.data.search)
-        if samples is None or samples >= total:
-            return None
-        return tuple(sorted(Random(f"subset:{self.session.config.seed}").sample(range(total), samples)))
-
-    @property
-    def subset_name(self) -> str:
-        """What a paid evaluation was made on, for the ledger."""
-        return "all" if self.subset is None else f"{len(self.subset)} of seed {self.session.config.seed}"
+        self.dtype = TORCH_DTYPE[self.section.precision]
+        x = example_input(model, self.image, self.section.batch_size, device=session.device, dtype=self.dtype)
+        self.identity = table_identity(model, x)
+        self._measured: dict[SparsityConfig, LatencyRecord] = {}
 
     def top1(self, config: SparsityConfig, subset: Sequence[int] | None) -> float:
         """Accuracy on the search split, with the adapted weights as they are."""
@@ -171,7 +181,7 @@ class _Search:
         measured: dict[SparsityConfig, float] = {}
         for request in requests:
             if request.metric == "latency_ms":
-                measured = {config: latency.median_ms for config, latency in self.measure(corners).items()}
+                measured = {config: record.latency_ms for config, record in self.measure(corners).items()}
             cost = measured.__getitem__ if request.metric == "latency_ms" else self.macs
             dense, middle, sparsest = map(cost, corners)
             budget = request.resolve(dense)
@@ -217,7 +227,7 @@ class _Search:
             self.session.reporter.warn(f"the latency table is used as measured: {noisy.got}")
         rng = Random(f"holdout:{self.session.config.seed}")
         measured = self.measure([self.space.sample(rng) for _ in range(self.section.holdout)])
-        error = table.fit_error([(config, latency.median_ms) for config, latency in measured.items()])
+        error = table.fit_error([(config, record.latency_ms) for config, record in measured.items()])
         self.session.reporter.say(
             f"search: latency table against {error.n} held-out configurations: "
             f"mean error {error.mean:.1%}, largest {error.largest:.1%}"
@@ -229,9 +239,8 @@ class _Search:
         path, reporter = self.folder.path / "latency_table.json", self.session.reporter
         if path.exists():
             table = LatencyTable.from_json(path.read_text(encoding="utf-8"), str(path))
-            x = example_input(self.model, self.image, self.section.batch_size, dtype=self.dtype)
             try:
-                table.check_identity(table_identity(self.model, x))
+                table.check_identity(self.identity)
                 reporter.say(f"search: using the latency table {path}")
                 return table
             except CheckpointError as error:
@@ -254,35 +263,54 @@ class _Search:
         write_atomic(path, table.to_json())
         return table
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the model and its input in measurements."""
-        return TORCH_DTYPE[self.section.precision]
+    def measure(self, configs: Sequence[SparsityConfig]) -> dict[SparsityConfig, LatencyRecord]:
+        """Milliseconds per batch of each, by the ratio to dense in the same interleaved rounds.
 
-    def measure(self, configs: Sequence[SparsityConfig]) -> dict[SparsityConfig, Latency]:
-        """Milliseconds per batch of each, interleaved with dense, which is the reference of the speed-ups."""
-        reporter = self.session.reporter
-        reporter.say(f"search: measuring {len(configs)} configurations on {self.session.device}")
-        latencies = measure_configs(
-            self.model, list(dict.fromkeys([self.space.dense, *configs])), self.image,
-            batch_size=self.section.batch_size, device=self.session.device, dtype=self.dtype,
-            seconds=self.section.seconds, seed=self.session.config.seed, retries=1,
-        )  # fmt: skip
-        self.session.stop.check("search", "every evaluation so far is in the ledger")
+        So a machine that slows down between two measurements does not spoil the comparison. What was measured
+        steadily once is in the ledger and not measured again.
+        """
+        dense = self.space.dense
+        for config in (dense, *configs):
+            record = self._measured.get(config) or self.ledger.get_latency(self.identity, config)
+            if record is not None:
+                self._measured[config] = record
+        missing = [config for config in dict.fromkeys((dense, *configs)) if config not in self._measured]
+        if missing:
+            self.session.reporter.say(f"search: measuring {len(missing)} configurations on {self.session.device}")
+            latencies = measure_configs(
+                self.model, list(dict.fromkeys((dense, *missing))), self.image,
+                batch_size=self.section.batch_size, device=self.session.device, dtype=self.dtype,
+                seconds=self.section.seconds, seed=self.session.config.seed, retries=1,
+            )  # fmt: skip
+            self._remember(latencies)
+            self.session.stop.check("search", "every evaluation so far is in the ledger")
+        return {config: self._measured[config] for config in configs}
+
+    def _remember(self, latencies: Mapping[SparsityConfig, Latency]) -> None:
+        dense = latencies[self.space.dense]
+        own = LatencyRecord(dense.median_ms, dense.low_ms, dense.high_ms)
+        dense_ms = self._measured.setdefault(self.space.dense, own).latency_ms
+        for config, latency in latencies.items():
+            if config != self.space.dense:
+                self._measured[config] = LatencyRecord(
+                    dense_ms / latency.speedup, dense_ms / latency.speedup_high, dense_ms / latency.speedup_low
+                )
+            if latency.stable:
+                self.ledger.put_latency(self.identity, config, self._measured[config])
         unsteady = [latency.spread for latency in latencies.values() if not latency.stable]
         if unsteady:
-            reporter.warn(f"{len(unsteady)} of {len(latencies)} latencies are not steady: spread {max(unsteady):.0%}")
-        return {config: latencies[config] for config in configs}
+            told = f"{len(unsteady)} of {len(latencies)} latencies are not steady: spread up to {max(unsteady):.0%}"
+            self.session.reporter.warn(told)
 
     # -- search -------------------------------------------------------------------------------------------------
 
-    def run(self, costs: _Costs, ledger: Ledger) -> SearchResult:
+    def run(self, costs: _Costs) -> SearchResult:
         """The search itself; every evaluation is in the ledger before the next one starts."""
         section = self.section
 
         def evaluate(config: SparsityConfig) -> float:
             began = time.monotonic()
-            return ledger.put(config, self.top1(config, self.subset), time.monotonic() - began)
+            return self.ledger.put(config, self.top1(config, self.subset), time.monotonic() - began)
 
         (cost, budget), *further = costs.constraints
         total = min(section.population * (section.generations + 1), section.max_evaluations or math.inf)
@@ -310,11 +338,11 @@ class _Search:
                 generations=section.generations,
                 mutation=section.mutation,
                 constraints=tuple(further),
-                known=ledger,
+                known=self.ledger,
                 on_progress=on_progress,
             )
 
-    def finalists(self, costs: _Costs, result: SearchResult, ledger: Ledger) -> tuple[Finalist, ...]:
+    def finalists(self, costs: _Costs, result: SearchResult) -> tuple[Finalist, ...]:
         """The best candidates on the whole split and on the clock, until one of them meets the budget."""
         ranked = best_first(result.history)
         count = min(self.section.finalists, len(ranked))
@@ -335,43 +363,39 @@ class _Search:
         raise MeasurementError("search", got, "Search again on an idle machine, or raise search.margin.")
 
     def _judge(self, costs: _Costs, candidates: Sequence[Evaluation]) -> list[Finalist]:
-        reporter = self.session.reporter
-        latencies = self.measure([candidate.config for candidate in candidates])
+        records = self.measure([candidate.config for candidate in candidates])
+        dense_ms = self._measured[self.space.dense].latency_ms
         limits = [row.limit for row in costs.feasibility if row.metric == "latency_ms"]
         finalists = []
-        with reporter.progress("finalists", len(candidates)) as bar:
+        with self.session.reporter.progress("finalists", len(candidates)) as bar:
             for candidate in candidates:
-                full = candidate.metric if self.subset is None else self.top1(candidate.config, None)
-                latency = latencies[candidate.config]
+                config, record = candidate.config, records[candidate.config]
                 finalists.append(
                     Finalist(
-                        candidate.config,
-                        full,
-                        candidate.metric,
-                        self.macs(candidate.config) / 1e9,
-                        costs.table.predict(candidate.config) if costs.table else None,
-                        latency.median_ms,
-                        latency.low_ms,
-                        latency.high_ms,
-                        latency.speedup,
-                        all(self._within(latency, limit, costs) for limit in limits),
+                        config=config,
+                        top1=candidate.metric if self.subset is None else self.top1(config, None),
+                        proxy_top1=candidate.metric,
+                        cost=candidate.cost,
+                        gmacs=self.macs(config) / 1e9,
+                        predicted_ms=costs.table.predict(config) if costs.table else None,
+                        latency_ms=record.latency_ms,
+                        latency_ms_low=record.low_ms,
+                        latency_ms_high=record.high_ms,
+                        speedup=dense_ms / record.latency_ms,
+                        within_budget=all(record.latency_ms <= limit or limit >= dense_ms for limit in limits),
                     )
                 )
                 bar.advance()
         return finalists
-
-    def _within(self, latency: Latency, limit: float, costs: _Costs) -> bool:
-        """Judged by the ratio to dense of the same rounds, which outlives a machine that slows down meanwhile."""
-        dense = next(row.dense for row in costs.feasibility if row.metric == "latency_ms")
-        return dense / latency.speedup <= limit or limit >= dense
 
     # -- results ------------------------------------------------------------------------------------------------
 
     def finish(self, costs: _Costs, result: SearchResult, finalists: Sequence[Finalist]) -> SearchSummary:
         """Name the winner and write what was found."""
         within = [finalist for finalist in finalists if finalist.within_budget]
-        winner = min(within, key=lambda f: (-f.top1, f.latency_ms, f.config))
-        dense_ms = winner.latency_ms * winner.speedup
+        winner = min(within, key=lambda f: (-f.top1, f.cost, f.config))  # not by the clock: noise must not decide
+        dense_ms = self._measured[self.space.dense].latency_ms
+        self.folder.set_aside(RESULTS, self.session.reporter)
         correlation = None
         if self.subset is not None and len(finalists) > 2:
             found = spearman([f.proxy_top1 for f in finalists], [f.top1 for f in finalists])

@@ -59,7 +59,15 @@ class Session:
         log_to = getattr(self.reporter, "log_to", None)
         if log_to is not None:
             log_to(folder.path / "log.txt")
+        self.reporter.say(f"{command}: {self.signature} in {folder.path}")
         return folder
+
+    @property
+    def signature(self) -> str:
+        """Versions and device in one line."""
+        versions = describe_versions()
+        named = ", ".join(f"{name} {versions[name]}" for name in ("sparsevit-cli", "torch", "timm"))
+        return f"{named} on {describe_device(self.device).get('name', self.device)}"
 
     def earlier(self, command: str) -> RunFolder:
         """The folder of another command, without opening it."""
@@ -80,7 +88,7 @@ class Session:
         section = self.config.model
         if weights is not None:  # everything else that names weights would be loaded for nothing
             section = section.model_copy(update={"pretrained": False, "checkpoint": None})
-        model = build_model(section, num_classes)
+        model = build_model(section, num_classes, seed=self.config.seed)
         if weights is not None:
             model.load_state_dict(weights.state_dict)
         return sparsify_(model, importance=section.importance).to(self.device)
