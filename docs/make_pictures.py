@@ -54,7 +54,7 @@ def main(config_path: str, output_folder: str) -> None:
     session = Session(config, SilentReporter())
     weights = trained_weights(session, "finetune", "the picture")
     data = session.data(weights)
-    model = session.model(len(weights.class_names), weights).eval()
+    model = session.model(weights.class_names, weights).eval()
     winner = winner_ratios(session, model_depths(model), "the picture")
     set_sparsity(model, winner)
     images = torch.stack([data.val[index][0] for index in IMAGES])
@@ -68,7 +68,9 @@ def main(config_path: str, output_folder: str) -> None:
         for stage, kept in enumerate(maps):
             share = torch.nn.functional.interpolate(kept[None, row : row + 1], grey.shape, mode="nearest")[0, 0]
             grid[row][stage + 1].imshow(grey * (0.25 + 0.75 * share), cmap="gray", vmin=0, vmax=1)
-            grid[row][stage + 1].imshow(torch.ones_like(grey), cmap="summer", alpha=(0.22 * share).numpy(), vmin=0, vmax=1)
+            grid[row][stage + 1].imshow(
+                torch.ones_like(grey), cmap="summer", alpha=(0.22 * share).numpy(), vmin=0, vmax=1
+            )
     titles = ["input"] + [
         f"stage {n + 1}: skips {', '.join(f'{r:.0%}' for r in stage)}" for n, stage in enumerate(winner.ratios)
     ]

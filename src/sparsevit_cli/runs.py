@@ -32,6 +32,9 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
 }
 """Sections that the result of a command depends on; a second run in the folder must agree on them."""
 
+WORK = ("checkpoints", "ledger.sqlite", "metrics.json")
+"""What a run has paid for; a folder with none of it (data that could not be read, say) holds nothing to protect."""
+
 HARMLESS = (
     "data.workers", "data.eval_batch_size", "model.checkpoint",
     *(f"{section}.{name}" for section in ("train", "adapt", "finetune") for name in ("save_every", "keep")),
@@ -96,7 +99,7 @@ def open_run(
         path.rename(aside := path.with_name(f"{command}.old-{number:03d}"))
         reporter.say(f"{command}: the earlier run is kept in {aside}")
     saved = path / "config.yaml"
-    if saved.exists():
+    if saved.exists() and any((path / name).exists() for name in WORK):
         _refuse_other_settings(load_config(saved), config, command, path)
     try:
         path.mkdir(parents=True, exist_ok=True)

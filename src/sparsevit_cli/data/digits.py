@@ -237,7 +237,7 @@ def _background(rng: np.random.Generator, canvas: int, digit_max: int, clutter: 
     num_cells = max(2, round(canvas / _PIXELS_PER_GRADIENT_CELL) + 1)
     knots = rng.uniform(-1.0, 1.0, size=(num_cells, num_cells)).astype(np.float32)
     blend = _linear_blend(canvas, num_cells)  # (canvas, num_cells)
-    image = np.float32(0.3) + np.float32(0.15 * clutter) * (blend @ knots @ blend.T)
+    image: np.ndarray = np.float32(0.3) + np.float32(0.15 * clutter) * (blend @ knots @ blend.T)
     noise = rng.random((canvas, canvas), dtype=np.float32)
     noise -= np.float32(0.5)
     noise *= np.float32(0.2 * clutter)

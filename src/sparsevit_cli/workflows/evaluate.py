@@ -38,7 +38,7 @@ def evaluate_checkpoint(session: Session, *, weights: str | None = None, ratios:
     command, trained = latest_weights(session, weights, "sparsevit evaluate")
     folder = session.folder("evaluate")
     data = session.data(trained)
-    model = session.model(len(trained.class_names), trained).eval()
+    model = session.model(trained.class_names, trained).eval()
     config = ratios_to_use(session, model_depths(model), ratios, command)
     set_sparsity(model, config)
     with session.reporter.progress("evaluate", -(-len(data.val) // session.config.data.eval_batch_size)) as progress:

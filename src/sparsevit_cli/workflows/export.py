@@ -43,7 +43,7 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
     section = session.config.export
     command, trained = latest_weights(session, weights, "sparsevit export")
     folder = session.folder("export")
-    model = session.model(len(trained.class_names), trained).eval()
+    model = session.model(trained.class_names, trained).eval()
     config = ratios_to_use(session, model_depths(model), ratios, command)
     set_sparsity(model, config)
     report = export_model(
@@ -58,7 +58,7 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
         seed=session.config.seed,
         info=ModelInfo(
             name=session.config.model.name.partition(".")[0],
-            args=model_arguments(session.config.model, len(trained.class_names)),
+            args=model_arguments(session.config.model, session.config.model.num_classes or len(trained.class_names)),
             class_names=trained.class_names,
             mean=session.config.data.mean if session.config.data.source != "digits" else None,
             std=session.config.data.std if session.config.data.source != "digits" else None,

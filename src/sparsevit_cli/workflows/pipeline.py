@@ -5,7 +5,7 @@ A step that is done is not done again, so a killed run goes on where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -112,7 +112,7 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
     adapted, tuned = (trained_weights(session, name, "sparsevit run") for name in ("adapt", "finetune"))
     dense = trained_weights(session, "pretrain", "sparsevit run") if "pretrain" in seconds else None
     data = session.data(tuned)
-    classes = len(tuned.class_names)
+    classes = tuned.class_names
     dense_model, adapted_model, tuned_model = (session.model(classes, w).eval() for w in (dense, adapted, tuned))
     winner = chosen_ratios(session, model_depths(tuned_model), "sparsevit run")
     space = session.space(adapted_model, session.config.search.max_ratio)
@@ -151,7 +151,12 @@ def _uniform_rivals(
 
 
 def _smaller_rival(
-    session: Session, weights: Weights | None, classes: int, dense: nn.Module, tuned: nn.Module, winner: SparsityConfig
+    session: Session,
+    weights: Weights | None,
+    classes: Sequence[str],
+    dense: nn.Module,
+    tuned: nn.Module,
+    winner: SparsityConfig,
 ) -> tuple[nn.Module, tuple[int, int]]:
     """The dense model at the lower resolution whose latency is nearest to the winner's."""
     set_sparsity(tuned, winner)

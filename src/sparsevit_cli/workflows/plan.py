@@ -24,7 +24,7 @@ def plan_lines(session: Session, command: str) -> list[str]:
     data = session.data()
     lines = [f"command: {command}", f"folder: {folder}{' (exists)' if folder.exists() else ''}"]
     lines += [f"{name}: {value}" for name, value in data.describe()]
-    model = session.model(config.model.num_classes or len(data.class_names)).eval()
+    model = session.model(data.class_names).eval()
     space = session.space(model, config.search.max_ratio)
     macs = macs_cost(model, (config.model.in_chans, *session.img_size))
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -107,7 +107,7 @@ def search(session: Session) -> SearchSummary:
     if data.fingerprint != weights.result["data_fingerprint"]:
         got = "the data, or the seed that splits them, are not those that adapt trained on"
         raise CheckpointError("sparsevit search", got, "Use the same data and seed: images trained on prove nothing.")
-    model = session.model(len(weights.class_names), weights).eval()
+    model = session.model(weights.class_names, weights).eval()
     subset = _subset(session, len(data.search))
     samples = "all" if subset is None else f"{len(subset)} of seed {session.config.seed}"
     scope = LedgerScope(weights.sha256, data.fingerprint, f"{section_hash(session.config, 'model')} on {samples}")

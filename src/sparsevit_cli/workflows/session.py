@@ -15,7 +15,7 @@ from sparsevit_cli.atomic import sha256_file
 from sparsevit_cli.checkpoints import load_checkpoint
 from sparsevit_cli.config.schema import ExperimentConfig
 from sparsevit_cli.data.build import DataBundle, build_data
-from sparsevit_cli.errors import CheckpointError
+from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import build_model
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
 from sparsevit_cli.reporting import Reporter
@@ -83,9 +83,16 @@ class Session:
             class_names=weights.class_names if weights else None,
         )
 
-    def model(self, num_classes: int, weights: Weights | None = None) -> nn.Module:
-        """A sparse model at ratio 0 with `weights`, or with the configuration's own where there are none."""
+    def model(self, class_names: Sequence[str], weights: Weights | None = None) -> nn.Module:
+        """A sparse model at ratio 0 with `weights`, or with the configuration's own where there are none.
+
+        It has an output per class, or `model.num_classes` of them where that is set. Raises ConfigError for fewer.
+        """
         section = self.config.model
+        num_classes = section.num_classes or len(class_names)
+        if num_classes < len(class_names):
+            got = f"{num_classes} outputs for {len(class_names)} classes of the data"
+            raise ConfigError("model.num_classes", got, "Set it to null, or to the number of classes at least.")
         if weights is not None:  # everything else that names weights would be loaded for nothing
             section = section.model_copy(update={"pretrained": False, "checkpoint": None})
         model = build_model(section, num_classes, seed=self.config.seed)

@@ -69,7 +69,7 @@ def pretrain(session: Session) -> TrainingSummary:
     """Train a dense model: from scratch, from timm's weights, or from a checkpoint file."""
     folder, section = session.folder("pretrain"), session.config.train
     data = session.data()
-    model = session.model(_num_classes(session, data))
+    model = session.model(data.class_names)
     dense = SparsityConfig.dense(model_depths(model))
     plan = plan_training(section, len(data.train), session.img_size, section.curriculum)
     start = section_hash(session.config, "model")
@@ -78,10 +78,11 @@ def pretrain(session: Session) -> TrainingSummary:
 
 def adapt(session: Session) -> TrainingSummary:
     """Train on with a new random configuration at every step (paper section 3.2)."""
-    folder, section = session.folder("adapt"), session.config.adapt
+    section = session.config.adapt
     weights = _dense_weights(session, "adapt")
+    folder = session.folder("adapt")
     data = session.data(weights)
-    model = session.model(_num_classes(session, data), weights)
+    model = session.model(data.class_names, weights)
     space = session.space(model, section.max_ratio)
     middle = space.uniform(min(0.5, section.max_ratio))
     plan = plan_training(section, len(data.train), session.img_size)
@@ -96,11 +97,12 @@ def adapt(session: Session) -> TrainingSummary:
 
 def finetune(session: Session) -> TrainingSummary:
     """Train on from the adapted weights with one configuration fixed (paper section 3.4)."""
-    folder, section = session.folder("finetune"), session.config.finetune
+    section = session.config.finetune
     weights = trained_weights(session, "adapt", "sparsevit finetune")
-    data = session.data(weights)
-    model = session.model(_num_classes(session, data), weights)
+    model = session.model(weights.class_names, weights)
     config = chosen_ratios(session, model_depths(model), "sparsevit finetune")
+    folder = session.folder("finetune")
+    data = session.data(weights)
     plan = plan_training(section, len(data.train), session.img_size)
     kind = _Kind(
         "finetune", section, FixedSchedule(config), config, plan, f"{weights.sha256} at {config}",
@@ -158,7 +160,7 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
         checkpoints=folder.checkpoints,
         device=session.device,
         seed=config.seed,
-        num_classes=len(data.class_names),
+        num_classes=config.model.num_classes or len(data.class_names),
         workers=config.data.workers,
         teacher=kind.teacher,
         distill=section.distill if isinstance(section, DistilLoopSection) else 0.0,
@@ -263,11 +265,7 @@ def _teacher(
 ) -> nn.Module | None:
     if not section.distill:
         return None
-    return session.model(_num_classes(session, data), weights).eval().requires_grad_(False)
-
-
-def _num_classes(session: Session, data: DataBundle) -> int:
-    return session.config.model.num_classes or len(data.class_names)
+    return session.model(data.class_names, weights).eval().requires_grad_(False)
 
 
 def _write_rows(folder: RunFolder, rows: tuple[Mapping[str, float], ...]) -> None:
