@@ -23,7 +23,7 @@ from sparsevit_cli.schedule import FixedSchedule, RandomSchedule
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.swin import get_sparsity, sparsify_
-from sparsevit_cli.training import TrainingJob, plan_training, train
+from sparsevit_cli.training import PhasePlan, TrainingJob, plan_training, train
 from tiny import tiny_config
 
 DEPTHS = (2, 2)
@@ -38,13 +38,13 @@ def job(folder: Path, *, seed: int = 0, workers: int = 0, **train_fields: Any) -
     model = sparsify_(build_model(config.model, 10))
     validated: list[SparsityConfig] = []
 
-    def validate(model: nn.Module, img_size: tuple[int, int]) -> Mapping[str, float]:
+    def validate(model: nn.Module, phase: PhasePlan) -> Mapping[str, float]:
         validated.append(get_sparsity(model))
         return {"top1": float(sum(p.detach().sum() for p in model.parameters()))}
 
     return TrainingJob(
         kind="train", model=model, section=config.train, schedule=RandomSchedule(SearchSpace(DEPTHS), seed),
-        plan=plan_training(config.train, len(data.train), (32, 32), config.train.curriculum), source=data.train,
+        plan=plan_training(config.train, len(data.train), (32, 32)), source=data.train,
         validate=validate, checkpoints=folder / "checkpoints", device=torch.device("cpu"), seed=seed, num_classes=10,
         workers=workers, identity={"data": data.fingerprint, "start": "scratch"},
     )  # fmt: skip
@@ -229,13 +229,14 @@ def test_the_plan_is_a_pure_function_of_the_section() -> None:
     assert (plan.steps_per_epoch, plan.total_steps) == (10, 25)
     assert [step for step in range(1, 26) if plan.is_due(step, 1.0)] == [10, 20, 25]
     phases = (Phase(img_size=16, epochs=1.0), Phase(img_size=32, epochs=0.5, lr=1e-5))
-    plan = plan_training(section, 105, (64, 64), phases)
-    assert [(p.first_step, p.steps, p.lr, p.img_size) for p in plan.phases] == [
-        (0, 10, 1e-3, (16, 16)),
-        (10, 5, 1e-5, (32, 32)),
+    section = section.model_copy(update={"curriculum": phases})
+    plan = plan_training(section, 105, (64, 64), lambda size: (size[0] // 2, size[1] // 2))
+    assert [(p.first_step, p.steps, p.lr, p.source_size, p.img_size) for p in plan.phases] == [
+        (0, 10, 1e-3, (16, 16), (8, 8)),
+        (10, 5, 1e-5, (32, 32), (16, 16)),
     ]
-    assert plan.phase(9).img_size == (16, 16)
-    assert plan.phase(10).img_size == (32, 32)
+    assert plan.phase(9).source_size == (16, 16)
+    assert plan.phase(10).source_size == (32, 32)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -178,12 +178,12 @@ def search(
     """Find the most accurate sparsity configuration within a budget; writes winner.yaml. Resumes, reuses its ledger."""
     from .views import show_search
 
-    budgets: dict[str, object] = {}
-    if budget_latency is not None or budget_macs is not None:  # a typed budget replaces both configured ones
-        budgets = {"search__budget_latency": budget_latency, "search__budget_macs": budget_macs}
-    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
-    cleared = [f"{name.replace('__', '.')}={json.dumps(value, ensure_ascii=False)}" for name, value in budgets.items()]
-    options = Options(options.config, (*options.overrides, *cleared), as_json, dry_run, verbose, fresh)
+    typed = budget_latency is not None or budget_macs is not None
+    cleared = ("search.budget_latency=null", "search.budget_macs=null") if typed else ()  # typed replace the file's
+    options = _options(
+        config, (*cleared, *(set_ or ())), as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed,
+        search__budget_latency=budget_latency, search__budget_macs=budget_macs,
+    )  # fmt: skip
     _run("search", options, _workflow("search", "search"), show_search)
 
 
@@ -344,11 +344,24 @@ def _reported(reporter: ConsoleReporter, verbose: bool) -> Iterator[None]:
     except MemoryError as error:
         reporter.error(ResourceError("memory", "the machine ran out of it", "Lower batch sizes or image sizes."))
         raise typer.Exit(7) from error
+    except RuntimeError as error:
+        if not _ran_out_of_memory(error):
+            raise
+        reporter.error(ResourceError("memory", str(error).splitlines()[0], "Lower batch sizes or image sizes."))
+        raise typer.Exit(7) from error
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         reporter.error(ResourceError(str(error.filename or "disk"), error.strerror or "it is full", "Make room."))
         raise typer.Exit(7) from error
+
+
+def _ran_out_of_memory(error: RuntimeError) -> bool:
+    if "torch" not in sys.modules or isinstance(error, typer.Exit):
+        return False
+    from .profiling.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 @contextmanager

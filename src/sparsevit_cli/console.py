@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -79,7 +79,7 @@ class ConsoleReporter:
     def _write(self, text: Text, plain: str) -> None:
         self.console.print(text)
         for log in dict.fromkeys(self._logs):
-            with log.open("a", encoding="utf-8") as file:
+            with suppress(OSError), log.open("a", encoding="utf-8") as file:  # a full disk must not hide its message
                 file.write(f"{time.strftime('%H:%M:%S')} {printable(plain)}\n")
 
     @contextmanager

@@ -77,9 +77,11 @@ def build_model(
                 section.name,
                 pretrained=section.pretrained,
                 img_size=size,
-                weight_init="" if section.weight_init == "timm" else section.weight_init,
+                weight_init="jax" if section.weight_init == "jax" else "",
                 **arguments,
             )
+            if section.weight_init == "quiet_background" and not section.pretrained:
+                embed_flat_patches_as_zero_(model)
     except Exception as error:  # assertions, indices, divisions, downloads: timm checks nothing before it builds
         got = f"timm cannot build {section.name} with {arguments} ({type(error).__name__}: {_first_line(error)})"
         if section.pretrained:
@@ -90,6 +92,18 @@ def build_model(
     if section.checkpoint is not None:
         load_weights(model, section.checkpoint, reset_head=section.reset_head)
     return model
+
+
+def embed_flat_patches_as_zero_(model: nn.Module) -> None:
+    """Draw new biases of the patch embedding such that a patch without structure embeds to zero, in place.
+
+    timm's Swin normalises each embedded patch, so with its usual weights every token has the same magnitude, and
+    the scores of the first stage's windows mean nothing before training has changed that. Uses torch's generator.
+    """
+    embed: Any = model.patch_embed
+    with torch.no_grad():
+        bias = embed.proj.bias.normal_()
+        embed.norm.bias.copy_(-torch.nn.functional.layer_norm(bias, bias.shape, eps=embed.norm.eps))
 
 
 def check_img_size(img_size: int | tuple[int, int], patch_size: int, what: str = "model.img_size") -> None:
@@ -165,15 +179,19 @@ def load_weights(model: nn.Module, path: Path | str, reset_head: bool = False) -
     missing, stays as `model` has it. Nothing is interpolated. Raises CheckpointError with at most 10 keys and
     shapes, before anything in the model changes.
     """
+    return load_state(model, _timm_layout(read_weights(path)), str(path), reset_head)
+
+
+def load_state(model: nn.Module, weights: dict[str, Tensor], name: str, reset_head: bool = False) -> tuple[str, ...]:
+    """`load_weights` for tensors at hand; `name` stands for them in messages."""
     own = model.state_dict()
-    weights = _timm_layout(read_weights(path))
     wrong = [
         key for key in (*own, *(key for key in weights if key not in own)) if _shape(own, key) != _shape(weights, key)
     ]
     kept = tuple(key for key in wrong if key in _HEAD) if reset_head else ()
     wrong = [key for key in wrong if key not in kept]
     if wrong:
-        raise _misfit(Path(path), own, weights, wrong)
+        raise _misfit(name, own, weights, wrong)
     model.load_state_dict(weights | {key: own[key] for key in kept if key in own})
     return kept
 
@@ -256,7 +274,7 @@ def _shape(weights: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:
 
 
 def _misfit(
-    path: Path, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], wrong: Sequence[str]
+    name: str, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], wrong: Sequence[str]
 ) -> CheckpointError:
     """The error that lists what does not fit, and names the setting most likely at fault."""
     both = [key for key in wrong if key in own and key in weights]
@@ -280,7 +298,7 @@ def _misfit(
         )
     else:
         do = "Give the name, embed_dim, depths, num_heads, window_size and in_chans it was trained with."
-    return CheckpointError(str(path), got, do)
+    return CheckpointError(name, got, do)
 
 
 def _text(shape: tuple[int, ...] | None) -> str:

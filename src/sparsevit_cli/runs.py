@@ -25,6 +25,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "adapt": ("seed", "model", "data", "adapt"),
     "search": ("model", "data"),
     "finetune": ("seed", "model", "data", "finetune"),
+    "rival": ("seed", "model", "data", "finetune"),
     "evaluate": ("model", "data"),
     "profile": ("model",),
     "export": ("model",),
@@ -36,7 +37,7 @@ WORK = ("checkpoints", "ledger.sqlite", "metrics.json")
 """What a run has paid for; a folder with none of it (data that could not be read, say) holds nothing to protect."""
 
 HARMLESS = (
-    "data.workers", "data.eval_batch_size", "model.checkpoint",
+    "data.workers", "data.eval_batch_size",
     *(f"{section}.{name}" for section in ("train", "adapt", "finetune") for name in ("save_every", "keep")),
 )  # fmt: skip
 """Settings inside those sections that change how, but not what, is computed."""
@@ -72,8 +73,7 @@ class RunFolder:
         present = [self.path / name for name in names if (self.path / name).exists()]
         if not present:
             return
-        number = 1 + len(list(self.path.glob("earlier-*")))
-        target = self.path / f"earlier-{number:03d}"
+        target = _next(self.path, "earlier-")
         target.mkdir()
         for path in present:
             path.rename(target / path.name)
@@ -95,8 +95,7 @@ def open_run(
     """
     path = Path(config.output) / config.experiment / command
     if fresh and path.exists():
-        number = 1 + len(list(path.parent.glob(f"{command}.old-*")))
-        path.rename(aside := path.with_name(f"{command}.old-{number:03d}"))
+        path.rename(aside := _next(path.parent, f"{command}.old-"))
         reporter.say(f"{command}: the earlier run is kept in {aside}")
     saved = path / "config.yaml"
     if saved.exists() and any((path / name).exists() for name in WORK):
@@ -111,6 +110,14 @@ def open_run(
     with (path / "command.txt").open("a", encoding="utf-8") as file:
         file.write(line)
     return RunFolder(path, command)
+
+
+def _next(folder: Path, prefix: str) -> Path:
+    """`<prefix>NNN` with the first number above those in `folder`."""
+    numbers = [
+        int(path.name[len(prefix) :]) for path in folder.glob(f"{prefix}*") if path.name[len(prefix) :].isdigit()
+    ]
+    return folder / f"{prefix}{max(numbers, default=0) + 1:03d}"
 
 
 def _refuse_other_settings(old: ExperimentConfig, new: ExperimentConfig, command: str, path: Path) -> None:

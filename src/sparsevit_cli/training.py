@@ -24,11 +24,13 @@ from torch import Tensor, nn
 
 from .atomic import remove_leftovers
 from .checkpoints import latest_checkpoint, load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
-from .config.schema import LoopSection, Phase
+from .config.schema import LoopSection
 from .data.loader import Batch, train_batches
 from .data.source import ImageSource
+from .data.transforms import as_pair
 from .errors import CheckpointError, ConfigError, NonFiniteError, ResourceError
 from .models import set_img_size
+from .profiling.memory import is_out_of_memory
 from .reporting import Progress, Reporter
 from .schedule import SparsitySchedule
 from .stopping import StopRequest
@@ -36,17 +38,26 @@ from .swin import set_sparsity
 from .tasks.classification import classification_loss, distillation_loss, shrink
 
 AMP_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FP16_SCALE = 2.0**12
+"""First loss scale of fp16; torch's own default needs more halvings than MAX_BAD_STEPS allows."""
 MAX_BAD_STEPS = 3
 """Non-finite fp16 steps in a row before training ends; the loss scaler needs a few to settle."""
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
 MAX_MEMORY_RETRIES = 6
 """Times that a step may halve its micro-batch after running out of memory."""
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """Steps `first_step` ... `first_step + steps - 1` at one image size and learning rate."""
+    """Steps `first_step` ... `first_step + steps - 1` at one image size and learning rate.
 
-    img_size: tuple[int, int]
+    Images are read at `source_size` and shrunk to `img_size` where that is smaller (a rival at lower resolution).
+    """
+
+    source_size: Size
+    img_size: Size
     first_step: int
     steps: int
     lr: float
@@ -75,15 +86,18 @@ class TrainingPlan:
 
 
 def plan_training(
-    section: LoopSection, num_samples: int, img_size: tuple[int, int], curriculum: tuple[Phase, ...] = ()
+    section: LoopSection, num_samples: int, img_size: Size, seen_as: Callable[[Size], Size] = lambda size: size
 ) -> TrainingPlan:
-    """Lay out the phases; without a curriculum one phase at `img_size` for `section.epochs`."""
+    """Lay out the section's curriculum; without one a single phase at `img_size` for `section.epochs`.
+
+    `seen_as` maps the size at which images are read to the size that the model sees.
+    """
     steps_per_epoch = max(1, num_samples // section.batch_size)
-    wanted = [((p.img_size, p.img_size), p.epochs, p.lr or section.lr) for p in curriculum]
+    wanted = [(as_pair(p.img_size), p.epochs, p.lr or section.lr) for p in section.curriculum]
     phases, first = [], 0
     for size, epochs, lr in wanted or [(img_size, section.epochs, section.lr)]:
         steps = max(1, round(epochs * steps_per_epoch))
-        phases.append(PhasePlan(size, first, steps, lr))
+        phases.append(PhasePlan(size, seen_as(size), first, steps, lr))
         first += steps
     return TrainingPlan(tuple(phases), steps_per_epoch)
 
@@ -91,7 +105,7 @@ def plan_training(
 class Validate(Protocol):
     """Metrics of a model on the validation data, at fixed configurations; `top1` decides which is best."""
 
-    def __call__(self, model: nn.Module, img_size: tuple[int, int]) -> Mapping[str, float]: ...
+    def __call__(self, model: nn.Module, phase: PhasePlan) -> Mapping[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -113,8 +127,6 @@ class TrainingJob:
     teacher: nn.Module | None = None
     distill: float = 0.0
     temperature: float = 1.0
-    downscale: bool = False
-    """Images are read at the source's own size and shrunk to the plan's (the dense rival at a lower resolution)."""
     identity: Mapping[str, object] = field(default_factory=dict)
     """What a checkpoint must agree with to be resumed: data fingerprint, classes, start weights, settings."""
 
@@ -144,21 +156,28 @@ def train(
     began = time.monotonic()
     run = _Run(job, reporter)
     resumed_from = run.resume()
+    earlier_seconds = run.seconds
     total = job.plan.total_steps
     with reporter.progress(job.kind, total) as progress:
         progress.advance(run.step)
         while run.step < total:
             run.train_until_event(stop, progress)
-            due = job.plan.is_due(run.step, job.section.eval_every)
+            run.seconds = earlier_seconds + time.monotonic() - began
+            due, stopping = job.plan.is_due(run.step, job.section.eval_every), stop.requested
             if due:
-                run.validate(time.monotonic() - began)
+                try:
+                    run.validate()
+                except Exception:
+                    run.save(best=False)  # the steps are good, whatever is wrong with the validation data
+                    raise
                 on_row(tuple(run.history))
-            if stop.requested or job.plan.is_due(run.step, job.section.save_every):
+            if stopping or job.plan.is_due(run.step, job.section.save_every):
                 run.save(best=due and run.is_best())
-            stop.check(job.kind, f"step {run.step} of {total} is saved")
+            if stopping:
+                raise stop.error(job.kind, f"step {run.step} of {total} is saved")
     newest = latest_checkpoint(job.checkpoints, reporter.warn)
     assert newest is not None, "the last step always saves"
-    return TrainingResult(newest, tuple(run.history), resumed_from, time.monotonic() - began)
+    return TrainingResult(newest, tuple(run.history), resumed_from, run.seconds)
 
 
 class _Run:
@@ -176,7 +195,7 @@ class _Run:
             layer_decay=section.layer_decay,
         )
         self.ema = ModelEmaV3(self.model, decay=section.ema_decay, use_warmup=True) if section.ema_decay else None
-        self.scaler = torch.amp.GradScaler(job.device.type, enabled=section.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(job.device.type, FP16_SCALE, enabled=section.precision == "fp16")
         self.mixup = (
             Mixup(section.mixup, section.cutmix, label_smoothing=section.label_smoothing, num_classes=job.num_classes)
             if section.mixup or section.cutmix
@@ -188,6 +207,7 @@ class _Run:
         self.losses: list[float] = []
         self.accumulation = section.accumulation
         self.bad_steps = 0
+        self.seconds = 0.0
 
     # -- learning rate ------------------------------------------------------------------------------------------
 
@@ -223,7 +243,7 @@ class _Run:
         for batch in self._batches(phase):
             self._step(batch, phase)
             self.step += 1
-            progress.advance(1, loss=f"{self.losses[-1]:.3f}", size=phase.img_size[0])
+            progress.advance(1, loss=f"{self.losses[-1]:.3f}" if self.losses else "-", size=phase.img_size[0])
             if (
                 stop.requested
                 or plan.is_due(self.step, section.eval_every)
@@ -233,7 +253,7 @@ class _Run:
             if self.step == phase.first_step + phase.steps:
                 return
 
-    def _set_size(self, img_size: tuple[int, int]) -> None:
+    def _set_size(self, img_size: Size) -> None:
         """Make model, EMA and teacher take the images of this phase; parameters stay the optimizer's."""
         before = list(map(id, self.model.parameters()))
         for model in (self.model, self.ema.module if self.ema is not None else None, self.job.teacher):
@@ -243,12 +263,14 @@ class _Run:
             got = (
                 f"at {img_size[0]}x{img_size[1]} pixels a map is smaller than its window, and timm changes the weights"
             )
-            raise ConfigError("train.curriculum", got, "Set model.always_partition: true, or use larger images.")
+            raise ConfigError(
+                f"{self.job.kind}.curriculum", got, "Set model.always_partition: true, or use larger images."
+            )
 
     def _batches(self, phase: PhasePlan) -> Iterator[Batch]:
         """Batches from the current step to the end of its epoch."""
         epoch, start = divmod(self.step, self.job.plan.steps_per_epoch)
-        source = self.job.source if self.job.downscale else self.job.source.with_image_size(phase.img_size)
+        source = self.job.source.with_image_size(phase.source_size)
         return train_batches(
             source,
             batch_size=min(self.job.section.batch_size, len(source)),
@@ -275,14 +297,17 @@ class _Run:
         self.scaler.update()
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
-        self.losses.append(loss)
+        if math.isfinite(loss):  # a step that fp16 skipped has no loss to average
+            self.losses.append(loss)
 
     def _backward_with_retries(self, batch: Batch, phase: PhasePlan) -> float:
         """Forward and backward of a step; out of memory halves the micro-batch, the step stays the same."""
         for _ in range(MAX_MEMORY_RETRIES + 1):
             try:
                 return self._backward(batch, phase)
-            except (torch.OutOfMemoryError, MemoryError):
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 self.optimizer.zero_grad(set_to_none=True)
                 micro = math.ceil(len(batch.labels) / self.accumulation)
                 if micro == 1:
@@ -347,19 +372,19 @@ class _Run:
 
     # -- validation and checkpoints -----------------------------------------------------------------------------
 
-    def validate(self, seconds: float) -> None:
+    def validate(self) -> None:
         """Append one row of metrics, of the EMA weights where they are kept."""
         model = self.ema.module if self.ema is not None else self.model
-        size = self.job.plan.phase(min(self.step, self.job.plan.total_steps) - 1).img_size
-        self._set_size(size)
-        metrics = self.job.validate(model, size)
+        phase = self.job.plan.phase(self.step - 1)
+        self._set_size(phase.img_size)
+        metrics = self.job.validate(model, phase)
         row: dict[str, float] = {
             "step": self.step,
             "epoch": round(self.step / self.job.plan.steps_per_epoch, 3),
-            "img_size": size[0],
+            "img_size": phase.img_size[0],
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": sum(self.losses) / max(1, len(self.losses)),
-            "seconds": round(seconds, 1),
+            "seconds": round(self.seconds, 1),
         }
         self.losses = self.losses[-1:]
         self.history.append(row | dict(metrics))
@@ -386,6 +411,7 @@ class _Run:
             "optimizer": optimizer_state,
             "scaler": self.scaler.state_dict(),
             "losses": self.losses,
+            "seconds": self.seconds,
             "history": self.history,
             "accumulation": self.accumulation,
             "identity": dict(self.job.identity),
@@ -415,6 +441,7 @@ class _Run:
         losses: Any = saved.state["losses"]
         accumulation: Any = saved.state["accumulation"]
         self.history, self.losses, self.accumulation = list(history), list(losses), int(accumulation)
+        self.seconds = float(saved.state["seconds"])
         self.step = saved.step
         if self.step < self.job.plan.total_steps:
             self.reporter.say(f"{self.job.kind}: going on from step {self.step} of {self.job.plan.total_steps}")

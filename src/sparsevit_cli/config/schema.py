@@ -74,9 +74,10 @@ class ModelSection(Section):
     always_partition: bool | None = Field(
         None, description="Keep the window size on maps smaller than a window (padded); null keeps timm's shrinking."
     )
-    weight_init: Literal["timm", "jax"] = Field(
+    weight_init: Literal["timm", "jax", "quiet_background"] = Field(
         "timm",
-        description="Initial weights: timm's default, or its `jax` scheme (Xavier), with which narrow models learn.",
+        description="Initial weights: timm's default, its `jax` scheme (Xavier), or its default with flat patches "
+        "embedded as zero, so that the first stage's scores tell objects from background at once.",
     )
     importance: Literal["mean_abs_l2", "l2", "random"] = Field(
         "mean_abs_l2",
@@ -169,7 +170,7 @@ class DataSection(Section):
 class Phase(Section):
     """One step of a curriculum of growing images."""
 
-    img_size: Size = Field(description="Image side in pixels in this phase.")
+    img_size: Size | tuple[Size, Size] = Field(description="Input size in pixels in this phase, as in model.")
     epochs: Positive = Field(description="Length in epochs.")
     lr: Positive | None = Field(None, description="Peak learning rate of this phase; null takes the section's.")
 
@@ -178,6 +179,9 @@ class LoopSection(Section):
     """What the one training loop needs; adapt, finetune and dense training share it."""
 
     epochs: Positive = Field(30.0, description="Length in passes over the training split.")
+    curriculum: tuple[Phase, ...] = Field(
+        (), description="Phases of growing images; empty trains at model.img_size for `epochs`. Replaces `epochs`."
+    )
     batch_size: Count = Field(64, description="Images per optimizer step.")
     accumulation: Count = Field(1, description="Micro-batches that a step is split into, to save memory.")
     optimizer: str = Field("adamw", pattern=r"^[a-z0-9_]+$", description="timm optimizer name, lower case.")
@@ -208,15 +212,13 @@ class LoopSection(Section):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
         if self.schedule != "constant" and self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}, and the rate would rise to it")
+        if self.batch_size < 2 and (self.mixup or self.cutmix):
+            raise ValueError("mixup and cutmix need a batch_size of at least 2")
         return self
 
 
 class TrainSection(LoopSection):
     """Dense training from scratch or from given weights (`sparsevit pretrain`)."""
-
-    curriculum: tuple[Phase, ...] = Field(
-        (), description="Phases of growing images; empty trains at model.img_size for `epochs`. Replaces `epochs`."
-    )
 
 
 class DistilLoopSection(LoopSection):
@@ -332,3 +334,13 @@ class ExperimentConfig(Section):
     finetune: FinetuneSection = Field(FinetuneSection(), description="Finetuning of the winner.")
     profile: ProfileSection = Field(ProfileSection(), description="Measurement.")
     export: ExportSection = Field(ExportSection(), description="Files for other runtimes.")
+
+    @model_validator(mode="after")
+    def _curricula_end_at_full_size(self) -> ExperimentConfig:
+        size = self.model.img_size
+        full = (size, size) if isinstance(size, int) else size
+        for name, section in (("train", self.train), ("adapt", self.adapt), ("finetune", self.finetune)):
+            last = section.curriculum[-1].img_size if section.curriculum else full
+            if last not in (full, full[0] if full[0] == full[1] else full):
+                raise ValueError(f"{name}.curriculum ends at {last} pixels, model.img_size is {size}")
+        return self

@@ -28,7 +28,7 @@ SPLIT_SIZES: dict[str, int] = {"val": 350, "search": 250}
 _SPLIT_CODES: dict[str, int] = {"train": 0, "search": 1, "val": 2}
 _SPLIT_SEED_TAG = 0xD161
 # Raise when a change of this file changes a single pixel.
-_DRAWING_VERSION = 1
+_DRAWING_VERSION = 2
 
 # Grey level of a canvas, measured over many: constants, so that a sample depends on itself alone.
 _MEAN = 0.31
@@ -52,8 +52,8 @@ class DigitsSpec:
     """
 
     canvas: int
-    digit_min: int = 16
-    digit_max: int = 24
+    digit_min: int = 24
+    digit_max: int = 32
     clutter: float = 0.5
 
     def __post_init__(self) -> None:
@@ -206,8 +206,8 @@ def _random_pose(rng: np.random.Generator, is_train: bool) -> np.ndarray:
     """2x2 map from drawn to source coordinates. The identity unless training."""
     if not is_train:
         return np.eye(2)
-    angle, shear = rng.uniform(-0.2, 0.2, size=2)
-    stretch_y, stretch_x = rng.uniform(0.9, 1.15, size=2)
+    angle, shear = rng.uniform(-0.1, 0.1, size=2)
+    stretch_y, stretch_x = rng.uniform(0.95, 1.075, size=2)
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos * stretch_y, -sin], [sin + shear, cos * stretch_x]])
 

@@ -22,7 +22,7 @@ from torch import nn
 from sparsevit_cli.errors import ConfigError, MeasurementError
 
 from .device import synchronize
-from .inputs import InputSize, evaluating, prepared
+from .inputs import InputSize, Measured, evaluating, prepared
 from .memory import memory_errors
 
 Candidate = Callable[[], object]
@@ -39,7 +39,7 @@ DRIFT_SHARE = 0.3
 
 
 @dataclass(frozen=True)
-class Latency:
+class Latency(Measured):
     """Milliseconds per call (one batch) of one candidate. `low` and `high` bound the median at 95 %.
 
     `speedup` is the reference's time over this one's, the median of the rounds' own ratios. Outliers are counted,

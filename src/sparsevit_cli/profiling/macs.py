@@ -25,12 +25,12 @@ from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
 from sparsevit_cli.windows import num_keep, window_grid
 
-from .inputs import InputSize, evaluating, example_input, image_shape, named_stages, stem_name, uncompiled
+from .inputs import InputSize, Measured, evaluating, example_input, image_shape, named_stages, stem_name, uncompiled
 from .memory import memory_errors
 
 
 @dataclass(frozen=True)
-class MacsReport:
+class MacsReport(Measured):
     """Multiply-adds per image: `total`, and its split into `parts` (stem, stage 0 ..., head).
 
     `uncounted` tells operators met that may hold matrix products and have no count: operator -> occurrences.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.profiling.macs import macs_cost
-from sparsevit_cli.runs import RunFolder, missing_result
+from sparsevit_cli.runs import RunFolder, missing_result, read_json
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.winner import parse_ratios
@@ -62,6 +63,8 @@ def evaluate_checkpoint(session: Session, *, weights: str | None = None, ratios:
 
 def latest_weights(session: Session, command: str | None, needed_by: str) -> tuple[str, Weights]:
     """The weights of `command`, or of the last training that is done. Raises CheckpointError where there are none."""
+    if command is not None and command not in TRAININGS:
+        raise ConfigError("--weights", f"{command!r}; allowed are {', '.join(TRAININGS)}", "Name one of them.")
     for name in TRAININGS if command is None else (command,):
         if command is not None or session.earlier(name).result.exists():
             return name, trained_weights(session, name, needed_by)
@@ -74,6 +77,9 @@ def ratios_to_use(session: Session, depths: tuple[int, ...], typed: str | None, 
         return parse_ratios(typed, depths)
     if weights == "pretrain":
         return SparsityConfig.dense(depths)
+    if weights == "finetune":  # what they were finetuned at, whatever was searched since
+        tuned_at = read_json(session.earlier("finetune").path / "sparsity.json")["ratios"]
+        return SparsityConfig.from_ratios(tuned_at, depths)
     if session.config.finetune.ratios is not None:
         return SparsityConfig.from_ratios(session.config.finetune.ratios, depths)
     return winner_ratios(session, depths, "sparsevit evaluate")

@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsevit_cli.atomic import write_json
 from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.models import set_img_size
-from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
+from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input, placed
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import count_macs, macs_cost
-from sparsevit_cli.runs import RunFolder
+from sparsevit_cli.runs import RunFolder, read_json
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity
 from sparsevit_cli.tasks.classification import Accuracy
@@ -25,9 +26,9 @@ from sparsevit_cli.tasks.classification import Accuracy
 from .evaluate import evaluate_checkpoint
 from .export import export_winner
 from .profile import profile_model
-from .search import search
+from .search import budget_requests, is_searched, search
 from .session import Session, Weights, trained_weights
-from .training import adapt, chosen_ratios, finetune, pretrain, score, train_smaller_rival
+from .training import adapt, chosen_ratios, finetune, has_own_weights, pretrain, score, train_smaller_rival
 
 SIZE_STEPS = 8
 """Dense rivals are looked for at this many image sizes below the full one."""
@@ -86,25 +87,23 @@ def run_pipeline(session: Session) -> PipelineSummary:
 
     Raises what the steps raise; typing the command again goes on.
     """
+    if session.config.finetune.ratios is None:
+        budget_requests(session)  # before hours of training, not after
     folder = session.folder("run")
     seconds: dict[str, float] = {}
-    if not _starts_from_given_weights(session):
+    if not has_own_weights(session):
         seconds["pretrain"] = pretrain(session).seconds
     seconds["adapt"] = adapt(session).seconds
-    if not (session.earlier("search").path / "winner.yaml").exists():
+    if session.config.finetune.ratios is None and not is_searched(session):
         search(session)
     seconds["finetune"] = finetune(session).seconds
     contenders = _contenders(session, seconds)
+    tuned_at = [list(stage) for stage in contenders[-1].config.ratios]
     profile = partial(profile_model, strict=False)  # on a busy machine its rows are marked, and the table still comes
     for command, step in (("evaluate", evaluate_checkpoint), ("profile", profile), ("export", export_winner)):
-        if not session.earlier(command).result.exists():
+        if (session.earlier(command).read_result() or {}).get("ratios") != tuned_at:
             step(session)
     return _summary(session, folder, contenders, seconds)
-
-
-def _starts_from_given_weights(session: Session) -> bool:
-    model = session.config.model
-    return (model.pretrained or model.checkpoint is not None) and session.config.model.reset_head is False
 
 
 def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]:
@@ -114,12 +113,17 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
     data = session.data(tuned)
     classes = tuned.class_names
     dense_model, adapted_model, tuned_model = (session.model(classes, w).eval() for w in (dense, adapted, tuned))
-    winner = chosen_ratios(session, model_depths(tuned_model), "sparsevit run")
+    winner = chosen_ratios(session, model_depths(tuned_model), "sparsevit run", adapted.sha256)
     space = session.space(adapted_model, session.config.search.max_ratio)
 
     found = [_score(session, data, "dense", dense_model, space.dense)]
     rival, size = _smaller_rival(session, dense, classes, dense_model, tuned_model, winner)
-    seconds["rival"] = train_smaller_rival(session, rival, dense, size).seconds
+    patch, share = _patch(rival), size[0] / session.img_size[0]
+
+    def seen_as(full: tuple[int, int]) -> tuple[int, int]:
+        return size if full == session.img_size else _multiples(full, share, patch)
+
+    seconds["rival"] = train_smaller_rival(session, rival, dense, seen_as).seconds
     found.append(_score(session, data, f"dense at {size[0]}x{size[1]}", rival.eval(), space.dense, size))
     for config in _uniform_rivals(session, space, adapted_model, winner):
         label = f"uniform {config.ratios[0][0]:g}"
@@ -160,9 +164,15 @@ def _smaller_rival(
 ) -> tuple[nn.Module, tuple[int, int]]:
     """The dense model at the lower resolution whose latency is nearest to the winner's."""
     set_sparsity(tuned, winner)
-    patch: Any = tuned.patch_embed
+    patch = _patch(tuned)
     shares = [1 - n / SIZE_STEPS for n in range(1, SIZE_STEPS)]
-    sizes = {_multiples(session.img_size, share, int(patch.patch_size[0])) for share in shares}
+    sizes = {_multiples(session.img_size, share, patch) for share in shares}
+    chosen = session.earlier("rival").path / "size.json"
+    if chosen.exists() and not session.fresh:  # measured again, noise could pick another one than was trained
+        height, width = read_json(chosen)["img_size"]
+        model = session.model(classes, weights)
+        set_img_size(model, (height, width))
+        return model.eval(), (height, width)
     models = {size: session.model(classes, weights).eval() for size in sorted(sizes)}
     for size, model in models.items():
         set_img_size(model, size)
@@ -175,7 +185,14 @@ def _smaller_rival(
         f"run: the dense rival of equal latency takes {size[0]}x{size[1]} pixels "
         f"({latencies[f'{size[0]}x{size[1]}'].median_ms:.2f} ms, the winner {target:.2f} ms)"
     )
+    chosen.parent.mkdir(parents=True, exist_ok=True)
+    write_json(chosen, {"img_size": size})
     return models[size], size
+
+
+def _patch(model: nn.Module) -> int:
+    embed: Any = model.patch_embed
+    return int(embed.patch_size[0])
 
 
 def _multiples(size: tuple[int, int], share: float, patch: int) -> tuple[int, int]:
@@ -185,9 +202,8 @@ def _multiples(size: tuple[int, int], share: float, patch: int) -> tuple[int, in
 
 
 def _call(session: Session, model: nn.Module, size: tuple[int, int]) -> Any:
-    model.eval()
-    x = _images(session, model, size)
-    return lambda: model(x)
+    measured = placed(model.eval(), session.device, TORCH_DTYPE[session.config.search.precision])
+    return partial(measured, _images(session, measured, size))
 
 
 def _images(session: Session, model: nn.Module, size: tuple[int, int]) -> Tensor:

@@ -35,8 +35,7 @@ def plan_lines(session: Session, command: str) -> list[str]:
     ]
     section = {"pretrain": config.train, "adapt": config.adapt, "finetune": config.finetune}.get(command)
     if section is not None:
-        curriculum = config.train.curriculum if command == "pretrain" else ()
-        plan = plan_training(section, len(data.train), session.img_size, curriculum)
+        plan = plan_training(section, len(data.train), session.img_size)
         seconds = _step_seconds(session, model, section.batch_size)
         share = sum(p.steps * p.img_size[0] * p.img_size[1] for p in plan.phases) / (
             session.img_size[0] * session.img_size[1]

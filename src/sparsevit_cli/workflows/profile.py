@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from sparsevit_cli.atomic import write_json
@@ -34,6 +35,8 @@ from .training import winner_ratios
 
 Size = tuple[int, int]
 DENSE, OURS_DENSE, OURS_SPARSE = "dense (timm)", "ours at ratio 0", "ours sparse"
+TIMM_CLASSES = 1000
+"""Outputs of a model that nothing is known of but its name: ImageNet's."""
 RETRIES = 3
 """Times that a measurement that did not settle is repeated before the command ends with exit 8."""
 MACS_TOLERANCE = 0.005
@@ -113,7 +116,7 @@ def profile_model(
     and no ratios are given.
     """
     if model is not None:
-        named = {"experiment": model, "model": ModelSection(name=model)}
+        named = {"experiment": model, "model": _named_model(model)}
         session = session.replaced(config=session.config.model_copy(update=named))
     section = session.config.profile
     sizes = parse_sizes(img_size) if img_size is not None else tuple(map(as_size, section.image_sizes))
@@ -138,7 +141,7 @@ def profile_model(
                 if not stages:
                     stages = _stage_times(session, models, size, batch, latencies)
                 bar.advance()
-    settings = {**section.model_dump(mode="json"), "threads": torch.get_num_threads()}
+        settings = {**section.model_dump(mode="json"), "threads": torch.get_num_threads()}
     report = ProfileReport(
         folder, session.config.model.name, config, tuple(rows), stages, macs_check, session.environment, settings
     )
@@ -148,6 +151,13 @@ def profile_model(
     write_json(folder.path / "profile.json", report.document())
     folder.write_result({"rows": [asdict(row) for row in rows], "ratios": config.ratios})
     return report
+
+
+def _named_model(name: str) -> ModelSection:
+    try:
+        return ModelSection(name=name)
+    except ValidationError as error:
+        raise ConfigError("--model", f"{name!r} is no timm swin_* model", "Type: sparsevit models") from error
 
 
 def as_size(size: int | tuple[int, int]) -> Size:
@@ -170,8 +180,10 @@ def _ratios(session: Session, depths: tuple[int, ...], typed: str | None, *, nam
     configured = session.config.profile.ratios
     if typed is not None:
         return parse_ratios(typed, depths)
-    if configured is not None and not named:
-        return SparsityConfig.from_ratios(configured, depths)
+    if not named and (configured is not None or session.config.finetune.ratios is not None):
+        return SparsityConfig.from_ratios(
+            configured if configured is not None else session.config.finetune.ratios, depths
+        )
     try:
         return winner_ratios(session, depths, "sparsevit profile")
     except CheckpointError as error:
@@ -180,7 +192,9 @@ def _ratios(session: Session, depths: tuple[int, ...], typed: str | None, *, nam
 
 def _built(session: Session, size: Size) -> nn.Module:
     section = session.config.model.model_copy(update={"pretrained": False, "checkpoint": None})
-    return build_model(section, section.num_classes or 1000, img_size=size).eval()
+    trained = session.earlier("pretrain").read_result() or session.earlier("adapt").read_result() or {}
+    classes = section.num_classes or len(trained.get("class_names", ())) or TIMM_CLASSES
+    return build_model(section, classes, img_size=size).eval()
 
 
 def _models(session: Session, size: Size, config: SparsityConfig) -> dict[str, nn.Module]:
@@ -204,6 +218,7 @@ def _cell(
     )  # fmt: skip
     runnable: dict[str, Any] = dict(models)
     if section.mode == "compile":
+        torch._dynamo.reset()  # each cell is compiled anew; past a limit torch would fall back to eager in silence
         session.reporter.say(f"profile: compiling at batch {batch}, {size[0]}x{size[1]}")
         runnable = {label: torch.compile(model, dynamic=False) for label, model in models.items()}
     latencies = measure_interleaved(

@@ -38,7 +38,7 @@ from sparsevit_cli.search.latency_table import LatencyTable, TableError
 from sparsevit_cli.search.ledger import LatencyRecord, Ledger, LedgerScope
 from sparsevit_cli.search.pareto import pareto_front
 from sparsevit_cli.search.results import Evaluation, Progress, SearchResult, best_first
-from sparsevit_cli.sparsity import SparsityConfig
+from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
 from sparsevit_cli.swin import set_sparsity
 from sparsevit_cli.winner import write_winner
 
@@ -100,7 +100,7 @@ def search(session: Session) -> SearchSummary:
     Raises BudgetError with the reachable range before anything is evaluated, MeasurementError where no finalist
     meets the budget once measured, CheckpointError where there is nothing to search with.
     """
-    requests = _requests(session)
+    requests = budget_requests(session)
     weights = trained_weights(session, "adapt", "sparsevit search")
     folder = session.folder("search")
     data = session.data(weights)
@@ -119,7 +119,7 @@ def search(session: Session) -> SearchSummary:
         return work.finish(costs, result, finalists)
 
 
-def _requests(session: Session) -> tuple[BudgetRequest, ...]:
+def budget_requests(session: Session) -> tuple[BudgetRequest, ...]:
     section = session.config.search
     requests = []
     if section.budget_latency is not None:
@@ -130,6 +130,17 @@ def _requests(session: Session) -> tuple[BudgetRequest, ...]:
         got = "neither search.budget_latency nor search.budget_macs is set"
         raise ConfigError("search", got, "Give --budget-latency 50ms or 70%, or --budget-macs 3G or 60%.")
     return tuple(requests)
+
+
+def is_searched(session: Session) -> bool:
+    """True where the winner stands for the present settings and adapted weights."""
+    folder = session.earlier("search")
+    result = folder.read_result()
+    if result is None or not (folder.path / "winner.yaml").exists():
+        return False
+    weights = trained_weights(session, "adapt", "sparsevit search")
+    settings = section_hash(session.config, "search", "seed")
+    return (result.get("settings"), result.get("checkpoint_sha256")) == (settings, weights.sha256)
 
 
 def _subset(session: Session, total: int) -> tuple[int, ...] | None:
@@ -257,7 +268,7 @@ class _Search:
 
             table = measure_latency_table(
                 self.model, self.image, batch_size=self.section.batch_size, device=self.session.device,
-                dtype=self.dtype, max_tenths=self.space.max_tenths, seconds=self.section.seconds,
+                dtype=self.dtype, max_tenths=MAX_TENTHS, seconds=self.section.seconds,
                 seed=self.session.config.seed, on_round=on_round,
             )  # fmt: skip
         write_atomic(path, table.to_json())
@@ -295,7 +306,7 @@ class _Search:
                 self._measured[config] = LatencyRecord(
                     dense_ms / latency.speedup, dense_ms / latency.speedup_high, dense_ms / latency.speedup_low
                 )
-            if latency.stable:
+            if latency.stable and dense.stable:
                 self.ledger.put_latency(self.identity, config, self._measured[config])
         unsteady = [latency.spread for latency in latencies.values() if not latency.stable]
         if unsteady:
@@ -446,6 +457,8 @@ class _Search:
                 "ratios": winner.config.ratios,
                 "budget": budgets,
                 "strategy": self.section.strategy,
+                "settings": section_hash(self.session.config, "search", "seed"),
+                "checkpoint_sha256": self.weights.sha256,
                 "asked": summary.asked,
                 "evaluated": summary.evaluated,
                 "infeasible": summary.infeasible,

@@ -16,7 +16,7 @@ from sparsevit_cli.checkpoints import load_checkpoint
 from sparsevit_cli.config.schema import ExperimentConfig
 from sparsevit_cli.data.build import DataBundle, build_data
 from sparsevit_cli.errors import CheckpointError, ConfigError
-from sparsevit_cli.models import build_model
+from sparsevit_cli.models import build_model, load_state
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
 from sparsevit_cli.reporting import Reporter
 from sparsevit_cli.runs import RunFolder, missing_result, open_run
@@ -75,6 +75,12 @@ class Session:
 
     def data(self, weights: Weights | None = None) -> DataBundle:
         """The data of the experiment; class indices are those that `weights` were trained with."""
+        seed = weights.result.get("seed") if weights is not None else None
+        if self.config.data.source == "digits" and seed is not None and seed != self.config.seed:
+            got = (
+                f"the weights were trained with seed {seed}, which also splits the digits; now it is {self.config.seed}"
+            )
+            raise CheckpointError("seed", got, f"Use --seed {seed}: images trained on prove nothing.")
         return build_data(
             self.config.data,
             img_size=self.img_size,
@@ -97,7 +103,7 @@ class Session:
             section = section.model_copy(update={"pretrained": False, "checkpoint": None})
         model = build_model(section, num_classes, seed=self.config.seed)
         if weights is not None:
-            model.load_state_dict(weights.state_dict)
+            load_state(model, weights.state_dict, f"weights of `sparsevit {weights.result['command']}`")
         return sparsify_(model, importance=section.importance).to(self.device)
 
     def space(self, model: nn.Module, max_ratio: float) -> SearchSpace:

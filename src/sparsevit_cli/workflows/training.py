@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from timm.optim import list_optimizers
 from torch import nn
 
 from sparsevit_cli.atomic import write_atomic, write_json
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.config.schema import DistilLoopSection, LoopSection
 from sparsevit_cli.data.build import DataBundle
+from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.models import check_img_size
 from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.runs import RunFolder, missing_result
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.tasks.classification import Accuracy, evaluate
-from sparsevit_cli.training import TrainingJob, TrainingPlan, plan_training, train
+from sparsevit_cli.training import PhasePlan, TrainingJob, TrainingPlan, plan_training, train
 from sparsevit_cli.winner import read_winner
 
 from .session import Session, Weights, trained_weights
@@ -62,7 +66,6 @@ class _Kind:
     start: str
     """Hash of the weights that the training starts from."""
     teacher: nn.Module | None = None
-    downscale: bool = False
 
 
 def pretrain(session: Session) -> TrainingSummary:
@@ -71,7 +74,7 @@ def pretrain(session: Session) -> TrainingSummary:
     data = session.data()
     model = session.model(data.class_names)
     dense = SparsityConfig.dense(model_depths(model))
-    plan = plan_training(section, len(data.train), session.img_size, section.curriculum)
+    plan = plan_training(section, len(data.train), session.img_size)
     start = section_hash(session.config, "model")
     return _train(session, folder, data, model, _Kind("pretrain", section, FixedSchedule(dense), dense, plan, start))
 
@@ -91,6 +94,7 @@ def adapt(session: Session) -> TrainingSummary:
         teacher=_teacher(session, section, data, weights),
     )  # fmt: skip
     summary = _train(session, folder, data, model, kind)
+    model.load_state_dict(trained_weights(session, "adapt", "sparsevit adapt").state_dict)  # the averaged ones, if any
     rows = _check_rows(session, folder, data, model, space)
     return TrainingSummary("adapt", folder, summary.top1, summary.seconds, summary.already_done, rows)
 
@@ -100,7 +104,7 @@ def finetune(session: Session) -> TrainingSummary:
     section = session.config.finetune
     weights = trained_weights(session, "adapt", "sparsevit finetune")
     model = session.model(weights.class_names, weights)
-    config = chosen_ratios(session, model_depths(model), "sparsevit finetune")
+    config = chosen_ratios(session, model_depths(model), "sparsevit finetune", weights.sha256)
     folder = session.folder("finetune")
     data = session.data(weights)
     plan = plan_training(section, len(data.train), session.img_size)
@@ -111,30 +115,29 @@ def finetune(session: Session) -> TrainingSummary:
     return _train(session, folder, data, model, kind)
 
 
-def train_smaller_rival(session: Session, model: nn.Module, weights: Weights | None, size: Size) -> TrainingSummary:
-    """Train the dense `model` on images shrunk to `size`, for as long as adapt and finetune together."""
+def train_smaller_rival(
+    session: Session, model: nn.Module, weights: Weights | None, seen_as: Callable[[Size], Size]
+) -> TrainingSummary:
+    """Train the dense `model` on images shrunk by `seen_as`, with the schedule of finetune."""
     folder = session.folder("rival")
-    section = session.config.finetune.model_copy(
-        update={
-            "epochs": session.config.adapt.epochs + session.config.finetune.epochs,
-            "lr": session.config.adapt.lr,
-            "distill": 0.0,
-        }
-    )
+    section = session.config.finetune.model_copy(update={"distill": 0.0})
     data = session.data(weights)
     dense = SparsityConfig.dense(model_depths(model))
-    plan = plan_training(section, len(data.train), size)
-    start = f"{_start(session, weights)} at {size[0]}x{size[1]}"
-    kind = _Kind("rival", section, FixedSchedule(dense), dense, plan, start, downscale=True)
-    return _train(session, folder, data, model, kind)
+    plan = plan_training(section, len(data.train), session.img_size, seen_as)
+    start = f"{_start(session, weights)} at {seen_as(session.img_size)}"
+    return _train(session, folder, data, model, _Kind("rival", section, FixedSchedule(dense), dense, plan, start))
 
 
-def chosen_ratios(session: Session, depths: tuple[int, ...], needed_by: str) -> SparsityConfig:
-    """The ratios to finetune: those of the configuration, else the winner of the search."""
+def chosen_ratios(session: Session, depths: tuple[int, ...], needed_by: str, adapted: str) -> SparsityConfig:
+    """The ratios to finetune: those of the configuration, else the winner found with the `adapted` weights (a hash)."""
     given = session.config.finetune.ratios
     if given is not None:
         return SparsityConfig.from_ratios(given, depths)
-    return winner_ratios(session, depths, needed_by)
+    winner = winner_ratios(session, depths, needed_by)
+    if read_winner(session.earlier("search").path / "winner.yaml")[1].get("checkpoint_sha256") != adapted:
+        got = "the winner was found with other adapted weights"
+        raise CheckpointError(needed_by, got, "Type: sparsevit search")
+    return winner
 
 
 def winner_ratios(session: Session, depths: tuple[int, ...], needed_by: str) -> SparsityConfig:
@@ -149,6 +152,7 @@ def winner_ratios(session: Session, depths: tuple[int, ...], needed_by: str) -> 
 def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Module, kind: _Kind) -> TrainingSummary:
     config = session.config
     section = kind.section
+    check_section(kind.command, section, model)
     job = TrainingJob(
         kind=kind.command,
         model=model,
@@ -165,7 +169,6 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
         teacher=kind.teacher,
         distill=section.distill if isinstance(section, DistilLoopSection) else 0.0,
         temperature=section.temperature if isinstance(section, DistilLoopSection) else 1.0,
-        downscale=kind.downscale,
         identity={
             "data": data.fingerprint,
             "class_names": list(data.class_names),
@@ -187,6 +190,7 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
         folder.write_result(
             {
                 "top1": last["top1"],
+                "seed": session.config.seed,
                 "checkpoint": str(result.checkpoint.relative_to(folder.path)),
                 "class_names": list(data.class_names),
                 "data_fingerprint": data.fingerprint,
@@ -199,14 +203,24 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
     return TrainingSummary(kind.command, folder, float(last["top1"]), float(last["seconds"]), already_done)
 
 
+def check_section(command: str, section: LoopSection, model: nn.Module) -> None:
+    """Raise ConfigError, before the first step, for an optimizer or image size that timm would not take."""
+    known = list_optimizers()
+    if section.optimizer not in known:
+        near = ", ".join(difflib.get_close_matches(section.optimizer, known, n=3)) or "adamw"
+        got = f"{section.optimizer!r} is no optimizer of timm"
+        raise ConfigError(f"{command}.optimizer", got, f"Did you mean {near}?")
+    embed: Any = model.patch_embed
+    for number, phase in enumerate(section.curriculum):
+        check_img_size(phase.img_size, embed.patch_size[0], f"{command}.curriculum.{number}.img_size")
+
+
 def _validator(session: Session, data: DataBundle, kind: _Kind) -> Any:
     """Validation at one fixed configuration, whatever the schedule."""
 
-    def validate(model: nn.Module, img_size: tuple[int, int]) -> Mapping[str, float]:
+    def validate(model: nn.Module, phase: PhasePlan) -> Mapping[str, float]:
         set_sparsity(model, kind.validate_at)
-        own_size = kind.downscale or img_size == session.img_size
-        source = data.val if own_size else data.val.with_image_size(img_size)
-        accuracy = score(session, model, source, resize=img_size if kind.downscale else None)
+        accuracy = score(session, model, data.val.with_image_size(phase.source_size), resize=phase.img_size)
         return {"top1": round(accuracy.top1, 3), "val_loss": accuracy.loss}
 
     return validate
@@ -250,10 +264,14 @@ def _check_rows(
 
 def _dense_weights(session: Session, needed_by: str) -> Weights | None:
     """Weights of `pretrain`; None where the configuration names weights of its own instead."""
-    named = session.config.model.pretrained or session.config.model.checkpoint is not None
-    if named and session.earlier("pretrain").read_result() is None:
+    if has_own_weights(session) and session.earlier("pretrain").read_result() is None:
         return None
     return trained_weights(session, "pretrain", f"sparsevit {needed_by}")
+
+
+def has_own_weights(session: Session) -> bool:
+    """True where the configuration names whole weights; timm's pretrained ones come with a new, untrained head."""
+    return session.config.model.checkpoint is not None and not session.config.model.reset_head
 
 
 def _start(session: Session, weights: Weights | None) -> str:
