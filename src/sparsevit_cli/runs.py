@@ -114,9 +114,8 @@ def open_run(
 
 def _next(folder: Path, prefix: str) -> Path:
     """`<prefix>NNN` with the first number above those in `folder`."""
-    numbers = [
-        int(path.name[len(prefix) :]) for path in folder.glob(f"{prefix}*") if path.name[len(prefix) :].isdigit()
-    ]
+    endings = [path.name.removeprefix(prefix) for path in folder.glob(f"{prefix}*")]
+    numbers = [int(ending) for ending in endings if ending.isdigit()]
     return folder / f"{prefix}{max(numbers, default=0) + 1:03d}"
 
 

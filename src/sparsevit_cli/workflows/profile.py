@@ -178,12 +178,12 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 
 def _ratios(session: Session, depths: tuple[int, ...], typed: str | None, *, named: bool) -> SparsityConfig:
     configured = session.config.profile.ratios
+    if configured is None:
+        configured = session.config.finetune.ratios
     if typed is not None:
         return parse_ratios(typed, depths)
-    if not named and (configured is not None or session.config.finetune.ratios is not None):
-        return SparsityConfig.from_ratios(
-            configured if configured is not None else session.config.finetune.ratios, depths
-        )
+    if configured is not None and not named:
+        return SparsityConfig.from_ratios(configured, depths)
     try:
         return winner_ratios(session, depths, "sparsevit profile")
     except CheckpointError as error:

@@ -77,9 +77,7 @@ class Session:
         """The data of the experiment; class indices are those that `weights` were trained with."""
         seed = weights.result.get("seed") if weights is not None else None
         if self.config.data.source == "digits" and seed is not None and seed != self.config.seed:
-            got = (
-                f"the weights were trained with seed {seed}, which also splits the digits; now it is {self.config.seed}"
-            )
+            got = f"the weights were trained with seed {seed}, which also splits the digits, not {self.config.seed}"
             raise CheckpointError("seed", got, f"Use --seed {seed}: images trained on prove nothing.")
         return build_data(
             self.config.data,
