@@ -168,7 +168,7 @@ def test_overrides_replace_add_and_nest(tmp_path: Path) -> None:
         "model.checkpoint=null",
         " search.budget_latency = 70%",
         "model.img_size=[256, 704]",
-        "train.curriculum=[{img_size: 28, epochs: 2}]",
+        "train.curriculum=[{img_size: 28, epochs: 2}, {img_size: [256, 704], epochs: 1}]",
     )
     config = load("search: {population: 16, parents: 8}\nmodel: {checkpoint: a.pth}", tmp_path, overrides)
     assert (config.search.population, config.search.parents) == (64, 8)
@@ -177,6 +177,14 @@ def test_overrides_replace_add_and_nest(tmp_path: Path) -> None:
     assert (config.experiment, config.model.checkpoint, config.search.budget_latency) == ("a-b", None, "70%")
     assert config.model.img_size == (256, 704)
     assert config.train.curriculum[0].epochs == 2.0
+
+
+def test_a_curriculum_ends_at_the_full_size(tmp_path: Path) -> None:
+    for name in ("train", "adapt", "finetune"):
+        text = f"{name}: {{curriculum: [{{img_size: 28, epochs: 2}}]}}"
+        with pytest.raises(ConfigError, match=rf"{name}.curriculum ends at 28 pixels, model.img_size is 224"):
+            load(text, tmp_path)
+        assert load(f"{text}\nmodel: {{img_size: 28}}", tmp_path).model.img_size == 28
 
 
 def test_an_override_can_mend_the_file(tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ def test_every_field_has_a_row_with_a_sentence() -> None:
     check(ExperimentConfig().model_dump(mode="json"), ())
     assert "\n## `train.curriculum`, each item\n" in page
     assert "| `ratios` | list of lists of numbers from 0 to 0.8 in steps of 0.1, or null | `null` | Ratios" in page
-    assert "| `img_size` | whole number from 1 to 16384 | required |" in page
+    assert (
+        "| `img_size` | whole number from 1 to 16384, or list of 2 whole numbers from 1 to 16384 | required |" in page
+    )
 
 
 def test_check_notices_an_old_page(

@@ -217,7 +217,7 @@ def test_a_curriculum_grows_the_images_and_keeps_the_parameters(tmp_path: Path) 
 
 def test_a_curriculum_that_would_change_weights_is_refused(tmp_path: Path) -> None:
     config = tiny_config(model={"always_partition": None, "window_size": 8, "depths": [2, 2], "img_size": 64})
-    wrong = job(tmp_path, curriculum=[{"img_size": 16, "epochs": 0.1}])
+    wrong = job(tmp_path, curriculum=[{"img_size": 16, "epochs": 0.1}, {"img_size": 32, "epochs": 0.1}])
     wrong = replace(wrong, model=sparsify_(build_model(config.model, 10)))
     with pytest.raises(ConfigError, match="always_partition"):
         run(wrong)
