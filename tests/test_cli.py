@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,9 @@ from typing import Any
 import pytest
 
 from sparsevit_cli.checkpoints import latest_checkpoint
+from sparsevit_cli.console import ConsoleReporter
+from sparsevit_cli.reporting import SilentReporter
+from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.winner import read_winner
 from tiny import write_tiny
 
@@ -77,6 +82,52 @@ def test_a_second_run_does_nothing_again(finished: Path) -> None:
     done = sparsevit("pretrain", "--config", finished / "tiny.yaml", cwd=finished)
     assert "already done" in done.stderr
     assert latest_checkpoint(checkpoints) == before
+
+
+def test_run_again_repeats_no_step_and_gives_the_same_table(finished: Path) -> None:
+    before = document(finished, "run", "metrics.json")["rows"]
+    done = sparsevit("run", "--config", finished / "tiny.yaml", cwd=finished)
+    for step in ("pretrain", "adapt", "finetune", "rival"):
+        assert f"{step}: already done" in done.stderr
+    assert "candidates" not in done.stderr
+    after = document(finished, "run", "metrics.json")["rows"]
+    compared = ("label", "top1", "ratios", "image_size", "gmacs")
+    assert [[row[key] for key in compared] for row in after] == [[row[key] for key in compared] for row in before]
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "told"),
+    [
+        (["adapt", "--fresh", "--set", "model.embed_dim=16"], 4, "tensors do not fit"),
+        (["evaluate", "--seed", "1"], 4, "--seed 0"),
+        (["evaluate", "--weights", "magic"], 2, "pretrain"),
+        (["evaluate", "--ratios", "0.65"], 2, "grid"),
+        (["pretrain", "--fresh", "--set", "train.optimizer=adamx"], 2, "Did you mean"),
+        (["profile", "--model", "resnet50", "--ratios", "0.5"], 2, "sparsevit models"),
+        (["profile", "--model", "swin_tiny_patch4_window7", "--ratios", "0.5"], 2, "swin_tiny_patch4_window7_224"),
+    ],
+)
+def test_what_does_not_fit_is_told(finished: Path, tmp_path: Path, command: list[str], code: int, told: str) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    done = sparsevit(*command, "--config", finished / "tiny.yaml", cwd=tmp_path, check=code)
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_told_even_where_the_log_cannot_be_written(tmp_path: Path) -> None:
+    reporter = ConsoleReporter(stream=(stream := io.StringIO()))
+    reporter.log_to(Path("/dev/full"))
+    reporter.say("still heard")
+    assert "still heard" in stream.getvalue()
+
+
+def test_set_aside_never_meets_a_taken_name(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "profile")
+    (tmp_path / "earlier-002").mkdir()
+    for number in (3, 4):
+        (tmp_path / "profile.json").write_text("{}")
+        folder.set_aside(["profile.json", "gone.json"], SilentReporter())
+        assert (tmp_path / f"earlier-00{number}" / "profile.json").exists()
 
 
 def test_other_settings_are_refused_and_fresh_sets_the_old_aside(finished: Path, tmp_path: Path) -> None:

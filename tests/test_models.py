@@ -543,3 +543,24 @@ def test_the_source_loads_no_code() -> None:
                 if "shell=True" in text or re.match(r"[\w.]*\.extractall\(", text):
                     found.append(f"{where}: {text}")
     assert not found
+
+
+def test_a_quiet_background_scores_lowest_from_the_start() -> None:
+    """From timm's own weights a textured window does not even score above flat ones; from these it does."""
+    from sparsevit_cli import windows
+
+    x = torch.zeros(1, 3, 64, 64)  # normalised images: zero is the mean brightness
+    x[:, :, 16:32, 32:48] += torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    best = {}
+    for scheme in ("timm", "quiet_background"):
+        section = ModelSection(img_size=64, embed_dim=32, depths=(2, 2), num_heads=(1, 2), weight_init=scheme)
+        model = build_model(section, 4, seed=3)
+        with torch.no_grad():
+            tokens = model.patch_embed(x)
+        index = windows.window_token_index(16, 16, (4, 4), (0, 0), x.device)
+        scores = windows.window_scores(windows.token_magnitude(tokens, "mean_abs_l2"), index)[0]
+        best[scheme] = int(scores.argmax())
+        if scheme == "quiet_background":
+            assert scores[best[scheme]] > 100 * scores.median()
+    assert best["quiet_background"] == 1 * 4 + 2
+    assert best["timm"] != best["quiet_background"]

@@ -95,7 +95,7 @@ def build_model(
 
 
 def embed_flat_patches_as_zero_(model: nn.Module) -> None:
-    """Draw new biases of the patch embedding such that a patch without structure embeds to zero, in place.
+    """Draw new biases of the patch embedding such that a flat patch of mean brightness embeds to zero, in place.
 
     timm's Swin normalises each embedded patch, so with its usual weights every token has the same magnitude, and
     the scores of the first stage's windows mean nothing before training has changed that. Uses torch's generator.

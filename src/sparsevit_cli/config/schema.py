@@ -77,7 +77,7 @@ class ModelSection(Section):
     weight_init: Literal["timm", "jax", "quiet_background"] = Field(
         "timm",
         description="Initial weights: timm's default, its `jax` scheme (Xavier), or its default with flat patches "
-        "embedded as zero, so that the first stage's scores tell objects from background at once.",
+        "of mean brightness embedded as zero, so that the first stage's scores tell objects from background at once.",
     )
     importance: Literal["mean_abs_l2", "l2", "random"] = Field(
         "mean_abs_l2",
