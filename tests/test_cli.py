@@ -98,7 +98,7 @@ def test_run_again_repeats_no_step_and_gives_the_same_table(finished: Path) -> N
 @pytest.mark.parametrize(
     ("command", "code", "told"),
     [
-        (["adapt", "--fresh", "--set", "model.embed_dim=16"], 4, "tensors do not fit"),
+        (["adapt", "--fresh", "--set", "model.embed_dim=16"], 4, "and in_chans it was trained with"),
         (["evaluate", "--seed", "1"], 4, "--seed 0"),
         (["evaluate", "--weights", "magic"], 2, "pretrain"),
         (["evaluate", "--ratios", "0.65"], 2, "grid"),
@@ -154,6 +154,17 @@ def test_json_is_one_document_and_nothing_else(finished: Path) -> None:
     assert row["ratios"] == [[0.5], [0.2]]
     assert [r["batch"] for r in report["rows"]] == [1, 1, 1, 2, 2, 2]
     assert all(r["latency_ms_low"] <= r["latency_ms"] <= r["latency_ms_high"] for r in report["rows"])
+
+
+def test_a_second_export_keeps_the_first(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    folder = tmp_path / "runs" / "tiny" / "export"
+    first = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".pt2", ".safetensors")}
+    assert len(first) == 2
+    sparsevit("export", "--config", finished / "tiny.yaml", "--weights", "adapt", "--ratios", "0.5", cwd=tmp_path)
+    for name, content in first.items():
+        assert (folder / "earlier-001" / name).read_bytes() == content
+        assert (folder / name).read_bytes() != content
 
 
 def test_a_winner_file_is_taken_as_ratios(finished: Path) -> None:

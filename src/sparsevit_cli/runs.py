@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,15 +69,15 @@ class RunFolder:
         """Write the final numbers."""
         write_json(self.result, {"schema_version": 1, "command": self.command, **result})
 
-    def set_aside(self, names: Sequence[str], reporter: Reporter) -> None:
-        """Move earlier results called `names` into `earlier-NNN/`, and say so."""
-        present = [self.path / name for name in names if (self.path / name).exists()]
+    def set_aside(self, names: Sequence[str], reporter: Reporter, *, copy: bool = False) -> None:
+        """Move (or copy) earlier results called `names` into `earlier-NNN/`, and say so."""
+        present = [self.path / name for name in names if (self.path / name).is_file()]
         if not present:
             return
         target = _next(self.path, "earlier-")
         target.mkdir()
         for path in present:
-            path.rename(target / path.name)
+            (shutil.copy2 if copy else shutil.move)(path, target / path.name)
         reporter.say(f"{self.command}: the earlier result is kept in {target}")
 
 

@@ -14,6 +14,9 @@ from sparsevit_cli.swin import model_depths, set_sparsity
 from .evaluate import latest_weights, ratios_to_use
 from .session import Session
 
+KEPT = ("config.yaml", "env.json", "command.txt", "log.txt")
+"""Files of an export folder that belong to no single export."""
+
 
 @dataclass(frozen=True)
 class ExportSummary:
@@ -46,6 +49,10 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
     model = session.model(trained.class_names, trained).eval()
     config = ratios_to_use(session, model_depths(model), ratios, command)
     set_sparsity(model, config)
+    # A copy: the export replaces its files only once the new ones are good.
+    folder.set_aside(
+        [path.name for path in folder.path.iterdir() if path.name not in KEPT], session.reporter, copy=True
+    )
     report = export_model(
         model,
         folder.path,
@@ -65,6 +72,5 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
         ),
         reporter=session.reporter,
     )
-    folder.set_aside(["metrics.json"], session.reporter)
     folder.write_result({"weights": command, "ratios": config.ratios, "manifest": report.manifest.name})
     return ExportSummary(folder, command, config, report)

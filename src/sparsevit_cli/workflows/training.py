@@ -83,9 +83,9 @@ def adapt(session: Session) -> TrainingSummary:
     """Train on with a new random configuration at every step (paper section 3.2)."""
     section = session.config.adapt
     weights = _dense_weights(session, "adapt")
-    folder = session.folder("adapt")
     data = session.data(weights)
     model = session.model(data.class_names, weights)
+    folder = session.folder("adapt")  # once everything fits: --fresh sets an earlier run aside
     space = session.space(model, section.max_ratio)
     middle = space.uniform(min(0.5, section.max_ratio))
     plan = plan_training(section, len(data.train), session.img_size)
