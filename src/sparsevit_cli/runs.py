@@ -132,14 +132,6 @@ def _refuse_other_settings(old: ExperimentConfig, new: ExperimentConfig, command
         raise ConfigError(str(path), got, "Choose a name (--set experiment=NAME), or --fresh to set it aside.")
 
 
-def find_result(config: ExperimentConfig, command: str, needed_by: str) -> RunFolder:
-    """Folder of an earlier command. Raises CheckpointError that says what to type where there is none."""
-    folder = RunFolder(Path(config.output) / config.experiment / command, command)
-    if not folder.result.exists():
-        raise missing_result(folder, needed_by)
-    return folder
-
-
 def missing_result(folder: RunFolder, needed_by: str) -> SparseViTError:
     """What to type first."""
     state = "has not finished" if folder.path.exists() else "was not run"

@@ -30,6 +30,7 @@ from .data.source import ImageSource
 from .data.transforms import as_pair
 from .errors import CheckpointError, ConfigError, NonFiniteError, ResourceError
 from .models import set_img_size
+from .profiling.inputs import TORCH_DTYPE
 from .profiling.memory import is_out_of_memory
 from .reporting import Progress, Reporter
 from .schedule import SparsitySchedule
@@ -37,7 +38,6 @@ from .stopping import StopRequest
 from .swin import set_sparsity
 from .tasks.classification import classification_loss, distillation_loss, shrink
 
-AMP_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_SCALE = 2.0**12
 """First loss scale of fp16; torch's own default needs more halvings than MAX_BAD_STEPS allows."""
 MAX_BAD_STEPS = 3
@@ -348,8 +348,8 @@ class _Run:
         return (1 - self.job.distill) * loss + self.job.distill * distilled
 
     def _autocast(self) -> Any:
-        dtype = AMP_DTYPE.get(self.job.section.precision)
-        return torch.autocast(self.job.device.type, dtype) if dtype else nullcontext()
+        precision = self.job.section.precision
+        return nullcontext() if precision == "fp32" else torch.autocast(self.job.device.type, TORCH_DTYPE[precision])
 
     def _draw(self, purpose: str) -> int:
         """A 32-bit seed that is a function of (seed, purpose, step)."""

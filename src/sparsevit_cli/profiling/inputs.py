@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import SupportsFloat
@@ -136,11 +137,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class Measured:
+class Measured(ABC):
     """A measurement with details that compares and divides as its one number, `float(...)`."""
 
+    @abstractmethod
     def __float__(self) -> float:
-        raise NotImplementedError("each measurement says what its number is")
+        """The number."""
 
     def __lt__(self, other: SupportsFloat) -> bool:
         return float(self) < float(other)

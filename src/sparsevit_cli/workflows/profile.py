@@ -18,6 +18,7 @@ from torch import nn
 
 from sparsevit_cli.atomic import write_json
 from sparsevit_cli.config.schema import ModelSection
+from sparsevit_cli.data.transforms import as_pair
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import build_model
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
@@ -119,7 +120,7 @@ def profile_model(
         named = {"experiment": model, "model": _named_model(model)}
         session = session.replaced(config=session.config.model_copy(update=named))
     section = session.config.profile
-    sizes = parse_sizes(img_size) if img_size is not None else tuple(map(as_size, section.image_sizes))
+    sizes = parse_sizes(img_size) if img_size is not None else tuple(map(as_pair, section.image_sizes))
     sizes = sizes or (session.img_size,)
     depths = model_depths(_built(session, sizes[0]))
     config = _ratios(session, depths, ratios, named=model is not None)
@@ -158,11 +159,6 @@ def _named_model(name: str) -> ModelSection:
         return ModelSection(name=name)
     except ValidationError as error:
         raise ConfigError("--model", f"{name!r} is no timm swin_* model", "Type: sparsevit models") from error
-
-
-def as_size(size: int | tuple[int, int]) -> Size:
-    """Height and width."""
-    return (size, size) if isinstance(size, int) else size
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:

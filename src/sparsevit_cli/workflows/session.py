@@ -15,6 +15,7 @@ from sparsevit_cli.atomic import sha256_file
 from sparsevit_cli.checkpoints import load_checkpoint
 from sparsevit_cli.config.schema import ExperimentConfig
 from sparsevit_cli.data.build import DataBundle, build_data
+from sparsevit_cli.data.transforms import as_pair
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import build_model, load_state
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
@@ -48,8 +49,7 @@ class Session:
     @property
     def img_size(self) -> tuple[int, int]:
         """Input height and width in pixels."""
-        size = self.config.model.img_size
-        return (size, size) if isinstance(size, int) else size
+        return as_pair(self.config.model.img_size)
 
     def folder(self, command: str) -> RunFolder:
         """Open the folder of `command`, and log into it."""
