@@ -55,8 +55,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, obj: object) -> None:
-    """Write `obj` as readable, strict JSON (ValueError on NaN and infinity), as `write_atomic` does."""
-    write_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write `obj` as `json_text`, as `write_atomic` does."""
+    write_atomic(path, json_text(obj))
+
+
+def json_text(obj: object) -> str:
+    """Readable, strict JSON (ValueError on NaN and infinity)."""
+    return json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def sha256_file(path: Path) -> str:

@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,7 +55,7 @@ Ratios = Annotated[
     typer.Option("--ratios", help="0.6 everywhere, [[.6],[0],[.2,.4,.5],[0]] per stage and pair, or a winner.yaml."),
 ]
 WeightsOf = Annotated[
-    str | None, typer.Option("--weights", help="pretrain, adapt or finetune; default: the last one done.")
+    str | None, typer.Option("--weights", help="pretrain, adapt, finetune, or a file; default: the last one done.")
 ]
 
 
@@ -102,7 +102,8 @@ def _run(command: str, options: Options, work: Callable[[Session], Any], show: C
                 lines = plan_lines(session, command)
                 print_json({"plan": lines}) if options.json else print_lines(*lines)
                 return
-            result = work(session)
+            with closing(session.locks):
+                result = work(session)
         print_json(as_document(result)) if options.json else show(result)
 
 

@@ -161,13 +161,15 @@ def export_model(
     seed: int = 0,
     info: ModelInfo | None = None,
     reporter: Reporter | None = None,
+    before_step: Callable[[], None] = lambda: None,
 ) -> ExportReport:
     """Export a sparsified float32 model at its present ratios to `output_dir`; the model itself is not touched.
 
     `input_size` is a side in pixels, (H, W) or (C, H, W). Every file is run and compared with eager on seeded
     images at each of `check_batch_sizes`, on the CPU; `tolerance` bounds the difference over eager's largest value.
     `measure_ms` measures the ONNX file in onnxruntime, interleaved with the same weights at ratio 0.
-    Files of an earlier export are replaced once all new ones are good, and not before.
+    Files of an earlier export are replaced once all new ones are good, and not before; `before_step` may raise, to
+    stop early.
     Raises ConfigError (settings, missing packages, a model that cannot be traced), NonFiniteError, ResourceError,
     and MeasurementError where a file disagrees with eager.
     """
@@ -187,6 +189,7 @@ def export_model(
         program = _trace(model, shape, check_batch_sizes) if formats else None
         files = []
         for name in formats:
+            before_step()
             assert program is not None
             path = staging / _FILE[name]
             if name == "onnx":
@@ -197,6 +200,7 @@ def export_model(
             final = directory / path.name
             files.append(ExportedFile(name, final, sha256_file(path), path.stat().st_size, found, first))
         dense_latency = sparse_latency = None
+        before_step()
         if measure_ms and "onnx" in formats:
             dense_latency, sparse_latency = _measure(model, staging, shape, opset=opset, seed=seed, reporter=reporter)
         elif measure_ms:
@@ -219,6 +223,7 @@ def export_model(
             dense_latency=dense_latency,
             sparse_latency=sparse_latency,
         )
+        before_step()
         _publish(staging, directory, report, reporter)
     return report
 
@@ -439,7 +444,7 @@ def _trace(
         with _quiet(), torch.no_grad():
             program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:
-        if is_out_of_memory(error):
+        if isinstance(error, SparseViTError) or is_out_of_memory(error):
             raise
         got = f"torch.export cannot trace {type(model).__name__} ({_first_line(error)})"
         raise ConfigError("export", got, "Export the Swin backbone alone, e.g. with features_only=True.") from error
@@ -470,7 +475,7 @@ def _save_onnx(
                 verbose=False,
             )
     except Exception as error:
-        if is_out_of_memory(error):
+        if isinstance(error, SparseViTError) or is_out_of_memory(error):
             raise
         got = f"torch.onnx cannot translate the model ({_first_line(error)})"
         raise ConfigError("export to ONNX", got, "Export pt2 only, or the Swin backbone alone.") from error

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .checkpoints import load_checkpoint
 from .config.schema import ModelSection
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, SparseViTError
 from .swin import model_depths
 
 __all__ = [
@@ -82,6 +82,8 @@ def build_model(
             )
             if section.weight_init == "quiet_background" and not section.pretrained:
                 embed_flat_patches_as_zero_(model)
+    except SparseViTError:
+        raise
     except Exception as error:  # assertions, indices, divisions, downloads: timm checks nothing before it builds
         got = f"timm cannot build {section.name} with {arguments} ({type(error).__name__}: {_first_line(error)})"
         if section.pretrained:
@@ -140,15 +142,16 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     """Weights on the CPU from `.safetensors`, from `.pth`, `.pt` or `.bin`, or from a checkpoint folder of ours.
 
     Averaged (EMA) weights are preferred where a file or folder holds both. Wrapping dicts (`model`, `state_dict`)
-    and the prefixes of DataParallel and torch.compile are taken off. Never runs code from the file: pickles are
-    read with weights_only=True, and there is no other way in. Raises CheckpointError.
+    and the prefixes of DataParallel and torch.compile are taken off; Microsoft's official names become timm's. Never
+    runs code from the file: pickles are read with weights_only=True, and there is no other way in. Raises
+    CheckpointError.
     """
     path = Path(path)
     if path.is_dir():
         tensors = load_checkpoint(path, only=("model", "ema")).tensors
         if not tensors:
             raise CheckpointError(str(path), "holds neither `ema` nor `model` weights", "Give another checkpoint.")
-        return _plain_names(path, tensors.get("ema", tensors.get("model", {})))
+        return _timm_layout(_plain_names(path, tensors.get("ema", tensors.get("model", {}))))
     if not path.is_file():
         raise CheckpointError(str(path), "does not exist", "Give a .safetensors or .pth file, or a checkpoint folder.")
     match path.suffix.lower():
@@ -169,7 +172,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     if strange:
         got = f"holds other things than tensors: {', '.join(strange[:_MAX_LISTED])}"
         raise CheckpointError(str(path), got, _CONVERT)
-    return _plain_names(path, content)
+    return _timm_layout(_plain_names(path, content))
 
 
 def load_weights(model: nn.Module, path: Path | str, reset_head: bool = False) -> tuple[str, ...]:
@@ -179,7 +182,7 @@ def load_weights(model: nn.Module, path: Path | str, reset_head: bool = False) -
     missing, stays as `model` has it. Nothing is interpolated. Raises CheckpointError with at most 10 keys and
     shapes, before anything in the model changes.
     """
-    return load_state(model, _timm_layout(read_weights(path)), str(path), reset_head)
+    return load_state(model, read_weights(path), str(path), reset_head)
 
 
 def load_state(model: nn.Module, weights: dict[str, Tensor], name: str, reset_head: bool = False) -> tuple[str, ...]:

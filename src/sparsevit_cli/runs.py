@@ -11,11 +11,13 @@ import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .atomic import write_atomic, write_json
+from filelock import FileLock, Timeout
+
+from .atomic import json_text, write_atomic, write_json
 from .config.loading import config_differences, dump_config, load_config
 from .config.schema import ExperimentConfig
 from .errors import CheckpointError, ConfigError, SparseViTError
@@ -37,6 +39,9 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
 WORK = ("checkpoints", "ledger.sqlite", "metrics.json")
 """What a run has paid for; a folder with none of it (data that could not be read, say) holds nothing to protect."""
 
+TRAININGS = ("pretrain", "adapt", "finetune", "rival")
+"""Commands that go on in their folder; the others set an earlier result aside and start anew."""
+
 HARMLESS = (
     "data.workers", "data.eval_batch_size",
     *(f"{section}.{name}" for section in ("train", "adapt", "finetune") for name in ("save_every", "keep")),
@@ -50,6 +55,8 @@ class RunFolder:
 
     path: Path
     command: str
+    about: Mapping[str, str] = field(default_factory=dict)
+    """config.yaml and env.json of this command, written once an earlier result with its own is set aside."""
 
     @property
     def checkpoints(self) -> Path:
@@ -70,15 +77,48 @@ class RunFolder:
         write_json(self.result, {"schema_version": 1, "command": self.command, **result})
 
     def set_aside(self, names: Sequence[str], reporter: Reporter, *, copy: bool = False) -> None:
-        """Move (or copy) earlier results called `names` into `earlier-NNN/`, and say so."""
+        """Move (or copy) earlier results called `names` into `earlier-NNN/`, and say so.
+
+        With `metrics.json` goes a copy of the config.yaml and env.json it was made with, and this command's follow.
+        """
         present = [self.path / name for name in names if (self.path / name).is_file()]
         if not present:
             return
+        about = self.about if self.result in present else {}
         target = _next(self.path, "earlier-")
         target.mkdir()
+        for name in about:
+            shutil.copy2(self.path / name, target / name)
         for path in present:
             (shutil.copy2 if copy else shutil.move)(path, target / path.name)
+        for name, text in about.items():
+            write_atomic(self.path / name, text)
         reporter.say(f"{self.command}: the earlier result is kept in {target}")
+
+
+class RunLocks:
+    """Locks on run folders: one process at a time works in one. The operating system frees those of a killed one."""
+
+    def __init__(self) -> None:
+        self._held: dict[Path, FileLock] = {}
+
+    def take(self, path: Path) -> None:
+        """Lock the folder `path`, which need not exist yet. Raises CheckpointError where another process has it."""
+        path = path.resolve()
+        if path in self._held:
+            return
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            got = "another process is working in it"
+            raise CheckpointError(str(path), got, "Wait for it, or choose a name (--set experiment=NAME).") from error
+        self._held[path] = lock
+
+    def close(self) -> None:
+        """Give all of them back."""
+        while self._held:
+            self._held.popitem()[1].release()
 
 
 def open_run(
@@ -89,28 +129,36 @@ def open_run(
     environment: Mapping[str, object],
     fresh: bool,
     reporter: Reporter,
+    locks: RunLocks,
 ) -> RunFolder:
-    """Make or re-open the folder of `command`; saves config.yaml, env.json and command.txt.
+    """Make or re-open the folder of `command` and lock it; saves config.yaml, env.json and command.txt.
 
-    `fresh` moves an existing folder aside. Raises ConfigError where the folder holds a run with other settings.
+    `fresh` moves an existing folder aside. Raises ConfigError where the folder holds a run with other settings or
+    cannot be made, CheckpointError where another process works in it.
     """
     path = Path(config.output) / config.experiment / command
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        locks.take(path)
+    except OSError as error:
+        raise ConfigError("output", f"cannot make {path}: {error.strerror}", "Give a folder you may write.") from error
     if fresh and path.exists():
         path.rename(aside := _next(path.parent, f"{command}.old-"))
         reporter.say(f"{command}: the earlier run is kept in {aside}")
     saved = path / "config.yaml"
     if saved.exists() and any((path / name).exists() for name in WORK):
         _refuse_other_settings(load_config(saved), config, command, path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("output", f"cannot make {path}: {error.strerror}", "Give a folder you may write.") from error
-    write_atomic(saved, dump_config(config))
-    write_json(path / "env.json", environment)
+    path.mkdir(exist_ok=True)
+    about = {"config.yaml": dump_config(config), "env.json": json_text(environment)}
+    is_replaced_later = command not in TRAININGS and (path / "metrics.json").exists()
+    folder = RunFolder(path, command, about if is_replaced_later else {})
+    if not is_replaced_later:
+        for name, text in about.items():
+            write_atomic(path / name, text)
     line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {shlex.join(argv)}\n"
     with (path / "command.txt").open("a", encoding="utf-8") as file:
         file.write(line)
-    return RunFolder(path, command)
+    return folder
 
 
 def _next(folder: Path, prefix: str) -> Path:

@@ -63,7 +63,7 @@ def show_search(summary: SearchSummary) -> None:
 def show_evaluation(summary: EvaluateSummary) -> None:
     """One line."""
     print_lines(
-        f"evaluate: {summary.weights} weights at {summary.config}: top-1 {summary.top1:.2f} % "
+        f"evaluate: weights of {summary.weights} at {summary.config}: top-1 {summary.top1:.2f} % "
         f"on {summary.count} validation images, {summary.gmacs:.3f} GMACs"
     )
 
@@ -103,7 +103,9 @@ def show_export(summary: ExportSummary) -> None:
     ]
     rows += [(report.weights.name, f"{report.weights.stat().st_size / 1e6:.2f}", "-", "ok")]
     rows += [(report.sparsity_file.name, "0.00", "-", "ok")]
-    print_table(f"Export of {summary.weights} at {summary.config}", ("file", "MB", "difference", "check"), rows)
+    print_table(
+        f"Export of the weights of {summary.weights} at {summary.config}", ("file", "MB", "difference", "check"), rows
+    )
     if report.dense_latency is not None and report.sparse_latency is not None:
         dense, sparse = report.dense_latency, report.sparse_latency
         print_lines(

@@ -173,6 +173,7 @@ def measure_interleaved(
     warmup_seconds: float | None = None,
     block_ms: float = 10.0,
     clock: Clock | None = None,
+    before_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Latency]:
     """Latency of every candidate, measured in turns; the first candidate is the reference of `speedup`.
 
@@ -181,7 +182,7 @@ def measure_interleaved(
     (interquartile range over median) is above `max_spread`, or the reference drifted, the whole session is
     repeated, `retries` times at most; then MeasurementError where `strict`, else the steadiest session, with
     the unsteady candidates marked. Time is read from `clock`; None takes CUDA events on a GPU, and
-    `time.perf_counter_ns` elsewhere. Raises ConfigError, ResourceError.
+    `time.perf_counter_ns` elsewhere. `before_round` may raise, to stop early. Raises ConfigError, ResourceError.
     """
     if not candidates or seconds <= 0 or rounds < 1 or max_spread <= 0 or retries < 0 or block_ms <= 0:
         got = f"{len(candidates)} candidates, {seconds=}, {rounds=}, {max_spread=}, {retries=}, {block_ms=}"
@@ -190,7 +191,7 @@ def measure_interleaved(
     names = list(candidates)
     with torch.inference_mode(), _no_garbage_collection():
         calls = {name: _calls_per_block(name, candidates[name], stopwatch, block_ms) for name in names}
-        turn = _Session(candidates, calls, stopwatch, rng)
+        turn = _Session(candidates, calls, stopwatch, rng, before_round)
         _warm_up(turn, rounds, (seconds if warmup_seconds is None else warmup_seconds) * 1000)
         sessions = []
         for _ in range(retries + 1):
@@ -245,12 +246,19 @@ class _Session:
     """Rounds of blocks: every candidate once per round, in an order drawn anew."""
 
     def __init__(
-        self, candidates: Mapping[str, Candidate], calls: Mapping[str, int], stopwatch: Stopwatch, rng: Random
+        self,
+        candidates: Mapping[str, Candidate],
+        calls: Mapping[str, int],
+        stopwatch: Stopwatch,
+        rng: Random,
+        before_round: Callable[[], None],
     ) -> None:
         self.candidates, self.calls, self.stopwatch, self.rng = candidates, calls, stopwatch, rng
+        self.before_round = before_round
 
     def round_ms(self) -> dict[str, float]:
         """Milliseconds per block of every candidate."""
+        self.before_round()
         order = list(self.candidates)
         self.rng.shuffle(order)
         times = {}

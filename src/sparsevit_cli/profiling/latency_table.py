@@ -86,6 +86,7 @@ def measure_configs(
     retries: int = 3,
     strict: bool = False,
     clock: Clock | None = None,
+    before_round: Callable[[], None] = lambda: None,
 ) -> dict[SparsityConfig, Latency]:
     """Latency of the whole model at each configuration, interleaved; the first is the reference of `speedup`.
 
@@ -105,6 +106,7 @@ def measure_configs(
             retries=retries,
             strict=strict,
             clock=clock,
+            before_round=before_round,
         )
     return {by_name[name]: latency for name, latency in result.items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +34,12 @@ def evaluate(
     subset: Sequence[int] | None = None,
     resize: tuple[int, int] | None = None,
     progress: Progress | None = None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Accuracy:
     """Accuracy of `model` at its current sparsity on `source`, or on the samples of `subset`.
 
-    `resize` shrinks the images on the way in (the dense rival at a lower resolution). Raises NonFiniteError
-    for outputs that are not numbers, DataError for images that cannot be read.
+    `resize` shrinks the images on the way in (the dense rival at a lower resolution). `before_batch` may raise, to
+    stop early. Raises NonFiniteError for outputs that are not numbers, DataError for images that cannot be read.
     """
     was_training = model.training
     model.eval()
@@ -46,6 +47,7 @@ def evaluate(
     try:
         with torch.inference_mode():
             for batch in eval_batches(source, batch_size=batch_size, workers=workers, subset=subset):
+                before_batch()
                 images, labels = batch.images.to(device), batch.labels.to(device)
                 logits = model(shrink(images, resize)).float()
                 loss += F.cross_entropy(logits, labels, reduction="sum").item()

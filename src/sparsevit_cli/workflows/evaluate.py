@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.profiling.macs import macs_cost
-from sparsevit_cli.runs import RunFolder, missing_result, read_json
+from sparsevit_cli.runs import RunFolder, read_json
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.winner import parse_ratios
 
-from .session import Session, Weights, trained_weights
+from .session import Session, Weights
 from .training import score, winner_ratios
-
-TRAININGS = ("finetune", "adapt", "pretrain")
-"""Commands that leave weights, the last one first."""
+from .weights import chosen_weights
 
 
 @dataclass(frozen=True)
@@ -32,23 +30,24 @@ class EvaluateSummary:
 
 
 def evaluate_checkpoint(session: Session, *, weights: str | None = None, ratios: str | None = None) -> EvaluateSummary:
-    """Score `weights` (pretrain, adapt or finetune; default: the last one done) at `ratios` as typed.
+    """Score `weights` (pretrain, adapt, finetune or a path; default: the last one done) at `ratios` as typed.
 
-    Without ratios: dense for pretrain, else the winner of the search where there is one.
+    Without ratios: what the weights were finetuned at, the winner for those of adapt, dense for all others.
     """
-    command, trained = latest_weights(session, weights, "sparsevit evaluate")
+    trained = chosen_weights(session, weights, "sparsevit evaluate")
     folder = session.folder("evaluate")
     data = session.data(trained)
-    model = session.model(trained.class_names, trained).eval()
-    config = ratios_to_use(session, model_depths(model), ratios, command)
+    model = session.model(data.class_names, trained).eval()
+    config = ratios_to_use(session, model_depths(model), ratios, trained)
     set_sparsity(model, config)
     with session.reporter.progress("evaluate", -(-len(data.val) // session.config.data.eval_batch_size)) as progress:
-        accuracy = score(session, model, data.val, progress=progress)
+        check = partial(session.stop.check, "evaluate", "nothing of this evaluation is saved")
+        accuracy = score(session, model, data.val, progress=progress, before_batch=check)
     macs = macs_cost(model, (session.config.model.in_chans, *session.img_size))(config)
     folder.set_aside(["metrics.json"], session.reporter)
     folder.write_result(
         {
-            "weights": command,
+            "weights": trained.name,
             "weights_sha256": trained.sha256,
             "ratios": config.ratios,
             "top1": accuracy.top1,
@@ -58,28 +57,21 @@ def evaluate_checkpoint(session: Session, *, weights: str | None = None, ratios:
             **session.environment,
         }
     )
-    return EvaluateSummary(folder, command, config, accuracy.top1, accuracy.loss, accuracy.count, macs / 1e9)
+    return EvaluateSummary(folder, trained.name, config, accuracy.top1, accuracy.loss, accuracy.count, macs / 1e9)
 
 
-def latest_weights(session: Session, command: str | None, needed_by: str) -> tuple[str, Weights]:
-    """The weights of `command`, or of the last training that is done. Raises CheckpointError where there are none."""
-    if command is not None and command not in TRAININGS:
-        raise ConfigError("--weights", f"{command!r}; allowed are {', '.join(TRAININGS)}", "Name one of them.")
-    for name in TRAININGS if command is None else (command,):
-        if command is not None or session.earlier(name).result.exists():
-            return name, trained_weights(session, name, needed_by)
-    raise missing_result(session.earlier("pretrain"), needed_by)
-
-
-def ratios_to_use(session: Session, depths: tuple[int, ...], typed: str | None, weights: str) -> SparsityConfig:
-    """What was typed; else dense for dense weights, the fixed ratios of finetune, or the winner."""
+def ratios_to_use(session: Session, depths: tuple[int, ...], typed: str | None, weights: Weights) -> SparsityConfig:
+    """What was typed; else what finetune trained at, the winner for adapted weights, dense for all others."""
     if typed is not None:
         return parse_ratios(typed, depths)
-    if weights == "pretrain":
-        return SparsityConfig.dense(depths)
-    if weights == "finetune":  # what they were finetuned at, whatever was searched since
+    if weights.name == "finetune":  # whatever was searched since
         tuned_at = read_json(session.earlier("finetune").path / "sparsity.json")["ratios"]
         return SparsityConfig.from_ratios(tuned_at, depths)
+    if weights.name != "adapt":
+        session.reporter.say(
+            f"weights of {weights.name}: no ratios are given, all windows are computed (--ratios 0.6 prunes)"
+        )
+        return SparsityConfig.dense(depths)
     if session.config.finetune.ratios is not None:
         return SparsityConfig.from_ratios(session.config.finetune.ratios, depths)
     return winner_ratios(session, depths, "sparsevit evaluate")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sparsevit_cli.exporting import ExportReport, ModelInfo, export_model
@@ -11,8 +12,9 @@ from sparsevit_cli.runs import RunFolder, read_json
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
 
-from .evaluate import latest_weights, ratios_to_use
+from .evaluate import ratios_to_use
 from .session import Session
+from .weights import chosen_weights
 
 KEPT = ("config.yaml", "env.json", "command.txt", "log.txt")
 """Files of an export folder that belong to no single export."""
@@ -39,15 +41,15 @@ class ExportSummary:
 
 
 def export_winner(session: Session, *, weights: str | None = None, ratios: str | None = None) -> ExportSummary:
-    """Export the last trained weights (or those of `weights`) at `ratios` as typed, else the winner's.
+    """Export the last trained weights (or `weights`: a command or a path) at `ratios` as typed, else the winner's.
 
     Raises MeasurementError where an exported file does not agree with PyTorch; nothing is left of it then.
     """
     section = session.config.export
-    command, trained = latest_weights(session, weights, "sparsevit export")
+    trained = chosen_weights(session, weights, "sparsevit export")
     folder = session.folder("export")
     model = session.model(trained.class_names, trained).eval()
-    config = ratios_to_use(session, model_depths(model), ratios, command)
+    config = ratios_to_use(session, model_depths(model), ratios, trained)
     set_sparsity(model, config)
     # A copy: the export replaces its files only once the new ones are good.
     folder.set_aside(
@@ -65,12 +67,13 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
         seed=session.config.seed,
         info=ModelInfo(
             name=session.config.model.name.partition(".")[0],
-            args=model_arguments(session.config.model, session.config.model.num_classes or len(trained.class_names)),
-            class_names=trained.class_names,
+            args=model_arguments(session.config.model, trained.num_outputs),
+            class_names=trained.class_names or None,
             mean=session.config.data.mean if session.config.data.source != "digits" else None,
             std=session.config.data.std if session.config.data.source != "digits" else None,
         ),
         reporter=session.reporter,
+        before_step=partial(session.stop.check, "export", "an earlier export is as it was"),
     )
-    folder.write_result({"weights": command, "ratios": config.ratios, "manifest": report.manifest.name})
-    return ExportSummary(folder, command, config, report)
+    folder.write_result({"weights": trained.name, "ratios": config.ratios, "manifest": report.manifest.name})
+    return ExportSummary(folder, trained.name, config, report)

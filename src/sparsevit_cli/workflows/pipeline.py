@@ -5,7 +5,7 @@ A step that is done is not done again, so a killed run goes on where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -27,8 +27,9 @@ from .evaluate import evaluate_checkpoint
 from .export import export_winner
 from .profile import profile_model
 from .search import budget_requests, is_searched, search
-from .session import Session, Weights, trained_weights
+from .session import Session, Weights
 from .training import adapt, chosen_ratios, finetune, has_own_weights, pretrain, score, train_smaller_rival
+from .weights import trained_weights
 
 SIZE_STEPS = 8
 """Dense rivals are looked for at this many image sizes below the full one."""
@@ -137,10 +138,13 @@ def _score(
     session: Session, data: DataBundle, label: str, model: nn.Module, config: SparsityConfig,
     size: tuple[int, int] | None = None,
 ) -> _Contender:  # fmt: skip
-    session.stop.check("run", "every finished step is saved")
     set_sparsity(model, config)
-    accuracy = score(session, model, data.val, resize=size)
+    accuracy = score(session, model, data.val, resize=size, before_batch=_check(session))
     return _Contender(label, model, config, size or session.img_size, accuracy)
+
+
+def _check(session: Session) -> Callable[[], None]:
+    return partial(session.stop.check, "run", "every finished step is saved")
 
 
 def _uniform_rivals(
@@ -215,7 +219,7 @@ def _images(session: Session, model: nn.Module, size: tuple[int, int]) -> Tensor
 def _measure(session: Session, calls: Mapping[str, Any], rounds: int = 30) -> dict[str, Latency]:
     latencies = measure_interleaved(
         calls, device=session.device, seconds=session.config.search.seconds, rounds=rounds,
-        seed=session.config.seed, strict=False, retries=1,
+        seed=session.config.seed, strict=False, retries=1, before_round=_check(session),
     )  # fmt: skip
     unsteady = [name for name, latency in latencies.items() if not latency.stable]
     if unsteady:

@@ -135,7 +135,6 @@ def profile_model(
             if not macs_check:
                 macs_check = _macs_check(session, models[OURS_SPARSE], size)
             for batch in section.batch_sizes:
-                session.stop.check("profile", "nothing of this profile is saved")
                 cell, latencies = _cell(session, models, config, size, batch, strict)
                 rows += cell
                 samples |= {f"{label} b{batch} {size[0]}x{size[1]}": x.samples_ms for label, x in latencies.items()}
@@ -226,6 +225,7 @@ def _cell(
         max_spread=section.max_spread,
         strict=strict,
         retries=RETRIES if strict else 0,
+        before_round=partial(session.stop.check, "profile", "nothing of this profile is saved"),
     )
     rows = []
     for label, model in models.items():

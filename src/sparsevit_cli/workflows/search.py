@@ -43,8 +43,9 @@ from sparsevit_cli.swin import set_sparsity
 from sparsevit_cli.winner import write_winner
 
 from .plots import plot_pareto
-from .session import Session, Weights, trained_weights
+from .session import Session, Weights
 from .training import score
+from .weights import trained_weights
 
 RESULTS = ("winner.yaml", "pareto.csv", "pareto.png", "history.csv", "metrics.json")
 """Files of one search; an earlier search's are set aside, the ledger and the latency table are shared."""
@@ -177,9 +178,11 @@ class _Search:
 
     def top1(self, config: SparsityConfig, subset: Sequence[int] | None) -> float:
         """Accuracy on the search split, with the adapted weights as they are."""
-        self.session.stop.check("search", "every evaluation so far is in the ledger")
         set_sparsity(self.model, config)
-        return score(self.session, self.model, self.data.search, subset=subset).top1
+        return score(self.session, self.model, self.data.search, subset=subset, before_batch=self._check).top1
+
+    def _check(self) -> None:
+        self.session.stop.check("search", "every evaluation so far is in the ledger")
 
     # -- costs --------------------------------------------------------------------------------------------------
 
@@ -291,10 +294,9 @@ class _Search:
             latencies = measure_configs(
                 self.model, list(dict.fromkeys((dense, *missing))), self.image,
                 batch_size=self.section.batch_size, device=self.session.device, dtype=self.dtype,
-                seconds=self.section.seconds, seed=self.session.config.seed, retries=1,
+                seconds=self.section.seconds, seed=self.session.config.seed, retries=1, before_round=self._check,
             )  # fmt: skip
             self._remember(latencies)
-            self.session.stop.check("search", "every evaluation so far is in the ledger")
         return {config: self._measured[config] for config in configs}
 
     def _remember(self, latencies: Mapping[SparsityConfig, Latency]) -> None:

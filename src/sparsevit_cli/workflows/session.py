@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsevit_cli.atomic import sha256_file
-from sparsevit_cli.checkpoints import load_checkpoint
 from sparsevit_cli.config.schema import ExperimentConfig
 from sparsevit_cli.data.build import DataBundle, build_data
 from sparsevit_cli.data.transforms import as_pair
@@ -20,10 +18,33 @@ from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import build_model, load_state
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
 from sparsevit_cli.reporting import Reporter
-from sparsevit_cli.runs import RunFolder, missing_result, open_run
+from sparsevit_cli.runs import RunFolder, RunLocks, open_run
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.swin import model_depths, sparsify_
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Trained weights, with what they must be used with."""
+
+    name: str
+    """The command that made them, or their path."""
+    state_dict: dict[str, Tensor]
+    sha256: str
+    class_names: tuple[str, ...] = ()
+    """In the order of the outputs; empty where a file does not say."""
+    result: Mapping[str, Any] = field(default_factory=dict)
+    """The `metrics.json` of the command that made them."""
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of the classifier. Raises CheckpointError where there is none."""
+        head = self.state_dict.get("head.fc.weight")
+        if head is None:
+            got = "it has no classifier (head.fc.weight)"
+            raise CheckpointError(self.name, got, "Give the weights of a whole classifier.")
+        return head.shape[0]
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,7 @@ class Session:
     stop: StopRequest = field(default_factory=StopRequest)
     argv: Sequence[str] = ()
     fresh: bool = False
+    locks: RunLocks = field(default_factory=RunLocks)
 
     @cached_property
     def device(self) -> torch.device:
@@ -54,8 +76,9 @@ class Session:
     def folder(self, command: str) -> RunFolder:
         """Open the folder of `command`, and log into it."""
         folder = open_run(
-            self.config, command, argv=self.argv, environment=self.environment, fresh=self.fresh, reporter=self.reporter
-        )
+            self.config, command, argv=self.argv, environment=self.environment, fresh=self.fresh,
+            reporter=self.reporter, locks=self.locks,
+        )  # fmt: skip
         log_to = getattr(self.reporter, "log_to", None)
         if log_to is not None:
             log_to(folder.path / "log.txt")
@@ -84,16 +107,18 @@ class Session:
             img_size=self.img_size,
             in_chans=self.config.model.in_chans,
             seed=self.config.seed,
-            class_names=weights.class_names if weights else None,
+            class_names=(weights.class_names or None) if weights else None,
         )
 
     def model(self, class_names: Sequence[str], weights: Weights | None = None) -> nn.Module:
         """A sparse model at ratio 0 with `weights`, or with the configuration's own where there are none.
 
-        It has an output per class, or `model.num_classes` of them where that is set. Raises ConfigError for fewer.
+        It has an output per class, or `model.num_classes` of them where that is set, or as many as the weights where
+        no classes are known. Raises ConfigError for fewer outputs than classes, CheckpointError for weights that do
+        not fit.
         """
         section = self.config.model
-        num_classes = section.num_classes or len(class_names)
+        num_classes = section.num_classes or len(class_names) or (weights.num_outputs if weights else 0)
         if num_classes < len(class_names):
             got = f"{num_classes} outputs for {len(class_names)} classes of the data"
             raise ConfigError("model.num_classes", got, "Set it to null, or to the number of classes at least.")
@@ -101,7 +126,7 @@ class Session:
             section = section.model_copy(update={"pretrained": False, "checkpoint": None})
         model = build_model(section, num_classes, seed=self.config.seed)
         if weights is not None:
-            load_state(model, weights.state_dict, f"weights of `sparsevit {weights.result['command']}`")
+            load_state(model, weights.state_dict, f"weights of {weights.name}")
         return sparsify_(model, importance=section.importance).to(self.device)
 
     def space(self, model: nn.Module, max_ratio: float) -> SearchSpace:
@@ -111,34 +136,3 @@ class Session:
     def replaced(self, **changes: Any) -> Session:
         """This session with another configuration, reporter or flag."""
         return replace(self, **changes)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Trained weights of an earlier command, with what they must be used with."""
-
-    state_dict: dict[str, Tensor]
-    sha256: str
-    class_names: tuple[str, ...]
-    result: dict[str, Any]
-    """The `metrics.json` of the command that made them."""
-
-
-def trained_weights(session: Session, command: str, needed_by: str) -> Weights:
-    """Weights of a finished training: the averaged ones where an EMA was kept, else the last.
-
-    Raises CheckpointError that says which command to type where it was not run or not finished.
-    """
-    folder = session.earlier(command)
-    result = folder.read_result()
-    if result is None:
-        raise missing_result(folder, needed_by)
-    path = folder.path / str(result["checkpoint"])
-    checkpoint = load_checkpoint(path)
-    tensors = checkpoint.tensors.get("ema") or checkpoint.tensors["model"]
-    used = "ema" if "ema" in checkpoint.tensors else "model"
-    digest = sha256_file(checkpoint.path / f"{used}.safetensors")
-    names = result.get("class_names")
-    if not isinstance(names, list):
-        raise CheckpointError(str(folder.result), "it has no class_names", f"Type: sparsevit {command} --fresh")
-    return Weights(dict(tensors), digest, tuple(map(str, names)), result)

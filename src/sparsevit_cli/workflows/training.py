@@ -7,6 +7,7 @@ import difflib
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -28,7 +29,8 @@ from sparsevit_cli.tasks.classification import Accuracy, evaluate
 from sparsevit_cli.training import PhasePlan, TrainingJob, TrainingPlan, plan_training, train
 from sparsevit_cli.winner import read_winner
 
-from .session import Session, Weights, trained_weights
+from .session import Session, Weights
+from .weights import trained_weights
 
 Size = tuple[int, int]
 
@@ -249,13 +251,13 @@ def _check_rows(
     if not done:
         macs = macs_cost(model, (session.config.model.in_chans, *session.img_size))
         total = sum(len(configs) for _, configs in wanted)
+        check = partial(session.stop.check, "adapt", "the training is saved, its closing table is not")
         with session.reporter.progress("check", total) as progress:
             for label, configs in wanted:
                 top1 = 0.0
                 for config in configs:
-                    session.stop.check("adapt", "the training is saved, its closing table is not")
                     set_sparsity(model, config)
-                    top1 += score(session, model, data.val).top1 / len(configs)
+                    top1 += score(session, model, data.val, before_batch=check).top1 / len(configs)
                     progress.advance()
                 done[label] = {"top1": top1, "gmacs": sum(map(macs, configs)) / len(configs) / 1e9}
         folder.write_result({**(folder.read_result() or {}), "check": done})
