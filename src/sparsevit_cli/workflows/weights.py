@@ -1,0 +1,85 @@
+"""Which weights to use: those of a finished training of this experiment, or a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsevit_cli.atomic import sha256_file
+from sparsevit_cli.checkpoints import Checkpoint, load_checkpoint
+from sparsevit_cli.config.loading import config_differences, load_config
+from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.models import read_weights
+from sparsevit_cli.runs import RunFolder, missing_result
+
+from .session import Session, Weights
+
+TRAININGS = ("finetune", "adapt", "pretrain")
+"""Commands that leave weights, the last one first."""
+
+_ONLY_TRAINING = ("model.pretrained", "model.checkpoint", "model.reset_head", "model.drop_path_rate",
+                  "model.weight_init", "model.img_size")  # fmt: skip
+"""Settings of a model that may differ once it is trained."""
+
+
+def trained_weights(session: Session, command: str, needed_by: str) -> Weights:
+    """Weights of a finished training: the averaged ones where an EMA was kept, else the last.
+
+    Warns where the model is set otherwise now. Raises CheckpointError that says which command to type where it was
+    not run or not finished.
+    """
+    folder = session.earlier(command)
+    result = folder.read_result()
+    if result is None:
+        raise missing_result(folder, needed_by)
+    names = result.get("class_names")
+    if not isinstance(names, list):
+        raise CheckpointError(str(folder.result), "it has no class_names", f"Type: sparsevit {command} --fresh")
+    _tell_differences(session, folder)
+    checkpoint = load_checkpoint(folder.path / str(result["checkpoint"]), only=("ema", "model"))
+    return _weights(command, checkpoint, tuple(map(str, names)), result)
+
+
+def chosen_weights(session: Session, typed: str | None, needed_by: str) -> Weights:
+    """Weights as typed: a command of this experiment or a path; None takes the last training that is done.
+
+    Raises ConfigError for what is neither, CheckpointError where there are none.
+    """
+    done = (command for command in TRAININGS if session.earlier(command).result.exists())
+    command = next(done, "pretrain") if typed is None else typed
+    if command in TRAININGS:
+        return trained_weights(session, command, needed_by)
+    if not Path(command).exists():
+        got = f"{command!r} is no file; allowed are {', '.join(TRAININGS)} and paths"
+        raise ConfigError("--weights", got, "Name a command, a .safetensors or .pth file, or a checkpoint folder.")
+    return file_weights(Path(command))
+
+
+def file_weights(path: Path) -> Weights:
+    """Weights of a `.safetensors`, `.pth` or `.pt` file, or of a checkpoint folder of ours, which knows its classes.
+
+    Raises CheckpointError.
+    """
+    if not path.is_dir():
+        return Weights(str(path), read_weights(path), sha256_file(path))
+    checkpoint = load_checkpoint(path, only=("ema", "model"))
+    identity = checkpoint.state.get("identity", {})
+    return _weights(str(path), checkpoint, tuple(map(str, identity.get("class_names", ()))), {})
+
+
+def _weights(name: str, checkpoint: Checkpoint, class_names: tuple[str, ...], result: dict[str, object]) -> Weights:
+    used = "ema" if "ema" in checkpoint.tensors else "model"
+    if used not in checkpoint.tensors:
+        raise CheckpointError(str(checkpoint.path), "it holds no weights", "Give another checkpoint.")
+    digest = sha256_file(checkpoint.path / f"{used}.safetensors")
+    return Weights(name, checkpoint.tensors[used], digest, class_names, result)
+
+
+def _tell_differences(session: Session, folder: RunFolder) -> None:
+    """One warning where the model that was trained is not the one that the configuration describes now."""
+    saved = folder.path / "config.yaml"
+    if not saved.exists():
+        return
+    differing = config_differences(load_config(saved), session.config, ignore=_ONLY_TRAINING)
+    of_model = [line for line in differing if line.startswith("model.")]
+    if of_model:
+        session.reporter.warn(f"`sparsevit {folder.command}` trained another model: {'; '.join(of_model)}")
