@@ -84,8 +84,10 @@ def _options(
     return Options(config, (*(set_ or ()), *named), as_json, dry_run, verbose, fresh)
 
 
-def _run(command: str, options: Options, work: Callable[[Session], Any], show: Callable[[Any], None]) -> None:
-    """One command: a session, its workflow, and the result as a table or as JSON."""
+def _run(
+    command: str, options: Options, work: Callable[[Session], Any], show: Callable[[Any], None], **flags: str | None
+) -> None:
+    """One command: a session, its workflow, and the result as a table or as JSON. `flags` matter to its plan."""
     from .config.loading import load_config
     from .console import ConsoleReporter, print_json, print_lines
 
@@ -99,7 +101,7 @@ def _run(command: str, options: Options, work: Callable[[Session], Any], show: C
             if options.dry_run:
                 from .workflows.plan import plan_lines
 
-                lines = plan_lines(session, command)
+                lines = plan_lines(session, command, **flags)
                 print_json({"plan": lines}) if options.json else print_lines(*lines)
                 return
             with closing(session.locks):
@@ -227,7 +229,7 @@ def profile(
 
         return profile_model(session, model=model, img_size=img_size, ratios=ratios)
 
-    _run("profile", options, work, show_profile)
+    _run("profile", options, work, show_profile, model=model, img_size=img_size, ratios=ratios)
 
 
 @app.command()

@@ -175,7 +175,7 @@ def export_model(
     """
     directory, reporter, info = Path(output_dir), reporter or SilentReporter(), info or ModelInfo()
     _check_settings(formats, opset, check_batch_sizes, tolerance)
-    _require_packages(formats)
+    check_packages(formats)
     _check_info(info)
     shape = image_shape(model, input_size)
     model = _inference_copy(model)
@@ -326,7 +326,8 @@ def _check_settings(formats: Sequence[str], opset: int, batch_sizes: Sequence[in
         raise ConfigError("export tolerance", f"{tolerance!r} is not positive", "Give e.g. 1e-3.")
 
 
-def _require_packages(formats: Sequence[str]) -> None:
+def check_packages(formats: Sequence[str]) -> None:
+    """Raise ConfigError where a package that writes one of `formats` is not installed."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None] if "onnx" in formats else []
     if missing:
         got = f"{', '.join(missing)} not installed"

@@ -70,22 +70,12 @@ def show_evaluation(summary: EvaluateSummary) -> None:
 
 def show_profile(report: ProfileReport) -> None:
     """All cells, the losing ones marked, and where the time goes."""
-    from .workflows.profile import row_values
+    from .workflows.pages import COLUMNS, STAGE_COLUMNS, row_values, stage_rows
 
-    columns = (
-        "model", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [95 %]", "speed-up [95 %]", "images/s",
-        "peak MB",
-    )  # fmt: skip
     losing = [number for number, row in enumerate(report.rows) if row.losing]
-    print_table(f"{report.model} at {report.config}", columns, [row_values(row) for row in report.rows], losing=losing)
+    print_table(f"{report.model} at {report.config}", COLUMNS, [row_values(row) for row in report.rows], losing=losing)
     for label, times in report.stages.items():
-        parts = [
-            (part.name, *(f"{ms:.2f}" for ms in (part.blocks_ms, part.scoring_ms, part.moves_ms, part.merging_ms,
-                                                 part.other_ms, part.total_ms)))
-            for part in times.rows
-        ]  # fmt: skip
-        heads = ("part", "blocks", "scoring, ranking", "gather, scatter", "merging", "other", "ms")
-        print_table(f"Where the time goes: {label}, first size and batch", heads, parts)
+        print_table(f"Where the time goes: {label}, first size and batch", STAGE_COLUMNS, stage_rows(times))
     for number in losing:
         row = report.rows[number]
         print_lines(

@@ -126,6 +126,10 @@ class AugmentSection(Section):
     random_erasing: Fraction = Field(0.0, description="Probability of erasing a random box.")
 
 
+_OF_FILES = ("search_fraction", "mean", "std", "interpolation", "crop_pct", "max_bad_fraction", "augment")
+"""Settings of the data section that say how image files are read."""
+
+
 class DataSection(Section):
     """Where images come from and how they are split."""
 
@@ -162,6 +166,9 @@ class DataSection(Section):
             raise ValueError("root is set, and source digits would ignore it; set source to folder or timm")
         if self.source != "timm" and self.dataset:
             raise ValueError(f"dataset is set, and source {self.source} would ignore it; set source to timm")
+        ignored = _OF_FILES if self.source == "digits" else ("digits",)
+        if changed := [name for name in ignored if getattr(self, name) != type(self).model_fields[name].default]:
+            raise ValueError(f"{changed[0]} is set, and source {self.source} would ignore it")
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} channels and std has {len(self.std)}")
         return self

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -84,7 +86,25 @@ def describe_versions() -> dict[str, str]:
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
         versions["cudnn"] = str(torch.backends.cudnn.version())
+    if (revision := source_revision()) is not None:
+        versions["git"] = revision
     return versions
+
+
+@lru_cache
+def source_revision() -> str | None:
+    """Commit of the checkout that this package runs from, `-dirty` where files differ; None outside of one."""
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, timeout=5, check=True)
+        found = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, timeout=5, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
 
 
 def _cpu_name() -> str:

@@ -162,6 +162,11 @@ class Ledger:
         row = (_identity(device), _candidate(config), *numbers)
         self._insert("INSERT OR REPLACE INTO latencies VALUES (?, ?, ?, ?, ?, ?)", row)
 
+    def forget_latencies(self, device: Mapping[str, Any]) -> None:
+        """Drop what was measured under this very identity."""
+        with _translated(self.path), _transaction(self._database):
+            self._database.execute("DELETE FROM latencies WHERE device = ?", (_identity(device),))
+
     @property
     def _key(self) -> tuple[str, str, str]:
         return self.scope.checkpoint, self.scope.data, self.scope.settings

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsevit_cli.atomic import write_json
 from sparsevit_cli.data.build import DataBundle
+from sparsevit_cli.exporting import check_packages
 from sparsevit_cli.models import set_img_size
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input, placed
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
@@ -88,8 +89,7 @@ def run_pipeline(session: Session) -> PipelineSummary:
 
     Raises what the steps raise; typing the command again goes on.
     """
-    if session.config.finetune.ratios is None:
-        budget_requests(session)  # before hours of training, not after
+    _check_settings(session)
     folder = session.folder("run")
     seconds: dict[str, float] = {}
     if not has_own_weights(session):
@@ -105,6 +105,16 @@ def run_pipeline(session: Session) -> PipelineSummary:
         if (session.earlier(command).read_result() or {}).get("ratios") != tuned_at:
             step(session)
     return _summary(session, folder, contenders, seconds)
+
+
+def _check_settings(session: Session) -> None:
+    """What the later steps would refuse, before hours of training and not after. Raises ConfigError."""
+    check_packages(session.config.export.formats)
+    ratios = session.config.finetune.ratios
+    if ratios is None:
+        budget_requests(session)
+    else:
+        SparsityConfig.from_ratios(ratios, model_depths(session.model(session.data().class_names)))
 
 
 def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]:

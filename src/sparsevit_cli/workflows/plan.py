@@ -5,73 +5,142 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import torch
+
+from sparsevit_cli.config.schema import LoopSection
+from sparsevit_cli.profiling.device import synchronize
+from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency_table import measure_configs
 from sparsevit_cli.profiling.macs import macs_cost
-from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
+from sparsevit_cli.sparsity import SearchSpace
+from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.training import plan_training
 
+from .profile import ProfileTarget, profile_target
 from .session import Session
 
 OPTIMIZER_COPIES = 3
 """A checkpoint of AdamW holds the weights and two moments; an EMA adds one more."""
 TIMED_STEPS = 3
+PROFILE_ROWS = 3
+"""Dense, ours at ratio 0, ours sparse."""
+WARMUP_SHARE = 2.0
+"""Warm-up takes as long as the measurement itself."""
 
 
-def plan_lines(session: Session, command: str) -> list[str]:
-    """The plan of `command`, line by line, from three timed passes. Raises what reading the data raises."""
-    config = session.config
-    folder = Path(config.output) / config.experiment / command
-    data = session.data()
-    lines = [f"command: {command}", f"folder: {folder}{' (exists)' if folder.exists() else ''}"]
-    lines += [f"{name}: {value}" for name, value in data.describe()]
-    model = session.model(data.class_names).eval()
-    space = session.space(model, config.search.max_ratio)
-    macs = macs_cost(model, (config.model.in_chans, *session.img_size))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    lines += [
-        f"model: {config.model.name}, {parameters / 1e6:.2f} M parameters, depths {list(model_depths(model))}",
-        f"multiply-adds per image: {macs(space.dense) / 1e9:.3f} G dense, {macs(space.sparsest) / 1e9:.3f} G sparsest",
-        f"configurations: {space.size}",
-    ]
-    section = {"pretrain": config.train, "adapt": config.adapt, "finetune": config.finetune}.get(command)
-    if section is not None:
-        plan = plan_training(section, len(data.train), session.img_size)
-        seconds = _step_seconds(session, model, section.batch_size)
-        share = sum(p.steps * p.img_size[0] * p.img_size[1] for p in plan.phases) / (
-            session.img_size[0] * session.img_size[1]
-        )
-        copies = OPTIMIZER_COPIES + (section.ema_decay is not None)
-        lines += [
-            f"steps: {plan.total_steps} of {section.batch_size} images",
-            f"estimated time: {share * seconds / 60:.1f} min, from {TIMED_STEPS} timed steps, validation left out",
-            f"disk: {(section.keep + 1) * copies * 4 * parameters / 1e6:.0f} MB of checkpoints at most",
-        ]
+def plan_lines(
+    session: Session, command: str, *, model: str | None = None, img_size: str | None = None, ratios: str | None = None
+) -> list[str]:
+    """The plan of `command`, line by line, from a few timed passes. The flags are those of profile.
+
+    Raises what reading the data and building the model raise.
+    """
+    if command == "profile":
+        return _profile_lines(profile_target(session, model=model, img_size=img_size, ratios=ratios))
+    plan = _Plan(session)
+    lines = [*_folder_lines(session, command), *plan.model_lines()]
+    trainings = {"pretrain": session.config.train, "adapt": session.config.adapt, "finetune": session.config.finetune}
+    for name, section in trainings.items():
+        if command in (name, "run"):
+            lines += plan.training_lines(name, section)
     if command in ("search", "run"):
-        dense = measure_configs(
-            model, [space.dense], (config.model.in_chans, *session.img_size), batch_size=config.search.batch_size,
-            device=session.device, seconds=0.1, rounds=TIMED_STEPS,
-        )[space.dense]  # fmt: skip
-        search = config.search
-        asked = min(search.population * (search.generations + 1), search.max_evaluations or space.size, space.size)
-        samples = min(search.samples or len(data.search), len(data.search))
-        seconds = asked * samples * dense.median_ms / search.batch_size / 1000
-        lines += [
-            f"candidates: {asked} at most, {samples} images each",
-            f"estimated time of the candidates: {seconds / 60:.1f} min at most, from {TIMED_STEPS} timed batches",
-        ]
+        lines += plan.search_lines()
+    if command in ("evaluate", "run"):
+        lines.append(f"evaluate: {len(plan.data.val)} images, {plan.seconds_of(len(plan.data.val)):.0f} s dense")
+    if command == "export":
+        lines.append(f"export: {', '.join(session.config.export.formats) or 'weights'}, safetensors and sparsity.json")
     return lines
 
 
-def _step_seconds(session: Session, model: object, batch_size: int) -> float:
-    """Seconds of one optimizer step, forward and backward at a middle sparsity, of three timed ones."""
-    import torch
+def _folder_lines(session: Session, command: str) -> list[str]:
+    folder = session.earlier(command).path
+    return [f"command: {command}", f"folder: {folder}{' (exists)' if Path(folder).exists() else ''}"]
 
-    trained = sparsify_(model)  # type: ignore[arg-type]
-    set_sparsity(trained, 0.0)
-    x = torch.randn(batch_size, session.config.model.in_chans, *session.img_size, device=session.device)
-    best = float("inf")
-    for _ in range(TIMED_STEPS):
-        began = time.perf_counter()
-        trained(x).sum().backward()
-        best = min(best, time.perf_counter() - began)
-    return best
+
+class _Plan:
+    """One model and its data, and what a pass costs here."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.data = session, session.data()
+        self.model = session.model(self.data.class_names).eval()
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+
+    def model_lines(self) -> list[str]:
+        """Data, model, space."""
+        config = self.session.config
+        space = self.session.space(self.model, config.search.max_ratio)
+        macs = macs_cost(self.model, (config.model.in_chans, *self.session.img_size))
+        return [
+            *(f"{name}: {value}" for name, value in self.data.describe()),
+            f"model: {config.model.name}, {self.parameters / 1e6:.2f} M parameters, "
+            f"depths {list(model_depths(self.model))}",
+            f"multiply-adds per image: {macs(space.dense) / 1e9:.3f} G dense, {macs(space.sparsest) / 1e9:.3f} G "
+            "sparsest",
+            f"configurations: {space.size}",
+        ]
+
+    def training_lines(self, name: str, section: LoopSection) -> list[str]:
+        """Steps, time and disk of one training."""
+        height, width = self.session.img_size
+        plan = plan_training(section, len(self.data.train), self.session.img_size)
+        pixels = sum(phase.steps * phase.img_size[0] * phase.img_size[1] for phase in plan.phases) / (height * width)
+        copies = OPTIMIZER_COPIES + (section.ema_decay is not None)
+        minutes = pixels * self._step_seconds(section) / 60
+        return [
+            f"{name}: {plan.total_steps} steps of {section.batch_size} images, {minutes:.1f} min from {TIMED_STEPS} "
+            f"timed dense steps, validation left out; {(section.keep + 1) * copies * 4 * self.parameters / 1e6:.0f} MB "
+            "of checkpoints at most"
+        ]
+
+    def search_lines(self) -> list[str]:
+        """Candidates and their time."""
+        section = self.session.config.search
+        space = self.session.space(self.model, section.max_ratio)
+        asked = min(section.population * (section.generations + 1), section.max_evaluations or space.size, space.size)
+        samples = min(section.samples or len(self.data.search), len(self.data.search))
+        return [
+            f"search: {asked} candidates at most, {samples} images each, "
+            f"{asked * self.seconds_of(samples) / 60:.1f} min at most, finalists and latencies left out"
+        ]
+
+    def seconds_of(self, images: int) -> float:
+        """Seconds of a dense evaluation, from a few timed batches of the search's size."""
+        section, session = self.session.config.search, self.session
+        dense = SearchSpace(model_depths(self.model)).dense
+        latency = measure_configs(
+            self.model, [dense], (session.config.model.in_chans, *session.img_size), batch_size=section.batch_size,
+            device=session.device, seconds=0.1, rounds=TIMED_STEPS, retries=0,
+        )[dense]  # fmt: skip
+        return images * latency.median_ms / section.batch_size / 1000
+
+    def _step_seconds(self, section: LoopSection) -> float:
+        """Seconds of one dense step, forward and backward, in the precision of the training; the best of a few."""
+        device, precision = self.session.device, section.precision
+        x = torch.randn(section.batch_size, self.session.config.model.in_chans, *self.session.img_size, device=device)
+        set_sparsity(self.model, 0.0)
+        best = float("inf")
+        for _ in range(TIMED_STEPS):
+            synchronize(device)
+            began = time.perf_counter()
+            with torch.autocast(device.type, TORCH_DTYPE[precision], enabled=precision != "fp32"):
+                loss = self.model(x).float().sum()
+            loss.backward()
+            synchronize(device)
+            best = min(best, time.perf_counter() - began)
+        self.model.zero_grad(set_to_none=True)
+        return best
+
+
+def _profile_lines(target: ProfileTarget) -> list[str]:
+    section = target.session.config.profile
+    cells = len(target.sizes) * len(section.batch_sizes)
+    seconds = cells * PROFILE_ROWS * section.seconds * WARMUP_SHARE
+    sizes = ", ".join(f"{height}x{width}" for height, width in target.sizes)
+    return [
+        *_folder_lines(target.session, "profile"),
+        f"model: {target.session.config.model.name} at {target.config}",
+        f"cells: {cells}, image sizes {sizes}, batch sizes {', '.join(map(str, section.batch_sizes))}, "
+        f"{section.precision}, {section.mode}",
+        f"time: {seconds / 60:.1f} min at least, {PROFILE_ROWS} rows each, more where {section.rounds} rounds take "
+        "longer or latencies do not settle",
+    ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sparsevit_cli.reporting import Reporter
 from sparsevit_cli.search.results import Evaluation
@@ -21,13 +22,9 @@ def plot_pareto(
     reporter: Reporter,
 ) -> None:
     """Accuracy against cost of every evaluated candidate, the front as a line, the winner marked; a PNG."""
-    if importlib.util.find_spec("matplotlib") is None:
-        reporter.warn(f"{path.name} is left out: matplotlib is not installed (pip install 'sparsevit-cli[plot]')")
+    figure = _figure(path, reporter)
+    if figure is None:
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.scatter([e.cost for e in history], [e.metric for e in history], s=14, color="#9aa5b1", label="evaluated")
     axes.plot(
@@ -40,6 +37,41 @@ def plot_pareto(
     axes.set_ylabel("top-1 on the search samples, %")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
+    _save(figure, path)
+
+
+def plot_training(path: Path, rows: Sequence[Mapping[str, float]], reporter: Reporter) -> None:
+    """Accuracy and losses of every validation over the epochs; a PNG."""
+    figure = _figure(path, reporter)
+    if figure is None:
+        return
+    epochs = [row["epoch"] for row in rows]
+    accuracy, losses = figure.subplots(2, sharex=True)
+    accuracy.plot(epochs, [row["top1"] for row in rows], "o-", color="#0b6e4f", ms=4)
+    accuracy.set_ylabel("top-1 on the validation data, %")
+    losses.plot(epochs, [row["train_loss"] for row in rows], "o-", color="#9aa5b1", ms=4, label="training")
+    losses.plot(epochs, [row["val_loss"] for row in rows], "o-", color="#c1121f", ms=4, label="validation")
+    losses.set_ylabel("loss")
+    losses.set_xlabel("epoch")
+    losses.legend(fontsize=8)
+    for axes in (accuracy, losses):
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _figure(path: Path, reporter: Reporter) -> Any:
+    """An empty figure; None, and a warning, without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        reporter.warn(f"{path.name} is left out: matplotlib is not installed (pip install 'sparsevit-cli[plot]')")
+        return None
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7, 4.5), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     temporary = path.with_name(f".{path.name}")
     FigureCanvasAgg(figure).print_png(str(temporary))
     os.replace(temporary, path)

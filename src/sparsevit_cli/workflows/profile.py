@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from sparsevit_cli.atomic import write_json
+from sparsevit_cli.atomic import write_atomic, write_json
 from sparsevit_cli.config.schema import ModelSection
 from sparsevit_cli.data.transforms import as_pair
 from sparsevit_cli.errors import CheckpointError, ConfigError
@@ -31,6 +31,7 @@ from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
 from sparsevit_cli.winner import parse_ratios
 
+from .pages import layers_csv, profile_page
 from .session import Session
 from .training import winner_ratios
 
@@ -40,6 +41,8 @@ TIMM_CLASSES = 1000
 """Outputs of a model that nothing is known of but its name: ImageNet's."""
 RETRIES = 3
 """Times that a measurement that did not settle is repeated before the command ends with exit 8."""
+FILES = ("profile.json", "profile.html", "samples.npz", "layers.csv", "metrics.json")
+"""What one profile writes; an earlier one's are set aside."""
 MACS_TOLERANCE = 0.005
 """Share by which the three counters may differ before a warning is given."""
 
@@ -102,6 +105,29 @@ class ProfileReport:
         }
 
 
+@dataclass(frozen=True)
+class ProfileTarget:
+    """What is measured: a model at a configuration, at image sizes (height, width) in pixels."""
+
+    session: Session
+    sizes: tuple[Size, ...]
+    config: SparsityConfig
+
+
+def profile_target(
+    session: Session, *, model: str | None = None, img_size: str | None = None, ratios: str | None = None
+) -> ProfileTarget:
+    """The configuration's profile with the flags as typed. Raises ConfigError, CheckpointError."""
+    if model is not None:
+        named = {"experiment": model, "model": _named_model(model)}
+        session = session.replaced(config=session.config.model_copy(update=named))
+    section = session.config.profile
+    sizes = parse_sizes(img_size) if img_size is not None else tuple(map(as_pair, section.image_sizes))
+    sizes = sizes or (session.img_size,)
+    depths = model_depths(_built(session, sizes[0]))
+    return ProfileTarget(session, sizes, _ratios(session, depths, ratios, named=model is not None))
+
+
 def profile_model(
     session: Session,
     *,
@@ -116,14 +142,9 @@ def profile_model(
     raises MeasurementError, or is marked in its row unless `strict`. Raises CheckpointError where there is no winner
     and no ratios are given.
     """
-    if model is not None:
-        named = {"experiment": model, "model": _named_model(model)}
-        session = session.replaced(config=session.config.model_copy(update=named))
+    target = profile_target(session, model=model, img_size=img_size, ratios=ratios)
+    session, sizes, config = target.session, target.sizes, target.config
     section = session.config.profile
-    sizes = parse_sizes(img_size) if img_size is not None else tuple(map(as_pair, section.image_sizes))
-    sizes = sizes or (session.img_size,)
-    depths = model_depths(_built(session, sizes[0]))
-    config = _ratios(session, depths, ratios, named=model is not None)
     folder = session.folder("profile")
     rows: list[ProfileRow] = []
     samples: dict[str, tuple[float, ...]] = {}
@@ -145,10 +166,12 @@ def profile_model(
     report = ProfileReport(
         folder, session.config.model.name, config, tuple(rows), stages, macs_check, session.environment, settings
     )
-    folder.set_aside(["profile.json", "samples.npz", "metrics.json"], session.reporter)
+    folder.set_aside(FILES, session.reporter)
     arrays: dict[str, Any] = {name: np.array(values) for name, values in samples.items()}
     np.savez(folder.path / "samples.npz", **arrays)
     write_json(folder.path / "profile.json", report.document())
+    write_atomic(folder.path / "layers.csv", layers_csv(stages))
+    write_atomic(folder.path / "profile.html", profile_page(report))
     folder.write_result({"rows": [asdict(row) for row in rows], "ratios": config.ratios})
     return report
 
@@ -292,14 +315,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def row_values(row: ProfileRow) -> tuple[Any, ...]:
-    """Cells of the console table."""
-    interval = f"[{row.latency_ms_low:.2f}, {row.latency_ms_high:.2f}]"
-    return (
-        row.label, f"{row.image_size[0]}x{row.image_size[1]}", row.batch, f"{row.gmacs:.2f}",
-        f"{row.latency_ms:.2f} {interval}{'' if row.stable else ' unsteady'}",
-        f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
-        f"{row.throughput:.1f}", f"{row.peak_memory_mb:.0f}",
-    )  # fmt: skip

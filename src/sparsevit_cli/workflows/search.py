@@ -108,6 +108,11 @@ def search(session: Session) -> SearchSummary:
     if data.fingerprint != weights.result["data_fingerprint"]:
         got = "the data, or the seed that splits them, are not those that adapt trained on"
         raise CheckpointError("sparsevit search", got, "Use the same data and seed: images trained on prove nothing.")
+    if session.config.search.max_ratio > session.config.adapt.max_ratio:
+        session.reporter.warn(
+            f"search.max_ratio {session.config.search.max_ratio:g} is above adapt.max_ratio "
+            f"{session.config.adapt.max_ratio:g}: weights were not adapted to all that is searched"
+        )
     model = session.model(weights.class_names, weights).eval()
     subset = _subset(session, len(data.search))
     samples = "all" if subset is None else f"{len(subset)} of seed {session.config.seed}"
@@ -174,6 +179,7 @@ class _Search:
         self.dtype = TORCH_DTYPE[self.section.precision]
         x = example_input(model, self.image, self.section.batch_size, device=session.device, dtype=self.dtype)
         self.identity = table_identity(model, x)
+        self.unsteady = {**self.identity, "unsteady": section_hash(session.config, "search", "seed")}
         self._measured: dict[SparsityConfig, LatencyRecord] = {}
 
     def top1(self, config: SparsityConfig, subset: Sequence[int] | None) -> float:
@@ -281,11 +287,16 @@ class _Search:
         """Milliseconds per batch of each, by the ratio to dense in the same interleaved rounds.
 
         So a machine that slows down between two measurements does not spoil the comparison. What was measured
-        steadily once is in the ledger and not measured again.
+        steadily once is in the ledger and not measured again; the rest is kept until this search is done, so that
+        it decides the same after a crash.
         """
         dense = self.space.dense
         for config in (dense, *configs):
-            record = self._measured.get(config) or self.ledger.get_latency(self.identity, config)
+            record = (
+                self._measured.get(config)
+                or self.ledger.get_latency(self.identity, config)
+                or self.ledger.get_latency(self.unsteady, config)
+            )
             if record is not None:
                 self._measured[config] = record
         missing = [config for config in dict.fromkeys((dense, *configs)) if config not in self._measured]
@@ -308,8 +319,8 @@ class _Search:
                 self._measured[config] = LatencyRecord(
                     dense_ms / latency.speedup, dense_ms / latency.speedup_high, dense_ms / latency.speedup_low
                 )
-            if latency.stable and dense.stable:
-                self.ledger.put_latency(self.identity, config, self._measured[config])
+            steady = latency.stable and dense.stable
+            self.ledger.put_latency(self.identity if steady else self.unsteady, config, self._measured[config])
         unsteady = [latency.spread for latency in latencies.values() if not latency.stable]
         if unsteady:
             told = f"{len(unsteady)} of {len(latencies)} latencies are not steady: spread up to {max(unsteady):.0%}"
@@ -423,6 +434,7 @@ class _Search:
         unit = "predicted ms per batch" if costs.table else "multiply-adds per image"
         plot_pareto(self.folder.path / "pareto.png", result.history, front, winner.config, unit, self.session.reporter)
         self._write_winner(summary, costs)
+        self.ledger.forget_latencies(self.unsteady)
         return summary
 
     def _csv(self, evaluations: Sequence[Evaluation]) -> str:

@@ -89,7 +89,8 @@ class Session:
     def signature(self) -> str:
         """Versions and device in one line."""
         versions = describe_versions()
-        named = ", ".join(f"{name} {versions[name]}" for name in ("sparsevit-cli", "torch", "timm"))
+        names = ("sparsevit-cli", "git", "torch", "timm")
+        named = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
         return f"{named} on {describe_device(self.device).get('name', self.device)}"
 
     def earlier(self, command: str) -> RunFolder:

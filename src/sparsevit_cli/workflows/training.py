@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -29,8 +30,9 @@ from sparsevit_cli.tasks.classification import Accuracy, evaluate
 from sparsevit_cli.training import PhasePlan, TrainingJob, TrainingPlan, plan_training, train
 from sparsevit_cli.winner import read_winner
 
+from .plots import plot_training
 from .session import Session, Weights
-from .weights import trained_weights
+from .weights import file_weights, trained_weights
 
 Size = tuple[int, int]
 
@@ -77,8 +79,8 @@ def pretrain(session: Session) -> TrainingSummary:
     model = session.model(data.class_names)
     dense = SparsityConfig.dense(model_depths(model))
     plan = plan_training(section, len(data.train), session.img_size)
-    start = section_hash(session.config, "model")
-    return _train(session, folder, data, model, _Kind("pretrain", section, FixedSchedule(dense), dense, plan, start))
+    kind = _Kind("pretrain", section, FixedSchedule(dense), dense, plan, _start(session, None))
+    return _train(session, folder, data, model, kind)
 
 
 def adapt(session: Session) -> TrainingSummary:
@@ -189,6 +191,7 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
         session.reporter.say(f"{kind.command}: already done; the result of {folder.path} is used")
     else:
         write_json(folder.path / "sparsity.json", {"ratios": kind.validate_at.ratios})
+        plot_training(folder.path / "results.png", result.history, session.reporter)
         folder.write_result(
             {
                 "top1": last["top1"],
@@ -247,6 +250,9 @@ def _check_rows(
         (f"uniform {ratio:g}", [space.uniform(ratio)]) for ratio in section.check_ratios if ratio <= space.max_ratio
     ]
     wanted += [(f"random, mean of {section.check_random}", [space.sample(rng) for _ in range(section.check_random)])]
+    above = [f"{ratio:g}" for ratio in section.check_ratios if ratio > space.max_ratio]
+    if above:
+        session.reporter.warn(f"adapt.check_ratios {', '.join(above)} left out: above adapt.max_ratio")
     done = (folder.read_result() or {}).get("check", {})
     if not done:
         macs = macs_cost(model, (session.config.model.in_chans, *session.img_size))
@@ -277,7 +283,11 @@ def has_own_weights(session: Session) -> bool:
 
 
 def _start(session: Session, weights: Weights | None) -> str:
-    return weights.sha256 if weights else section_hash(session.config, "model")
+    """Hash of the weights that a training starts from, or of what makes them."""
+    if weights is not None:
+        return weights.sha256
+    own = session.config.model.checkpoint
+    return file_weights(Path(own)).sha256 if own is not None else section_hash(session.config, "model")
 
 
 def _teacher(

@@ -1,0 +1,216 @@
+"""Workflows without the command line: weights by path, locks, set-aside results, signals in the middle, plans."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from sparsevit_cli.errors import CheckpointError, ConfigError, StoppedError
+from sparsevit_cli.profiling.device import source_revision
+from sparsevit_cli.reporting import SilentReporter
+from sparsevit_cli.runs import RunLocks
+from sparsevit_cli.stopping import StopRequest
+from sparsevit_cli.workflows.evaluate import evaluate_checkpoint
+from sparsevit_cli.workflows.export import export_winner
+from sparsevit_cli.workflows.pages import profile_page
+from sparsevit_cli.workflows.pipeline import run_pipeline
+from sparsevit_cli.workflows.plan import plan_lines
+from sparsevit_cli.workflows.profile import profile_model
+from sparsevit_cli.workflows.session import Session
+from sparsevit_cli.workflows.training import adapt, pretrain
+from sparsevit_cli.workflows.weights import file_weights
+from tiny import tiny_config
+
+RATIOS = "[[.3],[.5]]"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of runs in which pretrain is done."""
+    runs = tmp_path_factory.mktemp("runs")
+    session = session_in(runs)
+    pretrain(session)
+    session.locks.close()
+    return runs
+
+
+@pytest.fixture
+def runs(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the trained folder, to change."""
+    return shutil.copytree(trained, tmp_path / "runs")
+
+
+def session_in(runs: Path, **sections: object) -> Session:
+    return Session(tiny_config(output=str(runs), **sections), SilentReporter())
+
+
+def warnings_of(session: Session) -> list[str]:
+    assert isinstance(session.reporter, SilentReporter)
+    return session.reporter.warnings
+
+
+# -- weights ----------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_taken_by_command_folder_and_file(runs: Path, tmp_path: Path) -> None:
+    by_command = evaluate_checkpoint(session_in(runs), weights="pretrain", ratios=RATIOS)
+    folder = runs / "tiny" / "pretrain" / "checkpoints"
+    by_folder = evaluate_checkpoint(session_in(runs), weights=str(folder), ratios=RATIOS)
+    plain = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(file_weights(folder).state_dict, plain)
+    by_file = evaluate_checkpoint(session_in(runs), weights=str(plain), ratios=RATIOS)
+    assert by_command.loss == by_folder.loss == by_file.loss
+    assert by_command.config.ratios == ((0.3,), (0.5,))
+    assert evaluate_checkpoint(session_in(runs), weights=str(plain)).config.is_dense  # no ratios, nothing pruned
+    assert file_weights(folder).class_names == tuple("0123456789")
+    assert file_weights(plain).class_names == ()
+
+
+def test_a_file_is_exported_without_data_and_without_a_training(trained: Path, tmp_path: Path) -> None:
+    folder = trained / "tiny" / "pretrain" / "checkpoints"
+    plain = tmp_path / "weights.pth"
+    torch.save({"state_dict": file_weights(folder).state_dict}, plain)
+    summary = export_winner(session_in(tmp_path / "elsewhere"), weights=str(plain), ratios=RATIOS)
+    assert summary.report.output_shapes == {"output": ("batch", 10)}
+    assert json.loads(summary.report.sparsity_file.read_text())["model"]["class_names"] is None
+
+
+@pytest.mark.parametrize("typed", ["nonsense", "no/such/file.safetensors"])
+def test_weights_that_are_nowhere_are_refused(trained: Path, typed: str) -> None:
+    with pytest.raises(ConfigError, match="no file"):
+        evaluate_checkpoint(session_in(trained), weights=typed)
+
+
+def test_weights_without_a_classifier_cannot_be_exported(tmp_path: Path) -> None:
+    path = tmp_path / "backbone.safetensors"
+    safetensors.torch.save_file({"patch_embed.proj.bias": torch.zeros(8)}, path)
+    with pytest.raises(CheckpointError, match="no classifier"):
+        export_winner(session_in(tmp_path), weights=str(path), ratios=RATIOS)
+
+
+def test_another_model_than_was_trained_is_told(runs: Path) -> None:
+    session = session_in(runs, model={"importance": "l2"})
+    evaluate_checkpoint(session, weights="pretrain")
+    assert any("model.importance" in warning for warning in warnings_of(session))
+
+
+# -- folders ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_worked_in_by_one_process(tmp_path: Path) -> None:
+    path = tmp_path / "adapt"
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from pathlib import Path; from sparsevit_cli.runs import RunLocks\n"
+         "locks = RunLocks(); locks.take(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()", str(path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    ours = RunLocks()
+    with pytest.raises(CheckpointError, match="another process"):
+        ours.take(path)
+    child.kill()  # the operating system gives its lock back
+    child.wait()
+    ours.take(path)
+    ours.take(path)
+    ours.close()
+
+
+def test_sessions_of_one_experiment_exclude_each_other(runs: Path) -> None:
+    first, second = session_in(runs), session_in(runs)
+    first.folder("pretrain")
+    with pytest.raises(CheckpointError, match="another process"):
+        second.folder("pretrain")
+    first.locks.close()
+    second.folder("pretrain")
+
+
+def test_an_earlier_result_keeps_the_settings_it_was_made_with(runs: Path) -> None:
+    first = session_in(runs)
+    evaluate_checkpoint(first, weights="pretrain")
+    first.locks.close()
+    folder = runs / "tiny" / "evaluate"
+    before = {name: (folder / name).read_text() for name in ("config.yaml", "metrics.json")}
+    evaluate_checkpoint(session_in(runs, data={"eval_batch_size": 50}), weights="pretrain", ratios=RATIOS)
+    assert {name: (folder / "earlier-001" / name).read_text() for name in before} == before
+    assert "eval_batch_size: 50" in (folder / "config.yaml").read_text()
+
+
+# -- signals ----------------------------------------------------------------------------------------------------
+
+
+def stopped(runs: Path) -> Session:
+    stop = StopRequest()
+    stop.signal_number = signal.SIGTERM
+    return session_in(runs).replaced(stop=stop)
+
+
+def test_a_signal_ends_evaluation_measurement_and_export_between_two_steps(runs: Path) -> None:
+    with pytest.raises(StoppedError, match="nothing of this evaluation"):
+        evaluate_checkpoint(stopped(runs), weights="pretrain")
+    with pytest.raises(StoppedError, match="nothing of this profile"):
+        profile_model(stopped(runs), ratios=RATIOS)
+    with pytest.raises(StoppedError, match="an earlier export"):
+        export_winner(stopped(runs), weights="pretrain", ratios=RATIOS)
+    assert not list(runs.glob("tiny/*/metrics.json.*"))
+    assert not (runs / "tiny" / "evaluate" / "metrics.json").exists()
+
+
+# -- plans, pages, early refusals -------------------------------------------------------------------------------
+
+
+def test_plans_name_what_each_command_costs_and_write_nothing(tmp_path: Path) -> None:
+    session = session_in(tmp_path / "runs")
+    told = "\n".join(plan_lines(session, "run"))
+    for words in ("pretrain: ", "adapt: ", "finetune: ", "search: 8 candidates", "evaluate: 350 images"):
+        assert words in told
+    sizes = "\n".join(plan_lines(session, "profile", img_size="32,64x48", ratios="0.5"))
+    assert "cells: 4" in sizes
+    assert "64x48" in sizes
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_profile_leaves_a_page_that_escapes_what_it_shows(tmp_path: Path) -> None:
+    report = profile_model(session_in(tmp_path), ratios="0.5")
+    folder = tmp_path / "tiny" / "profile"
+    assert (folder / "layers.csv").read_text().startswith("model,part,blocks")
+    assert "<td>stage 1" in (folder / "profile.html").read_text()
+    hostile = profile_page(type(report)(**{**vars(report), "model": "<script>alert(1)</script>"}))
+    assert "<script>" not in hostile
+    assert "&lt;script&gt;" in hostile
+
+
+def test_the_pipeline_refuses_at_once_what_a_later_step_would(tmp_path: Path) -> None:
+    session = session_in(tmp_path, finetune={"ratios": [[0.1], [0.2], [0.3]]})
+    with pytest.raises(ConfigError, match="stages"):
+        run_pipeline(session)
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_ratios_left_out_of_the_closing_table_are_told(runs: Path) -> None:
+    session = session_in(runs, adapt={"max_ratio": 0.4, "check_ratios": [0.3, 0.5]})
+    labels = [row.label for row in adapt(session).rows]
+    assert "uniform 0.3" in labels
+    assert "uniform 0.5" not in labels
+    assert any("adapt.check_ratios 0.5" in warning for warning in warnings_of(session))
+    assert (runs / "tiny" / "adapt" / "results.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_settings_that_a_source_ignores_are_refused() -> None:
+    with pytest.raises(ValueError, match="crop_pct is set"):
+        tiny_config(data={"crop_pct": 0.5})
+    with pytest.raises(ValueError, match="digits is set"):
+        tiny_config(data={"source": "folder", "root": "x"})
+
+
+def test_the_revision_is_told_inside_a_checkout_only() -> None:
+    revision = source_revision()
+    assert revision is None or revision.split("-")[0].isalnum()
