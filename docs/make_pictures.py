@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from sparsevit_cli.config.loading import load_config
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import model_depths, set_sparsity, sparse_stages
-from sparsevit_cli.workflows.session import Session, trained_weights
+from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.training import winner_ratios
+from sparsevit_cli.workflows.weights import trained_weights
 
 IMAGES = (3, 11)
 OUTPUT = Path(__file__).parent / "kept_windows.png"

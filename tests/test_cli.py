@@ -244,7 +244,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     config = write_tiny(tmp_path)
     for command in ("pretrain", "search"):
         done = sparsevit(command, "--config", config, "--dry-run", cwd=tmp_path)
-        assert "estimated time" in done.stdout
+        assert "min " in done.stdout
     assert not (tmp_path / "runs").exists()
 
 
@@ -293,7 +293,10 @@ def test_text_from_outside_is_shown_as_it_is(tmp_path: Path) -> None:
     assert "[red]" in done.stderr
     assert "3.png" in done.stderr
     (tmp_path / "data" / "val" / "[red]" / "3.png").unlink()
-    done = sparsevit("pretrain", "--config", config, cwd=tmp_path, check=4)  # the data changed under the run
+    done = sparsevit("pretrain", "--config", config, cwd=tmp_path)  # repaired, and nothing trained is lost
+    assert "going on from step" in done.stderr or "validation data changed" in done.stderr
+    (tmp_path / "data" / "train" / "[red]" / "5.png").unlink()
+    done = sparsevit("pretrain", "--config", config, cwd=tmp_path, check=4)  # the training images are others now
     assert "another data" in done.stderr
     sparsevit("pretrain", "--config", config, "--fresh", cwd=tmp_path)
 

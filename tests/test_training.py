@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def job(folder: Path, *, seed: int = 0, workers: int = 0, **train_fields: Any) -
     model = sparsify_(build_model(config.model, 10))
     validated: list[SparsityConfig] = []
 
-    def validate(model: nn.Module, phase: PhasePlan) -> Mapping[str, float]:
+    def validate(model: nn.Module, phase: PhasePlan, before_batch: Callable[[], None]) -> Mapping[str, float]:
+        before_batch()
         validated.append(get_sparsity(model))
         return {"top1": float(sum(p.detach().sum() for p in model.parameters()))}
 
@@ -260,3 +262,59 @@ def test_random_schedule_is_a_function_of_seed_and_step() -> None:
     fixed = FixedSchedule(space.dense)
     assert fixed.at(0) is fixed.at(9) is fixed.config
     assert json.dumps(schedule.at(0).ratios)
+
+
+def test_a_validation_that_failed_is_made_up_for_before_anything_else(tmp_path: Path) -> None:
+    straight = job(tmp_path / "straight")
+    run(straight)
+    for failing in (1, 2):  # in the middle, and at the very end
+        folder = tmp_path / f"failing-{failing}"
+        broken, numbers = job(folder), count(1)
+
+        def fails(
+            *arguments: Any, at: int = failing, numbers: Iterator[int] = numbers, job: TrainingJob = broken
+        ) -> Mapping[str, float]:
+            if next(numbers) == at:
+                raise RuntimeError("the disk with the validation images is gone")
+            return job.validate(*arguments)
+
+        with pytest.raises(RuntimeError, match="is gone"):
+            run(replace(broken, validate=fails))
+        result = run(job(folder))
+        assert result.history[-1]["step"] == straight.plan.total_steps
+        (ours, our_rows), (theirs, their_rows) = saved(folder), saved(tmp_path / "straight")
+        assert our_rows == their_rows
+        assert all(torch.equal(ours["model"][name], tensor) for name, tensor in theirs["model"].items())
+
+
+def test_a_signal_during_validation_saves_and_the_row_is_not_lost(tmp_path: Path) -> None:
+    run(job(tmp_path / "straight"))
+    stopping, stop = job(tmp_path / "stopped"), StopRequest()
+
+    def stopped_in(model: nn.Module, phase: PhasePlan, before_batch: Callable[[], None]) -> Mapping[str, float]:
+        stop.signal_number = 15
+        return stopping.validate(model, phase, before_batch)
+
+    with pytest.raises(StoppedError, match="is saved"):
+        run(replace(stopping, validate=stopped_in), stop)
+    run(job(tmp_path / "stopped"))
+    assert saved(tmp_path / "stopped")[1] == saved(tmp_path / "straight")[1]
+
+
+def test_a_bad_loss_ends_with_the_weights_before_it_saved(tmp_path: Path) -> None:
+    bad = job(tmp_path, mixup=0.0, lr=1e30)
+    with pytest.raises(NonFiniteError, match="are saved"):
+        run(bad)
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    kept = load_checkpoint(newest).tensors["model"]
+    assert all(torch.equal(kept[name], tensor) for name, tensor in bad.model.state_dict().items())
+
+
+def test_other_validation_images_are_told_and_the_training_goes_on(tmp_path: Path) -> None:
+    stop = StopAt(job(tmp_path), 3)
+    with pytest.raises(StoppedError):
+        run(stop.job, stop)
+    reporter = SilentReporter()
+    train(replace(job(tmp_path), validation_fingerprint="others"), reporter, StopRequest())
+    assert any("validation data changed" in warning for warning in reporter.warnings)

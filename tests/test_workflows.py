@@ -16,7 +16,7 @@ import torch
 from sparsevit_cli.errors import CheckpointError, ConfigError, StoppedError
 from sparsevit_cli.profiling.device import source_revision
 from sparsevit_cli.reporting import SilentReporter
-from sparsevit_cli.runs import RunLocks
+from sparsevit_cli.runs import RunLocks, next_command
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.workflows.evaluate import evaluate_checkpoint
 from sparsevit_cli.workflows.export import export_winner
@@ -100,6 +100,12 @@ def test_another_model_than_was_trained_is_told(runs: Path) -> None:
     session = session_in(runs, model={"importance": "l2"})
     evaluate_checkpoint(session, weights="pretrain")
     assert any("model.importance" in warning for warning in warnings_of(session))
+
+
+def test_weights_of_another_seed_are_not_validated_on_what_they_learned(runs: Path) -> None:
+    folder = runs / "tiny" / "pretrain" / "checkpoints"
+    with pytest.raises(CheckpointError, match="seed 0"):
+        evaluate_checkpoint(session_in(runs, seed=1), weights=str(folder))
 
 
 # -- folders ----------------------------------------------------------------------------------------------------
@@ -190,7 +196,7 @@ def test_a_profile_leaves_a_page_that_escapes_what_it_shows(tmp_path: Path) -> N
 
 def test_the_pipeline_refuses_at_once_what_a_later_step_would(tmp_path: Path) -> None:
     session = session_in(tmp_path, finetune={"ratios": [[0.1], [0.2], [0.3]]})
-    with pytest.raises(ConfigError, match="stages"):
+    with pytest.raises(ConfigError, match="block pairs"):
         run_pipeline(session)
     assert not (tmp_path / "tiny").exists()
 
@@ -214,3 +220,23 @@ def test_settings_that_a_source_ignores_are_refused() -> None:
 def test_the_revision_is_told_inside_a_checkout_only() -> None:
     revision = source_revision()
     assert revision is None or revision.split("-")[0].isalnum()
+
+
+@pytest.mark.parametrize(
+    ("argv", "typed"),
+    [
+        ((), "sparsevit adapt"),
+        (
+            ("sparsevit", "search", "-c", "my file.yaml", "--json", "--seed=3"),
+            "sparsevit adapt -c 'my file.yaml' --seed=3",
+        ),
+    ],
+)
+def test_the_next_command_stays_with_the_experiment(argv: tuple[str, ...], typed: str) -> None:
+    assert next_command("adapt", argv) == typed
+
+
+def test_what_is_asked_to_be_typed_names_the_experiment(tmp_path: Path) -> None:
+    session = session_in(tmp_path).replaced(argv=("sparsevit", "adapt", "--config", "tiny.yaml"))
+    with pytest.raises(CheckpointError, match=r"Type: sparsevit pretrain --config tiny.yaml"):
+        adapt(session)

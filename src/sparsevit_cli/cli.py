@@ -90,13 +90,19 @@ def _run(
     """One command: a session, its workflow, and the result as a table or as JSON. `flags` matter to its plan."""
     from .config.loading import load_config
     from .console import ConsoleReporter, print_json, print_lines
+    from .search.budget import parse_latency_budget, parse_macs_budget
 
     reporter = ConsoleReporter(verbose=options.verbose)
     with _reported(reporter, options.verbose):
         config = load_config(options.config, options.overrides)
+        for text, parse in ((config.search.budget_latency, parse_latency_budget),
+                            (config.search.budget_macs, parse_macs_budget)):  # fmt: skip
+            if text is not None:
+                parse(text)
         from .workflows.session import Session
 
-        with stop_on_signals() as stop, _library_talk(reporter, options.verbose):
+        told = {"to_go_on": "Type the command without --fresh to go on."} if options.fresh else {}
+        with stop_on_signals(**told) as stop, _library_talk(reporter, options.verbose):
             session = Session(config, reporter, stop, ("sparsevit", *sys.argv[1:]), options.fresh)
             if options.dry_run:
                 from .workflows.plan import plan_lines

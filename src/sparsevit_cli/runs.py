@@ -42,6 +42,9 @@ WORK = ("checkpoints", "ledger.sqlite", "metrics.json")
 TRAININGS = ("pretrain", "adapt", "finetune", "rival")
 """Commands that go on in their folder; the others set an earlier result aside and start anew."""
 
+EXPERIMENT_FLAGS = ("--config", "-c", "--set", "-s", "--output", "-o", "--seed", "--device")
+"""Flags that say which experiment is meant."""
+
 HARMLESS = (
     "data.workers", "data.eval_batch_size",
     *(f"{section}.{name}" for section in ("train", "adapt", "finetune") for name in ("save_every", "keep")),
@@ -55,8 +58,15 @@ class RunFolder:
 
     path: Path
     command: str
+    argv: Sequence[str] = ()
+    """The command line that this process was started with."""
     about: Mapping[str, str] = field(default_factory=dict)
     """config.yaml and env.json of this command, written once an earlier result with its own is set aside."""
+
+    @property
+    def typed(self) -> str:
+        """What to type for this command on the same experiment."""
+        return next_command(self.command, self.argv)
 
     @property
     def checkpoints(self) -> Path:
@@ -151,7 +161,7 @@ def open_run(
     path.mkdir(exist_ok=True)
     about = {"config.yaml": dump_config(config), "env.json": json_text(environment)}
     is_replaced_later = command not in TRAININGS and (path / "metrics.json").exists()
-    folder = RunFolder(path, command, about if is_replaced_later else {})
+    folder = RunFolder(path, command, argv, about if is_replaced_later else {})
     if not is_replaced_later:
         for name, text in about.items():
             write_atomic(path / name, text)
@@ -184,7 +194,17 @@ def missing_result(folder: RunFolder, needed_by: str) -> SparseViTError:
     """What to type first."""
     state = "has not finished" if folder.path.exists() else "was not run"
     got = f"`sparsevit {folder.command}` {state} ({folder.result} is missing)"
-    return CheckpointError(needed_by, got, f"Type: sparsevit {folder.command}")
+    return CheckpointError(needed_by, got, f"Type: {folder.typed}")
+
+
+def next_command(command: str, argv: Sequence[str]) -> str:
+    """`sparsevit <command>` on the experiment that `argv` named: with its --config, --set, --output and --seed."""
+    kept: list[str] = []
+    for position, word in enumerate(argv):
+        name, equals, _ = word.partition("=")
+        if name in EXPERIMENT_FLAGS:
+            kept += [word] if equals else argv[position : position + 2]
+    return " ".join(["sparsevit", command, *([shlex.join(kept)] if kept else [])])
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from .errors import StoppedError
 class StopRequest:
     """Set by a signal, looked at by loops between two steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, to_go_on: str = "Type the same command to go on.") -> None:
         self.signal_number: int | None = None
+        self.to_go_on = to_go_on
 
     @property
     def requested(self) -> bool:
@@ -26,7 +27,7 @@ class StopRequest:
         """The error to end with, once `done` (what was saved) is true."""
         name = signal.Signals(self.signal_number or signal.SIGTERM).name
         interrupted = self.signal_number == signal.SIGINT
-        return StoppedError(what, f"{name} arrived; {done}", "Type the same command to go on.", interrupted=interrupted)
+        return StoppedError(what, f"{name} arrived; {done}", self.to_go_on, interrupted=interrupted)
 
     def check(self, what: str, done: str) -> None:
         """Raise StoppedError where a signal arrived."""
@@ -35,12 +36,12 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(**told: str) -> Iterator[StopRequest]:
     """Turn SIGTERM and SIGINT into a StopRequest while the block runs; a second signal raises at once.
 
-    Outside the main thread signals cannot be caught, and the request stays unset.
+    `told` goes to StopRequest. Outside the main thread signals cannot be caught, and the request stays unset.
     """
-    request = StopRequest()
+    request = StopRequest(**told)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

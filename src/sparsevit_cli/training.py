@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from .data.source import ImageSource
 from .data.transforms import as_pair
 from .errors import CheckpointError, ConfigError, NonFiniteError, ResourceError
 from .models import set_img_size
+from .profiling.device import describe_versions
 from .profiling.inputs import TORCH_DTYPE
 from .profiling.memory import is_out_of_memory
 from .reporting import Progress, Reporter
@@ -103,9 +104,12 @@ def plan_training(
 
 
 class Validate(Protocol):
-    """Metrics of a model on the validation data, at fixed configurations; `top1` decides which is best."""
+    """Metrics of a model on the validation data, at fixed configurations; `top1` decides which is best.
 
-    def __call__(self, model: nn.Module, phase: PhasePlan) -> Mapping[str, float]: ...
+    `before_batch` may raise, to stop early.
+    """
+
+    def __call__(self, model: nn.Module, phase: PhasePlan, before_batch: Callable[[], None]) -> Mapping[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ class TrainingJob:
     temperature: float = 1.0
     identity: Mapping[str, object] = field(default_factory=dict)
     """What a checkpoint must agree with to be resumed: data fingerprint, classes, start weights, settings."""
+    validation_fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,8 +155,8 @@ def train(
 ) -> TrainingResult:
     """Train to the end of the plan, from the newest whole checkpoint where there is one.
 
-    Raises NonFiniteError (weights as before the bad step), ResourceError, CheckpointError for a checkpoint of
-    another run, StoppedError after a signal once a checkpoint is saved.
+    Raises NonFiniteError (saved are the weights before the bad step), ResourceError, CheckpointError for a checkpoint
+    of another run, StoppedError after a signal once a checkpoint is saved.
     """
     began = time.monotonic()
     run = _Run(job, reporter)
@@ -160,20 +165,20 @@ def train(
     total = job.plan.total_steps
     with reporter.progress(job.kind, total) as progress:
         progress.advance(run.step)
-        while run.step < total:
-            run.train_until_event(stop, progress)
-            run.seconds = earlier_seconds + time.monotonic() - began
-            due, stopping = job.plan.is_due(run.step, job.section.eval_every), stop.requested
-            if due:
-                try:
-                    run.validate()
-                except Exception:
-                    run.save(best=False)  # the steps are good, whatever is wrong with the validation data
-                    raise
+        while run.step < total or run.owes_validation:
+            best = False
+            if not run.owes_validation:
+                with run.saved_on(NonFiniteError):
+                    run.train_until_event(stop, progress)
+                run.seconds = earlier_seconds + time.monotonic() - began
+            if run.owes_validation and not stop.requested:
+                with run.saved_on(Exception):  # the steps are good; the validation is made up for
+                    run.validate(lambda: stop.check(job.kind, f"step {run.step} of {total} is saved"))
                 on_row(tuple(run.history))
-            if stopping or job.plan.is_due(run.step, job.section.save_every):
-                run.save(best=due and run.is_best())
-            if stopping:
+                best = run.is_best()
+            if best or stop.requested or job.plan.is_due(run.step, job.section.save_every):
+                run.save(best=best)
+            if stop.requested:
                 raise stop.error(job.kind, f"step {run.step} of {total} is saved")
     newest = latest_checkpoint(job.checkpoints, reporter.warn)
     assert newest is not None, "the last step always saves"
@@ -368,16 +373,23 @@ class _Run:
             f"loss {loss} and gradient norm {norm} at step {self.step}, lr {lr:.3g}, "
             f"sparsity {self.job.schedule.at(self.step)}, files {names}"
         )
-        raise NonFiniteError(self.job.kind, got, f"Lower {self.job.kind}.lr, or train in fp32; the weights are kept.")
+        do = f"The weights before it are saved. Lower {self.job.kind}.lr or train in fp32, with --fresh."
+        raise NonFiniteError(self.job.kind, got, do)
 
     # -- validation and checkpoints -----------------------------------------------------------------------------
 
-    def validate(self) -> None:
+    @property
+    def owes_validation(self) -> bool:
+        """True at a step whose validation is due and not done; a resumed run begins with it."""
+        is_due = self.step > 0 and self.job.plan.is_due(self.step, self.job.section.eval_every)
+        return is_due and not (self.history and self.history[-1]["step"] == self.step)
+
+    def validate(self, before_batch: Callable[[], None]) -> None:
         """Append one row of metrics, of the EMA weights where they are kept."""
         model = self.ema.module if self.ema is not None else self.model
         phase = self.job.plan.phase(self.step - 1)
         self._set_size(phase.img_size)
-        metrics = self.job.validate(model, phase)
+        metrics = self.job.validate(model, phase, before_batch)
         row: dict[str, float] = {
             "step": self.step,
             "epoch": round(self.step / self.job.plan.steps_per_epoch, 3),
@@ -386,8 +398,17 @@ class _Run:
             "train_loss": sum(self.losses) / max(1, len(self.losses)),
             "seconds": round(self.seconds, 1),
         }
-        self.losses = self.losses[-1:]
+        self.losses = []
         self.history.append(row | dict(metrics))
+
+    @contextmanager
+    def saved_on(self, errors: type[Exception]) -> Iterator[None]:
+        """Save the present step, and only then let one of `errors` pass."""
+        try:
+            yield
+        except errors:
+            self.save(best=False)
+            raise
 
     def is_best(self) -> bool:
         """True where the newest row has the best top1 of all rows at its image size."""
@@ -407,6 +428,9 @@ class _Run:
             "kind": self.job.kind,
             "step": self.step,
             "total_steps": self.job.plan.total_steps,
+            "epoch": self.step / self.job.plan.steps_per_epoch,
+            "versions": describe_versions(),
+            "validation": self.job.validation_fingerprint,
             "seed": self.job.seed,
             "optimizer": optimizer_state,
             "scaler": self.scaler.state_dict(),
@@ -437,6 +461,8 @@ class _Run:
         scaler_state: Any = saved.state["scaler"]
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler_state)
+        if saved.state.get("validation") != self.job.validation_fingerprint:
+            self.reporter.warn(f"{self.job.kind}: the validation data changed; earlier rows are of the old ones")
         history: Any = saved.state["history"]
         losses: Any = saved.state["losses"]
         accumulation: Any = saved.state["accumulation"]

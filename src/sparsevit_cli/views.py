@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .console import print_lines, print_table
+from .runs import next_command
 
 if TYPE_CHECKING:
     from .workflows.evaluate import EvaluateSummary
@@ -14,12 +15,7 @@ if TYPE_CHECKING:
     from .workflows.search import SearchSummary
     from .workflows.training import TrainingSummary
 
-NEXT = {
-    "pretrain": "sparsevit adapt",
-    "adapt": "sparsevit search --budget-latency 70%",
-    "search": "sparsevit finetune",
-    "finetune": "sparsevit profile",
-}
+NEXT = {"pretrain": "adapt", "adapt": "search --budget-latency 70%", "search": "finetune", "finetune": "profile"}
 
 
 def show_training(summary: TrainingSummary) -> None:
@@ -29,7 +25,7 @@ def show_training(summary: TrainingSummary) -> None:
         print_table("Adapted weights at fixed sparsity", ("sparsity", "top-1 %", "GMACs"), rows)
     print_lines(
         f"{summary.command}: top-1 {summary.top1:.2f} % after {summary.seconds:.0f} s, in {summary.folder.path}",
-        f"Next: {NEXT[summary.command]}",
+        f"Next: {next_command(NEXT[summary.command], summary.folder.argv)}",
     )
 
 
@@ -39,7 +35,8 @@ def show_search(summary: SearchSummary) -> None:
         (
             str(f.config), f"{f.top1:.2f}", f"{f.gmacs:.3f}",
             "-" if f.predicted_ms is None else f"{f.predicted_ms:.2f}",
-            f"{f.latency_ms:.2f} [{f.latency_ms_low:.2f}, {f.latency_ms_high:.2f}]", f"{f.speedup:.2f}x",
+            f"{f.latency_ms:.2f} [{f.latency_ms_low:.2f}, {f.latency_ms_high:.2f}]{'' if f.stable else ' unsteady'}",
+            f"{f.speedup:.2f}x",
             "winner" if f is summary.winner else ("yes" if f.within_budget else "no"),
         )
         for f in summary.finalists
@@ -57,7 +54,7 @@ def show_search(summary: SearchSummary) -> None:
         lines.append(f"subset against whole search split: rank correlation {summary.proxy_correlation:.2f}")
     lines += [summary.note] if summary.note else []
     lines.append(f"winner: {summary.winner.config}, in {summary.folder.path / 'winner.yaml'}")
-    print_lines(*lines, f"Next: {NEXT['search']}")
+    print_lines(*lines, f"Next: {next_command(NEXT['search'], summary.folder.argv)}")
 
 
 def show_evaluation(summary: EvaluateSummary) -> None:

@@ -47,7 +47,8 @@ def token_index_of(
     height: int, width: int, window_size: tuple[int, int], shift_size: tuple[int, int], device: torch.device
 ) -> Tensor:
     """`window_token_index`, made once per map size and device; while a graph is captured it is part of the graph."""
-    if torch.compiler.is_compiling():
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or capturing or torch._guards.detect_fake_mode() is not None:
         return window_token_index(height, width, window_size, shift_size, device)
     return _remembered_token_index(height, width, window_size, shift_size, device)
 

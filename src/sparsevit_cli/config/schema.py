@@ -269,7 +269,9 @@ class SearchSection(Section):
     parents: Count = Field(25, description="Best candidates that breed.")
     generations: Annotated[int, Field(ge=1)] = Field(20, description="Generations after the first.")
     mutation: Fraction = Field(0.1, description="Probability that a mutation redraws a gene.")
-    max_evaluations: Count | None = Field(None, description="True evaluations at most; null for no limit.")
+    max_evaluations: Count | None = Field(
+        None, description="Candidates asked for at most, known ones included; null for no limit."
+    )
     max_ratio: NonZeroRatio = Field(0.8, description="Largest sparsity ratio searched.")
     samples: Count | None = Field(None, description="Fixed subset of the search split for candidates; null for all.")
     finalists: Count = Field(5, description="Best candidates that are scored on the whole split and measured.")

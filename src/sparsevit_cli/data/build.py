@@ -27,7 +27,8 @@ from .transforms import TransformSpec, as_pair
 class DataBundle:
     """Training images, those held out of them for search, and validation images.
 
-    `fingerprint` covers the three, at the size they were built for. `rows` is what `describe` says of them.
+    `fingerprint` covers the images that are learned and searched from, `val_fingerprint` those of validation, at the
+    size they were built for. `rows` is what `describe` says of them.
     """
 
     train: ImageSource
@@ -35,6 +36,7 @@ class DataBundle:
     val: ImageSource
     class_names: tuple[str, ...]
     fingerprint: str
+    val_fingerprint: str
     rows: tuple[tuple[str, str], ...]
 
     def describe(self) -> list[tuple[str, str]]:
@@ -111,7 +113,9 @@ def _digits(
         ("search images", str(len(search))),
         ("validation images", str(len(val))),
     ]
-    return DataBundle(train, search, val, train.class_names, _fingerprint(train, search, val), tuple(rows))
+    return DataBundle(
+        train, search, val, train.class_names, _fingerprint(train, search), val.fingerprint(), tuple(rows)
+    )
 
 
 def _read(data: DataSection, split: str) -> Records:
@@ -159,7 +163,7 @@ def _bundle(
     ]
     if isinstance(train_records, FolderRecords) and isinstance(val_records, FolderRecords):
         rows.append(("ignored files", f"{train_records.num_ignored + val_records.num_ignored}"))
-    return DataBundle(train, search, val, names, _fingerprint(train, search, val), tuple(rows))
+    return DataBundle(train, search, val, names, _fingerprint(train, search), val.fingerprint(), tuple(rows))
 
 
 def _counts(source: RecordSource) -> str:

@@ -17,7 +17,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -161,6 +161,10 @@ class Ledger:
             raise NonFiniteError(f"latency of candidate {config}", str(record), "Nothing was committed.")
         row = (_identity(device), _candidate(config), *numbers)
         self._insert("INSERT OR REPLACE INTO latencies VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def scoped(self, settings: str) -> Ledger:
+        """This ledger for metrics under other evaluation settings; it lives as long as this one."""
+        return Ledger(self.path, replace(self.scope, settings=settings), self._database, self._lock)
 
     def forget_latencies(self, device: Mapping[str, Any]) -> None:
         """Drop what was measured under this very identity."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.exporting import ExportReport, ModelInfo, export_model
 from sparsevit_cli.models import model_arguments
 from sparsevit_cli.runs import RunFolder, read_json
@@ -75,5 +76,13 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
         reporter=session.reporter,
         before_step=partial(session.stop.check, "export", "an earlier export is as it was"),
     )
-    folder.write_result({"weights": trained.name, "ratios": config.ratios, "manifest": report.manifest.name})
+    folder.write_result(
+        {
+            "weights": trained.name,
+            "weights_sha256": trained.sha256,
+            "ratios": config.ratios,
+            "settings": section_hash(session.config, "export", "model"),
+            "manifest": report.manifest.name,
+        }
+    )
     return ExportSummary(folder, trained.name, config, report)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsevit_cli.atomic import write_json
+from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.exporting import check_packages
 from sparsevit_cli.models import set_img_size
@@ -26,12 +27,22 @@ from sparsevit_cli.tasks.classification import Accuracy
 
 from .evaluate import evaluate_checkpoint
 from .export import export_winner
-from .profile import profile_model
+from .profile import profile_model, settings_of
 from .search import budget_requests, is_searched, search
 from .session import Session, Weights
-from .training import adapt, chosen_ratios, finetune, has_own_weights, pretrain, score, train_smaller_rival
+from .training import (
+    adapt,
+    chosen_ratios,
+    dense_weights,
+    finetune,
+    has_own_weights,
+    pretrain,
+    score,
+    train_smaller_rival,
+)
 from .weights import trained_weights
 
+RIVAL_SIZE = "size.json"
 SIZE_STEPS = 8
 """Dense rivals are looked for at this many image sizes below the full one."""
 
@@ -99,10 +110,17 @@ def run_pipeline(session: Session) -> PipelineSummary:
         search(session)
     seconds["finetune"] = finetune(session).seconds
     contenders = _contenders(session, seconds)
-    tuned_at = [list(stage) for stage in contenders[-1].config.ratios]
     profile = partial(profile_model, strict=False)  # on a busy machine its rows are marked, and the table still comes
-    for command, step in (("evaluate", evaluate_checkpoint), ("profile", profile), ("export", export_winner)):
-        if (session.earlier(command).read_result() or {}).get("ratios") != tuned_at:
+    tuned_at = [list(stage) for stage in contenders[-1].config.ratios]
+    tuned = {"ratios": tuned_at, "weights_sha256": trained_weights(session, "finetune", "sparsevit run").sha256}
+    steps: tuple[tuple[str, Callable[[Session], object], Mapping[str, object]], ...] = (
+        ("evaluate", evaluate_checkpoint, tuned),
+        ("profile", profile, {"ratios": tuned_at, "settings": settings_of(session)}),
+        ("export", export_winner, {**tuned, "settings": section_hash(session.config, "export", "model")}),
+    )
+    for command, step, wanted in steps:
+        found = session.earlier(command).read_result() or {}
+        if session.fresh or any(found.get(name) != value for name, value in wanted.items()):
             step(session)
     return _summary(session, folder, contenders, seconds)
 
@@ -120,7 +138,7 @@ def _check_settings(session: Session) -> None:
 def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]:
     """The models of the table, each scored on the validation data."""
     adapted, tuned = (trained_weights(session, name, "sparsevit run") for name in ("adapt", "finetune"))
-    dense = trained_weights(session, "pretrain", "sparsevit run") if "pretrain" in seconds else None
+    dense = dense_weights(session, "run")
     data = session.data(tuned)
     classes = tuned.class_names
     dense_model, adapted_model, tuned_model = (session.model(classes, w).eval() for w in (dense, adapted, tuned))
@@ -128,13 +146,14 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
     space = session.space(adapted_model, session.config.search.max_ratio)
 
     found = [_score(session, data, "dense", dense_model, space.dense)]
-    rival, size = _smaller_rival(session, dense, classes, dense_model, tuned_model, winner)
+    folder = _rival_folder(session, winner)
+    rival, size = _smaller_rival(session, folder, dense, classes, tuned_model, winner)
     patch, share = _patch(rival), size[0] / session.img_size[0]
 
     def seen_as(full: tuple[int, int]) -> tuple[int, int]:
         return size if full == session.img_size else _multiples(full, share, patch)
 
-    seconds["rival"] = train_smaller_rival(session, rival, dense, seen_as).seconds
+    seconds["rival"] = train_smaller_rival(session, folder, rival, dense, seen_as).seconds
     found.append(_score(session, data, f"dense at {size[0]}x{size[1]}", rival.eval(), space.dense, size))
     for config in _uniform_rivals(session, space, adapted_model, winner):
         label = f"uniform {config.ratios[0][0]:g}"
@@ -168,11 +187,18 @@ def _uniform_rivals(
     return above[-1:] + below[:1]
 
 
+def _rival_folder(session: Session, winner: SparsityConfig) -> RunFolder:
+    """The rival's folder; that of another winner is set aside: its size stands for another latency."""
+    chosen = session.earlier("rival").path / RIVAL_SIZE
+    stale = chosen.exists() and read_json(chosen).get("winner") != str(winner)
+    return session.replaced(fresh=session.fresh or stale).folder("rival")
+
+
 def _smaller_rival(
     session: Session,
+    folder: RunFolder,
     weights: Weights | None,
     classes: Sequence[str],
-    dense: nn.Module,
     tuned: nn.Module,
     winner: SparsityConfig,
 ) -> tuple[nn.Module, tuple[int, int]]:
@@ -181,8 +207,8 @@ def _smaller_rival(
     patch = _patch(tuned)
     shares = [1 - n / SIZE_STEPS for n in range(1, SIZE_STEPS)]
     sizes = {_multiples(session.img_size, share, patch) for share in shares}
-    chosen = session.earlier("rival").path / "size.json"
-    if chosen.exists() and not session.fresh:  # measured again, noise could pick another one than was trained
+    chosen = folder.path / RIVAL_SIZE
+    if chosen.exists():  # measured again, noise could pick another one than was trained
         height, width = read_json(chosen)["img_size"]
         model = session.model(classes, weights)
         set_img_size(model, (height, width))
@@ -199,8 +225,7 @@ def _smaller_rival(
         f"run: the dense rival of equal latency takes {size[0]}x{size[1]} pixels "
         f"({latencies[f'{size[0]}x{size[1]}'].median_ms:.2f} ms, the winner {target:.2f} ms)"
     )
-    chosen.parent.mkdir(parents=True, exist_ok=True)
-    write_json(chosen, {"img_size": size})
+    write_json(chosen, {"img_size": size, "winner": str(winner)})
     return models[size], size
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsevit_cli.atomic import write_atomic
 from sparsevit_cli.reporting import Reporter
 from sparsevit_cli.search.results import Evaluation
 from sparsevit_cli.sparsity import SparsityConfig
@@ -72,6 +73,6 @@ def _figure(path: Path, reporter: Reporter) -> Any:
 def _save(figure: Any, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    temporary = path.with_name(f".{path.name}")
-    FigureCanvasAgg(figure).print_png(str(temporary))
-    os.replace(temporary, path)
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    write_atomic(path, picture.getvalue())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from sparsevit_cli.atomic import write_atomic, write_json
+from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.config.schema import ModelSection
 from sparsevit_cli.data.transforms import as_pair
 from sparsevit_cli.errors import CheckpointError, ConfigError
@@ -168,12 +170,21 @@ def profile_model(
     )
     folder.set_aside(FILES, session.reporter)
     arrays: dict[str, Any] = {name: np.array(values) for name, values in samples.items()}
-    np.savez(folder.path / "samples.npz", **arrays)
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    write_atomic(folder.path / "samples.npz", packed.getvalue())
     write_json(folder.path / "profile.json", report.document())
     write_atomic(folder.path / "layers.csv", layers_csv(stages))
     write_atomic(folder.path / "profile.html", profile_page(report))
-    folder.write_result({"rows": [asdict(row) for row in rows], "ratios": config.ratios})
+    folder.write_result(
+        {"rows": [asdict(row) for row in rows], "ratios": config.ratios, "settings": settings_of(session)}
+    )
     return report
+
+
+def settings_of(session: Session) -> str:
+    """Hash of what a profile depends on besides ratios and image sizes."""
+    return section_hash(session.config, "profile", "model")
 
 
 def _named_model(name: str) -> ModelSection:

@@ -16,7 +16,7 @@ from sparsevit_cli.atomic import write_atomic
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.data.splits import fixed_subset
-from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
+from sparsevit_cli.errors import BudgetError, CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
 from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
@@ -35,7 +35,7 @@ from sparsevit_cli.search.budget import (
 from sparsevit_cli.search.correlation import spearman
 from sparsevit_cli.search.engine import search_sparsity
 from sparsevit_cli.search.latency_table import LatencyTable, TableError
-from sparsevit_cli.search.ledger import LatencyRecord, Ledger, LedgerScope
+from sparsevit_cli.search.ledger import LatencyRecord, Ledger, LedgerScope, committed
 from sparsevit_cli.search.pareto import pareto_front
 from sparsevit_cli.search.results import Evaluation, Progress, SearchResult, best_first
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
@@ -65,6 +65,8 @@ class Finalist:
     latency_ms_low: float
     latency_ms_high: float
     speedup: float
+    stable: bool
+    """False where the machine was too busy for a steady latency."""
     within_budget: bool
 
 
@@ -116,13 +118,21 @@ def search(session: Session) -> SearchSummary:
     model = session.model(weights.class_names, weights).eval()
     subset = _subset(session, len(data.search))
     samples = "all" if subset is None else f"{len(subset)} of seed {session.config.seed}"
-    scope = LedgerScope(weights.sha256, data.fingerprint, f"{section_hash(session.config, 'model')} on {samples}")
+    scope = LedgerScope(weights.sha256, data.fingerprint, _ledger_settings(session, samples))
     with Ledger.open(folder.path / "ledger.sqlite", scope) as ledger:
         work = _Search(session, folder, data, model, weights, subset, ledger)
-        costs = work.costs(requests)
-        result = work.run(costs)
-        finalists = work.finalists(costs, result)
+        try:
+            costs = work.costs(requests)
+            result = work.run(costs)
+            finalists = work.finalists(costs, result)
+        except (BudgetError, MeasurementError):
+            ledger.forget_latencies(work.unsteady)  # a second try measures anew
+            raise
         return work.finish(costs, result, finalists)
+
+
+def _ledger_settings(session: Session, samples: str) -> str:
+    return f"{section_hash(session.config, 'model')} on {samples}"
 
 
 def budget_requests(session: Session) -> tuple[BudgetRequest, ...]:
@@ -181,6 +191,7 @@ class _Search:
         self.identity = table_identity(model, x)
         self.unsteady = {**self.identity, "unsteady": section_hash(session.config, "search", "seed")}
         self._measured: dict[SparsityConfig, LatencyRecord] = {}
+        self._unsteady: set[SparsityConfig] = set()
 
     def top1(self, config: SparsityConfig, subset: Sequence[int] | None) -> float:
         """Accuracy on the search split, with the adapted weights as they are."""
@@ -199,6 +210,9 @@ class _Search:
         feasibility: list[Feasibility] = []
         table, error = None, None
         measured: dict[SparsityConfig, float] = {}
+        for request in requests:
+            if request.metric == "macs":  # known without a measurement: told before one is made
+                check_reachable(request.resolve(self.macs(corners[0])), self.macs(corners[0]), self.macs(corners[2]))
         for request in requests:
             if request.metric == "latency_ms":
                 measured = {config: record.latency_ms for config, record in self.measure(corners).items()}
@@ -219,11 +233,12 @@ class _Search:
         return _Costs(tuple(constraints), tuple(feasibility), table, error)
 
     def _with_margin(self, budget: Budget, table: LatencyTable, row: Feasibility) -> Budget:
-        """The budget less the share kept free for errors of the table; dense stays in where it was measured in."""
+        """The budget less the share kept free for errors of the table; dense is in or out as it was measured."""
         if row.dense_fits:
             return Budget(max(budget.limit, table.predict(self.space.dense)), "latency_ms")
-        cheapest = table.predict(self.space.sparsest)
-        return Budget(max(budget.limit * (1 - self.section.margin), cheapest), "latency_ms")
+        dense, cheapest = table.predict(self.space.dense), table.predict(self.space.sparsest)
+        below_dense = min(budget.limit * (1 - self.section.margin), math.nextafter(dense, 0))
+        return Budget(max(below_dense, cheapest), "latency_ms")
 
     def _tell(self, feasibility: Sequence[Feasibility], requests: Sequence[BudgetRequest]) -> None:
         rows = [
@@ -292,13 +307,13 @@ class _Search:
         """
         dense = self.space.dense
         for config in (dense, *configs):
-            record = (
-                self._measured.get(config)
-                or self.ledger.get_latency(self.identity, config)
-                or self.ledger.get_latency(self.unsteady, config)
-            )
+            if config in self._measured:
+                continue
+            steady = self.ledger.get_latency(self.identity, config)
+            record = steady or self.ledger.get_latency(self.unsteady, config)
             if record is not None:
                 self._measured[config] = record
+                self._unsteady |= {config} if steady is None else set()
         missing = [config for config in dict.fromkeys((dense, *configs)) if config not in self._measured]
         if missing:
             self.session.reporter.say(f"search: measuring {len(missing)} configurations on {self.session.device}")
@@ -321,6 +336,7 @@ class _Search:
                 )
             steady = latency.stable and dense.stable
             self.ledger.put_latency(self.identity if steady else self.unsteady, config, self._measured[config])
+            self._unsteady |= set() if steady else {config}
         unsteady = [latency.spread for latency in latencies.values() if not latency.stable]
         if unsteady:
             told = f"{len(unsteady)} of {len(latencies)} latencies are not steady: spread up to {max(unsteady):.0%}"
@@ -391,13 +407,14 @@ class _Search:
         dense_ms = self._measured[self.space.dense].latency_ms
         limits = [row.limit for row in costs.feasibility if row.metric == "latency_ms"]
         finalists = []
+        whole = self.ledger.scoped(_ledger_settings(self.session, "all"))
         with self.session.reporter.progress("finalists", len(candidates)) as bar:
             for candidate in candidates:
                 config, record = candidate.config, records[candidate.config]
                 finalists.append(
                     Finalist(
                         config=config,
-                        top1=candidate.metric if self.subset is None else self.top1(config, None),
+                        top1=candidate.metric if self.subset is None else self._whole_top1(config, whole),
                         proxy_top1=candidate.metric,
                         cost=candidate.cost,
                         gmacs=self.macs(config) / 1e9,
@@ -406,11 +423,17 @@ class _Search:
                         latency_ms_low=record.low_ms,
                         latency_ms_high=record.high_ms,
                         speedup=dense_ms / record.latency_ms,
+                        stable=config not in self._unsteady,
                         within_budget=all(record.latency_ms <= limit or limit >= dense_ms for limit in limits),
                     )
                 )
                 bar.advance()
         return finalists
+
+    def _whole_top1(self, config: SparsityConfig, ledger: Ledger) -> float:
+        """Accuracy on the whole search split, paid once."""
+        known = ledger.get(config)
+        return committed(lambda c: self.top1(c, None), ledger)(config) if known is None else known
 
     # -- results ------------------------------------------------------------------------------------------------
 
@@ -463,6 +486,7 @@ class _Search:
             "budget": budgets,
             "measured_with": {"batch_size": self.section.batch_size, "image_size": list(self.session.img_size),
                               "precision": self.section.precision, "device": str(self.session.device)},
+            "latency_is_steady": winner.stable,
             "checkpoint_sha256": self.weights.sha256,
         }  # fmt: skip
         self.folder.write_result(

@@ -95,7 +95,7 @@ class Session:
 
     def earlier(self, command: str) -> RunFolder:
         """The folder of another command, without opening it."""
-        return RunFolder(Path(self.config.output) / self.config.experiment / command, command)
+        return RunFolder(Path(self.config.output) / self.config.experiment / command, command, self.argv)
 
     def data(self, weights: Weights | None = None) -> DataBundle:
         """The data of the experiment; class indices are those that `weights` were trained with."""

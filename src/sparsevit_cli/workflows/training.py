@@ -22,7 +22,7 @@ from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import check_img_size
 from sparsevit_cli.profiling.macs import macs_cost
-from sparsevit_cli.runs import RunFolder, missing_result
+from sparsevit_cli.runs import HARMLESS, RunFolder, missing_result
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
@@ -86,7 +86,7 @@ def pretrain(session: Session) -> TrainingSummary:
 def adapt(session: Session) -> TrainingSummary:
     """Train on with a new random configuration at every step (paper section 3.2)."""
     section = session.config.adapt
-    weights = _dense_weights(session, "adapt")
+    weights = dense_weights(session, "adapt")
     data = session.data(weights)
     model = session.model(data.class_names, weights)
     folder = session.folder("adapt")  # once everything fits: --fresh sets an earlier run aside
@@ -114,16 +114,15 @@ def finetune(session: Session) -> TrainingSummary:
     plan = plan_training(section, len(data.train), session.img_size)
     kind = _Kind(
         "finetune", section, FixedSchedule(config), config, plan, f"{weights.sha256} at {config}",
-        teacher=_teacher(session, section, data, _dense_weights(session, "finetune") if section.distill else None),
+        teacher=_teacher(session, section, data, dense_weights(session, "finetune") if section.distill else None),
     )  # fmt: skip
     return _train(session, folder, data, model, kind)
 
 
 def train_smaller_rival(
-    session: Session, model: nn.Module, weights: Weights | None, seen_as: Callable[[Size], Size]
+    session: Session, folder: RunFolder, model: nn.Module, weights: Weights | None, seen_as: Callable[[Size], Size]
 ) -> TrainingSummary:
     """Train the dense `model` on images shrunk by `seen_as`, with the schedule of finetune."""
-    folder = session.folder("rival")
     section = session.config.finetune.model_copy(update={"distill": 0.0})
     data = session.data(weights)
     dense = SparsityConfig.dense(model_depths(model))
@@ -140,7 +139,7 @@ def chosen_ratios(session: Session, depths: tuple[int, ...], needed_by: str, ada
     winner = winner_ratios(session, depths, needed_by)
     if read_winner(session.earlier("search").path / "winner.yaml")[1].get("checkpoint_sha256") != adapted:
         got = "the winner was found with other adapted weights"
-        raise CheckpointError(needed_by, got, "Type: sparsevit search")
+        raise CheckpointError(needed_by, got, f"Type: {session.earlier('search').typed}")
     return winner
 
 
@@ -179,7 +178,9 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
             "model": section_hash(config, "model"),
             "start": kind.start,
             "steps": kind.plan.total_steps,
+            "settings": section_hash(config, *_settings(kind)),
         },
+        validation_fingerprint=data.val_fingerprint,
     )
     if section.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -208,6 +209,12 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
     return TrainingSummary(kind.command, folder, float(last["top1"]), float(last["seconds"]), already_done)
 
 
+def _settings(kind: _Kind) -> list[str]:
+    """Fields of the configuration that say what the training computes."""
+    name = {"pretrain": "train", "rival": "finetune"}.get(kind.command, kind.command)
+    return [f"{name}.{field}" for field in type(kind.section).model_fields if f"{name}.{field}" not in HARMLESS]
+
+
 def check_section(command: str, section: LoopSection, model: nn.Module) -> None:
     """Raise ConfigError, before the first step, for an optimizer or image size that timm would not take."""
     known = list_optimizers()
@@ -223,9 +230,10 @@ def check_section(command: str, section: LoopSection, model: nn.Module) -> None:
 def _validator(session: Session, data: DataBundle, kind: _Kind) -> Any:
     """Validation at one fixed configuration, whatever the schedule."""
 
-    def validate(model: nn.Module, phase: PhasePlan) -> Mapping[str, float]:
+    def validate(model: nn.Module, phase: PhasePlan, before_batch: Callable[[], None]) -> Mapping[str, float]:
         set_sparsity(model, kind.validate_at)
-        accuracy = score(session, model, data.val.with_image_size(phase.source_size), resize=phase.img_size)
+        images = data.val.with_image_size(phase.source_size)
+        accuracy = score(session, model, images, resize=phase.img_size, before_batch=before_batch)
         return {"top1": round(accuracy.top1, 3), "val_loss": accuracy.loss}
 
     return validate
@@ -270,7 +278,7 @@ def _check_rows(
     return tuple(CheckRow(label, row["top1"], row["gmacs"]) for label, row in done.items())
 
 
-def _dense_weights(session: Session, needed_by: str) -> Weights | None:
+def dense_weights(session: Session, needed_by: str) -> Weights | None:
     """Weights of `pretrain`; None where the configuration names weights of its own instead."""
     if has_own_weights(session) and session.earlier("pretrain").read_result() is None:
         return None

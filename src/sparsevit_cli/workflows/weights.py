@@ -33,7 +33,7 @@ def trained_weights(session: Session, command: str, needed_by: str) -> Weights:
         raise missing_result(folder, needed_by)
     names = result.get("class_names")
     if not isinstance(names, list):
-        raise CheckpointError(str(folder.result), "it has no class_names", f"Type: sparsevit {command} --fresh")
+        raise CheckpointError(str(folder.result), "it has no class_names", f"Type: {folder.typed} --fresh")
     _tell_differences(session, folder)
     checkpoint = load_checkpoint(folder.path / str(result["checkpoint"]), only=("ema", "model"))
     return _weights(command, checkpoint, tuple(map(str, names)), result)
@@ -63,7 +63,8 @@ def file_weights(path: Path) -> Weights:
         return Weights(str(path), read_weights(path), sha256_file(path))
     checkpoint = load_checkpoint(path, only=("ema", "model"))
     identity = checkpoint.state.get("identity", {})
-    return _weights(str(path), checkpoint, tuple(map(str, identity.get("class_names", ()))), {})
+    names = tuple(map(str, identity.get("class_names", ())))
+    return _weights(str(path), checkpoint, names, {"seed": checkpoint.state.get("seed")})
 
 
 def _weights(name: str, checkpoint: Checkpoint, class_names: tuple[str, ...], result: dict[str, object]) -> Weights:
