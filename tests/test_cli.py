@@ -140,7 +140,7 @@ def test_other_settings_are_refused_and_fresh_sets_the_old_aside(finished: Path,
     assert (finished / "runs" / "tiny" / "evaluate" / "earlier-001" / "metrics.json").exists()
     done = sparsevit("evaluate", "--config", config, "--fresh", "--weights", "adapt", "--ratios", "0.5", cwd=finished)
     assert "uniform" not in done.stdout
-    assert "adapt weights at [[0.5], [0.5]]" in done.stdout
+    assert "weights of adapt at [[0.5], [0.5]]" in done.stdout
     assert (finished / "runs" / "tiny" / "evaluate.old-001" / "metrics.json").exists()
 
 
