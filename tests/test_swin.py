@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import timm
@@ -20,6 +22,7 @@ from sparsevit_cli.swin import (
     set_sparsity,
     sparse_stages,
     sparsify_,
+    without_kernels,
 )
 
 SWIN_NAMES = timm.list_models(["swin_*"])
@@ -96,17 +99,24 @@ def test_all_windows_gathered_is_close_forward_and_gradients(size: tuple[int, in
         assert (gradients[name].grad - parameter.grad).abs().max() <= 1e-5 * max(1.0, scale), name
 
 
+@pytest.mark.parametrize("way", [nullcontext, without_kernels])
 @pytest.mark.parametrize("importance", windows.IMPORTANCES)
 @pytest.mark.parametrize("size", [(112, 112), (124, 132)])
-def test_skipped_windows_keep_their_bits(size: tuple[int, int], importance: windows.Importance) -> None:
+def test_skipped_windows_keep_their_bits(
+    size: tuple[int, int], importance: windows.Importance, way: Callable[[], AbstractContextManager[None]]
+) -> None:
     model = sparsify_(small_swin(img_size=size), importance=importance)
     set_sparsity(model, RATIOS)
     touched: list[str] = []
+    entered: list[torch.Tensor] = []
+
+    def remember(block: SparseSwinTransformerBlock, args: tuple, kwargs: dict) -> None:
+        entered.append(args[0].clone())  # the kernels change the map itself
 
     def check(block: SparseSwinTransformerBlock, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        if not kwargs:
+        x = entered.pop()
+        if "keep_indices" not in kwargs:
             return
-        (x,) = args
         keep, index = kwargs["keep_indices"], kwargs["token_index"]
         for image in range(x.shape[0]):
             kept = torch.zeros(x.shape[1] * x.shape[2] + 1, dtype=torch.bool)
@@ -118,8 +128,9 @@ def test_skipped_windows_keep_their_bits(size: tuple[int, int], importance: wind
 
     for block in model.modules():
         if isinstance(block, SparseSwinTransformerBlock):
+            block.register_forward_pre_hook(remember, with_kwargs=True)
             block.register_forward_hook(check, with_kwargs=True)
-    with torch.no_grad():
+    with torch.no_grad(), way():
         model(torch.randn(2, 3, *size))
     assert len(touched) >= 4  # stages of one or few windows keep all of them and stay dense
 

@@ -59,6 +59,39 @@ def _remembered_token_index(*partition: Any) -> Tensor:
         return window_token_index(*partition)
 
 
+def shift_mask(
+    height: int, width: int, window_size: tuple[int, int], shift_size: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Attention mask of shifted windows as a few classes: inside, right edge, bottom edge, corner.
+
+    Returns the masks (4, N, N), 0 or -100, and the class of every window (n,) int64. Equal to timm's `get_attn_mask`
+    (timm/models/swin_transformer.py), which has one mask per window.
+    """
+    rows, cols = window_grid(height, width, window_size)
+
+    def regions(side: int, shift: int, *, at_edge: bool) -> Tensor:
+        inside = torch.zeros(side, dtype=torch.int64, device=device)
+        inside[side - shift :] = at_edge
+        return inside
+
+    masks = []
+    for at_bottom, at_right in ((False, False), (False, True), (True, False), (True, True)):
+        y = regions(window_size[0], shift_size[0], at_edge=at_bottom)
+        x = regions(window_size[1], shift_size[1], at_edge=at_right)
+        region = (2 * y[:, None] + x).flatten()  # N
+        masks.append(torch.where(region[:, None] == region, 0.0, -100.0))
+    last_row = torch.arange(rows, device=device) == rows - 1
+    last_col = torch.arange(cols, device=device) == cols - 1
+    return torch.stack(masks), (2 * last_row[:, None] + last_col.long()).flatten()
+
+
+@lru_cache(maxsize=64)
+def remembered_shift_mask(*partition: Any) -> tuple[Tensor, Tensor]:
+    """`shift_mask`, made once per map size and device; not for graphs that are being captured."""
+    with torch.inference_mode(False):
+        return shift_mask(*partition)
+
+
 def has_padding(height: int, width: int, window_size: tuple[int, int]) -> bool:
     """True where the windows cover more than the map."""
     return height % window_size[0] != 0 or width % window_size[1] != 0
@@ -115,6 +148,11 @@ def flatten_map(x: Tensor, *, scratch_row: bool) -> Tensor:
     """Map (B, H, W, C) as rows (B*H*W, C), with one zero row more where padding tokens need a place."""
     tokens = x.reshape(-1, x.shape[-1])
     return torch.nn.functional.pad(tokens, (0, 0, 0, 1)) if scratch_row else tokens
+
+
+def scatter_rows_(tokens: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """`values` (R, C) into `tokens` at `rows`, in place; every other row keeps its bits."""
+    return tokens.index_copy_(0, rows, values)
 
 
 def gather_rows(tokens: Tensor, rows: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ class _TableSession:
         jobs = [(True, t) for t in range(len(self.uniform))] + [(False, t) for t in self.anchors]
         self.rng.shuffle(jobs)
         for marked, tenths in jobs:
-            set_sparsity(self.model, self.uniform[tenths])
+            set_sparsity(self.model, self.uniform[tenths], exact=False)  # as the dense stages of a sparse model
             if not marked:
                 self.whole_ms[tenths].append(self.stopwatch(lambda: self.model(self.x), 1))
                 continue
@@ -227,11 +227,11 @@ def _map_shapes(model: nn.Module, x: Tensor) -> list[torch.Size]:
 @contextmanager
 def _sparsity_kept(model: nn.Module) -> Iterator[None]:
     """Put the model's ratios back at the end."""
-    before = get_sparsity(model)
+    before, exact = get_sparsity(model), sparse_stages(model)[0].as_timm
     try:
         yield
     finally:
-        set_sparsity(model, before)
+        set_sparsity(model, before, exact=exact)
 
 
 def _run_at(model: nn.Module, x: Tensor, config: SparsityConfig) -> None:

@@ -23,7 +23,7 @@ from .inputs import named_stages, stem_name
 from .latency import Clock
 
 Label = tuple[Any, ...]
-GATHER_SCATTER = ("flat_rows", "flatten_map", "gather_rows", "scatter_rows", "unflatten_map")
+GATHER_SCATTER = ("flat_rows", "flatten_map", "gather_rows", "scatter_rows", "scatter_rows_", "unflatten_map")
 """Functions of `windows` that move rows, called by the sparse block."""
 
 

@@ -232,6 +232,7 @@ def _models(session: Session, size: Size, config: SparsityConfig) -> dict[str, n
     dense = _built(session, size).to(session.device, TORCH_DTYPE[section.precision])
     importance = session.config.model.importance
     ours_dense = sparsify_(copy.deepcopy(dense), importance=importance)
+    set_sparsity(ours_dense, 0.0, exact=False)
     ours_sparse = sparsify_(copy.deepcopy(dense), importance=importance)
     set_sparsity(ours_sparse, config)
     return {DENSE: dense, OURS_DENSE: ours_dense, OURS_SPARSE: ours_sparse}

@@ -1,28 +1,45 @@
-"""Window sparsity for timm's Swin: the only room that knows timm's Swin.
-
-`sparsify_` swaps the class of every stage and block in place, so parameters keep their names and a ratio of 0
-runs timm's own code. The one thing stored on the model is the setting: tenths per block pair, and the importance.
-"""
+"""timm's Swin modules with window sparsity; each docstring says how it differs from timm's."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import torch
-from timm.models.swin_transformer import SwinTransformerBlock, SwinTransformerStage
-from torch import Tensor, nn
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, SwinTransformerStage
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import windows
-from .errors import ConfigError
-from .sparsity import Ratios, SparsityConfig
+from sparsevit_cli import kernels, windows
+
+from .inference import block_weights, is_inference, merging_weights
+
+
+class SparsePatchMerging(PatchMerging):
+    """timm's patch merging; given its weights, it takes the faster way."""
+
+    def forward(self, x: Tensor, weights: tuple[kernels.Norm, kernels.Affine] | None = None) -> Tensor:
+        """Map (B, H, W, C) to (B, H/2, W/2, out)."""
+        if weights is None:
+            return super().forward(x)  # type: ignore[no-any-return]
+        return kernels.merge_patches(x, *weights)
 
 
 class SparseSwinTransformerBlock(SwinTransformerBlock):
     """timm's block; given `keep_indices`, it computes those windows and leaves the others as they are."""
 
-    def forward(self, x: Tensor, keep_indices: Tensor | None = None, token_index: Tensor | None = None) -> Tensor:
-        """Map (B, H, W, C) to the same shape; `keep_indices` (B, K), `token_index` (n, N) of `windows`."""
+    def forward(
+        self,
+        x: Tensor,
+        keep_indices: Tensor | None = None,
+        token_index: Tensor | None = None,
+        weights: kernels.BlockWeights | None = None,
+    ) -> Tensor:
+        """Map (B, H, W, C) to the same shape; `keep_indices` (B, K), `token_index` (n, N) of `windows`.
+
+        With `weights` the map itself is changed and returned, and no `keep_indices` means all windows.
+        """
+        if weights is not None and token_index is not None:
+            return self._run_(x, keep_indices, token_index, weights)
         if keep_indices is None or token_index is None:
             return super().forward(x)  # type: ignore[no-any-return]
         batch, height, width, channels = x.shape
@@ -45,6 +62,24 @@ class SparseSwinTransformerBlock(SwinTransformerBlock):
         tokens = windows.scatter_rows(tokens, rows, kept_tokens.view(-1, channels))
         return windows.unflatten_map(tokens, (batch, height, width), scratch_row=padded)
 
+    def _run_(
+        self, x: Tensor, keep_indices: Tensor | None, token_index: Tensor, weights: kernels.BlockWeights
+    ) -> Tensor:
+        batch, height, width, channels = x.shape
+        padded = windows.has_padding(height, width, self.window_size)
+        if keep_indices is None:
+            keep_indices = torch.arange(len(token_index), device=x.device).expand(batch, -1)
+        rows = windows.flat_rows(token_index, keep_indices, height * width, scratch_row=padded)  # B, K, N
+        bias = self.attn._get_rel_pos_bias().to(x.dtype)  # 1, h, N, N
+        bias_class = None
+        if any(self.shift_size):
+            partition = (height, width, self.window_size, self.shift_size, x.device)
+            masks, class_of = windows.remembered_shift_mask(*partition)
+            bias, bias_class = bias + masks[:, None].to(x.dtype), class_of[keep_indices.flatten()]
+        tokens = x.view(-1, channels)  # shares the map's memory
+        kernels.run_windows_(tokens, rows.flatten(0, 1), weights, bias, bias_class, padded=padded)
+        return x
+
     def _kept_mask(self, x: Tensor, keep_indices: Tensor) -> Tensor | None:
         """Shifted-window attention mask of the kept windows: (B*K, N, N), or None without a shift."""
         mask: Tensor | None = self.attn_mask
@@ -61,16 +96,26 @@ class SparseSwinTransformerStage(SwinTransformerStage):
     sparsity_tenths: tuple[int, ...]
     importance: windows.Importance
     stage_number: int
+    as_timm = True
+    """True where a stage without sparsity must give timm's numbers to the bit: the whole model is dense."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, H', W', C'), sparse where `sparsity_tenths` says so."""
-        if not any(self.sparsity_tenths):
+        if self.as_timm and not any(self.sparsity_tenths):
             return super().forward(x)  # type: ignore[no-any-return]
-        x = self.downsample(x)
+        infers = is_inference(self, x.device)
+        merging = merging_weights(self.downsample) if infers else None
+        merged = self.downsample(x) if merging is None else self.downsample(x, merging)
+        weights = block_weights(self, merged) if infers else None
+        if weights is not None and merged is x:  # the caller's map is not ours to change
+            merged = x.clone(memory_format=torch.contiguous_format)
+        x = merged.contiguous() if weights is not None else merged
         ranking = _Ranking(self, x.shape[1], x.shape[2])
         for number, block in enumerate(self.blocks):
             run = partial(block, **ranking.keep(x, block, self.sparsity_tenths[number // 2]))
-            if self.grad_checkpointing and torch.is_grad_enabled():
+            if weights is not None:
+                x = run(x, token_index=ranking.token_index(block, x.device), weights=weights[number])
+            elif self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(run, x, use_reentrant=False)
             else:
                 x = run(x)
@@ -98,77 +143,16 @@ class _Ranking:
             self.magnitude = windows.token_magnitude(x, self.stage.importance)
         partition = (block.window_size, block.shift_size)
         if partition not in self.ranked:  # ratios never decrease with depth: the first block keeps most
-            index = windows.token_index_of(self.height, self.width, *partition, x.device)
+            index = self.token_index(block, x.device)
             self.ranked[partition] = (windows.rank_windows(self._scores(x, index), count), index)
         keep_indices, index = self.ranked[partition]
         return {"keep_indices": keep_indices[:, :count], "token_index": index}
+
+    def token_index(self, block: SparseSwinTransformerBlock, device: torch.device) -> Tensor:
+        """(n, N) of the block's own partition."""
+        return windows.token_index_of(self.height, self.width, block.window_size, block.shift_size, device)
 
     def _scores(self, x: Tensor, index: Tensor) -> Tensor:
         if self.magnitude is None:
             return windows.random_scores(x.shape[0], index.shape[0], self.stage.stage_number, x.device)
         return windows.window_scores(self.magnitude, index)
-
-
-def sparsify_(model: nn.Module, *, importance: windows.Importance = "mean_abs_l2") -> nn.Module:
-    """Make every timm Swin stage inside `model` window-sparse, in place; returns `model`, still at ratio 0.
-
-    A second call changes the importance only. Parameters, buffers and state-dict keys stay timm's. Raises
-    ConfigError where `model` holds no timm Swin stage, a subclass of one, or for an unknown importance.
-    """
-    if importance not in windows.IMPORTANCES:
-        got = f"{importance!r}; allowed are {', '.join(windows.IMPORTANCES)}"
-        raise ConfigError("importance", got, "Take mean_abs_l2 if in doubt.")
-    stages = [module for module in model.modules() if isinstance(module, SwinTransformerStage)]
-    if not stages:
-        got = f"{type(model).__name__} contains no timm Swin Transformer stage"
-        raise ConfigError("model", got, "Give a timm `swin_*` or `swin_s3_*` model, or a module that holds one.")
-    blocks = [block for stage in stages for block in stage.blocks]
-    for module in (*stages, *blocks):
-        if type(module) not in _SPARSE_CLASS and type(module) not in _SPARSE_CLASS.values():
-            got = f"{type(module).__name__} is not timm's own class, its forward would be replaced"
-            raise ConfigError("model", got, "Give an unmodified timm Swin.")
-    for number, stage in enumerate(stages):
-        if type(stage) is SwinTransformerStage:
-            stage.sparsity_tenths = (0,) * ((len(stage.blocks) + 1) // 2)
-        stage.importance, stage.stage_number = importance, number
-    for module in (*stages, *blocks):
-        module.__class__ = _SPARSE_CLASS.get(type(module), type(module))
-    return model
-
-
-_SPARSE_CLASS: dict[type[nn.Module], type[nn.Module]] = {
-    SwinTransformerStage: SparseSwinTransformerStage,
-    SwinTransformerBlock: SparseSwinTransformerBlock,
-}
-
-
-def sparse_stages(model: nn.Module) -> list[SparseSwinTransformerStage]:
-    """The sparse stages in order. Raises ConfigError where there are none."""
-    stages = [module for module in model.modules() if isinstance(module, SparseSwinTransformerStage)]
-    if not stages:
-        raise ConfigError("model", f"{type(model).__name__} is not sparse", "Call sparsify_(model) first.")
-    return stages
-
-
-def model_depths(model: nn.Module) -> tuple[int, ...]:
-    """Blocks per stage of a dense or sparse model. Raises ConfigError where there is no timm Swin stage."""
-    depths = tuple(len(module.blocks) for module in model.modules() if isinstance(module, SwinTransformerStage))
-    if not depths:
-        raise ConfigError("model", f"{type(model).__name__} contains no timm Swin stage", "Give a timm `swin_*`.")
-    return depths
-
-
-def set_sparsity(model: nn.Module, ratios: Ratios) -> None:
-    """Set the sparsity ratio of every block pair: a SparsityConfig, lists per stage and pair, or one number.
-
-    Everything is validated before anything changes. Raises ConfigError (a ValueError).
-    """
-    stages = sparse_stages(model)
-    config = SparsityConfig.from_ratios(ratios, tuple(len(stage.blocks) for stage in stages))
-    for stage, tenths in zip(stages, config.tenths, strict=True):
-        stage.sparsity_tenths = tenths
-
-
-def get_sparsity(model: nn.Module) -> SparsityConfig:
-    """The sparsity configuration that `model` runs at. Raises ConfigError where it is not sparse."""
-    return SparsityConfig(tuple(stage.sparsity_tenths for stage in sparse_stages(model)))

@@ -1,0 +1,10 @@
+"""How the kept windows of a Swin block are computed at inference: plain tensors in, the map changed in place.
+
+Training, tracing and export go through timm's own modules; what is here must agree with them to about 1e-5.
+"""
+
+from .linear import Affine, LinearOps, TorchLinear, linear_ops
+from .merging import merge_patches
+from .windowed import BlockWeights, Norm, run_windows_
+
+__all__ = ["Affine", "BlockWeights", "LinearOps", "Norm", "TorchLinear", "linear_ops", "merge_patches", "run_windows_"]

@@ -1,0 +1,72 @@
+"""Linear layers with what follows them: the part of a block that the multiply-adds are in."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Affine(NamedTuple):
+    """Weight (out, in) and bias (out,) of a linear layer, as torch keeps them."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class LinearOps(Protocol):
+    """Three forms of a linear layer; x is (rows, in), the result (rows, out)."""
+
+    def linear(self, x: Tensor, layer: Affine) -> Tensor:
+        """x @ weight.T + bias"""
+
+    def linear_gelu(self, x: Tensor, layer: Affine) -> Tensor:
+        """The exact GELU (by the error function) of `linear`."""
+
+    def linear_add(self, x: Tensor, layer: Affine, residual: Tensor) -> Tensor:
+        """`linear` plus `residual` (rows, out)."""
+
+
+class TorchLinear:
+    """Public torch functions, on any device."""
+
+    def linear(self, x: Tensor, layer: Affine) -> Tensor:
+        return F.linear(x, layer.weight, layer.bias)
+
+    def linear_gelu(self, x: Tensor, layer: Affine) -> Tensor:
+        return F.gelu(self.linear(x, layer))
+
+    def linear_add(self, x: Tensor, layer: Affine, residual: Tensor) -> Tensor:
+        return self.linear(x, layer).add_(residual)
+
+
+class OneDnnLinear:
+    """oneDNN's matrix product with GELU and addition as its epilogue, on the CPU.
+
+    These operators are the ones TorchInductor calls on a CPU. The weights are handed over as they are: packing them
+    would gain a few percent more, double their memory, and go stale when they change.
+    """
+
+    def __init__(self) -> None:
+        self._pointwise: Any = torch.ops.mkldnn._linear_pointwise
+
+    def linear(self, x: Tensor, layer: Affine) -> Tensor:
+        return self._pointwise(x, layer.weight, layer.bias, "none", [], "")  # type: ignore[no-any-return]
+
+    def linear_gelu(self, x: Tensor, layer: Affine) -> Tensor:
+        return self._pointwise(x, layer.weight, layer.bias, "gelu", [], "none")  # type: ignore[no-any-return]
+
+    def linear_add(self, x: Tensor, layer: Affine, residual: Tensor) -> Tensor:
+        return self._pointwise.binary(x, residual, layer.weight, layer.bias, "add")  # type: ignore[no-any-return]
+
+
+def linear_ops(x: Tensor) -> LinearOps:
+    """The fastest of them for inputs like `x`."""
+    suits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return OneDnnLinear() if suits and _has_onednn() else TorchLinear()
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

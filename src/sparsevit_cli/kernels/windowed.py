@@ -1,0 +1,97 @@
+"""A whole Swin block on some of its windows, written back in place, a few windows at a time on a CPU.
+
+Shapes: M windows of N tokens, C channels, h heads. Windows of a block are disjoint, so writing back is free of races.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsevit_cli import windows
+
+from .linear import Affine, LinearOps, linear_ops
+
+CHUNK_TOKENS = 4096
+"""Tokens computed at once on a CPU: the hidden map of the MLP stays in the cache, and memory low."""
+
+
+class Norm(NamedTuple):
+    """LayerNorm over the channels."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class BlockWeights(NamedTuple):
+    """What a Swin block computes with. `scale` multiplies the queries."""
+
+    norm1: Norm
+    qkv: Affine
+    proj: Affine
+    norm2: Norm
+    fc1: Affine
+    fc2: Affine
+    num_heads: int
+    scale: float
+
+
+def run_windows_(
+    tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, *, padded: bool
+) -> None:
+    """Replace the tokens of M windows by what `block` makes of them, in place.
+
+    `tokens` (T, C) are the rows of all maps; `rows` (M, N) says where each window's tokens stand, T for padding.
+    `padded` says whether there may be any. Padding enters attention as timm has it (zeros after the first norm, so
+    keys and values are the qkv bias), and nothing else is computed for it. `bias` (classes, h, N, N) is added to the
+    attention scores, `bias_class` (M,) chooses; None takes the only one for all. For inference: nothing here can be
+    differentiated.
+    """
+    area = rows.shape[1]
+    step = max(1, CHUNK_TOKENS // area) if tokens.device.type == "cpu" else len(rows)
+    ops = linear_ops(tokens)
+    for first in range(0, len(rows), step):
+        part = slice(first, first + step)
+        chosen = bias if bias_class is None else bias.index_select(0, bias_class[part])
+        _run_(ops, tokens, rows[part], block, chosen, padded)
+
+
+def _run_(ops: LinearOps, tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, padded: bool) -> None:
+    shape = rows.shape
+    flat = rows.reshape(-1)  # M*N
+    places = None
+    if padded:  # padding has no row; how many tokens are left is known on a CPU without waiting
+        places = (flat < len(tokens)).nonzero().squeeze(1)
+        flat = flat.index_select(0, places)
+    kept = windows.gather_rows(tokens, flat)  # true tokens, C
+    qkv = ops.linear(layer_norm(kept, block.norm1), block.qkv)
+    if places is not None:
+        qkv = _with_padding(qkv, places, block.qkv.bias, shape.numel())
+    attended = _attention(qkv.view(*shape, -1), block, bias)
+    if places is not None:
+        attended = attended.index_select(0, places)
+    kept = ops.linear_add(attended, block.proj, kept)
+    hidden = ops.linear_gelu(layer_norm(kept, block.norm2), block.fc1)
+    windows.scatter_rows_(tokens, flat, ops.linear_add(hidden, block.fc2, kept))
+
+
+def layer_norm(x: Tensor, norm: Norm) -> Tensor:
+    """x (..., C) normalised over its channels."""
+    return F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
+
+
+def _with_padding(qkv: Tensor, places: Tensor, bias: Tensor | None, count: int) -> Tensor:
+    """Rows of true tokens at `places` among `count`, the qkv bias everywhere else."""
+    full = qkv.new_zeros(count, qkv.shape[1]) if bias is None else bias.repeat(count, 1)
+    return full.index_copy_(0, places, qkv)
+
+
+def _attention(qkv: Tensor, block: BlockWeights, bias: Tensor) -> Tensor:
+    """(M, N, 3C) to (M*N, C)."""
+    count, area, _ = qkv.shape
+    q, k, v = qkv.view(count, area, 3, block.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # each M, h, N, d
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=block.scale)
+    return attended.transpose(1, 2).reshape(count * area, -1)

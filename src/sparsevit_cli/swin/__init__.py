@@ -1,0 +1,99 @@
+"""Window sparsity for timm's Swin: the only room that knows timm's Swin.
+
+`sparsify_` swaps the class of every stage and block in place, so parameters keep their names and a dense model
+runs timm's own code. The one thing stored on the model is the setting: tenths per block pair, and the importance.
+
+A sparse model takes one of two ways, which agree to about 1e-5: in training, tracing and export timm's own modules
+between gather and scatter; at inference the functions of `kernels`, on a map that is changed in place.
+"""
+
+from __future__ import annotations
+
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, SwinTransformerStage
+from torch import nn
+
+from sparsevit_cli import windows
+from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.sparsity import Ratios, SparsityConfig
+
+from .inference import without_kernels
+from .modules import SparsePatchMerging, SparseSwinTransformerBlock, SparseSwinTransformerStage
+
+__all__ = [
+    "SparseSwinTransformerBlock",
+    "SparseSwinTransformerStage",
+    "get_sparsity",
+    "model_depths",
+    "set_sparsity",
+    "sparse_stages",
+    "sparsify_",
+    "without_kernels",
+]
+
+_SPARSE_CLASS: dict[type[nn.Module], type[nn.Module]] = {
+    SwinTransformerStage: SparseSwinTransformerStage,
+    SwinTransformerBlock: SparseSwinTransformerBlock,
+    PatchMerging: SparsePatchMerging,
+}
+
+
+def sparsify_(model: nn.Module, *, importance: windows.Importance = "mean_abs_l2") -> nn.Module:
+    """Make every timm Swin stage inside `model` window-sparse, in place; returns `model`, still at ratio 0.
+
+    A second call changes the importance only. Parameters, buffers and state-dict keys stay timm's. Raises
+    ConfigError where `model` holds no timm Swin stage, a subclass of one, or for an unknown importance.
+    """
+    if importance not in windows.IMPORTANCES:
+        got = f"{importance!r}; allowed are {', '.join(windows.IMPORTANCES)}"
+        raise ConfigError("importance", got, "Take mean_abs_l2 if in doubt.")
+    stages = [module for module in model.modules() if isinstance(module, SwinTransformerStage)]
+    if not stages:
+        got = f"{type(model).__name__} contains no timm Swin Transformer stage"
+        raise ConfigError("model", got, "Give a timm `swin_*` or `swin_s3_*` model, or a module that holds one.")
+    blocks = [block for stage in stages for block in stage.blocks]
+    for module in (*stages, *blocks):
+        if type(module) not in _SPARSE_CLASS and type(module) not in _SPARSE_CLASS.values():
+            got = f"{type(module).__name__} is not timm's own class, its forward would be replaced"
+            raise ConfigError("model", got, "Give an unmodified timm Swin.")
+    for number, stage in enumerate(stages):
+        if type(stage) is SwinTransformerStage:
+            stage.sparsity_tenths = (0,) * ((len(stage.blocks) + 1) // 2)
+        stage.importance, stage.stage_number = importance, number
+    for module in (*stages, *blocks, *(stage.downsample for stage in stages)):
+        module.__class__ = _SPARSE_CLASS.get(type(module), type(module))
+    return model
+
+
+def sparse_stages(model: nn.Module) -> list[SparseSwinTransformerStage]:
+    """The sparse stages in order. Raises ConfigError where there are none."""
+    stages = [module for module in model.modules() if isinstance(module, SparseSwinTransformerStage)]
+    if not stages:
+        raise ConfigError("model", f"{type(model).__name__} is not sparse", "Call sparsify_(model) first.")
+    return stages
+
+
+def model_depths(model: nn.Module) -> tuple[int, ...]:
+    """Blocks per stage of a dense or sparse model. Raises ConfigError where there is no timm Swin stage."""
+    depths = tuple(len(module.blocks) for module in model.modules() if isinstance(module, SwinTransformerStage))
+    if not depths:
+        raise ConfigError("model", f"{type(model).__name__} contains no timm Swin stage", "Give a timm `swin_*`.")
+    return depths
+
+
+def set_sparsity(model: nn.Module, ratios: Ratios, *, exact: bool = True) -> None:
+    """Set the sparsity ratio of every block pair: a SparsityConfig, lists per stage and pair, or one number.
+
+    A model that is dense everywhere runs timm's own code, equal to the bit; with `exact=False` it too takes our faster
+    way at inference, equal to about 1e-5. Everything is validated before anything changes. Raises ConfigError
+    (a ValueError).
+    """
+    stages = sparse_stages(model)
+    config = SparsityConfig.from_ratios(ratios, tuple(len(stage.blocks) for stage in stages))
+    for stage, tenths in zip(stages, config.tenths, strict=True):
+        stage.sparsity_tenths = tenths
+        stage.as_timm = exact and config.is_dense
+
+
+def get_sparsity(model: nn.Module) -> SparsityConfig:
+    """The sparsity configuration that `model` runs at. Raises ConfigError where it is not sparse."""
+    return SparsityConfig(tuple(stage.sparsity_tenths for stage in sparse_stages(model)))

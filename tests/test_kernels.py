@@ -1,0 +1,197 @@
+"""The way at inference against the way of training: same numbers to 1e-5, and nothing of the caller's is changed."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
+
+from sparsevit_cli import windows
+from sparsevit_cli.kernels import Affine, TorchLinear, linear_ops, windowed
+from sparsevit_cli.sparsity import SearchSpace
+from sparsevit_cli.swin import set_sparsity, sparse_stages, sparsify_, without_kernels
+from sparsevit_cli.windows import shift_mask
+
+TOLERANCE = 1e-5
+
+
+def swin(name: str = "swin_tiny_patch4_window7_224", **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    small = {"embed_dim": 16, "depths": (2, 2, 4, 2), "num_heads": (1, 2, 4, 8), "num_classes": 5}
+    return sparsify_(timm.create_model(name, **{**small, **options})).eval()
+
+
+def both_ways(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode():
+        fast = model(x)
+        with without_kernels():
+            slow = model(x)
+    return fast, slow
+
+
+def assert_same(model: nn.Module, x: Tensor, tolerance: float = TOLERANCE) -> None:
+    fast, slow = both_ways(model, x)
+    assert (fast - slow).abs().max() <= tolerance * slow.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("name", sorted(timm.list_models("swin_*", module="swin_transformer")))
+@pytest.mark.parametrize("ratios", [0.0, 0.5])
+def test_both_ways_agree_for_every_name(name: str, ratios: float) -> None:
+    model = swin(name, img_size=(136, 200))
+    set_sparsity(model, ratios, exact=False)
+    assert_same(model, torch.randn(2, 3, 136, 200))
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 10**6), height=st.integers(4, 60), width=st.integers(4, 60), window=st.sampled_from([4, 7, 8]),
+    batch=st.integers(1, 3),
+)  # fmt: skip
+def test_both_ways_agree_at_any_size_and_sparsity(seed: int, height: int, width: int, window: int, batch: int) -> None:
+    from random import Random
+
+    size = (4 * height, 4 * width)
+    model = swin(img_size=size, window_size=window, depths=(2, 3, 2, 1), always_partition=bool(seed % 2))
+    set_sparsity(model, SearchSpace((2, 3, 2, 1)).sample(Random(seed)), exact=False)
+    assert_same(model, torch.randn(batch, 3, *size))
+
+
+@pytest.mark.parametrize("chunk", [1, 60, 10**9])
+def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = swin(img_size=224)
+    set_sparsity(model, 0.3)
+    x = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        whole = model(x)
+        monkeypatch.setattr(windowed, "CHUNK_TOKENS", chunk)
+        assert (model(x) - whole).abs().max() < TOLERANCE
+
+
+def test_a_dense_model_runs_as_timm_unless_told_otherwise() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=112, depths=(2, 2)).eval()
+    x = torch.randn(1, 3, 112, 112)
+    with torch.inference_mode():
+        expected = model(x)
+        sparsify_(model)
+        assert torch.equal(model(x), expected)
+        set_sparsity(model, 0.5)
+        set_sparsity(model, 0)
+        assert torch.equal(model(x), expected)
+        set_sparsity(model, 0, exact=False)
+        found = model(x)
+        assert not torch.equal(found, expected)  # otherwise this would test nothing
+        assert (found - expected).abs().max() < TOLERANCE
+
+
+def test_what_the_caller_handed_in_keeps_its_bits() -> None:
+    model = swin(img_size=112)
+    set_sparsity(model, 0.5)
+    stage = sparse_stages(model)[0]
+    x = torch.randn(2, 28, 28, 16)
+    before = x.clone()
+    with torch.inference_mode():
+        output = stage(x)
+    assert torch.equal(x, before)
+    assert output.data_ptr() != x.data_ptr()
+
+
+def test_features_of_every_stage_stay_as_they_were_returned() -> None:
+    torch.manual_seed(0)
+    options = {"embed_dim": 16, "num_heads": (1, 2, 4, 8), "features_only": True, "img_size": 112}
+    model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", **options)).eval()
+    set_sparsity(model, 0.5)
+    x = torch.randn(1, 3, 112, 112)
+    with torch.inference_mode():
+        fast = model(x)
+        with without_kernels():
+            slow = model(x)
+    assert all((a - b).abs().max() < TOLERANCE for a, b in zip(fast, slow, strict=True))
+
+
+def calls_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    counts: list[int] = []
+    real = windows.scatter_rows_
+
+    def counting(*arguments: Tensor) -> Tensor:
+        counts.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(windows, "scatter_rows_", counting)
+    return counts
+
+
+def test_gradients_training_autocast_and_hooks_take_timms_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = swin(img_size=112)
+    set_sparsity(model, 0.5)
+    counts = calls_of(model, monkeypatch)
+    x = torch.randn(1, 3, 112, 112)
+    model(x).sum().backward()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    model.train()
+    with torch.no_grad():
+        model(x)
+    model.eval()
+    assert not counts
+    seen: list[int] = []
+    handle = sparse_stages(model)[0].blocks[0].mlp.fc1.register_forward_hook(lambda *_: seen.append(1))
+    with torch.inference_mode():
+        model(x)
+    assert seen == [1]
+    handle.remove()
+    counts.clear()
+    with torch.inference_mode():
+        model(x)
+    assert counts
+    assert seen == [1]
+
+
+def test_changed_weights_count_at_once() -> None:
+    model = swin(img_size=112)
+    set_sparsity(model, 0.5)
+    x = torch.randn(1, 3, 112, 112)
+    with torch.inference_mode():
+        before = model(x)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)  # past the version counter
+    assert_same(model, x)
+    with torch.inference_mode():
+        assert not torch.equal(model(x), before)
+
+
+def test_a_bfloat16_model_agrees_within_its_precision() -> None:
+    model = swin(img_size=112).to(torch.bfloat16)
+    set_sparsity(model, 0.5)
+    fast, slow = both_ways(model, torch.randn(2, 3, 112, 112, dtype=torch.bfloat16))
+    assert fast.dtype == torch.bfloat16
+    assert (fast - slow).abs().max() <= 0.05 * slow.abs().max()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednn_equals_torch(bias: bool) -> None:
+    layer = Affine(torch.randn(24, 16), torch.randn(24) if bias else None)
+    x, residual = torch.randn(10, 16), torch.randn(10, 24)
+    torch_ops, ops = TorchLinear(), linear_ops(x)
+    with torch.inference_mode():
+        assert torch.allclose(ops.linear(x, layer), torch_ops.linear(x, layer), atol=1e-5)
+        assert torch.allclose(ops.linear_gelu(x, layer), torch_ops.linear_gelu(x, layer), atol=1e-5)
+        expected = torch_ops.linear(x, layer) + residual
+        kept = residual.clone()
+        assert torch.allclose(ops.linear_add(x, layer, residual), expected, atol=1e-5)
+        assert torch.equal(residual, kept)
+
+
+@pytest.mark.parametrize(("height", "width"), [(14, 21), (15, 30), (9, 9), (8, 40)])
+@pytest.mark.parametrize("shift", [(3, 3), (0, 3), (3, 0)])
+def test_mask_classes_are_timms_masks(height: int, width: int, shift: tuple[int, int]) -> None:
+    block = SwinTransformerBlock(8, (height, width), 2, window_size=7, shift_size=3)
+    block.window_size, block.shift_size = (7, 7), shift
+    rows, cols = windows.window_grid(height, width, (7, 7))
+    expected = block.get_attn_mask(torch.zeros(1, 7 * rows, 7 * cols, 1))
+    masks, class_of = shift_mask(height, width, (7, 7), shift, torch.device("cpu"))
+    assert torch.equal(masks[class_of], expected)
