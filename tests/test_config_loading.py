@@ -96,7 +96,7 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     "data: {source: folder}": ("data", ("source folder needs root",)),
     "data: {source: timm}": ("data", ("source timm needs dataset",)),
     "data: {root: photos}": ("data", ("source digits would ignore it",)),
-    "data: {mean: [0.5]}": ("data", ("mean has 1 channels and std has 3",)),
+    "data: {source: folder, root: x, mean: [0.5]}": ("data", ("mean has 1 channels and std has 3",)),
     "data: {digits: {digit_min: 30}}": ("data.digits", ("digit_min 30 is above digit_max 24",)),
     "train: {batch_size: 10, accumulation: 4}": ("train", ("batch_size 10 is not a multiple of accumulation 4",)),
     "finetune: {lr: 1.0e-7}": ("finetune", ("min_lr 1e-06 is above lr 1e-07",)),

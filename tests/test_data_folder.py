@@ -128,7 +128,10 @@ def test_fingerprint_moves_with_files_and_transform_but_not_with_place(tree, tmp
     changed = build(twin)
     assert changed.train.fingerprint() == original.train.fingerprint()
     assert changed.val.fingerprint() != original.val.fingerprint()
-    assert changed.fingerprint != original.fingerprint
+    assert changed.fingerprint == original.fingerprint  # nothing learned or searched from has changed
+    assert changed.val_fingerprint != original.val_fingerprint
+    Image.new("RGB", (9, 9)).save(twin / "train/cat/new.png")
+    assert build(twin).fingerprint != original.fingerprint
 
 
 def test_describe(tree, caplog):
