@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := src tests docs
+SOURCES := src tests docs benchmarks
 
-.PHONY: demo install test test-slow quality style docs clean
+.PHONY: demo install test test-slow bench quality style docs clean
 
 install: $(VENV)/.installed
 
@@ -21,6 +21,17 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Ours against the best dense model, on this machine; the README's table is made of what is kept.
+BENCH_MODEL ?= swin_tiny_patch4_window7_224
+BENCH_CELLS ?= 672:1 672:4 256x704:6
+BENCH_PRECISIONS ?= fp32 bf16
+bench: install
+	for precision in $(BENCH_PRECISIONS); do for cell in $(BENCH_CELLS); do \
+	  $(BIN)/sparsevit profile --rivals --model $(BENCH_MODEL) --img-size $${cell%%:*} --output benchmarks/runs --fresh \
+	    --set "profile.batch_sizes=[$${cell##*:}]" --set profile.precision=$$precision --set profile.rounds=15 \
+	    --set profile.seconds=1 && $(BIN)/python benchmarks/collect.py benchmarks/runs/$(BENCH_MODEL)/rivals || exit; \
+	done; done
 
 quality: install
 	$(BIN)/ruff check $(SOURCES)

@@ -222,20 +222,28 @@ def profile(
         str | None, typer.Option("--img-size", help="Pixels, e.g. 672, 256x704, or a list 448,672.")
     ] = None,
     ratios: Ratios = None,
+    rivals: Annotated[
+        bool, typer.Option("--rivals", help="Against the best dense timm: fused, compiled, smaller; and an oracle.")
+    ] = False,
     config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Measure dense against sparse on this machine, interleaved: latency, multiply-adds, memory, time per stage."""
-    from .views import show_profile
+    from .views import show_profile, show_rivals
 
     options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
 
     def work(session: Session) -> Any:
+        if rivals:
+            from .workflows.rivals import measure_rivals
+
+            return measure_rivals(session, model=model, img_size=img_size, ratios=ratios)
         from .workflows.profile import profile_model
 
         return profile_model(session, model=model, img_size=img_size, ratios=ratios)
 
-    _run("profile", options, work, show_profile, model=model, img_size=img_size, ratios=ratios)
+    show = show_rivals if rivals else show_profile
+    _run("profile", options, work, show, model=model, img_size=img_size, ratios=ratios)
 
 
 @app.command()

@@ -31,6 +31,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "rival": ("seed", "model", "data", "finetune"),
     "evaluate": ("model", "data"),
     "profile": ("model",),
+    "rivals": ("model",),
     "export": ("model",),
     "run": ("model", "data"),
 }

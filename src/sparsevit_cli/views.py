@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .workflows.export import ExportSummary
     from .workflows.pipeline import PipelineSummary
     from .workflows.profile import ProfileReport
+    from .workflows.rivals import RivalReport
     from .workflows.search import SearchSummary
     from .workflows.training import TrainingSummary
 
@@ -79,6 +80,32 @@ def show_profile(report: ProfileReport) -> None:
             f"sparse LOSES at batch {row.batch}, {row.image_size[0]}x{row.image_size[1]}: {row.speedup:.2f}x of dense"
         )
     print_lines(f"written: {report.folder.path / 'profile.json'}")
+
+
+def show_rivals(report: RivalReport) -> None:
+    """One table per cell; slower than the best dense is marked and said."""
+    columns = ("contestant", "kind", "GMACs", "ms per batch [95 %]", "best dense / this [95 %]", "realised", "tax",
+               "peak MB")  # fmt: skip
+    for cell in report.cells:
+        rows = [
+            (
+                row.label, row.kind, f"{row.gmacs:.2f}",
+                f"{row.latency_ms:.1f} [{row.latency_ms_low:.1f}, {row.latency_ms_high:.1f}]"
+                f"{'' if row.stable else ' unsteady'}",
+                f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
+                "-" if row.realised is None else f"{row.realised:.2f}",
+                "-" if row.tax is None else f"{row.tax:+.1%}",
+                "-" if row.peak_memory_mb is None else f"{row.peak_memory_mb:.0f}",
+            )
+            for row in cell.rows
+        ]  # fmt: skip
+        losing = [number for number, row in enumerate(cell.rows) if row.kind == "ours" and row.speedup < 1]
+        first = cell.rows[0]
+        title = f"{report.model}, batch {first.batch}, {first.image_size[0]}x{first.image_size[1]}, {first.dtype}"
+        print_table(title, columns, rows, losing=losing)
+        print_lines(f"best dense: {cell.best_dense}")
+        print_lines(*(f"{cell.rows[number].label} LOSES: {cell.rows[number].speedup:.2f}x" for number in losing))
+    print_lines(f"written: {report.folder.path / 'rivals.json'}")
 
 
 def show_export(summary: ExportSummary) -> None:

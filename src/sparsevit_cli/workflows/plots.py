@@ -60,6 +60,33 @@ def plot_training(path: Path, rows: Sequence[Mapping[str, float]], reporter: Rep
     _save(figure, path)
 
 
+def plot_rivals(path: Path, rows: Sequence[Mapping[str, Any]], reporter: Reporter) -> None:
+    """Latency against multiply-adds, ours and the rivals, with the line of an ideal sparse model; a PNG."""
+    figure = _figure(path, reporter)
+    if figure is None:
+        return
+    axes = figure.add_subplot()
+    dense = min((row for row in rows if row["kind"] in ("B1", "B2")), key=lambda row: row["latency_ms"])
+    axes.plot([0, dense["gmacs"]], [0, dense["latency_ms"]], "--", color="#9aa5b1", label="best dense, scaled")
+    styles = {"B1": ("s", "#9aa5b1"), "B2": ("s", "#52606d"), "B3": ("D", "#b7791f"), "B0": ("v", "#c1121f"),
+              "O": ("x", "#627d98"), "ours": ("o", "#0b6e4f")}  # fmt: skip
+    names = {"B1": "timm as installed", "B2": "timm, fused or compiled", "B3": "timm, smaller images",
+             "B0": "the authors' data flow", "O": "oracle", "ours": "ours"}  # fmt: skip
+    for kind, (marker, color) in styles.items():
+        points = [row for row in rows if row["kind"] == kind]
+        axes.plot(
+            [row["gmacs"] for row in points], [row["latency_ms"] for row in points], marker, color=color, ms=6,
+            ls="none", label=names[kind],
+        )  # fmt: skip
+    axes.set_xlabel("multiply-adds per image, G")
+    axes.set_ylabel(f"ms per batch of {rows[0]['batch']}, {rows[0]['dtype']}")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
 def _figure(path: Path, reporter: Reporter) -> Any:
     """An empty figure; None, and a warning, without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:

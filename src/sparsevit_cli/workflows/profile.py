@@ -126,7 +126,7 @@ def profile_target(
     section = session.config.profile
     sizes = parse_sizes(img_size) if img_size is not None else tuple(map(as_pair, section.image_sizes))
     sizes = sizes or (session.img_size,)
-    depths = model_depths(_built(session, sizes[0]))
+    depths = model_depths(built(session, sizes[0]))
     return ProfileTarget(session, sizes, _ratios(session, depths, ratios, named=model is not None))
 
 
@@ -219,7 +219,8 @@ def _ratios(session: Session, depths: tuple[int, ...], typed: str | None, *, nam
         raise CheckpointError(error.what, error.got, f"{error.do}, or give --ratios 0.6") from error
 
 
-def _built(session: Session, size: Size) -> nn.Module:
+def built(session: Session, size: Size) -> nn.Module:
+    """The configuration's dense timm model at an image size, with random weights, in evaluation mode."""
     section = session.config.model.model_copy(update={"pretrained": False, "checkpoint": None})
     trained = session.earlier("pretrain").read_result() or session.earlier("adapt").read_result() or {}
     classes = section.num_classes or len(trained.get("class_names", ())) or TIMM_CLASSES
@@ -229,7 +230,7 @@ def _built(session: Session, size: Size) -> nn.Module:
 def _models(session: Session, size: Size, config: SparsityConfig) -> dict[str, nn.Module]:
     """The three rivals with the same weights, on the device and in the precision of the profile."""
     section = session.config.profile
-    dense = _built(session, size).to(session.device, TORCH_DTYPE[section.precision])
+    dense = built(session, size).to(session.device, TORCH_DTYPE[section.precision])
     importance = session.config.model.importance
     ours_dense = sparsify_(copy.deepcopy(dense), importance=importance)
     set_sparsity(ours_dense, 0.0, exact=False)

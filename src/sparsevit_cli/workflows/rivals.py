@@ -1,0 +1,253 @@
+"""profile --rivals: ours against the best dense model a user can get, in one interleaved run per cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsevit_cli.atomic import write_json
+from sparsevit_cli.profiling.inputs import TORCH_DTYPE, evaluating, example_input
+from sparsevit_cli.profiling.latency import Latency, measure_interleaved
+from sparsevit_cli.profiling.macs import count_macs
+from sparsevit_cli.profiling.memory import peak_memory_mb
+from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, oracle, with_fused_attention
+from sparsevit_cli.runs import RunFolder
+from sparsevit_cli.sparsity import Ratios, SparsityConfig
+from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
+
+from .plots import plot_rivals
+from .profile import built, profile_target
+from .session import Session
+
+PUBLISHED: Mapping[str, Ratios] = {
+    "config 1": [[0.3], [0], [0.1, 0.2, 0.2], [0]],
+    "config 2": [[0.6], [0], [0.2, 0.4, 0.5], [0]],
+    "config 3": [[0.7], [0], [0.2, 0.4, 0.5], [0]],
+}
+"""The authors' configurations of a Swin-T (paper, table 2); other depths are measured at uniform ratios alone."""
+PUBLISHED_DEPTHS = (2, 2, 6, 2)
+UNIFORM: Mapping[str, Ratios] = {"60% everywhere": 0.6}
+SMALLER_SHARES = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
+"""Sides tried for the dense model at a lower resolution, as shares of the full ones."""
+
+
+@dataclass(frozen=True)
+class RivalRow:
+    """One contestant of one cell. `speedup` is the best dense timm's time over this one's, in the same rounds.
+
+    `kind` is B1 (timm as installed), B2 (its variants), B0 (the authors' flow), B3 (dense at a lower resolution), ours
+    or O (the oracle). `realised` is the share of latency saved over the share of multiply-adds saved, against our own
+    dense; `tax` what the sparse model takes longer than its oracle.
+    """
+
+    label: str
+    kind: str
+    ratios: tuple[tuple[float, ...], ...] | None
+    batch: int
+    image_size: tuple[int, int]
+    dtype: str
+    gmacs: float
+    latency_ms: float
+    latency_ms_low: float
+    latency_ms_high: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    stable: bool
+    peak_memory_mb: float | None = None
+    realised: float | None = None
+    tax: float | None = None
+
+
+@dataclass(frozen=True)
+class RivalCell:
+    """All contestants at one batch and image size, measured in turns; `best_dense` is the fastest of B1 and B2."""
+
+    best_dense: str
+    rows: tuple[RivalRow, ...]
+
+
+@dataclass(frozen=True)
+class RivalReport:
+    """The benchmark of one model."""
+
+    folder: RunFolder
+    model: str
+    cells: tuple[RivalCell, ...]
+    environment: Mapping[str, object]
+    settings: Mapping[str, object]
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document of `sparsevit profile --rivals --json`."""
+        return {
+            "schema_version": 1, **self.environment, "model": self.model, "settings": self.settings,
+            "cells": [asdict(cell) for cell in self.cells],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Contestant:
+    kind: str
+    run: Callable[[], object]
+    model: nn.Module
+    config: SparsityConfig | None
+    size: tuple[int, int]
+
+
+def measure_rivals(
+    session: Session,
+    *,
+    model: str | None = None,
+    img_size: str | None = None,
+    ratios: str | None = None,
+    max_autotune: bool = False,
+) -> RivalReport:
+    """Measure every contestant at every batch and image size of the profile section. Needs neither data nor weights.
+
+    `ratios` as typed are measured besides the published configurations and 60 % everywhere.
+    """
+    target = profile_target(session, model=model, img_size=img_size, ratios=ratios or "0.6")
+    typed = {str(target.config): target.config} if ratios is not None else {}
+    session = target.session
+    folder, section = session.folder("rivals"), session.config.profile
+    cells = []
+    with session.reporter.progress("rivals", len(target.sizes) * len(section.batch_sizes)) as bar:
+        for size in target.sizes:
+            for batch in section.batch_sizes:
+                cells.append(_cell(session, size, batch, typed, max_autotune))
+                bar.advance()
+    settings = {**section.model_dump(mode="json"), "threads": torch.get_num_threads()}
+    report = RivalReport(folder, session.config.model.name, tuple(cells), session.environment, settings)
+    folder.set_aside(["rivals.json", "rivals.png", "metrics.json"], session.reporter)
+    write_json(folder.path / "rivals.json", report.document())
+    plot_rivals(folder.path / "rivals.png", [asdict(row) for row in report.cells[0].rows], session.reporter)
+    folder.write_result({"model": report.model, "best_dense": [cell.best_dense for cell in cells]})
+    return report
+
+
+def _cell(
+    session: Session, size: tuple[int, int], batch: int, typed: Mapping[str, SparsityConfig], max_autotune: bool
+) -> RivalCell:
+    section = session.config.profile
+    torch._dynamo.reset()
+    contestants = _contestants(session, size, batch, typed, max_autotune)
+    session.reporter.say(f"rivals: {len(contestants)} contestants at batch {batch}, {size[0]}x{size[1]}")
+    latencies = measure_interleaved(
+        {label: contestant.run for label, contestant in contestants.items()},
+        device=session.device, seconds=section.seconds, rounds=section.rounds, seed=session.config.seed,
+        max_spread=section.max_spread, strict=False, retries=0,
+        before_round=partial(session.stop.check, "rivals", "nothing of this cell is saved"),
+    )  # fmt: skip
+    dense = [label for label, contestant in contestants.items() if contestant.kind in ("B1", "B2")]
+    best = min(dense, key=lambda label: latencies[label].median_ms)
+    rows = {
+        label: _row(session, label, contestant, batch, latencies[label], latencies[best])
+        for label, contestant in contestants.items()
+    }
+    return RivalCell(best, tuple(_compared(row, rows) for row in rows.values()))
+
+
+def _contestants(
+    session: Session, size: tuple[int, int], batch: int, typed: Mapping[str, SparsityConfig], max_autotune: bool
+) -> dict[str, _Contestant]:
+    dtype = TORCH_DTYPE[session.config.profile.precision]
+    dense = built(session, size).to(session.device, dtype)
+    x = _input(session, dense, size, batch)
+    found: dict[str, _Contestant] = {}
+    for number, (label, variant) in enumerate(dense_variants(dense, max_autotune=max_autotune).items()):
+        found[label] = _Contestant("B2" if number else "B1", partial(variant, x), dense, None, size)
+    depths = model_depths(dense)
+    chosen = {**(PUBLISHED if depths == PUBLISHED_DEPTHS else {}), **UNIFORM}
+    configs = {label: SparsityConfig.from_ratios(ratios, depths) for label, ratios in chosen.items()} | dict(typed)
+    ours_dense = sparsify_(with_fused_attention(dense, fused=False))
+    set_sparsity(ours_dense, 0.0, exact=False)
+    zero = SparsityConfig.dense(depths)
+    found["ours, ratio 0"] = _Contestant("ours", partial(ours_dense, x), ours_dense, zero, size)
+    for label, config in configs.items():
+        sparse = sparsify_(with_fused_attention(dense, fused=False))
+        set_sparsity(sparse, config)
+        found[f"ours, {label}"] = _Contestant("ours", partial(sparse, x), sparse, config, size)
+        found[f"oracle, {label}"] = _Contestant("O", partial(_as_oracle, sparse, x), sparse, config, size)
+        if label in ("config 3", "60% everywhere"):
+            theirs = authors_flow(sparse)
+            found[f"authors' flow, {label}"] = _Contestant("B0", partial(theirs, x), theirs, config, size)
+    middle = found["ours, config 2" if "config 2" in configs else "ours, 60% everywhere"]
+    found |= _smaller(session, size, batch, middle)
+    return found
+
+
+def _as_oracle(model: nn.Module, x: Tensor) -> None:
+    with oracle():
+        model(x)
+
+
+def _smaller(session: Session, size: tuple[int, int], batch: int, ours: _Contestant) -> dict[str, _Contestant]:
+    """B3: the dense model, compiled and with fused attention, at the side whose eager latency is nearest to `ours`."""
+    dtype = TORCH_DTYPE[session.config.profile.precision]
+    sides = {_rounded(size, share) for share in SMALLER_SHARES}
+    models = {s: with_fused_attention(built(session, s).to(session.device, dtype), fused=True) for s in sides}
+    calls: dict[str, Any] = {"ours": ours.run}
+    calls |= {str(s): partial(model, _input(session, model, s, batch)) for s, model in models.items()}
+    quick = measure_interleaved(calls, device=session.device, seconds=0.01, rounds=3, strict=False, retries=0)
+    nearest = min(sides, key=lambda s: abs(quick[str(s)].median_ms - quick["ours"].median_ms))
+    model, x = models[nearest], _input(session, models[nearest], nearest, batch)
+    label = f"timm at {nearest[0]}x{nearest[1]}, fused"
+    compiled: Any = torch.compile(model, dynamic=False)
+    return {
+        label: _Contestant("B3", partial(model, x), model, None, nearest),
+        f"{label}, compiled": _Contestant("B3", partial(compiled, x), model, None, nearest),
+    }
+
+
+def _rounded(size: tuple[int, int], share: float, multiple: int = 32) -> tuple[int, int]:
+    height, width = (max(multiple, round(side * share / multiple) * multiple) for side in size)
+    return height, width
+
+
+def _input(session: Session, model: nn.Module, size: tuple[int, int], batch: int) -> Tensor:
+    section, image = session.config.profile, (session.config.model.in_chans, *size)
+    return example_input(
+        model, image, batch, device=session.device, dtype=TORCH_DTYPE[section.precision], seed=session.config.seed
+    )
+
+
+def _row(
+    session: Session, label: str, contestant: _Contestant, batch: int, latency: Latency, best: Latency
+) -> RivalRow:
+    against_best = Latency.from_samples(latency.samples_ms, best.samples_ms)
+    x = _input(session, contestant.model, contestant.size, batch)
+    eager = contestant.kind != "O" and "compile" not in label and "autotune" not in label
+    with evaluating(contestant.model):
+        peak = peak_memory_mb(contestant.model, x) if eager else None
+    return RivalRow(
+        label=label,
+        kind=contestant.kind,
+        ratios=None if contestant.config is None else contestant.config.ratios,
+        batch=batch,
+        image_size=contestant.size,
+        dtype=session.config.profile.precision,
+        gmacs=count_macs(contestant.model, (session.config.model.in_chans, *contestant.size)).gmacs,
+        latency_ms=latency.median_ms,
+        latency_ms_low=latency.low_ms,
+        latency_ms_high=latency.high_ms,
+        speedup=against_best.speedup,
+        speedup_low=against_best.speedup_low,
+        speedup_high=against_best.speedup_high,
+        stable=latency.stable,
+        peak_memory_mb=peak,
+    )
+
+
+def _compared(row: RivalRow, rows: Mapping[str, RivalRow]) -> RivalRow:
+    """The row with its realised efficiency and its tax, where they have a meaning."""
+    if row.kind != "ours" or row.label == "ours, ratio 0":
+        return row
+    dense, perfect = rows["ours, ratio 0"], rows[f"oracle, {row.label.removeprefix('ours, ')}"]
+    saved = 1 - row.gmacs / dense.gmacs
+    realised = (1 - row.latency_ms / dense.latency_ms) / saved if saved else None
+    return replace(row, realised=realised, tax=row.latency_ms / perfect.latency_ms - 1)

@@ -1,0 +1,73 @@
+"""The benchmark's contestants compute what they claim to, and its table says who won."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from sparsevit_cli import windows
+from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, oracle, with_fused_attention
+from sparsevit_cli.reporting import SilentReporter
+from sparsevit_cli.swin import set_sparsity, sparsify_, without_kernels
+from sparsevit_cli.workflows.rivals import measure_rivals
+from sparsevit_cli.workflows.session import Session
+from tiny import tiny_config
+
+
+def swin(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    small = {"embed_dim": 16, "depths": (2, 2, 4, 2), "num_heads": (1, 2, 4, 8), "num_classes": 5}
+    return timm.create_model("swin_tiny_patch4_window7_224", **{**small, **options}).eval()
+
+
+@pytest.mark.parametrize("size", [(112, 112), (224, 224), (120, 152)])
+@pytest.mark.parametrize("ratios", [0.0, 0.5, [[0.6], [0], [0.2, 0.4], [0]]])
+def test_the_authors_flow_gives_our_numbers(size: tuple[int, int], ratios: object) -> None:
+    model = sparsify_(swin(img_size=size))
+    set_sparsity(model, ratios)  # type: ignore[arg-type]
+    x = torch.randn(2, 3, *size)
+    with torch.inference_mode(), without_kernels():
+        assert torch.allclose(authors_flow(model)(x), model(x), atol=1e-5)
+
+
+def test_the_variants_give_timms_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    model, x = swin(img_size=112), torch.randn(1, 3, 112, 112)
+    variants = dense_variants(model, max_autotune=True)
+    assert len(variants) == 6
+    with torch.inference_mode():
+        for variant in variants.values():
+            assert torch.allclose(variant(x), model(x), atol=1e-5)
+    assert any(module.fused_attn for module in with_fused_attention(model, True).modules() if hasattr(module, "qkv"))
+
+
+def test_the_oracle_skips_moves_and_ranking_and_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sparsify_(swin(img_size=224))
+    set_sparsity(model, 0.5)
+    before = {name: getattr(windows, name) for name in ("gather_rows", "scatter_rows_", "rank_windows")}
+    monkeypatch.setattr(torch, "topk", lambda *_, **__: pytest.fail("the oracle ranks"))
+    x = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode(), oracle():
+        assert model(x).isfinite().all()
+    assert {name: getattr(windows, name) for name in before} == before
+
+
+def test_a_benchmark_names_the_best_dense_and_compares_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **_: copy.deepcopy(model))
+    config = tiny_config(output=str(tmp_path), profile={"batch_sizes": [1], "seconds": 0.001, "rounds": 6})
+    report = measure_rivals(Session(config, SilentReporter()), img_size="64", ratios="[[.2],[.4]]")
+    (cell,) = report.cells
+    rows = {row.label: row for row in cell.rows}
+    assert rows[cell.best_dense].speedup == 1
+    assert {row.kind for row in cell.rows} == {"B0", "B1", "B2", "B3", "ours", "O"}
+    assert rows["ours, [[0.2], [0.4]]"].gmacs < rows["ours, ratio 0"].gmacs == rows["timm eager"].gmacs
+    assert rows["ours, 60% everywhere"].tax is not None
+    assert rows["ours, 60% everywhere"].realised is not None
+    folder = tmp_path / "tiny" / "rivals"
+    assert (folder / "rivals.json").exists()
+    assert (folder / "rivals.png").read_bytes()[:4] == b"\x89PNG"
