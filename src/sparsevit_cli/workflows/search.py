@@ -6,9 +6,8 @@ import csv
 import io
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from random import Random
 
 from torch import nn
 
@@ -17,9 +16,6 @@ from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.data.splits import fixed_subset
 from sparsevit_cli.errors import BudgetError, CheckpointError, ConfigError, MeasurementError
-from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
-from sparsevit_cli.profiling.latency import Latency
-from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
 from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.search.budget import (
@@ -35,13 +31,14 @@ from sparsevit_cli.search.budget import (
 from sparsevit_cli.search.correlation import spearman
 from sparsevit_cli.search.engine import search_sparsity
 from sparsevit_cli.search.latency_table import LatencyTable, TableError
-from sparsevit_cli.search.ledger import LatencyRecord, Ledger, LedgerScope, committed
+from sparsevit_cli.search.ledger import Ledger, LedgerScope, committed
 from sparsevit_cli.search.pareto import pareto_front
 from sparsevit_cli.search.results import Evaluation, Progress, SearchResult, best_first
-from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
+from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import set_sparsity
 from sparsevit_cli.winner import write_winner
 
+from .latencies import SearchLatencies
 from .plots import plot_pareto
 from .session import Session, Weights
 from .training import score
@@ -126,7 +123,7 @@ def search(session: Session) -> SearchSummary:
             result = work.run(costs)
             finalists = work.finalists(costs, result)
         except (BudgetError, MeasurementError):
-            ledger.forget_latencies(work.unsteady)  # a second try measures anew
+            work.latencies.forget_unsteady()  # a second try measures anew
             raise
         return work.finish(costs, result, finalists)
 
@@ -186,12 +183,7 @@ class _Search:
         self.space = session.space(model, self.section.max_ratio)
         self.image = (session.config.model.in_chans, *session.img_size)
         self.macs = macs_cost(model, self.image)
-        self.dtype = TORCH_DTYPE[self.section.precision]
-        x = example_input(model, self.image, self.section.batch_size, device=session.device, dtype=self.dtype)
-        self.identity = table_identity(model, x)
-        self.unsteady = {**self.identity, "unsteady": section_hash(session.config, "search", "seed")}
-        self._measured: dict[SparsityConfig, LatencyRecord] = {}
-        self._unsteady: set[SparsityConfig] = set()
+        self.latencies = SearchLatencies(session, folder, model, self.space, ledger)
 
     def top1(self, config: SparsityConfig, subset: Sequence[int] | None) -> float:
         """Accuracy on the search split, with the adapted weights as they are."""
@@ -215,7 +207,7 @@ class _Search:
                 check_reachable(request.resolve(self.macs(corners[0])), self.macs(corners[0]), self.macs(corners[2]))
         for request in requests:
             if request.metric == "latency_ms":
-                measured = {config: record.latency_ms for config, record in self.measure(corners).items()}
+                measured = {config: record.latency_ms for config, record in self.latencies.measure(corners).items()}
             cost = measured.__getitem__ if request.metric == "latency_ms" else self.macs
             dense, middle, sparsest = map(cost, corners)
             budget = request.resolve(dense)
@@ -229,7 +221,7 @@ class _Search:
                 constraints.append((self.macs, budget))
                 continue
             ours = {config: ms for config, ms in measured.items() if config != self.space.dense}  # dense is timm's
-            table, error = self._latency_table(list(ours.items()))
+            table, error = self.latencies.table(list(ours.items()))
             constraints.append((table.predict, self._with_margin(budget, table, row)))
         return _Costs(tuple(constraints), tuple(feasibility), table, error)
 
@@ -253,95 +245,6 @@ class _Search:
         budgets = " and ".join(str(request) for request in requests)
         columns = ("cost", "dense", "middle", "sparsest", "budget", "reachable")
         self.session.reporter.table(f"Budget of {budgets}, batch {self.section.batch_size}", columns, rows)
-
-    def _latency_table(self, known: Sequence[tuple[SparsityConfig, float]]) -> tuple[LatencyTable, TableError]:
-        """The table of this very device and model, its scale set by `known`, and its error on held-out configs."""
-        table = self._measured_table()
-        try:
-            table = table.calibrated(known)
-        except MeasurementError as noisy:
-            self.session.reporter.warn(f"the latency table is used as measured: {noisy.got}")
-        rng = Random(f"holdout:{self.session.config.seed}")
-        measured = self.measure([self.space.sample(rng) for _ in range(self.section.holdout)])
-        error = table.fit_error([(config, record.latency_ms) for config, record in measured.items()])
-        self.session.reporter.say(
-            f"search: latency table against {error.n} held-out configurations: "
-            f"mean error {error.mean:.1%}, largest {error.largest:.1%}"
-        )
-        return table, error
-
-    def _measured_table(self) -> LatencyTable:
-        """Read from the folder where it was measured under the same identity, else measured now."""
-        path, reporter = self.folder.path / "latency_table.json", self.session.reporter
-        if path.exists():
-            table = LatencyTable.from_json(path.read_text(encoding="utf-8"), str(path))
-            try:
-                table.check_identity(self.identity)
-                reporter.say(f"search: using the latency table {path}")
-                return table
-            except CheckpointError as error:
-                reporter.warn(f"{path}: {error.got}; measuring a new one")
-                self.folder.set_aside([path.name], reporter)
-        with reporter.progress("latency table", 100) as bar:
-            told = 0
-
-            def on_round(share: float) -> None:
-                nonlocal told
-                self.session.stop.check("search", "the latency table is not saved yet")
-                bar.advance(round(100 * share) - told)
-                told = round(100 * share)
-
-            table = measure_latency_table(
-                self.model, self.image, batch_size=self.section.batch_size, device=self.session.device,
-                dtype=self.dtype, max_tenths=MAX_TENTHS, seconds=self.section.seconds,
-                seed=self.session.config.seed, on_round=on_round,
-            )  # fmt: skip
-        write_atomic(path, table.to_json())
-        return table
-
-    def measure(self, configs: Sequence[SparsityConfig]) -> dict[SparsityConfig, LatencyRecord]:
-        """Milliseconds per batch of each, by the ratio to dense in the same interleaved rounds.
-
-        So a machine that slows down between two measurements does not spoil the comparison. What was measured
-        steadily once is in the ledger and not measured again; the rest is kept until this search is done, so that
-        it decides the same after a crash.
-        """
-        dense = self.space.dense
-        for config in (dense, *configs):
-            if config in self._measured:
-                continue
-            steady = self.ledger.get_latency(self.identity, config)
-            record = steady or self.ledger.get_latency(self.unsteady, config)
-            if record is not None:
-                self._measured[config] = record
-                self._unsteady |= {config} if steady is None else set()
-        missing = [config for config in dict.fromkeys((dense, *configs)) if config not in self._measured]
-        if missing:
-            self.session.reporter.say(f"search: measuring {len(missing)} configurations on {self.session.device}")
-            latencies = measure_configs(
-                self.model, list(dict.fromkeys((dense, *missing))), self.image,
-                batch_size=self.section.batch_size, device=self.session.device, dtype=self.dtype,
-                seconds=self.section.seconds, seed=self.session.config.seed, retries=1, before_round=self._check,
-            )  # fmt: skip
-            self._remember(latencies)
-        return {config: self._measured[config] for config in configs}
-
-    def _remember(self, latencies: Mapping[SparsityConfig, Latency]) -> None:
-        dense = latencies[self.space.dense]
-        own = LatencyRecord(dense.median_ms, dense.low_ms, dense.high_ms)
-        dense_ms = self._measured.setdefault(self.space.dense, own).latency_ms
-        for config, latency in latencies.items():
-            if config != self.space.dense:
-                self._measured[config] = LatencyRecord(
-                    dense_ms / latency.speedup, dense_ms / latency.speedup_high, dense_ms / latency.speedup_low
-                )
-            steady = latency.stable and dense.stable
-            self.ledger.put_latency(self.identity if steady else self.unsteady, config, self._measured[config])
-            self._unsteady |= set() if steady else {config}
-        unsteady = [latency.spread for latency in latencies.values() if not latency.stable]
-        if unsteady:
-            told = f"{len(unsteady)} of {len(latencies)} latencies are not steady: spread up to {max(unsteady):.0%}"
-            self.session.reporter.warn(told)
 
     # -- search -------------------------------------------------------------------------------------------------
 
@@ -404,8 +307,8 @@ class _Search:
         raise MeasurementError("search", got, "Search again on an idle machine, or raise search.margin.")
 
     def _judge(self, costs: _Costs, candidates: Sequence[Evaluation]) -> list[Finalist]:
-        records = self.measure([candidate.config for candidate in candidates])
-        dense_ms = self._measured[self.space.dense].latency_ms
+        records = self.latencies.measure([candidate.config for candidate in candidates])
+        dense_ms = self.latencies.dense_ms
         limits = [row.limit for row in costs.feasibility if row.metric == "latency_ms"]
         finalists = []
         whole = self.ledger.scoped(_ledger_settings(self.session, "all"))
@@ -424,7 +327,7 @@ class _Search:
                         latency_ms_low=record.low_ms,
                         latency_ms_high=record.high_ms,
                         speedup=dense_ms / record.latency_ms,
-                        stable=config not in self._unsteady,
+                        stable=self.latencies.is_steady(config),
                         within_budget=all(record.latency_ms <= limit or limit >= dense_ms for limit in limits),
                     )
                 )
@@ -442,7 +345,7 @@ class _Search:
         """Name the winner and write what was found."""
         within = [finalist for finalist in finalists if finalist.within_budget]
         winner = min(within, key=lambda f: (-f.top1, f.cost, f.config))  # not by the clock: noise must not decide
-        dense_ms = self._measured[self.space.dense].latency_ms
+        dense_ms = self.latencies.dense_ms
         self.folder.set_aside(RESULTS, self.session.reporter)
         correlation = None
         if self.subset is not None and len(finalists) > 2:
@@ -458,7 +361,7 @@ class _Search:
         unit = "predicted ms per batch" if costs.table else "multiply-adds per image"
         plot_pareto(self.folder.path / "pareto.png", result.history, front, winner.config, unit, self.session.reporter)
         self._write_winner(summary, costs)
-        self.ledger.forget_latencies(self.unsteady)
+        self.latencies.forget_unsteady()
         return summary
 
     def _csv(self, evaluations: Sequence[Evaluation]) -> str:

@@ -1,0 +1,142 @@
+"""Latencies of a search: measured once, kept in the ledger; the latency table and its error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from random import Random
+
+from torch import nn
+
+from sparsevit_cli.atomic import write_atomic
+from sparsevit_cli.config.loading import section_hash
+from sparsevit_cli.errors import CheckpointError, MeasurementError
+from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
+from sparsevit_cli.profiling.latency import Latency
+from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
+from sparsevit_cli.runs import RunFolder
+from sparsevit_cli.search.latency_table import LatencyTable, TableError
+from sparsevit_cli.search.ledger import LatencyRecord, Ledger
+from sparsevit_cli.sparsity import MAX_TENTHS, SearchSpace, SparsityConfig
+
+from .session import Session
+
+
+class SearchLatencies:
+    """What the clock of this device says of the model of a search, steady or not."""
+
+    def __init__(
+        self, session: Session, folder: RunFolder, model: nn.Module, space: SearchSpace, ledger: Ledger
+    ) -> None:
+        self.session, self.folder, self.model, self.space, self.ledger = session, folder, model, space, ledger
+        self.section = session.config.search
+        self.image = (session.config.model.in_chans, *session.img_size)
+        self.dtype = TORCH_DTYPE[self.section.precision]
+        x = example_input(model, self.image, self.section.batch_size, device=session.device, dtype=self.dtype)
+        self._identity = table_identity(model, x)
+        self._provisional = {**self._identity, "unsteady": section_hash(session.config, "search", "seed")}
+        self._measured: dict[SparsityConfig, LatencyRecord] = {}
+        self._unsteady: set[SparsityConfig] = set()
+
+    @property
+    def dense_ms(self) -> float:
+        """Milliseconds per batch of the dense model, once measured."""
+        return self._measured[self.space.dense].latency_ms
+
+    def is_steady(self, config: SparsityConfig) -> bool:
+        """False where the machine was too busy when `config` was measured."""
+        return config not in self._unsteady
+
+    def forget_unsteady(self) -> None:
+        """Drop unsteady latencies from the ledger: the search that they decided is over."""
+        self.ledger.forget_latencies(self._provisional)
+
+    def measure(self, configs: Sequence[SparsityConfig]) -> dict[SparsityConfig, LatencyRecord]:
+        """Milliseconds per batch of each, by the ratio to dense in the same interleaved rounds.
+
+        So a machine that slows down between two measurements does not spoil the comparison. What was measured
+        steadily once is in the ledger and not measured again; the rest is kept until this search is done, so that
+        it decides the same after a crash.
+        """
+        dense = self.space.dense
+        for config in (dense, *configs):
+            if config in self._measured:
+                continue
+            steady = self.ledger.get_latency(self._identity, config)
+            record = steady or self.ledger.get_latency(self._provisional, config)
+            if record is not None:
+                self._measured[config] = record
+                self._unsteady |= {config} if steady is None else set()
+        check = partial(self.session.stop.check, "search", "every evaluation so far is in the ledger")
+        missing = [config for config in dict.fromkeys((dense, *configs)) if config not in self._measured]
+        if missing:
+            self.session.reporter.say(f"search: measuring {len(missing)} configurations on {self.session.device}")
+            latencies = measure_configs(
+                self.model, list(dict.fromkeys((dense, *missing))), self.image,
+                batch_size=self.section.batch_size, device=self.session.device, dtype=self.dtype,
+                seconds=self.section.seconds, seed=self.session.config.seed, retries=1, before_round=check,
+            )  # fmt: skip
+            self._remember(latencies)
+        return {config: self._measured[config] for config in configs}
+
+    def _remember(self, latencies: Mapping[SparsityConfig, Latency]) -> None:
+        dense = latencies[self.space.dense]
+        own = LatencyRecord(dense.median_ms, dense.low_ms, dense.high_ms)
+        dense_ms = self._measured.setdefault(self.space.dense, own).latency_ms
+        for config, latency in latencies.items():
+            if config != self.space.dense:
+                self._measured[config] = LatencyRecord(
+                    dense_ms / latency.speedup, dense_ms / latency.speedup_high, dense_ms / latency.speedup_low
+                )
+            steady = latency.stable and dense.stable
+            self.ledger.put_latency(self._identity if steady else self._provisional, config, self._measured[config])
+            self._unsteady |= set() if steady else {config}
+        unsteady = [latency.spread for latency in latencies.values() if not latency.stable]
+        if unsteady:
+            told = f"{len(unsteady)} of {len(latencies)} latencies are not steady: spread up to {max(unsteady):.0%}"
+            self.session.reporter.warn(told)
+
+    def table(self, known: Sequence[tuple[SparsityConfig, float]]) -> tuple[LatencyTable, TableError]:
+        """The table of this very device and model, its scale set by `known`, and its error on held-out configs."""
+        table = self._measured_table()
+        try:
+            table = table.calibrated(known)
+        except MeasurementError as noisy:
+            self.session.reporter.warn(f"the latency table is used as measured: {noisy.got}")
+        rng = Random(f"holdout:{self.session.config.seed}")
+        measured = self.measure([self.space.sample(rng) for _ in range(self.section.holdout)])
+        error = table.fit_error([(config, record.latency_ms) for config, record in measured.items()])
+        self.session.reporter.say(
+            f"search: latency table against {error.n} held-out configurations: "
+            f"mean error {error.mean:.1%}, largest {error.largest:.1%}"
+        )
+        return table, error
+
+    def _measured_table(self) -> LatencyTable:
+        """Read from the folder where it was measured under the same identity, else measured now."""
+        path, reporter = self.folder.path / "latency_table.json", self.session.reporter
+        if path.exists():
+            table = LatencyTable.from_json(path.read_text(encoding="utf-8"), str(path))
+            try:
+                table.check_identity(self._identity)
+                reporter.say(f"search: using the latency table {path}")
+                return table
+            except CheckpointError as error:
+                reporter.warn(f"{path}: {error.got}; measuring a new one")
+                self.folder.set_aside([path.name], reporter)
+        with reporter.progress("latency table", 100) as bar:
+            told = 0
+
+            def on_round(share: float) -> None:
+                nonlocal told
+                self.session.stop.check("search", "the latency table is not saved yet")
+                bar.advance(round(100 * share) - told)
+                told = round(100 * share)
+
+            table = measure_latency_table(
+                self.model, self.image, batch_size=self.section.batch_size, device=self.session.device,
+                dtype=self.dtype, max_tenths=MAX_TENTHS, seconds=self.section.seconds,
+                seed=self.session.config.seed, on_round=on_round,
+            )  # fmt: skip
+        write_atomic(path, table.to_json())
+        return table
