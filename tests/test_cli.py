@@ -64,7 +64,7 @@ def test_a_whole_experiment_leaves_what_it_promises(finished: Path) -> None:
     assert (runs / "search" / "pareto.png").read_bytes()[:4] == b"\x89PNG"
     table = document(finished, "run", "metrics.json")["rows"]
     labels = [row["label"] for row in table]
-    assert labels[0] == "dense"
+    assert labels[:2] == ["dense (timm)", "dense, our kernels"]
     assert labels[-2:] == ["winner, before finetuning", "winner, finetuned"]
     assert any("dense at" in label for label in labels)
     assert any("uniform" in label for label in labels)

@@ -145,7 +145,10 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
     winner = chosen_ratios(session, model_depths(tuned_model), "sparsevit run", adapted.sha256)
     space = session.space(adapted_model, session.config.search.max_ratio)
 
-    found = [_score(session, data, "dense", dense_model, space.dense)]
+    found = [
+        _score(session, data, "dense (timm)", dense_model, space.dense),
+        _score(session, data, "dense, our kernels", session.model(classes, dense).eval(), space.dense, exact=False),
+    ]
     folder = _rival_folder(session, winner)
     rival, size = _smaller_rival(session, folder, dense, classes, tuned_model, winner)
     patch, share = _patch(rival), size[0] / session.img_size[0]
@@ -154,7 +157,8 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
         return size if full == session.img_size else _multiples(full, share, patch)
 
     seconds["rival"] = train_smaller_rival(session, folder, rival, dense, seen_as).seconds
-    found.append(_score(session, data, f"dense at {size[0]}x{size[1]}", rival.eval(), space.dense, size))
+    label = f"dense at {size[0]}x{size[1]}, our kernels"
+    found.append(_score(session, data, label, rival.eval(), space.dense, size, exact=False))
     for config in _uniform_rivals(session, space, adapted_model, winner):
         label = f"uniform {config.ratios[0][0]:g}"
         found.append(_score(session, data, label, session.model(classes, adapted).eval(), config))
@@ -165,9 +169,9 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
 
 def _score(
     session: Session, data: DataBundle, label: str, model: nn.Module, config: SparsityConfig,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None, *, exact: bool = True,
 ) -> _Contender:  # fmt: skip
-    set_sparsity(model, config)
+    set_sparsity(model, config, exact=exact)
     accuracy = score(session, model, data.val, resize=size, before_batch=_check(session))
     return _Contender(label, model, config, size or session.img_size, accuracy)
 
@@ -216,6 +220,7 @@ def _smaller_rival(
     models = {size: session.model(classes, weights).eval() for size in sorted(sizes)}
     for size, model in models.items():
         set_img_size(model, size)
+        set_sparsity(model, 0.0, exact=False)  # as fast as the winner's dense parts
     calls: dict[str, Any] = {"winner": _call(session, tuned, session.img_size)}
     calls |= {f"{size[0]}x{size[1]}": _call(session, model, size) for size, model in models.items()}
     latencies = _measure(session, calls, rounds=10)

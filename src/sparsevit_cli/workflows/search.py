@@ -220,8 +220,7 @@ class _Search:
             if row.metric == "macs":
                 constraints.append((self.macs, budget))
                 continue
-            ours = {config: ms for config, ms in measured.items() if config != self.space.dense}  # dense is timm's
-            table, error = self.latencies.table(list(ours.items()))
+            table, error = self.latencies.table(list(measured.items()))
             constraints.append((table.predict, self._with_margin(budget, table, row)))
         return _Costs(tuple(constraints), tuple(feasibility), table, error)
 
