@@ -10,22 +10,25 @@ import re
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
-SHOWN = re.compile(r"ours, |timm at .*|authors' flow")
+SHOWN = re.compile(r"ours, |timm at .*|authors' flow|timm compile, frozen")
 
 
 def keep(folder: Path) -> Path:
-    """Add the cells of a run to the file of its device; a run replaces its cell's newest only by adding to it."""
+    """Add a run to the file of its device, once."""
     report = json.loads((folder / "rivals.json").read_text(encoding="utf-8"))
     device = report["device"]
     name = re.sub(r"[^a-z0-9]+", "-", f"{device['name']} {device['cores']} cores".lower()).strip("-")
     path = RESULTS / f"{name}.json"
     kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
+    if any(run["cells"] == report["cells"] for run in kept["runs"]):
+        return path
     kept["runs"].append({"date": time.strftime("%Y-%m-%d"), **report})
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
@@ -33,8 +36,12 @@ def keep(folder: Path) -> Path:
 
 
 def table(path: Path) -> str:
-    """Every cell of a device: the median over its runs of best dense / ours, with the lowest and the highest run."""
+    """Every cell of a device, from the runs of the newest revision: medians over the runs, with the lowest and highest.
+
+    A single run shows its own 95 % interval.
+    """
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    runs = [run for run in runs if run["versions"] == runs[-1]["versions"]]
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
         for cell in run["cells"]:
@@ -46,31 +53,39 @@ def table(path: Path) -> str:
     versions, device = first["versions"], first["device"]
     lines = [
         f"{device['name']}, {device['cores']} cores, torch {versions['torch']}, timm {versions['timm']}, "
-        f"{', '.join(sorted({run['date'] for run in runs}))}; best dense / this, median of the runs [lowest, highest]:",
+        f"revision {versions.get('git', 'unknown')}, {', '.join(sorted({run['date'] for run in runs}))}; "
+        "best dense / this, median of the runs [lowest, highest]:",
         "",
         "| model, size, batch, precision | best dense | contestant | GMACs | ms | best dense / this | realised | tax "
-        "| peak memory / timm's |",
+        "| peak memory / timm eager's |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for where, found in cells.items():
         labels = [label for label in found[-1]["rows"] if SHOWN.match(label)]
         for label in labels:
             rows = [run["rows"][label] for run in found if label in run["rows"]]
-            ratios = sorted(row["speedup"] for row in rows)
-            newest, timm = rows[-1], found[-1]["rows"]["timm eager"]
-            memory = f"{newest['peak_memory_mb'] / timm['peak_memory_mb']:.2f}" if newest["peak_memory_mb"] else "-"
+            ratios = [row["speedup"] for row in rows]
+            low, high = (
+                (min(ratios), max(ratios)) if len(rows) > 1 else (rows[0]["speedup_low"], rows[0]["speedup_high"])
+            )
+            timm = found[-1]["rows"]["timm eager"]["peak_memory_mb"]
+            memory = rows[-1]["peak_memory_mb"]
+            unsteady = sum(not row["stable"] for row in rows)
             lines.append(
-                f"| {where[0]}, {where[1]}, {where[2]}, {where[3]} "
-                f"| {found[-1]['best']['label']}, {found[-1]['best']['latency_ms']:.0f} ms | {label} "
-                f"| {newest['gmacs']:.1f} | {newest['latency_ms']:.0f} "
-                f"| {ratios[len(ratios) // 2]:.2f}x [{ratios[0]:.2f}, {ratios[-1]:.2f}], {len(rows)} runs "
-                f"| {_number(newest['realised'], '.2f')} | {_number(newest['tax'], '+.1%')} | {memory} |"
+                f"| {where[0]}, {where[1]}, {where[2]}, {where[3]} | {found[-1]['best']['label']}, "
+                f"{median(run['best']['latency_ms'] for run in found):.0f} ms | {label} | {rows[-1]['gmacs']:.1f} "
+                f"| {median(row['latency_ms'] for row in rows):.0f} "
+                f"| {median(ratios):.2f}x [{low:.2f}, {high:.2f}], {len(rows)} run{'s' * (len(rows) > 1)}"
+                f"{f', {unsteady} unsteady' if unsteady else ''} "
+                f"| {_median(rows, 'realised', '.2f')} | {_median(rows, 'tax', '+.1%')} "
+                f"| {f'{memory / timm:.2f}' if memory else '-'} |"
             )
     return "\n".join(lines)
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _median(rows: list[dict[str, Any]], name: str, form: str) -> str:
+    values = [row[name] for row in rows if row[name] is not None]
+    return format(median(values), form) if values else "-"
 
 
 def write_readme() -> None:

@@ -29,7 +29,8 @@ def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def run_of(folder: Path, speedup: float) -> Path:
     def row(label: str, **fields: Any) -> dict[str, Any]:
         base = {"image_size": [672, 672], "batch": 1, "dtype": "fp32", "gmacs": 40.0, "latency_ms": 700.0,
-                "speedup": 1.0, "realised": None, "tax": None, "peak_memory_mb": 250.0}  # fmt: skip
+                "speedup": 1.0, "speedup_low": 0.9, "speedup_high": 1.1, "stable": True,
+                "realised": None, "tax": None, "peak_memory_mb": 250.0}  # fmt: skip
         return {"label": label, **base, **fields}
 
     ours = row("ours, config 2", speedup=speedup, latency_ms=700 / speedup, realised=1.1, tax=0.05, peak_memory_mb=190)
@@ -46,6 +47,7 @@ def test_every_run_is_kept_and_the_table_tells_their_median_and_range(collect: M
     for number, speedup in enumerate((1.9, 1.7, 1.8)):
         path = collect.keep(run_of(tmp_path / f"run-{number}", speedup))
     assert path.name == "a-cpu-r-2-cores.json"
+    assert collect.keep(tmp_path / "run-0") == path  # the same run counts once
     assert len(json.loads(path.read_text())["runs"]) == 3
     collect.write_readme()
     text = (tmp_path / "README.md").read_text()

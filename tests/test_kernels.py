@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsevit_cli import windows
 from sparsevit_cli.kernels import Affine, TorchLinear, linear_ops, windowed
+from sparsevit_cli.profiling.macs import analytic_macs
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import set_sparsity, sparse_stages, sparsify_, without_kernels
 from sparsevit_cli.windows import shift_mask
@@ -149,6 +153,82 @@ def test_gradients_training_autocast_and_hooks_take_timms_modules(monkeypatch: p
         model(x)
     assert counts
     assert seen == [1]
+
+
+def changes_nothing(_: nn.Module) -> None:
+    """The control: the faster way is taken."""
+
+
+def dropout_for_uncertainty(model: nn.Module) -> None:
+    sparse_stages(model)[0].blocks[0].mlp.drop1.train()
+
+
+def replaced_forward(model: nn.Module) -> None:
+    layer = sparse_stages(model)[0].blocks[0].mlp.fc1
+    layer.forward = lambda x: 2 * nn.functional.linear(x, layer.weight, layer.bias)
+
+
+def adapter(model: nn.Module) -> None:
+    class Adapted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    sparse_stages(model)[0].blocks[0].attn.qkv.__class__ = Adapted
+
+
+def path_replaced(model: nn.Module) -> None:
+    sparse_stages(model)[0].blocks[0].drop_path1 = nn.Tanh()
+
+
+def block_hooked(model: nn.Module) -> None:
+    sparse_stages(model)[0].blocks[0].register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_fast"),
+    [(changes_nothing, True), (dropout_for_uncertainty, False), (replaced_forward, False), (adapter, False),
+     (path_replaced, False), (block_hooked, False)],
+)  # fmt: skip
+def test_a_changed_block_is_run_as_it_is(change: Any, is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = swin(img_size=112, depths=(2,), num_heads=(1,))
+    set_sparsity(model, 0.5)
+    change(model)
+    counts = calls_of(model, monkeypatch)
+    assert_same(model, torch.randn(1, 3, 112, 112))
+    assert bool(counts) == is_fast
+
+
+def test_a_merging_of_another_class_is_called_as_timm_calls_it() -> None:
+    class Other(PatchMerging):
+        pass
+
+    model = swin(img_size=112, depths=(2, 2), num_heads=(1, 2))
+    set_sparsity(model, 0.5)
+    sparse_stages(model)[1].downsample.__class__ = Other
+    assert_same(model, torch.randn(1, 3, 112, 112))
+
+
+def test_maps_seen_by_hooks_are_not_overwritten() -> None:
+    model = swin(img_size=112)
+    set_sparsity(model, 0.5)
+    seen: list[Tensor] = []
+    for block in sparse_stages(model)[0].blocks:
+        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 112, 112))
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_counters_and_meta_tensors_see_timms_operators() -> None:
+    model = swin(img_size=112)
+    set_sparsity(model, 0.5)
+    x = torch.randn(1, 3, 112, 112)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(x)
+    assert counter.get_total_flops() / 2 == pytest.approx(analytic_macs(model, 112).total, rel=0.01)
+    with torch.no_grad():
+        assert model.to("meta")(x.to("meta")).shape == (1, 5)
 
 
 def test_changed_weights_count_at_once() -> None:

@@ -242,8 +242,8 @@ def profile(
 
         return profile_model(session, model=model, img_size=img_size, ratios=ratios)
 
-    show = show_rivals if rivals else show_profile
-    _run("profile", options, work, show, model=model, img_size=img_size, ratios=ratios)
+    command, show = ("rivals", show_rivals) if rivals else ("profile", show_profile)
+    _run(command, options, work, show, model=model, img_size=img_size, ratios=ratios)
 
 
 @app.command()

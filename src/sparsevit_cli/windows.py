@@ -47,10 +47,14 @@ def token_index_of(
     height: int, width: int, window_size: tuple[int, int], shift_size: tuple[int, int], device: torch.device
 ) -> Tensor:
     """`window_token_index`, made once per map size and device; while a graph is captured it is part of the graph."""
+    make = _remembered_token_index if _may_remember(device) else window_token_index
+    return make(height, width, window_size, shift_size, device)
+
+
+def _may_remember(device: torch.device) -> bool:
+    """False while a graph is captured or tensors are fake: what is made then is of no use afterwards."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or capturing or torch._guards.detect_fake_mode() is not None:
-        return window_token_index(height, width, window_size, shift_size, device)
-    return _remembered_token_index(height, width, window_size, shift_size, device)
+    return not (torch.compiler.is_compiling() or capturing or torch._guards.detect_fake_mode() is not None)
 
 
 @lru_cache(maxsize=64)
@@ -85,9 +89,16 @@ def shift_mask(
     return torch.stack(masks), (2 * last_row[:, None] + last_col.long()).flatten()
 
 
+def shift_mask_of(
+    height: int, width: int, window_size: tuple[int, int], shift_size: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`shift_mask`, made once per map size and device, as `token_index_of`."""
+    make = _remembered_shift_mask if _may_remember(device) else shift_mask
+    return make(height, width, window_size, shift_size, device)
+
+
 @lru_cache(maxsize=64)
-def remembered_shift_mask(*partition: Any) -> tuple[Tensor, Tensor]:
-    """`shift_mask`, made once per map size and device; not for graphs that are being captured."""
+def _remembered_shift_mask(*partition: Any) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         return shift_mask(*partition)
 

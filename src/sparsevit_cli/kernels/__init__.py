@@ -7,4 +7,17 @@ from .linear import Affine, LinearOps, TorchLinear, linear_ops
 from .merging import merge_patches
 from .windowed import BlockWeights, Norm, run_windows_
 
-__all__ = ["Affine", "BlockWeights", "LinearOps", "Norm", "TorchLinear", "linear_ops", "merge_patches", "run_windows_"]
+VERSION = 1
+"""Raised when what is here gets faster or slower: latencies measured before stand for something else."""
+
+__all__ = [
+    "VERSION",
+    "Affine",
+    "BlockWeights",
+    "LinearOps",
+    "Norm",
+    "TorchLinear",
+    "linear_ops",
+    "merge_patches",
+    "run_windows_",
+]

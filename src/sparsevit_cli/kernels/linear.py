@@ -45,8 +45,8 @@ class TorchLinear:
 class OneDnnLinear:
     """oneDNN's matrix product with GELU and addition as its epilogue, on the CPU.
 
-    These operators are the ones TorchInductor calls on a CPU. The weights are handed over as they are: packing them
-    would gain a few percent more, double their memory, and go stale when they change.
+    These operators are the ones TorchInductor calls on a CPU when it freezes a model. The weights are handed over as
+    they are: packing them would gain a few percent more, double their memory, and go stale when they change.
     """
 
     def __init__(self) -> None:
@@ -64,9 +64,11 @@ class OneDnnLinear:
 
 def linear_ops(x: Tensor) -> LinearOps:
     """The fastest of them for inputs like `x`."""
-    suits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    return OneDnnLinear() if suits and _has_onednn() else TorchLinear()
+    return OneDnnLinear() if x.device.type == "cpu" and _onednn_takes(x.dtype) else TorchLinear()
 
 
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    backend, ops = torch.backends.mkldnn, torch.ops.mkldnn
+    if not (backend.is_available() and backend.enabled and hasattr(ops, "_linear_pointwise")):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(ops._is_mkldnn_bf16_supported()))

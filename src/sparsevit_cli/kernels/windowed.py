@@ -51,7 +51,7 @@ def run_windows_(
     differentiated.
     """
     area = rows.shape[1]
-    step = max(1, CHUNK_TOKENS // area) if tokens.device.type == "cpu" else len(rows)
+    step = max(1, CHUNK_TOKENS // area if tokens.device.type == "cpu" else len(rows))
     ops = linear_ops(tokens)
     for first in range(0, len(rows), step):
         part = slice(first, first + step)

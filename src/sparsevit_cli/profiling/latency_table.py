@@ -17,6 +17,7 @@ from statistics import fmean, median
 import torch
 from torch import Tensor, nn
 
+from sparsevit_cli import kernels
 from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
 from sparsevit_cli.swin import get_sparsity, set_sparsity, sparse_stages
@@ -123,6 +124,7 @@ def table_identity(model: nn.Module, x: Tensor) -> dict[str, object]:
         "image_size": list(x.shape[2:]),
         "dtype": str(x.dtype).removeprefix("torch."),
         "mode": "eager",
+        "kernels": f"{type(kernels.linear_ops(x)).__name__} {kernels.VERSION}",
         "torch": versions["torch"],
         "timm": versions["timm"],
         "importance": stages[0].importance,

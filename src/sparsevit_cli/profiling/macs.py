@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
-from sparsevit_cli.swin import without_kernels
 from sparsevit_cli.windows import num_keep, window_grid
 
 from .inputs import InputSize, Measured, evaluating, example_input, image_shape, named_stages, stem_name, uncompiled
@@ -90,7 +89,7 @@ def flopcounter_macs(model: nn.Module, input_size: InputSize = 224, *, batch_siz
     model = uncompiled(model)
     x = example_input(model, input_size, batch_size)
     counter = FlopCounterMode(display=False)
-    with evaluating(model), memory_errors(f"forward of {tuple(x.shape)}"), without_kernels(), counter:
+    with evaluating(model), memory_errors(f"forward of {tuple(x.shape)}"), counter:
         model(x)
     total = counter.get_total_flops() / 2 / len(x)
     return MacsReport(total, {"head": total}, "torch", {})

@@ -51,7 +51,12 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operators returned and nobody has let go of yet: `now` and `peak`."""
+    """Bytes of all storages that operators returned and nobody has let go of yet: `now` and `peak`.
+
+    `sees_kernels` tells a sparse Swin that it may run as it does unwatched.
+    """
+
+    sees_kernels = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,9 +23,12 @@ Compile = Callable[[nn.Module], Any]
 def dense_variants(model: nn.Module, *, max_autotune: bool = False) -> dict[str, Any]:
     """B2: timm's `model` with fused attention off and on, eager and compiled; copies, in evaluation mode.
 
-    `max_autotune` adds torch.compile's slowest mode, which may take minutes to compile.
+    On a GPU also with CUDA graphs (`reduce-overhead`). `max_autotune` adds torch.compile's slowest mode, which may take
+    minutes to compile.
     """
     modes: dict[str, Compile] = {"eager": lambda m: m, "compile": lambda m: torch.compile(m, dynamic=False)}
+    if next(model.parameters()).is_cuda:
+        modes["compile, CUDA graphs"] = lambda m: torch.compile(m, dynamic=False, mode="reduce-overhead")
     if max_autotune:
         modes["max-autotune"] = lambda m: torch.compile(m, dynamic=False, mode="max-autotune")
     variants: dict[str, Any] = {}
@@ -33,6 +36,14 @@ def dense_variants(model: nn.Module, *, max_autotune: bool = False) -> dict[str,
         for fused in (False, True):
             variants[f"timm {mode}{', fused' if fused else ''}"] = compiled(with_fused_attention(model, fused))
     return variants
+
+
+def frozen_variant(model: nn.Module) -> Any:
+    """B2f: fused attention, compiled with Inductor's freezing, which packs the weights for oneDNN on a CPU.
+
+    An option few users know; it changes no rule of B2 and is told beside it.
+    """
+    return torch.compile(with_fused_attention(model, True), dynamic=False, options={"freezing": True})
 
 
 def with_fused_attention(model: nn.Module, fused: bool) -> nn.Module:
@@ -48,7 +59,8 @@ class AuthorsFlowStage(SparseSwinTransformerStage):
     """B0: a sparse stage with the data flow of the released SparseViT, written anew.
 
     Each block rolls and pads the map, partitions all windows, gathers the kept ones, runs, scatters them among the
-    others, reverses, crops and rolls back; attention masks are built in every forward. Same numbers as ours.
+    others, reverses, crops and rolls back; attention masks are built in every forward. Attention and layers are timm's.
+    Same numbers as ours.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,42 +68,48 @@ class AuthorsFlowStage(SparseSwinTransformerStage):
         x = self.downsample(x)
         height, width = x.shape[1:3]
         magnitude: Tensor | None = None
+        ranked: dict[tuple[int, int], Tensor] = {}
         for number, block in enumerate(self.blocks):
             rows, cols = windows.window_grid(height, width, block.window_size)
             count = windows.num_keep(rows * cols, self.sparsity_tenths[number // 2])
-            if count < rows * cols and magnitude is None:
-                magnitude = windows.token_magnitude(x, "mean_abs_l2")
-            x = _authors_block(block, x, magnitude, count)
+            if count == rows * cols:
+                x = block(x)
+                continue
+            if magnitude is None:
+                magnitude = windows.token_magnitude(x, "mean_abs_l2").view(*x.shape[:3], 1)
+            if block.shift_size not in ranked:
+                scores = _partitioned(block, magnitude).square().sum((2, 3)).sqrt()
+                ranked[block.shift_size] = scores.topk(count, dim=1).indices
+            x = _authors_block(block, x, ranked[block.shift_size][:, :count])
         return x
 
 
-def _authors_block(block: SparseSwinTransformerBlock, x: Tensor, magnitude: Tensor | None, count: int) -> Tensor:
+def _partitioned(block: SparseSwinTransformerBlock, x: Tensor) -> Tensor:
+    """(B, H, W, C) rolled, padded and cut into all windows: (B, n, N, C)."""
     batch, height, width, channels = x.shape
     (wh, ww), (sh, sw) = block.window_size, block.shift_size
     rows, cols = windows.window_grid(height, width, block.window_size)
+    x = torch.roll(x, shifts=(-sh, -sw), dims=(1, 2)) if sh or sw else x
+    x = nn.functional.pad(x, (0, 0, 0, cols * ww - width, 0, rows * wh - height))
+    parts: Tensor = window_partition(x, (wh, ww))
+    return parts.view(batch, rows * cols, wh * ww, channels)
 
-    def partitioned(map_: Tensor) -> Tensor:
-        map_ = torch.roll(map_, shifts=(-sh, -sw), dims=(1, 2)) if sh or sw else map_
-        map_ = nn.functional.pad(map_, (0, 0, 0, cols * ww - width, 0, rows * wh - height))
-        parted: Tensor = window_partition(map_, (wh, ww))
-        return parted.view(batch, rows * cols, wh * ww, -1)
 
-    parts = partitioned(x)  # B, n, N, C
+def _authors_block(block: SparseSwinTransformerBlock, x: Tensor, keep: Tensor) -> Tensor:
+    height, width, channels = x.shape[1:]
+    (wh, ww), (sh, sw) = block.window_size, block.shift_size
+    rows, cols = windows.window_grid(height, width, block.window_size)
+    parts = _partitioned(block, x)
+    place = keep[:, :, None, None].expand(-1, -1, wh * ww, channels)
+    kept = parts.gather(1, place)
+    normed = block.norm1(kept)
+    if windows.has_padding(height, width, block.window_size):  # timm pads after the norm, with zeros
+        normed = normed * _partitioned(block, torch.ones_like(x[..., :1])).gather(1, place[..., :1])
     mask = block.get_attn_mask(x.new_empty(1, rows * wh, cols * ww, 1))
-    real = partitioned(torch.ones_like(x[..., :1]))
-    if count == rows * cols or magnitude is None:
-        keep = torch.arange(rows * cols, device=x.device).expand(batch, -1)
-    else:
-        scores = partitioned(magnitude.view(batch, height, width, 1)).float().square().sum((2, 3)).sqrt()
-        keep = scores.topk(count, dim=1).indices
-    place = keep[:, :, None, None]
-    kept = parts.gather(1, place.expand(-1, -1, wh * ww, channels))
-    normed = block.norm1(kept) * real.gather(1, place.expand(-1, -1, wh * ww, 1))
     kept_mask = None if mask is None else mask[keep.flatten()]
-    attended = block.attn(normed.flatten(0, 1), mask=kept_mask).view_as(kept)
-    kept = kept + attended
+    kept = kept + block.attn(normed.flatten(0, 1), mask=kept_mask).view_as(kept)
     kept = kept + block.mlp(block.norm2(kept))
-    parts = parts.scatter(1, place.expand(-1, -1, wh * ww, channels), kept)
+    parts = parts.scatter(1, place, kept)
     merged: Tensor = window_reverse(parts.reshape(-1, wh, ww, channels), (wh, ww), rows * wh, cols * ww)
     merged = merged[:, :height, :width].contiguous()
     return merged.roll(shifts=(sh, sw), dims=(1, 2)) if sh or sw else merged
@@ -107,16 +125,28 @@ def authors_flow(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def oracle() -> Iterator[None]:
-    """O: our kernels on equally many windows that lie together, without scores, ranking, gather and scatter.
+    """O: our kernels on equally many windows that lie together, without scores and ranking.
 
-    The outputs mean nothing. What a sparse model takes longer than this is the sparsity tax.
+    Instead of gather and scatter a chunk is read where it stands, and written back by one plain copy. The outputs mean
+    nothing. What a sparse model takes longer than this is the sparsity tax.
     """
+    place = [0]
+
+    def read(tokens: Tensor, rows: Tensor) -> Tensor:
+        place[0] = place[0] if place[0] + len(rows) <= len(tokens) else 0
+        return tokens.narrow(0, place[0], len(rows))
+
+    def write(tokens: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+        tokens.narrow(0, place[0], len(rows)).copy_(values)
+        place[0] += len(rows)
+        return tokens
+
     functions: dict[str, Callable[..., Any]] = {
         "token_magnitude": lambda x, importance: x.new_zeros(x.shape[0], x.shape[1] * x.shape[2]),
         "window_scores": lambda magnitude, index: magnitude[:, : len(index)],
         "rank_windows": lambda scores, count: torch.arange(count, device=scores.device).expand(len(scores), -1),
-        "gather_rows": lambda tokens, rows: tokens.narrow(0, 0, len(rows)),
-        "scatter_rows_": lambda tokens, rows, values: tokens,
+        "gather_rows": read,
+        "scatter_rows_": write,
     }
     before = {name: getattr(windows, name) for name in functions}
     for name, function in functions.items():

@@ -100,6 +100,7 @@ def hooked(model: nn.Module, timeline: Timeline) -> Iterator[None]:
     with ExitStack() as stack:
         for module, label in _labelled_modules(model):
             enter, leave = partial(_enter, timeline, label), partial(_leave, timeline)
+            enter.keeps_nothing = leave.keeps_nothing = True  # type: ignore[attr-defined]
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave).remove)
         yield

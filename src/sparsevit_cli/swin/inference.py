@@ -7,14 +7,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from timm.layers import Mlp
-from timm.models.swin_transformer import (
-    PatchMerging,
-    SwinTransformerBlock,
-    SwinTransformerStage,
-    WindowAttention,
-)
+from timm.layers import DropPath, Mlp
+from timm.models.swin_transformer import SwinTransformerBlock, SwinTransformerStage, WindowAttention
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sparsevit_cli import kernels, windows
 
@@ -32,21 +30,25 @@ def without_kernels() -> Iterator[None]:
 
 
 def is_inference(stage: SwinTransformerStage, device: torch.device) -> bool:
-    """True outside of training, tracing and autocast: nothing is differentiated, recorded or cast."""
+    """True where nothing is differentiated, recorded, cast or watched: training, tracing, autocast, torch.func,
+    operator counters and hooks on every module need timm's own modules.
+    """
+    if not _with_kernels.get() or stage.training or torch.is_grad_enabled() or device.type == "meta":
+        return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    if stage.training or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+    hooked = module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
+    if hooked or torch.is_autocast_enabled(device.type):
         return False
-    return _with_kernels.get() and torch._guards.detect_fake_mode() is None
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return False
+    return all(getattr(mode, "sees_kernels", False) for mode in _get_current_dispatch_mode_stack())
 
 
 def merging_weights(downsample: nn.Module) -> tuple[kernels.Norm, kernels.Affine] | None:
-    """Tensors of a patch merging; None where it is none, not timm's own, or somebody hooked into it."""
-    if not isinstance(downsample, PatchMerging) or not _is_plain(
-        (downsample.norm, nn.LayerNorm), (downsample.reduction, nn.Linear)
-    ):
-        return None
-    return _norm(downsample.norm), _affine(downsample.reduction)
+    """Tensors of a patch merging; None where a part is not timm's own, or somebody hooked into it."""
+    parts = ((downsample, type(downsample)), (downsample.norm, nn.LayerNorm), (downsample.reduction, nn.Linear))
+    return (_norm(downsample.norm), _affine(downsample.reduction)) if _is_plain(*parts) else None  # type: ignore[arg-type]
 
 
 def block_weights(stage: SwinTransformerStage, x: Tensor) -> list[kernels.BlockWeights] | None:
@@ -64,10 +66,15 @@ def block_weights(stage: SwinTransformerStage, x: Tensor) -> list[kernels.BlockW
 def _plain_weights(block: SwinTransformerBlock) -> kernels.BlockWeights | None:
     """The tensors of a block; None where a part is not timm's own, or somebody hooked into it."""
     attn, mlp = block.attn, block.mlp
-    parts = ((attn, WindowAttention), (attn.qkv, nn.Linear), (attn.proj, nn.Linear), (attn.softmax, nn.Softmax),
-             (mlp, Mlp), (mlp.fc1, nn.Linear), (mlp.fc2, nn.Linear), (mlp.act, nn.GELU), (mlp.norm, nn.Identity),
-             (block.norm1, nn.LayerNorm), (block.norm2, nn.LayerNorm))  # fmt: skip
-    if not _is_plain(*parts) or mlp.act.approximate != "none":
+    parts = ((block, type(block)), (attn, WindowAttention), (attn.qkv, nn.Linear), (attn.proj, nn.Linear),
+             (attn.softmax, nn.Softmax), (attn.attn_drop, nn.Dropout), (attn.proj_drop, nn.Dropout), (mlp, Mlp),
+             (mlp.fc1, nn.Linear), (mlp.fc2, nn.Linear), (mlp.act, nn.GELU), (mlp.norm, nn.Identity),
+             (mlp.drop1, nn.Dropout), (mlp.drop2, nn.Dropout), (block.norm1, nn.LayerNorm),
+             (block.norm2, nn.LayerNorm))  # fmt: skip
+    paths = (
+        (path, DropPath if isinstance(path, DropPath) else nn.Identity) for path in (block.drop_path1, block.drop_path2)
+    )
+    if not _is_plain(*parts, *paths) or mlp.act.approximate != "none":
         return None
     dtypes = {parameter.dtype for parameter in block.parameters()}
     if len(dtypes) > 1:
@@ -80,8 +87,21 @@ def _plain_weights(block: SwinTransformerBlock) -> kernels.BlockWeights | None:
 
 
 def _is_plain(*parts: tuple[nn.Module, type[nn.Module]]) -> bool:
-    """True where every part is of its very class and nobody hooked into it."""
-    return not any(type(part) is not kind or part._forward_hooks or part._forward_pre_hooks for part, kind in parts)
+    """True where every part is of its very class, at rest, with plain tensors, and nobody changed or hooked into it."""
+    return all(
+        type(part) is kind
+        and not part.training
+        and "forward" not in vars(part)
+        and part._compiled_call_impl is None
+        and all(getattr(hook, "keeps_nothing", False) for hook in _hooks(part))
+        and all(type(parameter) in (Tensor, nn.Parameter) for parameter in part.parameters(recurse=False))
+        for part, kind in parts
+    )
+
+
+def _hooks(module: nn.Module) -> list[object]:
+    """Those that see inputs or outputs. Ours on blocks carry `keeps_nothing`: their maps are changed afterwards."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
 def _norm(layer: nn.LayerNorm) -> kernels.Norm:

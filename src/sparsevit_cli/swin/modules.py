@@ -74,7 +74,7 @@ class SparseSwinTransformerBlock(SwinTransformerBlock):
         bias_class = None
         if any(self.shift_size):
             partition = (height, width, self.window_size, self.shift_size, x.device)
-            masks, class_of = windows.remembered_shift_mask(*partition)
+            masks, class_of = windows.shift_mask_of(*partition)
             bias, bias_class = bias + masks[:, None].to(x.dtype), class_of[keep_indices.flatten()]
         tokens = x.view(-1, channels)  # shares the map's memory
         kernels.run_windows_(tokens, rows.flatten(0, 1), weights, bias, bias_class, padded=padded)
@@ -104,12 +104,12 @@ class SparseSwinTransformerStage(SwinTransformerStage):
         if self.as_timm and not any(self.sparsity_tenths):
             return super().forward(x)  # type: ignore[no-any-return]
         infers = is_inference(self, x.device)
-        merging = merging_weights(self.downsample) if infers else None
-        merged = self.downsample(x) if merging is None else self.downsample(x, merging)
-        weights = block_weights(self, merged) if infers else None
-        if weights is not None and merged is x:  # the caller's map is not ours to change
-            merged = x.clone(memory_format=torch.contiguous_format)
-        x = merged.contiguous() if weights is not None else merged
+        infers &= all(type(block) is SparseSwinTransformerBlock for block in self.blocks)
+        merging = merging_weights(self.downsample) if infers and type(self.downsample) is SparsePatchMerging else None
+        x = self.downsample(x) if merging is None else self.downsample(x, weights=merging)
+        weights = block_weights(self, x) if infers else None
+        if weights is not None and merging is None:  # the caller's map, or a view of it, is not ours to change
+            x = x.clone(memory_format=torch.contiguous_format)
         ranking = _Ranking(self, x.shape[1], x.shape[2])
         for number, block in enumerate(self.blocks):
             run = partial(block, **ranking.keep(x, block, self.sparsity_tenths[number // 2]))

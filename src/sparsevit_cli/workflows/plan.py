@@ -24,6 +24,8 @@ OPTIMIZER_COPIES = 3
 TIMED_STEPS = 3
 PROFILE_ROWS = 3
 """Dense, ours at ratio 0, ours sparse."""
+RIVAL_ROWS = 18
+"""Contestants of a Swin-T; others have fewer."""
 WARMUP_SHARE = 2.0
 """Warm-up takes as long as the measurement itself."""
 
@@ -35,8 +37,9 @@ def plan_lines(
 
     Raises what reading the data and building the model raise.
     """
-    if command == "profile":
-        return _profile_lines(profile_target(session, model=model, img_size=img_size, ratios=ratios))
+    if command in ("profile", "rivals"):
+        ratios = ratios or ("0.6" if command == "rivals" else None)
+        return _profile_lines(profile_target(session, model=model, img_size=img_size, ratios=ratios), command)
     plan = _Plan(session)
     lines = [*_folder_lines(session, command), *plan.model_lines()]
     trainings = {"pretrain": session.config.train, "adapt": session.config.adapt, "finetune": session.config.finetune}
@@ -131,16 +134,17 @@ class _Plan:
         return best
 
 
-def _profile_lines(target: ProfileTarget) -> list[str]:
+def _profile_lines(target: ProfileTarget, command: str) -> list[str]:
     section = target.session.config.profile
     cells = len(target.sizes) * len(section.batch_sizes)
-    seconds = cells * PROFILE_ROWS * section.seconds * WARMUP_SHARE
+    rows = PROFILE_ROWS if command == "profile" else RIVAL_ROWS
+    seconds = cells * rows * section.seconds * WARMUP_SHARE
     sizes = ", ".join(f"{height}x{width}" for height, width in target.sizes)
     return [
-        *_folder_lines(target.session, "profile"),
+        *_folder_lines(target.session, command),
         f"model: {target.session.config.model.name} at {target.config}",
         f"cells: {cells}, image sizes {sizes}, batch sizes {', '.join(map(str, section.batch_sizes))}, "
         f"{section.precision}, {section.mode}",
-        f"time: {seconds / 60:.1f} min at least, {PROFILE_ROWS} rows each, more where {section.rounds} rounds take "
+        f"time: {seconds / 60:.1f} min at least, {rows} rows each, more where {section.rounds} rounds take "
         "longer or latencies do not settle",
     ]

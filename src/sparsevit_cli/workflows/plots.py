@@ -68,15 +68,20 @@ def plot_rivals(path: Path, rows: Sequence[Mapping[str, Any]], reporter: Reporte
     axes = figure.add_subplot()
     dense = min((row for row in rows if row["kind"] in ("B1", "B2")), key=lambda row: row["latency_ms"])
     axes.plot([0, dense["gmacs"]], [0, dense["latency_ms"]], "--", color="#9aa5b1", label="best dense, scaled")
-    styles = {"B1": ("s", "#9aa5b1"), "B2": ("s", "#52606d"), "B3": ("D", "#b7791f"), "B0": ("v", "#c1121f"),
-              "O": ("x", "#627d98"), "ours": ("o", "#0b6e4f")}  # fmt: skip
-    names = {"B1": "timm as installed", "B2": "timm, fused or compiled", "B3": "timm, smaller images",
-             "B0": "the authors' data flow", "O": "oracle", "ours": "ours"}  # fmt: skip
-    for kind, (marker, color) in styles.items():
+    styles = {
+        "B1": ("s", "#9aa5b1", "timm as installed"),
+        "B2": ("s", "#52606d", "timm, fused or compiled"),
+        "B2f": ("s", "#102a43", "timm, compiled and frozen"),
+        "B3": ("D", "#b7791f", "timm, smaller images"),
+        "B0": ("v", "#c1121f", "the authors' data flow"),
+        "O": ("x", "#627d98", "oracle"),
+        "ours": ("o", "#0b6e4f", "ours"),
+    }
+    for kind, (marker, color, name) in styles.items():
         points = [row for row in rows if row["kind"] == kind]
         axes.plot(
             [row["gmacs"] for row in points], [row["latency_ms"] for row in points], marker, color=color, ms=6,
-            ls="none", label=names[kind],
+            ls="none", label=name,
         )  # fmt: skip
     axes.set_xlabel("multiply-adds per image, G")
     axes.set_ylabel(f"ms per batch of {rows[0]['batch']}, {rows[0]['dtype']}")

@@ -17,6 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from sparsevit_cli import kernels
 from sparsevit_cli.atomic import write_atomic, write_json
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.config.schema import ModelSection
@@ -152,7 +153,10 @@ def profile_model(
     samples: dict[str, tuple[float, ...]] = {}
     stages: dict[str, StageTimes] = {}
     macs_check: dict[str, float] = {}
-    with _threads(section.threads), session.reporter.progress("profile", len(sizes) * len(section.batch_sizes)) as bar:
+    with (
+        threads_set(section.threads),
+        session.reporter.progress("profile", len(sizes) * len(section.batch_sizes)) as bar,
+    ):
         for size in sizes:
             models = _models(session, size, config)
             if not macs_check:
@@ -184,7 +188,7 @@ def profile_model(
 
 def settings_of(session: Session) -> str:
     """Hash of what a profile depends on besides ratios and image sizes."""
-    return section_hash(session.config, "profile", "model")
+    return f"{section_hash(session.config, 'profile', 'model')} kernels {kernels.VERSION}"
 
 
 def _named_model(name: str) -> ModelSection:
@@ -320,7 +324,8 @@ def _stage_times(
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads_set(count: int | None) -> Iterator[None]:
+    """PyTorch on `count` CPU threads inside the block; None leaves its choice."""
     before = torch.get_num_threads()
     try:
         if count is not None:

@@ -15,13 +15,19 @@ from sparsevit_cli.profiling.inputs import TORCH_DTYPE, evaluating, example_inpu
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import count_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
-from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, oracle, with_fused_attention
+from sparsevit_cli.profiling.rivals import (
+    authors_flow,
+    dense_variants,
+    frozen_variant,
+    oracle,
+    with_fused_attention,
+)
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import Ratios, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
 
 from .plots import plot_rivals
-from .profile import built, profile_target
+from .profile import built, profile_target, threads_set
 from .session import Session
 
 PUBLISHED: Mapping[str, Ratios] = {
@@ -40,9 +46,9 @@ SMALLER_SHARES = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 class RivalRow:
     """One contestant of one cell. `speedup` is the best dense timm's time over this one's, in the same rounds.
 
-    `kind` is B1 (timm as installed), B2 (its variants), B0 (the authors' flow), B3 (dense at a lower resolution), ours
-    or O (the oracle). `realised` is the share of latency saved over the share of multiply-adds saved, against our own
-    dense; `tax` what the sparse model takes longer than its oracle.
+    `kind` is B1 (timm as installed), B2 (its variants), B2f (compiled and frozen), B0 (the authors' flow), B3 (dense at
+    a lower resolution), ours or O (the oracle). `realised` is the share of latency saved over the share of
+    multiply-adds saved, against our own dense; `tax` what the sparse model takes longer than its oracle.
     """
 
     label: str
@@ -116,12 +122,14 @@ def measure_rivals(
     session = target.session
     folder, section = session.folder("rivals"), session.config.profile
     cells = []
-    with session.reporter.progress("rivals", len(target.sizes) * len(section.batch_sizes)) as bar:
+    total = len(target.sizes) * len(section.batch_sizes)
+    with threads_set(section.threads), session.reporter.progress("rivals", total) as bar:
         for size in target.sizes:
             for batch in section.batch_sizes:
                 cells.append(_cell(session, size, batch, typed, max_autotune))
                 bar.advance()
-    settings = {**section.model_dump(mode="json"), "threads": torch.get_num_threads()}
+        threads = torch.get_num_threads()
+    settings = {**section.model_dump(mode="json", exclude={"mode", "ratios"}), "threads": threads}
     report = RivalReport(folder, session.config.model.name, tuple(cells), session.environment, settings)
     folder.set_aside(["rivals.json", "rivals.png", "metrics.json"], session.reporter)
     write_json(folder.path / "rivals.json", report.document())
@@ -160,16 +168,20 @@ def _contestants(
     x = _input(session, dense, size, batch)
     found: dict[str, _Contestant] = {}
     for number, (label, variant) in enumerate(dense_variants(dense, max_autotune=max_autotune).items()):
-        found[label] = _Contestant("B2" if number else "B1", partial(variant, x), dense, None, size)
+        model = variant if label.startswith("timm eager") else dense
+        found[label] = _Contestant("B2" if number else "B1", partial(variant, x), model, None, size)
+    if session.device.type == "cpu":
+        found["timm compile, frozen"] = _Contestant("B2f", partial(frozen_variant(dense), x), dense, None, size)
     depths = model_depths(dense)
     chosen = {**(PUBLISHED if depths == PUBLISHED_DEPTHS else {}), **UNIFORM}
     configs = {label: SparsityConfig.from_ratios(ratios, depths) for label, ratios in chosen.items()} | dict(typed)
-    ours_dense = sparsify_(with_fused_attention(dense, fused=False))
+    importance = session.config.model.importance
+    ours_dense = sparsify_(with_fused_attention(dense, fused=False), importance=importance)
     set_sparsity(ours_dense, 0.0, exact=False)
     zero = SparsityConfig.dense(depths)
     found["ours, ratio 0"] = _Contestant("ours", partial(ours_dense, x), ours_dense, zero, size)
     for label, config in configs.items():
-        sparse = sparsify_(with_fused_attention(dense, fused=False))
+        sparse = sparsify_(with_fused_attention(dense, fused=False), importance=importance)
         set_sparsity(sparse, config)
         found[f"ours, {label}"] = _Contestant("ours", partial(sparse, x), sparse, config, size)
         found[f"oracle, {label}"] = _Contestant("O", partial(_as_oracle, sparse, x), sparse, config, size)
