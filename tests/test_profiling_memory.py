@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -51,3 +54,20 @@ def test_running_out_of_memory_is_exit_7() -> None:
     with pytest.raises(ResourceError, match=r"forward of \(1, 3, 4, 4\)") as caught:
         peak_memory_mb(Huge(), torch.zeros(1, 3, 4, 4))
     assert caught.value.exit_code == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_freed_memory_is_mapped_once() -> None:
+    code = (
+        "import resource, sys, torch\n"
+        "from sparsevit_cli.profiling.memory import reuse_freed_memory\n"
+        "assert sys.argv[1] == 'no' or reuse_freed_memory()\n"
+        "def work():\n    for _ in range(10): torch.ones(16_000_000)\n"
+        "work()\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\nwork()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", code, told], capture_output=True, text=True, check=True).stdout)
+        for told in ("yes", "no")
+    )
+    assert kept < 1000 < given_back

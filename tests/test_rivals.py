@@ -64,7 +64,7 @@ def test_a_benchmark_names_the_best_dense_and_compares_with_it(tmp_path: Path, m
     (cell,) = report.cells
     rows = {row.label: row for row in cell.rows}
     assert rows[cell.best_dense].speedup == 1
-    assert {row.kind for row in cell.rows} == {"B0", "B1", "B2", "B3", "ours", "O"}
+    assert {row.kind for row in cell.rows} == {"B0", "B1", "B2", "B2f", "B3", "ours", "O"}
     assert rows["ours, [[0.2], [0.4]]"].gmacs < rows["ours, ratio 0"].gmacs == rows["timm eager"].gmacs
     assert rows["ours, 60% everywhere"].tax is not None
     assert rows["ours, 60% everywhere"].realised is not None

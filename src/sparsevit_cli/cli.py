@@ -99,8 +99,10 @@ def _run(
                             (config.search.budget_macs, parse_macs_budget)):  # fmt: skip
             if text is not None:
                 parse(text)
+        from .profiling.memory import reuse_freed_memory
         from .workflows.session import Session
 
+        reuse_freed_memory()
         told = {"to_go_on": "Type the command without --fresh to go on."} if options.fresh else {}
         with stop_on_signals(**told) as stop, _library_talk(reporter, options.verbose):
             session = Session(config, reporter, stop, ("sparsevit", *sys.argv[1:]), options.fresh)

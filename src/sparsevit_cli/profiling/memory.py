@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,22 @@ from .device import synchronize
 from .inputs import evaluating, uncompiled
 
 BYTES_PER_MB = 10**6
+_MALLOC_SETTINGS = ((-1, 2**31 - 1), (-2, 2**28), (-4, 0))
+"""M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX (glibc's malloc.h) for `reuse_freed_memory`."""
+
+
+def reuse_freed_memory() -> bool:
+    """Let glibc keep freed memory for the next tensors of this process; False where that is not possible.
+
+    By default it gives large blocks back, and every forward of a dense Swin then waits for tens of thousands of pages
+    to be mapped and zeroed anew. Without this a latency would depend on what the process did before, and dense models,
+    whose maps are larger, would look slower than they are.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        return False
+    return all(mallopt(number, value) == 1 for number, value in _MALLOC_SETTINGS)
 
 
 def peak_memory_mb(model: nn.Module, x: Tensor) -> float:
