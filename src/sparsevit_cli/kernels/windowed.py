@@ -19,10 +19,10 @@ CHUNK_TOKENS = 4096
 
 
 class Norm(NamedTuple):
-    """LayerNorm over the channels."""
+    """LayerNorm over the channels; weight and bias (C,), or None."""
 
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
     eps: float
 
 

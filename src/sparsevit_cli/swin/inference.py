@@ -76,32 +76,38 @@ def _plain_weights(block: SwinTransformerBlock) -> kernels.BlockWeights | None:
     )
     if not _is_plain(*parts, *paths) or mlp.act.approximate != "none":
         return None
-    dtypes = {parameter.dtype for parameter in block.parameters()}
-    if len(dtypes) > 1:
-        return None
-    return kernels.BlockWeights(
+    weights = kernels.BlockWeights(
         norm1=_norm(block.norm1), qkv=_affine(attn.qkv), proj=_affine(attn.proj),
         norm2=_norm(block.norm2), fc1=_affine(mlp.fc1), fc2=_affine(mlp.fc2),
         num_heads=attn.num_heads, scale=float(attn.scale),
     )  # fmt: skip
+    layers = (weights.norm1, weights.qkv, weights.proj, weights.norm2, weights.fc1, weights.fc2)
+    dtypes = {layer.weight.dtype for layer in layers if layer.weight is not None}
+    return weights if len(dtypes) == 1 else None
 
 
 def _is_plain(*parts: tuple[nn.Module, type[nn.Module]]) -> bool:
-    """True where every part is of its very class, at rest, with plain tensors, and nobody changed or hooked into it."""
-    return all(
-        type(part) is kind
-        and not part.training
-        and "forward" not in vars(part)
-        and part._compiled_call_impl is None
-        and all(getattr(hook, "keeps_nothing", False) for hook in _hooks(part))
-        and all(type(parameter) in (Tensor, nn.Parameter) for parameter in part.parameters(recurse=False))
-        for part, kind in parts
-    )
+    """True where every part is of its very class, at rest, with plain tensors, and nobody changed or hooked into it.
+
+    Asked in every forward of every block, so it looks into the modules' own dicts.
+    """
+    for part, kind in parts:
+        if type(part) is not kind or part.training or part._compiled_call_impl is not None:
+            return False
+        if "forward" in part.__dict__ or any(type(p) not in _PLAIN for p in part._parameters.values()):
+            return False
+        if (part._forward_hooks or part._forward_pre_hooks) and not _keep_nothing(part):
+            return False
+    return True
 
 
-def _hooks(module: nn.Module) -> list[object]:
-    """Those that see inputs or outputs. Ours on blocks carry `keeps_nothing`: their maps are changed afterwards."""
-    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+_PLAIN = (Tensor, nn.Parameter, type(None))
+
+
+def _keep_nothing(module: nn.Module) -> bool:
+    """True where all hooks are ours: they look at no map, since maps are changed afterwards."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return all(getattr(hook, "keeps_nothing", False) for hook in hooks)
 
 
 def _norm(layer: nn.LayerNorm) -> kernels.Norm:

@@ -49,7 +49,11 @@ def plot_training(path: Path, rows: Sequence[Mapping[str, float]], reporter: Rep
     epochs = [row["epoch"] for row in rows]
     accuracy, losses = figure.subplots(2, sharex=True)
     accuracy.plot(epochs, [row["top1"] for row in rows], "o-", color="#0b6e4f", ms=4)
-    accuracy.set_ylabel("top-1 on the validation data, %")
+    for row in rows:
+        accuracy.annotate(f"{row['img_size']:g} px", (row["epoch"], row["top1"]), xytext=(0, 7), fontsize=7,
+                          textcoords="offset points", ha="center")  # fmt: skip
+    accuracy.margins(y=0.2)
+    accuracy.set_ylabel("validation top-1, %")
     losses.plot(epochs, [row["train_loss"] for row in rows], "o-", color="#9aa5b1", ms=4, label="training")
     losses.plot(epochs, [row["val_loss"] for row in rows], "o-", color="#c1121f", ms=4, label="validation")
     losses.set_ylabel("loss")
