@@ -90,15 +90,12 @@ def _run(
     """One command: a session, its workflow, and the result as a table or as JSON. `flags` matter to its plan."""
     from .config.loading import load_config
     from .console import ConsoleReporter, print_json, print_lines
-    from .search.budget import parse_latency_budget, parse_macs_budget
+    from .search.budget import parse_budgets
 
     reporter = ConsoleReporter(verbose=options.verbose)
     with _reported(reporter, options.verbose):
         config = load_config(options.config, options.overrides)
-        for text, parse in ((config.search.budget_latency, parse_latency_budget),
-                            (config.search.budget_macs, parse_macs_budget)):  # fmt: skip
-            if text is not None:
-                parse(text)
+        parse_budgets(config.search.budget_latency, config.search.budget_macs)  # refused before torch is loaded
         from .profiling.memory import reuse_freed_memory
         from .workflows.session import Session
 

@@ -68,6 +68,13 @@ class Latency(Measured):
         """Interquartile range over median."""
         return self.iqr_ms / self.median_ms
 
+    def as_row(self) -> dict[str, float]:
+        """Latency and speed-up, each with its 95 % interval, under the names that rows of reports have."""
+        return {
+            "latency_ms": self.median_ms, "latency_ms_low": self.low_ms, "latency_ms_high": self.high_ms,
+            "speedup": self.speedup, "speedup_low": self.speedup_low, "speedup_high": self.speedup_high,
+        }  # fmt: skip
+
     @classmethod
     def from_samples(cls, samples_ms: Sequence[float], reference_ms: Sequence[float] | None = None) -> Latency:
         """Statistics of samples; `reference_ms` are the reference's samples of the same rounds."""

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from sparsevit_cli import windows
 from sparsevit_cli.swin import SparseSwinTransformerBlock, SparseSwinTransformerStage, sparse_stages
 
+from .timeline import windows_replaced
+
 Compile = Callable[[nn.Module], Any]
 
 
@@ -148,11 +150,5 @@ def oracle() -> Iterator[None]:
         "gather_rows": read,
         "scatter_rows_": write,
     }
-    before = {name: getattr(windows, name) for name in functions}
-    for name, function in functions.items():
-        setattr(windows, name, function)
-    try:
+    with windows_replaced(functions):
         yield
-    finally:
-        for name, function in before.items():
-            setattr(windows, name, function)

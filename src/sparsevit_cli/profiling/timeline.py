@@ -6,7 +6,7 @@ For passes of their own: the marks cost some microseconds each, so no figure of 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
@@ -109,13 +109,20 @@ def hooked(model: nn.Module, timeline: Timeline) -> Iterator[None]:
 @contextmanager
 def moves_labelled(timeline: Timeline) -> Iterator[None]:
     """Charge gather and scatter to `("moves", s)`, s being the stage whose block is running."""
-    functions = {name: getattr(windows, name) for name in GATHER_SCATTER}
+    with windows_replaced({name: partial(_moving, timeline, getattr(windows, name)) for name in GATHER_SCATTER}):
+        yield
+
+
+@contextmanager
+def windows_replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Other functions in the place of those of `windows` with their names."""
+    before = {name: getattr(windows, name) for name in functions}
     for name, function in functions.items():
-        setattr(windows, name, partial(_moving, timeline, function))
+        setattr(windows, name, function)
     try:
         yield
     finally:
-        for name, function in functions.items():
+        for name, function in before.items():
             setattr(windows, name, function)
 
 

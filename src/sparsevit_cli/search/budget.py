@@ -88,6 +88,12 @@ class BudgetRequest:
         return f"{self.value * 100:g}% of dense" if self.unit == "share" else format_cost(self.value, self.metric)
 
 
+def parse_budgets(latency: str | None, macs: str | None) -> tuple[BudgetRequest, ...]:
+    """Those that are given, latency first. Raises ConfigError."""
+    requests = ((latency, parse_latency_budget), (macs, parse_macs_budget))
+    return tuple(parse(text) for text, parse in requests if text is not None)
+
+
 def parse_latency_budget(text: str) -> BudgetRequest:
     """`50ms`, `0.05s` or `70%` (of dense). Raises ConfigError with what is allowed."""
     return _parse(text, "latency_ms")

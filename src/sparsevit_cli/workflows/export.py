@@ -41,6 +41,11 @@ class ExportSummary:
         }
 
 
+def export_settings(session: Session) -> str:
+    """Hash of what an export depends on besides weights and ratios."""
+    return section_hash(session.config, "export", "model")
+
+
 def export_winner(session: Session, *, weights: str | None = None, ratios: str | None = None) -> ExportSummary:
     """Export the last trained weights (or `weights`: a command or a path) at `ratios` as typed, else the winner's.
 
@@ -81,7 +86,7 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
             "weights": trained.name,
             "weights_sha256": trained.sha256,
             "ratios": config.ratios,
-            "settings": section_hash(session.config, "export", "model"),
+            "settings": export_settings(session),
             "manifest": report.manifest.name,
         }
     )

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsevit_cli.atomic import write_json
-from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.exporting import check_packages
 from sparsevit_cli.models import set_img_size
@@ -26,8 +25,8 @@ from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity
 from sparsevit_cli.tasks.classification import Accuracy
 
 from .evaluate import evaluate_checkpoint
-from .export import export_winner
-from .profile import profile_model, settings_of
+from .export import export_settings, export_winner
+from .profile import profile_model, profile_settings
 from .search import budget_requests, is_searched, search
 from .session import Session, Weights
 from .training import (
@@ -115,8 +114,8 @@ def run_pipeline(session: Session) -> PipelineSummary:
     tuned = {"ratios": tuned_at, "weights_sha256": trained_weights(session, "finetune", "sparsevit run").sha256}
     steps: tuple[tuple[str, Callable[[Session], object], Mapping[str, object]], ...] = (
         ("evaluate", evaluate_checkpoint, tuned),
-        ("profile", profile, {"ratios": tuned_at, "settings": settings_of(session)}),
-        ("export", export_winner, {**tuned, "settings": section_hash(session.config, "export", "model")}),
+        ("profile", profile, {"ratios": tuned_at, "settings": profile_settings(session)}),
+        ("export", export_winner, {**tuned, "settings": export_settings(session)}),
     )
     for command, step, wanted in steps:
         found = session.earlier(command).read_result() or {}
@@ -284,12 +283,7 @@ def _summary(
                 image_size=contender.size,
                 top1=contender.accuracy.top1,
                 gmacs=count_macs(contender.model, image).gmacs,
-                latency_ms=latency.median_ms,
-                latency_ms_low=latency.low_ms,
-                latency_ms_high=latency.high_ms,
-                speedup=latency.speedup,
-                speedup_low=latency.speedup_low,
-                speedup_high=latency.speedup_high,
+                **latency.as_row(),
             )
         )
     written = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import torch
 
@@ -57,7 +56,7 @@ def plan_lines(
 
 def _folder_lines(session: Session, command: str) -> list[str]:
     folder = session.earlier(command).path
-    return [f"command: {command}", f"folder: {folder}{' (exists)' if Path(folder).exists() else ''}"]
+    return [f"command: {command}", f"folder: {folder}{' (exists)' if folder.exists() else ''}"]
 
 
 class _Plan:

@@ -181,12 +181,12 @@ def profile_model(
     write_atomic(folder.path / "layers.csv", layers_csv(stages))
     write_atomic(folder.path / "profile.html", profile_page(report))
     folder.write_result(
-        {"rows": [asdict(row) for row in rows], "ratios": config.ratios, "settings": settings_of(session)}
+        {"rows": [asdict(row) for row in rows], "ratios": config.ratios, "settings": profile_settings(session)}
     )
     return report
 
 
-def settings_of(session: Session) -> str:
+def profile_settings(session: Session) -> str:
     """Hash of what a profile depends on besides ratios and image sizes."""
     return f"{section_hash(session.config, 'profile', 'model')} kernels {kernels.VERSION}"
 
@@ -279,12 +279,7 @@ def _cell(
                 dtype=section.precision,
                 mode=section.mode,
                 gmacs=count_macs(model, image).gmacs,
-                latency_ms=latency.median_ms,
-                latency_ms_low=latency.low_ms,
-                latency_ms_high=latency.high_ms,
-                speedup=latency.speedup,
-                speedup_low=latency.speedup_low,
-                speedup_high=latency.speedup_high,
+                **latency.as_row(),
                 throughput=1000 * batch / latency.median_ms,
                 peak_memory_mb=peak_memory_mb(model, x),
                 parameters=sum(parameter.numel() for parameter in model.parameters()),

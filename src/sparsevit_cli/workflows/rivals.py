@@ -231,7 +231,6 @@ def _input(session: Session, model: nn.Module, size: tuple[int, int], batch: int
 def _row(
     session: Session, label: str, contestant: _Contestant, batch: int, latency: Latency, best: Latency
 ) -> RivalRow:
-    against_best = Latency.from_samples(latency.samples_ms, best.samples_ms)
     x = _input(session, contestant.model, contestant.size, batch)
     eager = contestant.kind != "O" and "compile" not in label and "autotune" not in label
     with evaluating(contestant.model):
@@ -244,12 +243,7 @@ def _row(
         image_size=contestant.size,
         dtype=session.config.profile.precision,
         gmacs=count_macs(contestant.model, (session.config.model.in_chans, *contestant.size)).gmacs,
-        latency_ms=latency.median_ms,
-        latency_ms_low=latency.low_ms,
-        latency_ms_high=latency.high_ms,
-        speedup=against_best.speedup,
-        speedup_low=against_best.speedup_low,
-        speedup_high=against_best.speedup_high,
+        **Latency.from_samples(latency.samples_ms, best.samples_ms).as_row(),
         stable=latency.stable,
         peak_memory_mb=peak,
     )

@@ -25,8 +25,7 @@ from sparsevit_cli.search.budget import (
     Feasibility,
     check_reachable,
     format_cost,
-    parse_latency_budget,
-    parse_macs_budget,
+    parse_budgets,
 )
 from sparsevit_cli.search.correlation import spearman
 from sparsevit_cli.search.engine import search_sparsity
@@ -134,15 +133,11 @@ def _ledger_settings(session: Session, samples: str) -> str:
 
 def budget_requests(session: Session) -> tuple[BudgetRequest, ...]:
     section = session.config.search
-    requests = []
-    if section.budget_latency is not None:
-        requests.append(parse_latency_budget(section.budget_latency))
-    if section.budget_macs is not None:
-        requests.append(parse_macs_budget(section.budget_macs))
+    requests = parse_budgets(section.budget_latency, section.budget_macs)
     if not requests:
         got = "neither search.budget_latency nor search.budget_macs is set"
         raise ConfigError("search", got, "Give --budget-latency 50ms or 70%, or --budget-macs 3G or 60%.")
-    return tuple(requests)
+    return requests
 
 
 def is_searched(session: Session) -> bool:

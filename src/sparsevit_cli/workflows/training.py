@@ -22,7 +22,7 @@ from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import check_img_size
 from sparsevit_cli.profiling.macs import macs_cost
-from sparsevit_cli.runs import HARMLESS, RunFolder, missing_result
+from sparsevit_cli.runs import HARMLESS, SECTIONS, RunFolder, missing_result
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
@@ -211,7 +211,7 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
 
 def _settings(kind: _Kind) -> list[str]:
     """Fields of the configuration that say what the training computes."""
-    name = {"pretrain": "train", "rival": "finetune"}.get(kind.command, kind.command)
+    name = SECTIONS[kind.command][-1]
     return [f"{name}.{field}" for field in type(kind.section).model_fields if f"{name}.{field}" not in HARMLESS]
 
 
