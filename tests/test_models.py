@@ -117,7 +117,7 @@ def test_the_arguments_rebuild_the_model() -> None:
         ("swin_tiny_patch4_window8_224", "swin_tiny_patch4_window7_224"),
         ("swin_s3_tyni_224", "swin_s3_tiny_224"),
         ("swin_tiny_patch4_window7_224.ms_in3k", "swin_tiny_patch4_window7_224.ms_in1k"),
-        ("swinv2_tiny_window8_256", "swin_"),
+        ("swinv2_tiny_window9_256", "swinv2_tiny_window8_256"),
         ("resnet18", "swin_"),
         ("hf-hub:timm/swin_tiny_patch4_window7_224.ms_in1k", "swin_tiny"),
         ("hf_hub:a/b", "swin_"),

@@ -77,6 +77,19 @@ def test_the_three_counters_agree(img_size: int | tuple[int, int], options: dict
         assert int(traced) == traced.total == float(traced)
 
 
+@pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224"])
+@pytest.mark.parametrize("img_size", [128, (100, 180)])
+def test_later_generations_are_counted_with_their_position_networks(name: str, img_size: int | tuple[int, int]) -> None:
+    options = {"embed_dim": 16, "depths": DEPTHS, "num_heads": (1, 2, 4, 8), "num_classes": 10, "window_size": 4}
+    model = sparsify_(timm.create_model(name, img_size=img_size, **options))
+    for ratios in (0, 0.5):
+        set_sparsity(model, ratios)
+        traced, own, torch_count = (count(model, img_size) for count in (count_macs, analytic_macs, flopcounter_macs))
+        assert traced.total == own.total == torch_count.total
+        assert traced.parts == own.parts
+        assert traced.uncounted == {}
+
+
 def test_counts_are_per_image() -> None:
     model = tiny_swin()
     set_sparsity(model, 0.4)

@@ -17,7 +17,7 @@ from sparsevit_cli.profiling.inputs import example_input
 from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
 from sparsevit_cli.profiling.stages import time_stages
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
-from sparsevit_cli.swin import SparseSwinTransformerBlock, get_sparsity, set_sparsity, sparsify_, without_kernels
+from sparsevit_cli.swin import SparseBlock, get_sparsity, set_sparsity, sparsify_, without_kernels
 
 SIZE, DEPTHS = 112, (1, 2, 3, 1)
 SPACE = SearchSpace(DEPTHS)
@@ -66,7 +66,7 @@ def patched(fake: FakeTime, monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 
         monkeypatch.setattr(owner, name, spending)
 
-    real_forward = SparseSwinTransformerBlock.forward
+    real_forward = SparseBlock.forward
 
     def forward(self: Any, x: Tensor, keep_indices: Tensor | None = None, token_index: Tensor | None = None) -> Tensor:
         rows, cols = windows.window_grid(x.shape[1], x.shape[2], self.window_size)
@@ -74,7 +74,7 @@ def patched(fake: FakeTime, monkeypatch: pytest.MonkeyPatch) -> FakeTime:
         fake.spend(fake.BLOCK_MS + fake.WINDOW_MS * count)
         return real_forward(self, x, keep_indices, token_index)
 
-    monkeypatch.setattr(SparseSwinTransformerBlock, "forward", forward)
+    monkeypatch.setattr(SparseBlock, "forward", forward)
     spends(windows, "token_magnitude", fake.RANK_MS)
     spends(windows, "gather_rows", fake.MOVE_MS)
     spends(windows, "scatter_rows", fake.MOVE_MS)

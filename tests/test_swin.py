@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -14,9 +15,10 @@ from torch import nn
 
 from sparsevit_cli import windows
 from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.models import supported_models
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import (
-    SparseSwinTransformerBlock,
+    SparseBlock,
     get_sparsity,
     model_depths,
     set_sparsity,
@@ -25,7 +27,9 @@ from sparsevit_cli.swin import (
     without_kernels,
 )
 
-SWIN_NAMES = timm.list_models(["swin_*"])
+SWIN_NAMES = supported_models()
+OF_EACH = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224")
+"""One name of each generation; the last has a third norm at the end of every stage."""
 RATIOS = [[0.6], [0.3], [0.2, 0.4, 0.5], [0]]
 
 
@@ -43,7 +47,16 @@ def small_swin(name: str = "swin_tiny_patch4_window7_224", **kwargs: object) -> 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
+        for module in model.modules():  # V2 and V2-CR start these at zero, so that a block would do nothing
+            if isinstance(module, nn.LayerNorm):
+                module.weight.copy_(1 + 0.05 * torch.randn_like(module.weight))
     return model.eval()
+
+
+def window_of(name: str) -> int:
+    """The largest window of `name`, in tokens; that of V2-CR is an eighth of the patch grid, here 7."""
+    found = re.findall(r"window(?:\d+to)?(\d+)", name)
+    return int(found[0]) if found else 7
 
 
 def sizes_of(window: int) -> list[tuple[int, int]]:
@@ -54,8 +67,10 @@ def sizes_of(window: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("case", range(4))
 @pytest.mark.parametrize("name", SWIN_NAMES)
 def test_ratio_zero_is_timm_to_the_bit(name: str, case: int) -> None:
-    size = sizes_of(12 if "window12" in name else 7)[case]
-    model = small_swin(name, img_size=size, depths=(2, 2, 2, 2))
+    window = window_of(name)
+    size = sizes_of(window)[case]
+    options = {"window_size": 7} if "_cr_" in name else {}
+    model = small_swin(name, img_size=size, depths=(2, 2, 2, 2), **options)
     x = torch.randn(1, 3, *size)
     with torch.no_grad():
         expected, features = model(x), model.forward_features(x)
@@ -72,7 +87,7 @@ class _ForceGather:
 
     def __init__(self, model: nn.Module) -> None:
         for block in model.modules():
-            if isinstance(block, SparseSwinTransformerBlock):
+            if isinstance(block, SparseBlock):
                 block.register_forward_pre_hook(self._all_windows, with_kwargs=True)
 
     def _all_windows(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -82,10 +97,11 @@ class _ForceGather:
         return args, {"keep_indices": order, "token_index": index}
 
 
+@pytest.mark.parametrize("name", OF_EACH)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("size", [(112, 112), (124, 132), (112, 280), (64, 96)])
-def test_all_windows_gathered_is_close_forward_and_gradients(size: tuple[int, int], dynamic: bool) -> None:
-    dense = small_swin(img_size=size, strict_img_size=not dynamic)
+def test_all_windows_gathered_is_close_forward_and_gradients(size: tuple[int, int], dynamic: bool, name: str) -> None:
+    dense = small_swin(name, img_size=size, strict_img_size=not dynamic, window_size=7)
     forced = sparsify_(copy.deepcopy(dense))
     _ForceGather(forced)
     x = torch.randn(2, 3, *size)
@@ -94,28 +110,29 @@ def test_all_windows_gathered_is_close_forward_and_gradients(size: tuple[int, in
     expected.square().sum().backward()
     actual.square().sum().backward()
     gradients = dict(forced.named_parameters())
-    for name, parameter in dense.named_parameters():
+    for key, parameter in dense.named_parameters():
         scale = parameter.grad.abs().max()
-        assert (gradients[name].grad - parameter.grad).abs().max() <= 1e-5 * max(1.0, scale), name
+        assert (gradients[key].grad - parameter.grad).abs().max() <= 1e-5 * max(1.0, scale), key
 
 
 @pytest.mark.parametrize("way", [nullcontext, without_kernels])
 @pytest.mark.parametrize("importance", windows.IMPORTANCES)
 @pytest.mark.parametrize("size", [(112, 112), (124, 132)])
+@pytest.mark.parametrize("name", [*OF_EACH[:2], "swinv2_cr_tiny_224"])  # a third norm changes every window
 def test_skipped_windows_keep_their_bits(
-    size: tuple[int, int], importance: windows.Importance, way: Callable[[], AbstractContextManager[None]]
+    name: str, size: tuple[int, int], importance: windows.Importance, way: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    model = sparsify_(small_swin(img_size=size), importance=importance)
+    model = sparsify_(small_swin(name, img_size=size, window_size=7), importance=importance)
     set_sparsity(model, RATIOS)
     touched: list[str] = []
     entered: list[torch.Tensor] = []
 
-    def remember(block: SparseSwinTransformerBlock, args: tuple, kwargs: dict) -> None:
+    def remember(block: SparseBlock, args: tuple, kwargs: dict) -> None:
         entered.append(args[0].clone())  # the kernels change the map itself
 
-    def check(block: SparseSwinTransformerBlock, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+    def check(block: SparseBlock, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
         x = entered.pop()
-        if "keep_indices" not in kwargs:
+        if "keep_indices" not in kwargs or not isinstance(getattr(block, "norm3", nn.Identity()), nn.Identity):
             return
         keep, index = kwargs["keep_indices"], kwargs["token_index"]
         for image in range(x.shape[0]):
@@ -128,12 +145,12 @@ def test_skipped_windows_keep_their_bits(
 
     remember.keeps_nothing = check.keeps_nothing = True  # type: ignore[attr-defined]
     for block in model.modules():
-        if isinstance(block, SparseSwinTransformerBlock):
+        if isinstance(block, SparseBlock):
             block.register_forward_pre_hook(remember, with_kwargs=True)
             block.register_forward_hook(check, with_kwargs=True)
     with torch.no_grad(), way():
         model(torch.randn(2, 3, *size))
-    assert len(touched) >= 4  # stages of one or few windows keep all of them and stay dense
+    assert len(touched) >= 3  # stages of one or few windows keep all of them and stay dense
 
 
 def test_one_ranking_per_partition_and_prefixes_after(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +249,7 @@ def test_sparsify_refuses_what_it_cannot_patch() -> None:
     model.layers[1].__class__ = Custom
     with pytest.raises(ConfigError, match="timm's own class"):
         sparsify_(model)
-    assert not isinstance(model.layers[0].blocks[0], SparseSwinTransformerBlock)
+    assert not isinstance(model.layers[0].blocks[0], SparseBlock)
     assert model_depths(model) == (2, 2, 6, 2)
 
 
@@ -301,3 +318,24 @@ def test_exports_with_a_dynamic_batch(importance: windows.Importance) -> None:
         x = torch.randn(batch, 3, 124, 124)
         with torch.no_grad():
             torch.testing.assert_close(exported.module()(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OF_EACH[1:])
+def test_later_generations_pickle_compile_export_and_give_features(name: str) -> None:
+    options = {"img_size": 112, "window_size": 4, "depths": (2, 2, 2, 2)}
+    model = sparsify_(small_swin(name, **options))
+    set_sparsity(model, [[0.6], [0.3], [0.2], [0]])
+    x = torch.randn(2, 3, 112, 112)
+    with torch.no_grad(), without_kernels():
+        expected = model(x)
+        features = model.forward_intermediates(x, intermediates_only=True)
+        assert torch.equal(model.forward_head(model.forward_features(x)), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(model)))(x), expected)
+        listed = sparsify_(timm.create_model(name, features_only=True, embed_dim=8, num_heads=(1, 2, 4, 8), **options))
+        found = listed.eval()(x)
+        assert len(features) == len(found) == 4
+        assert get_sparsity(listed).is_dense
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        torch.testing.assert_close(exported.module()(x[:1]), model(x[:1]), atol=1e-5, rtol=1e-5)

@@ -284,14 +284,15 @@ def run(
 
 @app.command()
 def models(as_json: Json = False) -> None:
-    """List the timm models that can be made sparse."""
-    from .console import ConsoleReporter, print_json, print_lines
+    """List the timm models that can be made sparse; every one is tested against timm."""
+    from .console import ConsoleReporter, print_json
 
     with _reported(ConsoleReporter(), False):
-        from .models import supported_models
+        from .models import support_table
+        from .views import show_models
 
-        names = supported_models()
-        print_json({"models": list(names)}) if as_json else print_lines(*names)
+        found = support_table()
+        print_json({"models": [asdict(model) for model in found]}) if as_json else show_models(found)
 
 
 @app.command("config")

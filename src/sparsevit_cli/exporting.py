@@ -275,7 +275,7 @@ def load_exported(directory: Path | str) -> nn.Module:
             str(directory / SPARSITY), "holds no model name", "Build the model, then load its weights."
         )
     strange = sorted(set(saved.model.args) - set(_BUILD_ARGS.split()))
-    if strange or not saved.model.name.startswith("swin_"):
+    if strange or not saved.model.name.startswith(("swin_", "swinv2_")):
         got = f"asks timm for {saved.model.name!r} with {strange or 'known arguments'}"
         raise CheckpointError(str(directory / SPARSITY), got, "Build the model yourself, then load its weights.")
     try:

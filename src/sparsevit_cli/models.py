@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from .checkpoints import load_checkpoint
 from .config.schema import ModelSection
 from .errors import CheckpointError, ConfigError, SparseViTError
-from .swin import model_depths
+from .swin import GENERATIONS, model_depths
 
 __all__ = [
+    "SupportedModel",
     "build_model",
     "check_img_size",
     "load_weights",
@@ -27,12 +29,17 @@ __all__ = [
     "model_depths",
     "read_weights",
     "set_img_size",
+    "support_table",
     "supported_models",
 ]
 
-_PATCH_SIZE = 4  # of every timm swin_* and swin_s3_*
+_PATCH_SIZE = 4  # of every timm Swin
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged weights first
-_BUFFERS = ("relative_position_index", "attn_mask")  # computed by timm since 0.9, stored before
+_BUFFERS = (
+    "relative_position_index",
+    "relative_coords_table",
+    "attn_mask",
+)  # computed by timm since 0.9, stored before
 _HEAD = ("head.fc.weight", "head.fc.bias")
 _BIAS_TABLE = "relative_position_bias_table"
 _RESHAPING = ("embed_dim", "depths", "num_heads", "mlp_ratio")
@@ -40,9 +47,34 @@ _OVERRIDES = (*_RESHAPING, "window_size", "patch_size", "global_pool", "drop_pat
 _MAX_LISTED = 10
 
 
+@dataclass(frozen=True)
+class SupportedModel:
+    """A timm name that can be made sparse; every one is tested against timm, at reduced width.
+
+    `img_size` is the side in pixels it was made for, `pretrained` the number of timm's weights for it.
+    """
+
+    name: str
+    generation: str
+    img_size: int
+    pretrained: int
+
+
 def supported_models() -> tuple[str, ...]:
     """Names that `model.name` may hold, without pretrained tags."""
-    return tuple(timm.list_models("swin_*", module="swin_transformer"))
+    return tuple(name for module in GENERATIONS.values() for name in timm.list_models(module=module))
+
+
+def support_table() -> tuple[SupportedModel, ...]:
+    """Every supported name with its generation."""
+    return tuple(
+        SupportedModel(
+            name, generation, timm.get_pretrained_cfg(name).input_size[-1],
+            len(timm.list_models(f"{name}.*", pretrained=True)),
+        )
+        for generation, module in GENERATIONS.items()
+        for name in timm.list_models(module=module)
+    )  # fmt: skip
 
 
 def model_arguments(section: ModelSection, num_classes: int) -> dict[str, Any]:
@@ -57,10 +89,10 @@ def build_model(
     """The dense timm Swin of `section`, with its overrides, weights and `num_classes` outputs.
 
     `img_size` (pixels, one number or (height, width)) replaces the section's. Windows keep their size in tokens
-    whatever the image; without `always_partition` timm shrinks a window to a map that is smaller. Initial weights
-    are a function of `seed`. `pretrained` goes through timm, which replaces a classifier of other size and
-    interpolates for other windows, patches and input channels; a `checkpoint` must fit exactly.
-    Raises ConfigError, CheckpointError.
+    whatever the image (in V2-CR without `window_size` they are timm's, an eighth of the patch grid); without
+    `always_partition` timm shrinks a window to a map that is smaller. Initial weights are a function of `seed`.
+    `pretrained` goes through timm, which replaces a classifier of other size and interpolates for other windows,
+    patches and input channels; a `checkpoint` must fit exactly. Raises ConfigError, CheckpointError.
     """
     size = section.img_size if img_size is None else img_size
     _check_name(section)
@@ -69,7 +101,10 @@ def build_model(
     if section.pretrained and reshaping:
         got = f"timm's weights do not fit a model with its own {', '.join(reshaping)}"
         raise ConfigError("model.pretrained", got, "Drop these overrides, or train from scratch.")
+    if section.weight_init == "jax" and not section.name.startswith("swin_"):
+        raise ConfigError("model.weight_init", f"'jax' is not offered by timm for {section.name}", "Take 'timm'.")
     arguments = model_arguments(section, num_classes)
+    scheme = {"weight_init": "jax"} if section.weight_init == "jax" else {}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which moves every GPU's generator too
@@ -77,7 +112,7 @@ def build_model(
                 section.name,
                 pretrained=section.pretrained,
                 img_size=size,
-                weight_init="jax" if section.weight_init == "jax" else "",
+                **scheme,
                 **arguments,
             )
             if section.weight_init == "quiet_background" and not section.pretrained:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .console import print_lines, print_table
 from .runs import next_command
 
 if TYPE_CHECKING:
+    from .models import SupportedModel
     from .workflows.evaluate import EvaluateSummary
     from .workflows.export import ExportSummary
     from .workflows.pipeline import PipelineSummary
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
     from .workflows.training import TrainingSummary
 
 NEXT = {"pretrain": "adapt", "adapt": "search --budget-latency 70%", "search": "finetune", "finetune": "profile"}
+
+
+def show_models(models: Sequence[SupportedModel]) -> None:
+    """The support table."""
+    rows = [(model.name, model.generation, model.img_size, model.pretrained) for model in models]
+    print_table("timm models that can be made sparse", ("name", "generation", "made for pixels", "weights"), rows)
 
 
 def show_training(summary: TrainingSummary) -> None:

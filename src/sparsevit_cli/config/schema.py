@@ -52,8 +52,8 @@ class ModelSection(Section):
 
     name: str = Field(
         "swin_tiny_patch4_window7_224",
-        pattern=r"^swin_[a-z0-9_]+(\.[a-z0-9_]+)?$",
-        description="timm model name, `swin_*` or `swin_s3_*`, with or without a pretrained tag.",
+        pattern=r"^swin(v2)?_[a-z0-9_]+(\.[a-z0-9_]+)?$",
+        description="timm model name, `swin_*`, `swin_s3_*`, `swinv2_*` or `swinv2_cr_*`, with or without a tag.",
     )
     pretrained: bool = Field(False, description="Start from timm's pretrained weights (downloads from the model hub).")
     checkpoint: Text | None = Field(
@@ -82,6 +82,11 @@ class ModelSection(Section):
     importance: Literal["mean_abs_l2", "l2", "random"] = Field(
         "mean_abs_l2",
         description="Score of a window: the released code's, the paper's wording, or a seeded random control.",
+    )
+    kernels: Literal["auto", "portable", "triton"] = Field(
+        "auto",
+        description="What runs kept windows at inference: `portable` on any device, or `triton` on a GPU, which falls "
+        "back with a warning; `auto` is portable, as no GPU has been measured yet.",
     )
 
     @model_validator(mode="after")

@@ -3,20 +3,26 @@
 Training, tracing and export go through timm's own modules; what is here must agree with them to about 1e-5.
 """
 
+from .choice import KERNELS, Kernels, RunWindows, chosen
 from .linear import Affine, LinearOps, TorchLinear, linear_ops
-from .merging import merge_patches
+from .merging import MergingWeights, merge_patches
 from .windowed import BlockWeights, Norm, run_windows_
 
 VERSION = 1
 """Raised when what is here gets faster or slower: latencies measured before stand for something else."""
 
 __all__ = [
+    "KERNELS",
     "VERSION",
     "Affine",
     "BlockWeights",
+    "Kernels",
     "LinearOps",
+    "MergingWeights",
     "Norm",
+    "RunWindows",
     "TorchLinear",
+    "chosen",
     "linear_ops",
     "merge_patches",
     "run_windows_",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -9,13 +11,25 @@ from .linear import Affine, linear_ops
 from .windowed import Norm, layer_norm
 
 
-def merge_patches(x: Tensor, norm: Norm, reduction: Affine) -> Tensor:
+class MergingWeights(NamedTuple):
+    """What a patch merging computes with; V1 and V2-CR normalise before the reduction, V2 after."""
+
+    norm: Norm
+    reduction: Affine
+    norm_first: bool
+
+
+def merge_patches(x: Tensor, weights: MergingWeights) -> Tensor:
     """Four neighbours into one token: (B, H, W, C) to (B, H/2, W/2, out), odd sides padded with zeros.
 
-    As timm's PatchMerging (timm/models/swin_transformer.py). For inference.
+    As timm's PatchMerging (timm/models/swin_transformer.py and its V2). For inference.
     """
     batch, height, width, channels = x.shape
     x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2)) if height % 2 or width % 2 else x
     rows, cols = (height + 1) // 2, (width + 1) // 2
     merged = x.view(batch, rows, 2, cols, 2, channels).permute(0, 1, 3, 4, 2, 5).reshape(-1, 4 * channels)
-    return linear_ops(x).linear(layer_norm(merged, norm), reduction).view(batch, rows, cols, -1)
+    if weights.norm_first:
+        merged = linear_ops(x).linear(layer_norm(merged, weights.norm), weights.reduction)
+    else:
+        merged = layer_norm(linear_ops(x).linear(merged, weights.reduction), weights.norm)
+    return merged.view(batch, rows, cols, -1)

@@ -27,7 +27,11 @@ class Norm(NamedTuple):
 
 
 class BlockWeights(NamedTuple):
-    """What a Swin block computes with. `scale` multiplies the queries."""
+    """What a Swin block computes with.
+
+    `norm_first` says whether norms stand before attention and MLP (V1) or after (V2). `scale` multiplies the scores;
+    `cosine_scale` (h, 1, 1), where given, stands for it and multiplies the cosines of queries and keys (V2).
+    """
 
     norm1: Norm
     qkv: Affine
@@ -36,7 +40,9 @@ class BlockWeights(NamedTuple):
     fc1: Affine
     fc2: Affine
     num_heads: int
-    scale: float
+    norm_first: bool = True
+    scale: float = 1.0
+    cosine_scale: Tensor | None = None
 
 
 def run_windows_(
@@ -45,8 +51,8 @@ def run_windows_(
     """Replace the tokens of M windows by what `block` makes of them, in place.
 
     `tokens` (T, C) are the rows of all maps; `rows` (M, N) says where each window's tokens stand, T for padding.
-    `padded` says whether there may be any. Padding enters attention as timm has it (zeros after the first norm, so
-    keys and values are the qkv bias), and nothing else is computed for it. `bias` (classes, h, N, N) is added to the
+    `padded` says whether there may be any. Padding enters attention as timm has it (zeros, so keys and values are
+    the qkv bias), and nothing else is computed for it. `bias` (classes, h, N, N) is added to the
     attention scores, `bias_class` (M,) chooses; None takes the only one for all. For inference: nothing here can be
     differentiated.
     """
@@ -67,15 +73,21 @@ def _run_(ops: LinearOps, tokens: Tensor, rows: Tensor, block: BlockWeights, bia
         places = (flat < len(tokens)).nonzero().squeeze(1)
         flat = flat.index_select(0, places)
     kept = windows.gather_rows(tokens, flat)  # true tokens, C
-    qkv = ops.linear(layer_norm(kept, block.norm1), block.qkv)
+    qkv = ops.linear(layer_norm(kept, block.norm1) if block.norm_first else kept, block.qkv)
     if places is not None:
         qkv = _with_padding(qkv, places, block.qkv.bias, shape.numel())
     attended = _attention(qkv.view(*shape, -1), block, bias)
     if places is not None:
         attended = attended.index_select(0, places)
-    kept = ops.linear_add(attended, block.proj, kept)
-    hidden = ops.linear_gelu(layer_norm(kept, block.norm2), block.fc1)
-    windows.scatter_rows_(tokens, flat, ops.linear_add(hidden, block.fc2, kept))
+    if block.norm_first:
+        kept = ops.linear_add(attended, block.proj, kept)
+        hidden = ops.linear_gelu(layer_norm(kept, block.norm2), block.fc1)
+        kept = ops.linear_add(hidden, block.fc2, kept)
+    else:
+        kept = kept + layer_norm(ops.linear(attended, block.proj), block.norm1)
+        hidden = ops.linear_gelu(kept, block.fc1)
+        kept = layer_norm(ops.linear(hidden, block.fc2), block.norm2).add_(kept)
+    windows.scatter_rows_(tokens, flat, kept)
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
@@ -93,5 +105,7 @@ def _attention(qkv: Tensor, block: BlockWeights, bias: Tensor) -> Tensor:
     """(M, N, 3C) to (M*N, C)."""
     count, area, _ = qkv.shape
     q, k, v = qkv.view(count, area, 3, block.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # each M, h, N, d
+    if block.cosine_scale is not None:
+        q, k = F.normalize(q, dim=-1) * block.cosine_scale, F.normalize(k, dim=-1)
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=block.scale)
     return attended.transpose(1, 2).reshape(count * area, -1)

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import SupportsFloat
 
 import torch
-from timm.models.swin_transformer import SwinTransformerStage
 from torch import Tensor, nn
 
 from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.swin import STAGES, Stage
 
 from .device import resolve_device
 
@@ -49,9 +49,9 @@ def image_shape(model: nn.Module, input_size: InputSize) -> tuple[int, int, int]
     return size
 
 
-def named_stages(model: nn.Module) -> list[tuple[str, SwinTransformerStage]]:
+def named_stages(model: nn.Module) -> list[tuple[str, Stage]]:
     """Name and module of every timm Swin stage, dense or sparse, in order; empty where there is none."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, SwinTransformerStage)]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, STAGES)]
 
 
 def stem_name(model: nn.Module) -> str | None:

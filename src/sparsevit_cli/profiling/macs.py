@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
+from sparsevit_cli.swin import Block
 from sparsevit_cli.windows import num_keep, window_grid
 
 from .inputs import InputSize, Measured, evaluating, example_input, image_shape, named_stages, stem_name, uncompiled
@@ -146,10 +146,10 @@ def _model_shapes(model: nn.Module, input_size: InputSize) -> _ModelShapes:
     trunk = next((m for m in model.modules() if hasattr(m, "patch_embed") and named_stages(m)), None)
     if trunk is None:
         got = f"{type(model).__name__} contains no timm Swin Transformer"
-        raise ConfigError("model", got, "Give a timm `swin_*` or `swin_s3_*` model.")
+        raise ConfigError("model", got, "Give a timm Swin, V2 or V2-CR.")
     _, *image = image_shape(model, input_size)
     embed: Any = trunk.patch_embed
-    round_up, head = embed.dynamic_img_pad, getattr(trunk, "head", None)
+    round_up, head = getattr(embed, "dynamic_img_pad", False), getattr(trunk, "head", None)
     height, width = (math.ceil(n / p) if round_up else n // p for n, p in zip(image, embed.patch_size, strict=True))
     stem = height * width * _weights(embed)
     merging, pairs = [], []
@@ -167,14 +167,25 @@ def _pair_macs(blocks: nn.Sequential, height: int, width: int) -> tuple[int, ...
     return tuple(sum(_block_macs(block, height, width, t) for block in blocks) for t in range(MAX_TENTHS + 1))
 
 
-def _block_macs(block: SwinTransformerBlock, height: int, width: int, tenths: int) -> int:
+def _block_macs(block: Block, height: int, width: int, tenths: int) -> int:
     """Multiply-adds of one block on a map of `height` x `width` tokens."""
     rows, cols = window_grid(height, width, block.window_size)
     num_windows, area = rows * cols, block.window_area
     kept = num_keep(num_windows, tenths)
     mlp_rows = kept * area if kept < num_windows else height * width
     attention = 2 * area * block.attn.proj.in_features  # per token: q @ k and attn @ v over all heads
-    return int(kept * area * (_weights(block.attn) + attention) + mlp_rows * _weights(block.mlp))
+    projections = _weights(block.attn.qkv) + _weights(block.attn.proj)
+    windowed = kept * area * (projections + attention) + mlp_rows * _weights(block.mlp)
+    return int(windowed + _position_macs(block.attn))
+
+
+def _position_macs(attn: Any) -> int:
+    """Multiply-adds of the network that makes the position bias of V2 and V2-CR, once per forward; 0 for V1."""
+    if hasattr(attn, "cpb_mlp"):
+        return attn.relative_coords_table.numel() // 2 * _weights(attn.cpb_mlp)
+    if hasattr(attn, "meta_mlp"):
+        return len(attn.relative_coordinates_log) * _weights(attn.meta_mlp)
+    return 0
 
 
 def _weights(module: nn.Module) -> int:
@@ -236,7 +247,7 @@ _ELEMENTWISE = frozenset(
     f"aten::{name}"
     for name in """
         abs add add_ amax amin argsort bitwise_and bitwise_or bitwise_xor clamp clamp_min copy_ cumsum div eq exp
-        fill_ floor_divide gather ge gelu gt index index_add index_copy index_put index_put_ index_select le
+        expand_as fill_ floor_divide gather ge gelu gt index index_add index_copy index_put index_put_ index_select le
         linalg_vector_norm log log_softmax logical_and logical_or lt masked_fill masked_fill_ max maximum mean min
         minimum mul mul_ ne neg norm pad pow relu remainder repeat_interleave roll rsub scatter scatter_ sigmoid
         silu sin softmax sort sqrt square sub sum tanh topk where zero_ __and__ __lshift__ __or__ __rshift__ __xor__

@@ -15,7 +15,7 @@ from timm.models.swin_transformer import WindowAttention, window_partition, wind
 from torch import Tensor, nn
 
 from sparsevit_cli import windows
-from sparsevit_cli.swin import SparseSwinTransformerBlock, SparseSwinTransformerStage, sparse_stages
+from sparsevit_cli.swin import SparseSwinTransformerStage, sparse_stages
 
 from .timeline import windows_replaced
 
@@ -25,6 +25,7 @@ Compile = Callable[[nn.Module], Any]
 def dense_variants(model: nn.Module, *, max_autotune: bool = False) -> dict[str, Any]:
     """B2: timm's `model` with fused attention off and on, eager and compiled; copies, in evaluation mode.
 
+    V2 and V2-CR have no fused attention in timm.
     On a GPU also with CUDA graphs (`reduce-overhead`). `max_autotune` adds torch.compile's slowest mode, which may take
     minutes to compile.
     """
@@ -35,7 +36,7 @@ def dense_variants(model: nn.Module, *, max_autotune: bool = False) -> dict[str,
         modes["max-autotune"] = lambda m: torch.compile(m, dynamic=False, mode="max-autotune")
     variants: dict[str, Any] = {}
     for mode, compiled in modes.items():
-        for fused in (False, True):
+        for fused in (False, True) if has_fused_attention(model) else (False,):
             variants[f"timm {mode}{', fused' if fused else ''}"] = compiled(with_fused_attention(model, fused))
     return variants
 
@@ -46,6 +47,11 @@ def frozen_variant(model: nn.Module) -> Any:
     An option few users know; it changes no rule of B2 and is told beside it.
     """
     return torch.compile(with_fused_attention(model, True), dynamic=False, options={"freezing": True})
+
+
+def has_fused_attention(model: nn.Module) -> bool:
+    """True where timm's attention has a fused form: in V1."""
+    return any(isinstance(module, WindowAttention) for module in model.modules())
 
 
 def with_fused_attention(model: nn.Module, fused: bool) -> nn.Module:
@@ -86,7 +92,7 @@ class AuthorsFlowStage(SparseSwinTransformerStage):
         return x
 
 
-def _partitioned(block: SparseSwinTransformerBlock, x: Tensor) -> Tensor:
+def _partitioned(block: Any, x: Tensor) -> Tensor:
     """(B, H, W, C) rolled, padded and cut into all windows: (B, n, N, C)."""
     batch, height, width, channels = x.shape
     (wh, ww), (sh, sw) = block.window_size, block.shift_size
@@ -97,7 +103,7 @@ def _partitioned(block: SparseSwinTransformerBlock, x: Tensor) -> Tensor:
     return parts.view(batch, rows * cols, wh * ww, channels)
 
 
-def _authors_block(block: SparseSwinTransformerBlock, x: Tensor, keep: Tensor) -> Tensor:
+def _authors_block(block: Any, x: Tensor, keep: Tensor) -> Tensor:
     height, width, channels = x.shape[1:]
     (wh, ww), (sh, sw) = block.window_size, block.shift_size
     rows, cols = windows.window_grid(height, width, block.window_size)
@@ -117,8 +123,10 @@ def _authors_block(block: SparseSwinTransformerBlock, x: Tensor, keep: Tensor) -
     return merged.roll(shifts=(sh, sw), dims=(1, 2)) if sh or sw else merged
 
 
-def authors_flow(model: nn.Module) -> nn.Module:
-    """A copy of a sparse model at its ratios, with the authors' data flow (B0)."""
+def authors_flow(model: nn.Module) -> nn.Module | None:
+    """A copy of a sparse model at its ratios, with the authors' data flow (B0); None where it is not a V1."""
+    if any(type(stage) is not SparseSwinTransformerStage for stage in sparse_stages(model)):
+        return None
     clone = copy.deepcopy(model)
     for stage in sparse_stages(clone):
         stage.__class__ = AuthorsFlowStage

@@ -9,19 +9,26 @@ between gather and scatter; at inference the functions of `kernels`, on a map th
 
 from __future__ import annotations
 
-from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, SwinTransformerStage
 from torch import nn
 
 from sparsevit_cli import windows
 from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.kernels import KERNELS, Kernels
 from sparsevit_cli.sparsity import Ratios, SparsityConfig
 
+from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, SparseBlock
 from .inference import without_kernels
-from .modules import SparsePatchMerging, SparseSwinTransformerBlock, SparseSwinTransformerStage
+from .stages import SPARSE_STAGES, SparseStage, SparseSwinTransformerStage
+from .timm_swin import GENERATIONS, STAGES, Block, Stage
 
 __all__ = [
-    "SparseSwinTransformerBlock",
+    "GENERATIONS",
+    "STAGES",
+    "Block",
+    "SparseBlock",
+    "SparseStage",
     "SparseSwinTransformerStage",
+    "Stage",
     "get_sparsity",
     "model_depths",
     "set_sparsity",
@@ -30,43 +37,45 @@ __all__ = [
     "without_kernels",
 ]
 
-_SPARSE_CLASS: dict[type[nn.Module], type[nn.Module]] = {
-    SwinTransformerStage: SparseSwinTransformerStage,
-    SwinTransformerBlock: SparseSwinTransformerBlock,
-    PatchMerging: SparsePatchMerging,
-}
+_SPARSE_CLASS: dict[type[nn.Module], type[nn.Module]] = {**SPARSE_STAGES, **SPARSE_BLOCKS, **SPARSE_MERGINGS}
 
 
-def sparsify_(model: nn.Module, *, importance: windows.Importance = "mean_abs_l2") -> nn.Module:
+def sparsify_(
+    model: nn.Module, *, importance: windows.Importance = "mean_abs_l2", kernels: Kernels = "auto"
+) -> nn.Module:
     """Make every timm Swin stage inside `model` window-sparse, in place; returns `model`, still at ratio 0.
 
-    A second call changes the importance only. Parameters, buffers and state-dict keys stay timm's. Raises
-    ConfigError where `model` holds no timm Swin stage, a subclass of one, or for an unknown importance.
+    A second call changes `importance` and `kernels` only. Parameters, buffers and state-dict keys stay timm's.
+    `kernels` says what runs at inference: `portable` (any device) or `triton` (a GPU; falls back with a warning);
+    `auto` is portable. Raises ConfigError where `model` holds no timm Swin stage, a subclass of one, or for an unknown
+    name.
     """
+    if kernels not in KERNELS:
+        raise ConfigError("kernels", f"{kernels!r}; allowed are {', '.join(KERNELS)}", "Take auto if in doubt.")
     if importance not in windows.IMPORTANCES:
         got = f"{importance!r}; allowed are {', '.join(windows.IMPORTANCES)}"
         raise ConfigError("importance", got, "Take mean_abs_l2 if in doubt.")
-    stages = [module for module in model.modules() if isinstance(module, SwinTransformerStage)]
+    stages = [module for module in model.modules() if isinstance(module, STAGES)]
     if not stages:
         got = f"{type(model).__name__} contains no timm Swin Transformer stage"
-        raise ConfigError("model", got, "Give a timm `swin_*` or `swin_s3_*` model, or a module that holds one.")
+        raise ConfigError("model", got, "Give a timm Swin, V2 or V2-CR, or a module that holds one.")
     blocks = [block for stage in stages for block in stage.blocks]
     for module in (*stages, *blocks):
         if type(module) not in _SPARSE_CLASS and type(module) not in _SPARSE_CLASS.values():
             got = f"{type(module).__name__} is not timm's own class, its forward would be replaced"
             raise ConfigError("model", got, "Give an unmodified timm Swin.")
     for number, stage in enumerate(stages):
-        if type(stage) is SwinTransformerStage:
+        if type(stage) in SPARSE_STAGES:
             stage.sparsity_tenths = (0,) * ((len(stage.blocks) + 1) // 2)
-        stage.importance, stage.stage_number = importance, number
+        stage.importance, stage.kernels, stage.stage_number = importance, kernels, number
     for module in (*stages, *blocks, *(stage.downsample for stage in stages)):
         module.__class__ = _SPARSE_CLASS.get(type(module), type(module))
     return model
 
 
-def sparse_stages(model: nn.Module) -> list[SparseSwinTransformerStage]:
+def sparse_stages(model: nn.Module) -> list[SparseStage]:
     """The sparse stages in order. Raises ConfigError where there are none."""
-    stages = [module for module in model.modules() if isinstance(module, SparseSwinTransformerStage)]
+    stages = [module for module in model.modules() if isinstance(module, SparseStage)]
     if not stages:
         raise ConfigError("model", f"{type(model).__name__} is not sparse", "Call sparsify_(model) first.")
     return stages
@@ -74,7 +83,7 @@ def sparse_stages(model: nn.Module) -> list[SparseSwinTransformerStage]:
 
 def model_depths(model: nn.Module) -> tuple[int, ...]:
     """Blocks per stage of a dense or sparse model. Raises ConfigError where there is no timm Swin stage."""
-    depths = tuple(len(module.blocks) for module in model.modules() if isinstance(module, SwinTransformerStage))
+    depths = tuple(len(module.blocks) for module in model.modules() if isinstance(module, STAGES))
     if not depths:
         raise ConfigError("model", f"{type(model).__name__} contains no timm Swin stage", "Give a timm `swin_*`.")
     return depths

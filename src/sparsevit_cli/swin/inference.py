@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp
-from timm.models.swin_transformer import SwinTransformerBlock, SwinTransformerStage, WindowAttention
+from timm.layers.activations import GELU
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sparsevit_cli import kernels, windows
+
+from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, PlainBlock, PostNormBlock
+from .timm_swin import v1, v2, v2cr
 
 _with_kernels: ContextVar[bool] = ContextVar("with_kernels", default=True)
 
@@ -29,7 +34,7 @@ def without_kernels() -> Iterator[None]:
         _with_kernels.reset(token)
 
 
-def is_inference(stage: SwinTransformerStage, device: torch.device) -> bool:
+def is_inference(stage: nn.Module, device: torch.device) -> bool:
     """True where nothing is differentiated, recorded, cast or watched: training, tracing, autocast, torch.func,
     operator counters and hooks on every module need timm's own modules.
     """
@@ -45,45 +50,73 @@ def is_inference(stage: SwinTransformerStage, device: torch.device) -> bool:
     return all(getattr(mode, "sees_kernels", False) for mode in _get_current_dispatch_mode_stack())
 
 
-def merging_weights(downsample: nn.Module) -> tuple[kernels.Norm, kernels.Affine] | None:
+def merging_weights(downsample: nn.Module) -> kernels.MergingWeights | None:
     """Tensors of a patch merging; None where a part is not timm's own, or somebody hooked into it."""
-    parts = ((downsample, type(downsample)), (downsample.norm, nn.LayerNorm), (downsample.reduction, nn.Linear))
-    return (_norm(downsample.norm), _affine(downsample.reduction)) if _is_plain(*parts) else None  # type: ignore[arg-type]
+    merging: Any = downsample
+    if type(merging) not in SPARSE_MERGINGS.values():
+        return None
+    if not _is_plain((merging, type(merging)), (merging.norm, nn.LayerNorm), (merging.reduction, nn.Linear)):
+        return None
+    norm_first = not isinstance(merging, v2.PatchMerging)
+    return kernels.MergingWeights(_norm(merging.norm), _affine(merging.reduction), norm_first)
 
 
-def block_weights(stage: SwinTransformerStage, x: Tensor) -> list[kernels.BlockWeights] | None:
-    """Tensors of all blocks of a stage for its map `x` (B, H, W, C); None where one of them is not plain timm."""
-    weights = []
+def plain_blocks(stage: Any, x: Tensor) -> list[PlainBlock] | None:
+    """All blocks of a stage for its map `x` (B, H, W, C); None where one of them is not plain timm."""
+    found = []
     for block in stage.blocks:
-        padded = windows.has_padding(x.shape[1], x.shape[2], block.window_size)
-        of_block = _plain_weights(block)
-        if of_block is None or (padded and x.device.type != "cpu"):  # leaving padding out waits for the device
+        weights = _plain_weights(block)
+        if weights is None:
             return None
-        weights.append(of_block)
-    return weights
+        run_windows_ = kernels.chosen(stage.kernels, weights, x.device)
+        padded = windows.has_padding(x.shape[1], x.shape[2], block.window_size)
+        if padded and x.device.type != "cpu" and run_windows_ is kernels.run_windows_:
+            return None  # leaving padding out would wait for the device
+        found.append(PlainBlock(weights, run_windows_))
+    return found
 
 
-def _plain_weights(block: SwinTransformerBlock) -> kernels.BlockWeights | None:
+def _plain_weights(block: Any) -> kernels.BlockWeights | None:
     """The tensors of a block; None where a part is not timm's own, or somebody hooked into it."""
     attn, mlp = block.attn, block.mlp
-    parts = ((block, type(block)), (attn, WindowAttention), (attn.qkv, nn.Linear), (attn.proj, nn.Linear),
-             (attn.softmax, nn.Softmax), (attn.attn_drop, nn.Dropout), (attn.proj_drop, nn.Dropout), (mlp, Mlp),
-             (mlp.fc1, nn.Linear), (mlp.fc2, nn.Linear), (mlp.act, nn.GELU), (mlp.norm, nn.Identity),
-             (mlp.drop1, nn.Dropout), (mlp.drop2, nn.Dropout), (block.norm1, nn.LayerNorm),
-             (block.norm2, nn.LayerNorm))  # fmt: skip
     paths = (
         (path, DropPath if isinstance(path, DropPath) else nn.Identity) for path in (block.drop_path1, block.drop_path2)
     )
-    if not _is_plain(*parts, *paths) or mlp.act.approximate != "none":
+    parts = ((block, type(block)), (attn.qkv, nn.Linear), (attn.proj, nn.Linear), (attn.attn_drop, nn.Dropout),
+             (attn.proj_drop, nn.Dropout), (mlp, Mlp), (mlp.fc1, nn.Linear), (mlp.fc2, nn.Linear),
+             (mlp.act, GELU if type(mlp.act) is GELU else nn.GELU), (mlp.norm, nn.Identity), (mlp.drop1, nn.Dropout),
+             (mlp.drop2, nn.Dropout), (block.norm1, nn.LayerNorm), (block.norm2, nn.LayerNorm), *paths)  # fmt: skip
+    if type(block) not in SPARSE_BLOCKS.values() or not _is_plain(*parts):
+        return None
+    if getattr(mlp.act, "approximate", "none") != "none":
+        return None
+    attention = _plain_attention(attn)
+    if attention is None:
         return None
     weights = kernels.BlockWeights(
-        norm1=_norm(block.norm1), qkv=_affine(attn.qkv), proj=_affine(attn.proj),
-        norm2=_norm(block.norm2), fc1=_affine(mlp.fc1), fc2=_affine(mlp.fc2),
-        num_heads=attn.num_heads, scale=float(attn.scale),
+        norm1=_norm(block.norm1), norm2=_norm(block.norm2), norm_first=not isinstance(block, PostNormBlock),
+        **attention, proj=_affine(attn.proj), fc1=_affine(mlp.fc1), fc2=_affine(mlp.fc2), num_heads=attn.num_heads,
     )  # fmt: skip
     layers = (weights.norm1, weights.qkv, weights.proj, weights.norm2, weights.fc1, weights.fc2)
     dtypes = {layer.weight.dtype for layer in layers if layer.weight is not None}
     return weights if len(dtypes) == 1 else None
+
+
+def _plain_attention(attn: Any) -> dict[str, Any] | None:
+    """What the generations do not share: the qkv layer, and what multiplies the scores. None where not plain timm."""
+    if type(attn) is v1.WindowAttention and _is_plain((attn, v1.WindowAttention), (attn.softmax, nn.Softmax)):
+        return {"qkv": _affine(attn.qkv), "scale": float(attn.scale)}
+    if type(attn) is v2.WindowAttention and _is_plain((attn, v2.WindowAttention), (attn.softmax, nn.Softmax)):
+        bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        return {"qkv": kernels.Affine(attn.qkv.weight, bias), "cosine_scale": _cosine_scale(attn.logit_scale)}
+    if type(attn) is v2cr.WindowMultiHeadAttention and _is_plain((attn, v2cr.WindowMultiHeadAttention)):
+        return {"qkv": _affine(attn.qkv), "cosine_scale": _cosine_scale(attn.logit_scale)}
+    return None
+
+
+def _cosine_scale(logit_scale: Tensor) -> Tensor:
+    """(h, 1, 1), at most 100, as in timm's attention of V2 and V2-CR."""
+    return torch.clamp(logit_scale, max=math.log(1.0 / 0.01)).exp().view(-1, 1, 1)
 
 
 def _is_plain(*parts: tuple[nn.Module, type[nn.Module]]) -> bool:

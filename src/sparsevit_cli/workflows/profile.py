@@ -31,7 +31,7 @@ from sparsevit_cli.profiling.memory import peak_memory_mb
 from sparsevit_cli.profiling.stages import StageTimes, time_stages
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
-from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
+from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.winner import parse_ratios
 
 from .pages import layers_csv, profile_page
@@ -195,7 +195,7 @@ def _named_model(name: str) -> ModelSection:
     try:
         return ModelSection(name=name)
     except ValidationError as error:
-        raise ConfigError("--model", f"{name!r} is no timm swin_* model", "Type: sparsevit models") from error
+        raise ConfigError("--model", f"{name!r} is no timm Swin", "Type: sparsevit models") from error
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
@@ -235,10 +235,9 @@ def _models(session: Session, size: Size, config: SparsityConfig) -> dict[str, n
     """The three rivals with the same weights, on the device and in the precision of the profile."""
     section = session.config.profile
     dense = built(session, size).to(session.device, TORCH_DTYPE[section.precision])
-    importance = session.config.model.importance
-    ours_dense = sparsify_(copy.deepcopy(dense), importance=importance)
+    ours_dense = session.sparsified_(copy.deepcopy(dense))
     set_sparsity(ours_dense, 0.0, exact=False)
-    ours_sparse = sparsify_(copy.deepcopy(dense), importance=importance)
+    ours_sparse = session.sparsified_(copy.deepcopy(dense))
     set_sparsity(ours_sparse, config)
     return {DENSE: dense, OURS_DENSE: ours_dense, OURS_SPARSE: ours_sparse}
 

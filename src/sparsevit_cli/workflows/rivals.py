@@ -19,12 +19,13 @@ from sparsevit_cli.profiling.rivals import (
     authors_flow,
     dense_variants,
     frozen_variant,
+    has_fused_attention,
     oracle,
     with_fused_attention,
 )
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import Ratios, SparsityConfig
-from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
+from sparsevit_cli.swin import model_depths, set_sparsity
 
 from .plots import plot_rivals
 from .profile import built, profile_target, threads_set
@@ -175,18 +176,17 @@ def _contestants(
     depths = model_depths(dense)
     chosen = {**(PUBLISHED if depths == PUBLISHED_DEPTHS else {}), **UNIFORM}
     configs = {label: SparsityConfig.from_ratios(ratios, depths) for label, ratios in chosen.items()} | dict(typed)
-    importance = session.config.model.importance
-    ours_dense = sparsify_(with_fused_attention(dense, fused=False), importance=importance)
+    ours_dense = session.sparsified_(with_fused_attention(dense, fused=False))
     set_sparsity(ours_dense, 0.0, exact=False)
     zero = SparsityConfig.dense(depths)
     found["ours, ratio 0"] = _Contestant("ours", partial(ours_dense, x), ours_dense, zero, size)
     for label, config in configs.items():
-        sparse = sparsify_(with_fused_attention(dense, fused=False), importance=importance)
+        sparse = session.sparsified_(with_fused_attention(dense, fused=False))
         set_sparsity(sparse, config)
         found[f"ours, {label}"] = _Contestant("ours", partial(sparse, x), sparse, config, size)
         found[f"oracle, {label}"] = _Contestant("O", partial(_as_oracle, sparse, x), sparse, config, size)
-        if label in ("config 3", "60% everywhere"):
-            theirs = authors_flow(sparse)
+        theirs = authors_flow(sparse) if label in ("config 3", "60% everywhere") else None
+        if theirs is not None:
             found[f"authors' flow, {label}"] = _Contestant("B0", partial(theirs, x), theirs, config, size)
     middle = found["ours, config 2" if "config 2" in configs else "ours, 60% everywhere"]
     found |= _smaller(session, size, batch, middle)
@@ -208,7 +208,8 @@ def _smaller(session: Session, size: tuple[int, int], batch: int, ours: _Contest
     quick = measure_interleaved(calls, device=session.device, seconds=0.01, rounds=3, strict=False, retries=0)
     nearest = min(sides, key=lambda s: abs(quick[str(s)].median_ms - quick["ours"].median_ms))
     model, x = models[nearest], _input(session, models[nearest], nearest, batch)
-    label = f"timm at {nearest[0]}x{nearest[1]}, fused"
+    fused = ", fused" if has_fused_attention(model) else ""
+    label = f"timm at {nearest[0]}x{nearest[1]}{fused}"
     compiled: Any = torch.compile(model, dynamic=False)
     return {
         label: _Contestant("B3", partial(model, x), model, None, nearest),

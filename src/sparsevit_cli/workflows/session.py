@@ -128,7 +128,12 @@ class Session:
         model = build_model(section, num_classes, seed=self.config.seed)
         if weights is not None:
             load_state(model, weights.state_dict, f"weights of {weights.name}")
-        return sparsify_(model, importance=section.importance).to(self.device)
+        return self.sparsified_(model).to(self.device)
+
+    def sparsified_(self, model: nn.Module) -> nn.Module:
+        """`sparsify_` with the configuration's importance and kernels."""
+        section = self.config.model
+        return sparsify_(model, importance=section.importance, kernels=section.kernels)
 
     def space(self, model: nn.Module, max_ratio: float) -> SearchSpace:
         """All configurations of `model` up to `max_ratio`."""

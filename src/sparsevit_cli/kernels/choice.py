@@ -1,0 +1,67 @@
+"""Which engine computes the kept windows of a block: the portable one, or Triton's where it is asked for and fits."""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from . import windowed
+from .windowed import BlockWeights
+
+Kernels = Literal["auto", "portable", "triton"]
+KERNELS: tuple[str, ...] = get_args(Kernels)
+
+
+class RunWindows(Protocol):
+    """`windowed.run_windows_`, or what stands for it."""
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        block: BlockWeights,
+        bias: Tensor,
+        bias_class: Tensor | None,
+        *,
+        padded: bool,
+    ) -> None: ...
+
+
+def chosen(kernels: str, block: BlockWeights, device: torch.device) -> RunWindows:
+    """The function that runs windows of `block` on `device`.
+
+    `triton` falls back to portable, with one warning, where Triton is not installed, where the device is a CPU
+    (except in Triton's interpreter), and for blocks that it has no kernels for. `auto` is portable: no GPU has been
+    measured yet.
+    """
+    if kernels != "triton":
+        return windowed.run_windows_
+    module, reason = _triton(device.type)
+    if module is not None and module.supports(block):
+        run: RunWindows = module.run_windows_
+        return run
+    _warn_once(reason or "Triton kernels are for blocks that normalise first (V1)")
+    return windowed.run_windows_
+
+
+@lru_cache
+def _triton(device_type: str) -> tuple[Any, str]:
+    """Our Triton kernels, or why they cannot be taken."""
+    try:
+        import triton
+
+        if device_type != "cuda" and not triton.knobs.runtime.interpret:
+            return None, f"Triton has no {device_type} backend here"
+        from . import triton_windows
+    except (ImportError, AttributeError) as error:  # no Triton, or one without knobs
+        return None, f"Triton cannot be used ({error})"
+    return triton_windows, ""
+
+
+@lru_cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"{reason}: running the portable kernels", RuntimeWarning, stacklevel=2)

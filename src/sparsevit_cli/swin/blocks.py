@@ -1,0 +1,172 @@
+"""timm's Swin blocks and patch mergings with window sparsity; each docstring says how it differs from timm's."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsevit_cli import kernels, windows
+
+from .timm_swin import v1, v2, v2cr
+
+
+class SparseMerging(nn.Module):
+    """timm's patch merging; given its weights, it takes the faster way."""
+
+    def forward(self, x: Tensor, weights: kernels.MergingWeights | None = None) -> Tensor:
+        """Map (B, H, W, C) to (B, H/2, W/2, out)."""
+        if weights is None:
+            return super().forward(x)  # type: ignore[no-any-return, misc]
+        return kernels.merge_patches(x, weights)
+
+
+class SparsePatchMerging(SparseMerging, v1.PatchMerging):
+    """Of V1."""
+
+
+class SparsePatchMergingV2(SparseMerging, v2.PatchMerging):
+    """Of V2."""
+
+
+class SparsePatchMergingV2Cr(SparseMerging, v2cr.PatchMerging):
+    """Of V2-CR."""
+
+
+class PlainBlock(NamedTuple):
+    """The tensors of a block that nobody changed, and the function of `kernels` that runs its windows."""
+
+    weights: kernels.BlockWeights
+    run_windows_: kernels.RunWindows
+
+
+class SparseBlock(nn.Module):
+    """timm's block; given `keep_indices`, it computes those windows and leaves the others as they are."""
+
+    window_size: tuple[int, int]
+    shift_size: tuple[int, int]
+    window_area: int
+    dynamic_mask: bool
+
+    def forward(
+        self,
+        x: Tensor,
+        keep_indices: Tensor | None = None,
+        token_index: Tensor | None = None,
+        plain: PlainBlock | None = None,
+    ) -> Tensor:
+        """Map (B, H, W, C) to the same shape; `keep_indices` (B, K), `token_index` (n, N) of `windows`.
+
+        With `plain` the map itself is changed and returned, and no `keep_indices` means all windows.
+        """
+        if plain is not None and token_index is not None:
+            return self._on_whole_map(self._run_(x, keep_indices, token_index, plain))
+        if keep_indices is None or token_index is None:
+            return super().forward(x)  # type: ignore[no-any-return, misc]
+        batch, height, width, channels = x.shape
+        kept, area = keep_indices.shape[1], self.window_area
+        padded = windows.has_padding(height, width, self.window_size)
+
+        rows = windows.flat_rows(token_index, keep_indices, height * width, scratch_row=padded).flatten()  # B*K*N
+        tokens = windows.flatten_map(x, scratch_row=padded)  # B*H*W (+ 1), C
+        kept_tokens = windows.gather_rows(tokens, rows).view(batch, kept, area, channels)
+        is_token = (rows != batch * height * width).view(batch, kept, area, 1) if padded else None
+        kept_tokens = self._residuals(kept_tokens, is_token, self._kept_mask(x, keep_indices))
+        tokens = windows.scatter_rows(tokens, rows, kept_tokens.view(-1, channels))
+        return self._on_whole_map(windows.unflatten_map(tokens, (batch, height, width), scratch_row=padded))
+
+    def _residuals(self, tokens: Tensor, is_token: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Both residual branches on kept windows (B, K, N, C); `is_token` (B, K, N, 1) is False for padding."""
+        raise NotImplementedError
+
+    def _position_bias(self) -> Tensor:
+        """(1, h, N, N), added to the attention scores."""
+        raise NotImplementedError
+
+    def _on_whole_map(self, x: Tensor) -> Tensor:
+        """What timm does with the whole map after its windows."""
+        return x
+
+    def _run_(self, x: Tensor, keep_indices: Tensor | None, token_index: Tensor, plain: PlainBlock) -> Tensor:
+        batch, height, width, channels = x.shape
+        padded = windows.has_padding(height, width, self.window_size)
+        if keep_indices is None:
+            keep_indices = torch.arange(len(token_index), device=x.device).expand(batch, -1)
+        rows = windows.flat_rows(token_index, keep_indices, height * width, scratch_row=padded)  # B, K, N
+        bias = self._position_bias().to(x.dtype)
+        bias_class = None
+        if any(self.shift_size):
+            partition = (height, width, self.window_size, self.shift_size, x.device)
+            masks, class_of = windows.shift_mask_of(*partition)
+            bias, bias_class = bias + masks[:, None].to(x.dtype), class_of[keep_indices.flatten()]
+        tokens = x.view(-1, channels)  # shares the map's memory
+        plain.run_windows_(tokens, rows.flatten(0, 1), plain.weights, bias, bias_class, padded=padded)
+        return x
+
+    def _kept_mask(self, x: Tensor, keep_indices: Tensor) -> Tensor | None:
+        """Shifted-window attention mask of the kept windows: (B*K, N, N), or None without a shift."""
+        block: Any = self
+        mask: Tensor | None = block.attn_mask
+        if self.dynamic_mask:
+            height, width = x.shape[1:3]
+            rows, cols = windows.window_grid(height, width, self.window_size)
+            mask = block.get_attn_mask(x.new_empty(1, rows * self.window_size[0], cols * self.window_size[1], 1))
+        return None if mask is None else mask[keep_indices.flatten()]
+
+
+class SparseSwinTransformerBlock(SparseBlock, v1.SwinTransformerBlock):
+    """Of V1: norms come before attention and MLP, and timm pads after the first."""
+
+    def _residuals(self, tokens: Tensor, is_token: Tensor | None, mask: Tensor | None) -> Tensor:
+        normed = self.norm1(tokens)
+        if is_token is not None:
+            normed = normed * is_token.to(normed.dtype)
+        attended = self.attn(normed.flatten(0, 1), mask=mask).view(tokens.shape)
+        tokens = tokens + self.drop_path1(attended)
+        return tokens + self.drop_path2(self.mlp(self.norm2(tokens)))  # type: ignore[no-any-return]
+
+    def _position_bias(self) -> Tensor:
+        return self.attn._get_rel_pos_bias()  # type: ignore[no-any-return]
+
+
+class PostNormBlock(SparseBlock):
+    """Norms come after attention and MLP, so padding enters attention as the map's own zeros."""
+
+    def _residuals(self, tokens: Tensor, is_token: Tensor | None, mask: Tensor | None) -> Tensor:
+        block: Any = self
+        attended = block.norm1(block.attn(tokens.flatten(0, 1), mask=mask)).view(tokens.shape)
+        tokens = tokens + block.drop_path1(attended)
+        return tokens + block.drop_path2(block.norm2(block.mlp(tokens)))  # type: ignore[no-any-return]
+
+
+class SparseSwinTransformerV2Block(PostNormBlock, v2.SwinTransformerV2Block):
+    """Of V2."""
+
+    def _position_bias(self) -> Tensor:
+        attn, area = self.attn, self.window_area  # as in timm's WindowAttention.forward
+        table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
+        bias = table[attn.relative_position_index.view(-1)].view(area, area, -1).permute(2, 0, 1).contiguous()
+        return (16 * torch.sigmoid(bias)).unsqueeze(0)  # type: ignore[no-any-return]
+
+
+class SparseSwinTransformerV2CrBlock(PostNormBlock, v2cr.SwinTransformerV2CrBlock):
+    """Of V2-CR: a third norm, where there is one, is taken of the whole map, skipped windows too."""
+
+    def _position_bias(self) -> Tensor:
+        return self.attn._relative_positional_encodings()  # type: ignore[no-any-return]
+
+    def _on_whole_map(self, x: Tensor) -> Tensor:
+        return self.norm3(x)  # type: ignore[no-any-return]
+
+
+SPARSE_BLOCKS: dict[type[nn.Module], type[SparseBlock]] = {
+    v1.SwinTransformerBlock: SparseSwinTransformerBlock,
+    v2.SwinTransformerV2Block: SparseSwinTransformerV2Block,
+    v2cr.SwinTransformerV2CrBlock: SparseSwinTransformerV2CrBlock,
+}
+SPARSE_MERGINGS: dict[type[nn.Module], type[SparseMerging]] = {
+    v1.PatchMerging: SparsePatchMerging,
+    v2.PatchMerging: SparsePatchMergingV2,
+    v2cr.PatchMerging: SparsePatchMergingV2Cr,
+}

@@ -1,0 +1,229 @@
+"""The Triton kernels against the portable ones, in Triton's interpreter on a CPU (conftest.py turns it on)."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import timm
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sparsevit_cli import windows
+from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.kernels import Affine, BlockWeights, Kernels, Norm, choice, windowed
+from sparsevit_cli.swin import set_sparsity, sparsify_
+
+triton = pytest.importorskip("triton")
+triton_windows = pytest.importorskip("sparsevit_cli.kernels.triton_windows")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def block(channels: int, heads: int, ratio: int = 4, *, with_bias: bool = True) -> BlockWeights:
+    def affine(inner: int, outer: int, bias: bool = True) -> Affine:
+        return Affine(random(outer, inner) / inner**0.5, random(outer) if bias else None)
+
+    def norm() -> Norm:
+        return Norm(1 + 0.2 * random(channels), 0.2 * random(channels), 1e-5)
+
+    return BlockWeights(
+        norm1=norm(), qkv=affine(channels, 3 * channels, with_bias), proj=affine(channels, channels),
+        norm2=norm(), fc1=affine(channels, ratio * channels), fc2=affine(ratio * channels, channels),
+        num_heads=heads, scale=(channels // heads) ** -0.5,
+    )  # fmt: skip
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE)
+
+
+def case(
+    channels: int, heads: int, side: int, size: tuple[int, int], *, batch: int = 2, shifted: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A map's rows, rows of every other window in random order, bias, and mask classes."""
+    height, width = size
+    window, shift = (side, side), (side // 2, side // 2) if shifted else (0, 0)
+    index = windows.window_token_index(height, width, window, shift, torch.device(DEVICE))
+    keep = torch.stack([torch.randperm(len(index), device=DEVICE)[: (len(index) + 1) // 2] for _ in range(batch)])
+    rows = windows.flat_rows(index, keep, height * width, scratch_row=windows.has_padding(height, width, window))
+    bias = random(1, heads, side**2, side**2)
+    bias_class = None
+    if shifted:
+        masks, class_of = windows.shift_mask(height, width, window, shift, torch.device(DEVICE))
+        bias, bias_class = bias + masks[:, None], class_of[keep.flatten()]
+    return random(batch * height * width, channels), rows.flatten(0, 1), bias, bias_class
+
+
+def assert_equal_to_portable(
+    tokens: Tensor, rows: Tensor, weights: BlockWeights, bias: Tensor, bias_class: Tensor | None, tolerance: float
+) -> None:
+    padded = bool((rows == len(tokens)).any())
+    expected, found = tokens.clone(), tokens.clone()
+    windowed.run_windows_(expected, rows, weights, bias, bias_class, padded=padded)
+    triton_windows.run_windows_(found, rows, weights, bias, bias_class, padded=padded)
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+    skipped = torch.ones(len(tokens) + 1, dtype=torch.bool, device=tokens.device)
+    skipped[rows.flatten()] = False
+    assert torch.equal(found[skipped[:-1]], tokens[skipped[:-1]])
+    assert not torch.equal(found, tokens)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs() -> Iterator[None]:
+    """What a kernel should have written and did not is NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("side", [7, 8, 12])
+@pytest.mark.parametrize("size", [(24, 24), (13, 20)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_block_equals_the_portable_one(side: int, size: tuple[int, int], shifted: bool) -> None:
+    torch.manual_seed(side)
+    assert_equal_to_portable(*arranged(96, 3, side, size, shifted), 2e-6)
+
+
+def arranged(
+    channels: int, heads: int, side: int, size: tuple[int, int], shifted: bool, batch: int = 2
+) -> tuple[Tensor, Tensor, BlockWeights, Tensor, Tensor | None]:
+    tokens, rows, bias, bias_class = case(channels, heads, side, size, batch=batch, shifted=shifted)
+    return tokens, rows, block(channels, heads), bias, bias_class
+
+
+@pytest.mark.parametrize(("channels", "heads"), [(128, 4), (192, 6), (256, 8), (384, 12)])
+def test_every_width_takes_its_way(channels: int, heads: int) -> None:
+    """128 and 192 to 256 fuse the MLP, 384 does not."""
+    torch.manual_seed(channels)
+    assert_equal_to_portable(*arranged(channels, heads, 7, (14, 9), True, batch=1), 2e-6)
+
+
+IN_INTERPRETER = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16 as integers")
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=IN_INTERPRETER), torch.float16])
+def test_half_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tokens, rows, weights, bias, bias_class = arranged(96, 3, 7, (14, 20), True)
+
+    def half(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.to(dtype)
+        return type(value)(*map(half, value)) if isinstance(value, tuple) else value
+
+    exact = tokens.clone()
+    windowed.run_windows_(exact, rows, weights, bias, bias_class, padded=True)
+    found = tokens.to(dtype)
+    triton_windows.run_windows_(found, rows, half(weights), bias.to(dtype), bias_class, padded=True)
+    assert found.dtype == dtype
+    assert (found.float() - exact).abs().max() <= (0.03 if dtype == torch.bfloat16 else 0.004) * exact.abs().max()
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10**6), height=st.integers(3, 20), width=st.integers(3, 20), side=st.sampled_from([4, 7]),
+    heads=st.sampled_from([1, 2, 3]), head_dim=st.sampled_from([8, 16, 24, 32]), with_bias=st.booleans(),
+)  # fmt: skip
+def test_any_shape(seed: int, height: int, width: int, side: int, heads: int, head_dim: int, with_bias: bool) -> None:
+    torch.manual_seed(seed)
+    channels = heads * head_dim
+    tokens, rows, bias, bias_class = case(channels, heads, side, (height, width), shifted=bool(seed % 2))
+    weights = block(channels, heads, 2, with_bias=with_bias)
+    assert_equal_to_portable(tokens, rows, weights, bias, bias_class, 5e-6)
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10**6), height=st.integers(3, 40), width=st.integers(3, 40), side=st.sampled_from([4, 7, 12]),
+    tenths=st.integers(1, 8), importance=st.sampled_from(["mean_abs_l2", "l2"]),
+)  # fmt: skip
+def test_scores_ranking_and_rows_are_those_of_torch(
+    seed: int, height: int, width: int, side: int, tenths: int, importance: windows.Importance
+) -> None:
+    torch.manual_seed(seed)
+    x = random(2, height, width, 20)
+    window, shift = (side, side), (side // 2, 0) if seed % 2 else (0, 0)
+    index = windows.window_token_index(height, width, window, shift, x.device)
+    count = windows.num_keep(len(index), tenths)
+    scores = windows.window_scores(windows.token_magnitude(x, importance), index)
+    expected = windows.rank_windows(scores, count)
+    keep, rows = triton_windows.score_and_rank(x, index, count, importance)
+    torch.testing.assert_close(scores.gather(1, keep), scores.gather(1, expected))  # rounding may swap equal ones
+    assert all(len(set(image.tolist())) == count for image in keep)
+    padded = windows.has_padding(height, width, window)
+    assert torch.equal(rows, windows.flat_rows(index, keep, height * width, scratch_row=padded))
+
+
+def test_equal_scores_and_nan_fill_every_place() -> None:
+    x = torch.ones(1, 28, 28, 16, device=DEVICE)
+    index = windows.window_token_index(28, 28, (7, 7), (0, 0), x.device)
+    keep, _ = triton_windows.score_and_rank(x, index, 8, "l2")
+    assert keep.tolist() == [list(range(8))]
+    x[0, :14] = float("nan")
+    keep, _ = triton_windows.score_and_rank(x, index, 12, "l2")
+    assert sorted(keep[0].tolist()) == list(range(12))
+
+
+def test_what_the_kernels_do_not_take_is_told() -> None:
+    weights = block(32, 1)
+    assert triton_windows.supports(weights)
+    assert not triton_windows.supports(weights._replace(norm_first=False))
+    assert not triton_windows.supports(weights._replace(norm1=Norm(None, None, 1e-5)))
+
+
+def tiny(name: str, kernels: Kernels) -> nn.Module:
+    options = {"img_size": 72, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 5}
+    torch.manual_seed(0)
+    model = sparsify_(timm.create_model(name, **options).eval().to(DEVICE), kernels=kernels)
+    set_sparsity(model, 0.5)
+    return model
+
+
+def test_a_model_runs_on_them_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, x = "swin_tiny_patch4_window7_224", random(2, 3, 72, 72)
+    launched: list[int] = []
+    real = triton_windows.run_windows_
+    monkeypatch.setattr(triton_windows, "run_windows_", lambda *args, **more: launched.append(1) or real(*args, **more))
+    with torch.inference_mode():
+        expected = tiny(name, "portable")(x)
+        assert not launched
+        found = tiny(name, "triton")(x)
+    assert len(launched) == 4
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_other_generations_fall_back_with_one_warning() -> None:
+    name, x = "swinv2_tiny_window8_256", random(1, 3, 72, 72)
+    choice._warn_once.cache_clear()
+    with torch.inference_mode():
+        expected = tiny(name, "portable")(x)
+        model = tiny(name, "triton")
+        with pytest.warns(RuntimeWarning, match="normalise first"):
+            assert torch.equal(model(x), expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(model(x), expected)
+
+
+def test_without_a_gpu_or_triton_the_portable_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = block(32, 1)
+    for package, reason in ((None, "cannot be used"), (triton, "no cpu backend")):
+        monkeypatch.setitem(sys.modules, "triton", package)
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+        choice._triton.cache_clear()
+        choice._warn_once.cache_clear()
+        with pytest.warns(RuntimeWarning, match=reason):
+            assert choice.chosen("triton", weights, torch.device("cpu")) is windowed.run_windows_
+    choice._triton.cache_clear()
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(ConfigError, match="auto, portable, triton"):
+        tiny("swin_tiny_patch4_window7_224", "cuda")  # type: ignore[arg-type]
