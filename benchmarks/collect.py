@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,38 +50,46 @@ def table(path: Path) -> str:
             best = rows[cell["best_dense"]]
             where = (run["model"], f"{best['image_size'][0]}x{best['image_size'][1]}", best["batch"], best["dtype"])
             cells.setdefault(where, []).append({"best": best, "rows": rows})
-    first = runs[0]
-    versions, device = first["versions"], first["device"]
+    versions, device = runs[0]["versions"], runs[0]["device"]
     lines = [
         f"{device['name']}, {device['cores']} cores, torch {versions['torch']}, timm {versions['timm']}, "
-        f"revision {versions.get('git', 'unknown')}, {', '.join(sorted({run['date'] for run in runs}))}; "
-        "best dense / this, median of the runs [lowest, highest]:",
-        "",
-        "| model, size, batch, precision | best dense | contestant | GMACs | ms | best dense / this | realised | tax "
-        "| peak memory / timm eager's |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"revision {versions.get('git', 'unknown')}, {', '.join(sorted({run['date'] for run in runs}))}. "
+        "Gain is the best dense timm's time over this one's in the same rounds: the median of the runs, [lowest, "
+        "highest], or of a single run its 95 % interval; * marks a run that was not steady.",
     ]
     for where, found in cells.items():
-        labels = [label for label in found[-1]["rows"] if SHOWN.match(label)]
-        for label in labels:
-            rows = [run["rows"][label] for run in found if label in run["rows"]]
-            ratios = [row["speedup"] for row in rows]
-            low, high = (
-                (min(ratios), max(ratios)) if len(rows) > 1 else (rows[0]["speedup_low"], rows[0]["speedup_high"])
-            )
-            timm = found[-1]["rows"]["timm eager"]["peak_memory_mb"]
-            memory = rows[-1]["peak_memory_mb"]
-            unsteady = sum(not row["stable"] for row in rows)
-            lines.append(
-                f"| {where[0]}, {where[1]}, {where[2]}, {where[3]} | {found[-1]['best']['label']}, "
-                f"{median(run['best']['latency_ms'] for run in found):.0f} ms | {label} | {rows[-1]['gmacs']:.1f} "
-                f"| {median(row['latency_ms'] for row in rows):.0f} "
-                f"| {median(ratios):.2f}x [{low:.2f}, {high:.2f}], {len(rows)} run{'s' * (len(rows) > 1)}"
-                f"{f', {unsteady} unsteady' if unsteady else ''} "
-                f"| {_median(rows, 'realised', '.2f')} | {_median(rows, 'tax', '+.1%')} "
-                f"| {f'{memory / timm:.2f}' if memory else '-'} |"
-            )
+        lines += ["", _heading(where, found), "", *_cell_table(found)]
     return "\n".join(lines)
+
+
+def _heading(where: tuple[Any, ...], found: list[dict[str, Any]]) -> str:
+    model, size, batch, precision = where
+    won = Counter(run["best"]["label"] for run in found).most_common()
+    best = ", ".join(label if len(won) == 1 else f"{label} ({count}x)" for label, count in won)
+    ms = median(run["best"]["latency_ms"] for run in found)
+    return (
+        f"**{model}, {size}, batch {batch}, {precision}**; {len(found)} run{'s' * (len(found) > 1)}; "
+        f"best dense: {best}, {ms:.0f} ms"
+    )
+
+
+def _cell_table(found: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| contestant | GMACs | ms | gain | realised | tax | peak memory / timm eager's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for label in (label for label in found[-1]["rows"] if SHOWN.match(label)):
+        rows = [run["rows"][label] for run in found if label in run["rows"]]
+        ratios = [row["speedup"] for row in rows]
+        low, high = (min(ratios), max(ratios)) if len(rows) > 1 else (rows[0]["speedup_low"], rows[0]["speedup_high"])
+        timm, memory = found[-1]["rows"]["timm eager"]["peak_memory_mb"], rows[-1]["peak_memory_mb"]
+        lines.append(
+            f"| {label} | {rows[-1]['gmacs']:.1f} | {median(row['latency_ms'] for row in rows):.0f} "
+            f"| {median(ratios):.2f}x [{low:.2f}, {high:.2f}]{'*' * sum(not row['stable'] for row in rows)} "
+            f"| {_median(rows, 'realised', '.2f')} | {_median(rows, 'tax', '+.1%')} "
+            f"| {f'{memory / timm:.2f}' if memory else '-'} |"
+        )
+    return lines
 
 
 def _median(rows: list[dict[str, Any]], name: str, form: str) -> str:

@@ -54,6 +54,7 @@ def test_every_run_is_kept_and_the_table_tells_their_median_and_range(collect: M
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "1.80x [1.70, 1.90], 3 runs" in text
+    assert "3 runs; best dense: timm eager, 700 ms" in text
+    assert "| 1.80x [1.70, 1.90] |" in text
     assert "| 0.76 |" in text  # memory against timm's
     assert "oracle" not in text

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,46 @@ def test_profile_needs_neither_data_nor_training(tmp_path: Path) -> None:
     assert "--ratios 0.6" in done.stderr
 
 
+def test_a_profile_that_does_not_settle_is_shown_and_refused(tmp_path: Path) -> None:
+    done = sparsevit(
+        "profile", "--model", "swin_tiny_patch4_window7_224", "--img-size", "64", "--ratios", "0.6", "--json",
+        "--set", "profile.batch_sizes=[1]", "--set", "profile.seconds=0.01", "--set", "profile.rounds=6",
+        "--set", "profile.max_spread=1e-9", cwd=tmp_path, check=8,
+    )  # fmt: skip
+    assert "did not settle" in done.stderr
+    kept = tmp_path / "runs" / "swin_tiny_patch4_window7_224" / "profile" / "profile.json"
+    for report in (json.loads(done.stdout), json.loads(kept.read_text())):
+        assert not any(row["stable"] for row in report["rows"])
+
+
+def images_in(folder: Path, classes: Sequence[str], count: int = 12) -> Path:
+    """A folder with train/<class>/<n>.png and val/...; each class has its colour."""
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for label, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                colour = (80 * label + 5 * number, 40, 200 - 80 * label)
+                Image.new("RGB", (40, 40), colour).save(folder / split / name / f"{number}.png")
+    return folder
+
+
+def test_a_folder_of_images_goes_the_whole_way(tmp_path: Path) -> None:
+    loop = {"epochs": 1, "batch_size": 8, "eval_every": 1, "save_every": 1}
+    config = write_tiny(
+        tmp_path,
+        data={"source": "folder", "root": str(images_in(tmp_path / "data", ["cat", "dog", "owl"])), "digits": {}},
+        train=loop, adapt=loop, finetune=loop, search={"samples": None},
+    )  # fmt: skip
+    done = sparsevit("run", "--config", config, "--json", cwd=tmp_path)
+    report = json.loads(done.stdout)
+    assert report["validation_images"] == 36
+    assert report["rows"][-1]["label"] == "winner, finetuned"
+    exported = json.loads((tmp_path / "runs" / "tiny" / "export" / "sparsity.json").read_text())
+    assert exported["model"]["class_names"] == ["cat", "dog", "owl"]
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     config = write_tiny(tmp_path)
     for command in ("pretrain", "search"):
@@ -275,14 +316,7 @@ def test_a_wrong_config_is_told_in_three_parts_before_anything_starts(tmp_path: 
 
 
 def test_text_from_outside_is_shown_as_it_is(tmp_path: Path) -> None:
-    from PIL import Image
-
-    for split in ("train", "val"):
-        for name in ("[red]", "[/x]", "<b>\x1b[31m"):
-            folder = tmp_path / "data" / split / name.replace("/", "|")
-            folder.mkdir(parents=True)
-            for number in range(12):
-                Image.new("RGB", (40, 40), (20 * number, 40, 60)).save(folder / f"{number}.png")
+    images_in(tmp_path / "data", ["[red]", "[|x]", "<b>\x1b[31m"])
     (tmp_path / "data" / "val" / "[red]" / "3.png").write_text("not an image")
     config = write_tiny(
         tmp_path,

@@ -153,6 +153,22 @@ def test_pretrained_weights_need_the_architecture_as_it_is() -> None:
         build_model(ModelSection(pretrained=True, embed_dim=16, depths=(2, 2, 2, 2)), 5)
 
 
+def test_pretrained_weights_get_a_new_classifier_at_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "swin_tiny_patch4_window7_224"
+    hub = timm.create_model(name).state_dict()
+    asked: list[object] = []
+    monkeypatch.setattr(
+        "timm.models._builder.load_state_dict_from_hf", lambda *args, **_: asked.append(args) or dict(hub)
+    )
+    model = build_model(ModelSection(name=name, pretrained=True, img_size=448), 2)
+    assert asked
+    own = model.state_dict()
+    assert own["head.fc.weight"].shape == (2, 768)
+    assert all(torch.equal(own[key], tensor) for key, tensor in hub.items() if not key.startswith("head."))
+    with torch.no_grad():
+        assert model.eval()(image(448, 448)).shape == (1, 2)
+
+
 def test_pretrained_weights_without_a_network(tmp_path: Path) -> None:
     program = (
         "from sparsevit_cli.models import build_model; from sparsevit_cli.config.schema import ModelSection\n"

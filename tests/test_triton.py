@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import timm
@@ -188,14 +189,20 @@ def tiny(name: str, kernels: Kernels) -> nn.Module:
 
 def test_a_model_runs_on_them_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
     name, x = "swin_tiny_patch4_window7_224", random(2, 3, 72, 72)
-    launched: list[int] = []
-    real = triton_windows.run_windows_
-    monkeypatch.setattr(triton_windows, "run_windows_", lambda *args, **more: launched.append(1) or real(*args, **more))
+    launched: list[str] = []
+    for function in ("run_windows_", "score_and_rank"):
+        real = getattr(triton_windows, function)
+
+        def counting(*args: Any, of: Any = real, label: str = function, **more: Any) -> Any:
+            launched.append(label)
+            return of(*args, **more)
+
+        monkeypatch.setattr(triton_windows, function, counting)
     with torch.inference_mode():
         expected = tiny(name, "portable")(x)
         assert not launched
         found = tiny(name, "triton")(x)
-    assert len(launched) == 4
+    assert sorted(launched) == ["run_windows_"] * 4 + ["score_and_rank"] * 4  # two partitions in each of two stages
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -85,9 +85,13 @@ def _options(
 
 
 def _run(
-    command: str, options: Options, work: Callable[[Session], Any], show: Callable[[Any], None], **flags: str | None
-) -> None:
-    """One command: a session, its workflow, and the result as a table or as JSON. `flags` matter to its plan."""
+    command: str, options: Options, work: Callable[[Session], Any], show: Callable[[Any], None],
+    *, refuse: Callable[[Any], None] = lambda result: None, **flags: str | None,
+) -> None:  # fmt: skip
+    """One command: a session, its workflow, and the result as a table or as JSON; `refuse` may raise after that.
+
+    `flags` matter to its plan.
+    """
     from .config.loading import load_config
     from .console import ConsoleReporter, print_json, print_lines
     from .search.budget import parse_budgets
@@ -112,6 +116,7 @@ def _run(
             with closing(session.locks):
                 result = work(session)
         print_json(as_document(result)) if options.json else show(result)
+        refuse(result)
 
 
 def as_document(result: Any) -> Mapping[str, object]:
@@ -241,8 +246,11 @@ def profile(
 
         return profile_model(session, model=model, img_size=img_size, ratios=ratios)
 
-    command, show = ("rivals", show_rivals) if rivals else ("profile", show_profile)
-    _run(command, options, work, show, model=model, img_size=img_size, ratios=ratios)
+    named = {"model": model, "img_size": img_size, "ratios": ratios}
+    if rivals:
+        _run("rivals", options, work, show_rivals, **named)
+    else:
+        _run("profile", options, work, show_profile, refuse=lambda report: report.refuse_unsteady(), **named)
 
 
 @app.command()

@@ -367,7 +367,9 @@ class _Run:
         if self.scaler.is_enabled() and self.bad_steps < MAX_BAD_STEPS:
             self.scaler.step(self.optimizer)  # skips itself, and remembers to lower its scale
             return
-        names = ", ".join(self.job.source.sample_name(int(i)) for i in batch.indices[:5])
+        is_bad = ~batch.images.flatten(1).isfinite().all(1)  # the culprits, where it was the images
+        indices = batch.indices[is_bad] if is_bad.any() else batch.indices
+        names = ", ".join(self.job.source.sample_name(int(i)) for i in indices[:5])
         lr = self.optimizer.param_groups[0]["lr"]
         got = (
             f"loss {loss} and gradient norm {norm} at step {self.step}, lr {lr:.3g}, "

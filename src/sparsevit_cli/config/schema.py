@@ -313,6 +313,9 @@ class ProfileSection(Section):
     rounds: Annotated[int, Field(ge=6)] = Field(30, description="Interleaved rounds at least.")
     max_spread: Positive = Field(0.10, description="Largest accepted interquartile range over median.")
     threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads; null keeps PyTorch's choice.")
+    max_autotune: bool = Field(
+        False, description="With --rivals, add dense timm in torch.compile's slowest mode; minutes of compiling."
+    )
 
 
 class ExportSection(Section):

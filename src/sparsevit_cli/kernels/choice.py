@@ -31,6 +31,20 @@ class RunWindows(Protocol):
     ) -> None: ...
 
 
+class ScoreAndRank(Protocol):
+    """`triton_windows.score_and_rank`."""
+
+    def __call__(self, x: Tensor, token_index: Tensor, count: int, importance: str) -> tuple[Tensor, Tensor]: ...
+
+
+def chosen_ranking(kernels: str, device: torch.device) -> ScoreAndRank | None:
+    """The function that scores and ranks windows of a map in few launches; None for those of `windows`."""
+    if kernels != "triton":
+        return None
+    module, _ = _triton(device.type)
+    return None if module is None else module.score_and_rank  # type: ignore[no-any-return]
+
+
 def chosen(kernels: str, block: BlockWeights, device: torch.device) -> RunWindows:
     """The function that runs windows of `block` on `device`.
 

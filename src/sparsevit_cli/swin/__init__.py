@@ -1,7 +1,7 @@
 """Window sparsity for timm's Swin: the only room that knows timm's Swin.
 
 `sparsify_` swaps the class of every stage and block in place, so parameters keep their names and a dense model
-runs timm's own code. The one thing stored on the model is the setting: tenths per block pair, and the importance.
+runs timm's own code. The one thing stored on the model is the setting: tenths per block pair, importance, kernels.
 
 A sparse model takes one of two ways, which agree to about 1e-5: in training, tracing and export timm's own modules
 between gather and scatter; at inference the functions of `kernels`, on a map that is changed in place.

@@ -55,13 +55,15 @@ class SparseBlock(nn.Module):
         keep_indices: Tensor | None = None,
         token_index: Tensor | None = None,
         plain: PlainBlock | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Map (B, H, W, C) to the same shape; `keep_indices` (B, K), `token_index` (n, N) of `windows`.
 
-        With `plain` the map itself is changed and returned, and no `keep_indices` means all windows.
+        With `plain` the map itself is changed and returned, and no `keep_indices` means all windows; `rows` (B, K, N)
+        may then tell their tokens' rows, as `windows.flat_rows` does.
         """
         if plain is not None and token_index is not None:
-            return self._on_whole_map(self._run_(x, keep_indices, token_index, plain))
+            return self._on_whole_map(self._run_(x, keep_indices, token_index, plain, rows))
         if keep_indices is None or token_index is None:
             return super().forward(x)  # type: ignore[no-any-return, misc]
         batch, height, width, channels = x.shape
@@ -88,12 +90,15 @@ class SparseBlock(nn.Module):
         """What timm does with the whole map after its windows."""
         return x
 
-    def _run_(self, x: Tensor, keep_indices: Tensor | None, token_index: Tensor, plain: PlainBlock) -> Tensor:
+    def _run_(
+        self, x: Tensor, keep_indices: Tensor | None, token_index: Tensor, plain: PlainBlock, rows: Tensor | None
+    ) -> Tensor:
         batch, height, width, channels = x.shape
         padded = windows.has_padding(height, width, self.window_size)
         if keep_indices is None:
             keep_indices = torch.arange(len(token_index), device=x.device).expand(batch, -1)
-        rows = windows.flat_rows(token_index, keep_indices, height * width, scratch_row=padded)  # B, K, N
+        if rows is None:
+            rows = windows.flat_rows(token_index, keep_indices, height * width, scratch_row=padded)  # B, K, N
         bias = self._position_bias().to(x.dtype)
         bias_class = None
         if any(self.shift_size):

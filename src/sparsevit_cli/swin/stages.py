@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsevit_cli import windows
-from sparsevit_cli.kernels import Kernels
+from sparsevit_cli.kernels import Kernels, ScoreAndRank, chosen_ranking
 
 from .blocks import SparseBlock
 from .inference import is_inference, merging_weights, plain_blocks
@@ -23,6 +23,7 @@ class SparseStage(nn.Module):
     sparsity_tenths: tuple[int, ...]
     importance: windows.Importance
     kernels: Kernels = "auto"
+    blocks: Any
     stage_number: int
     as_timm = True
     """True where a stage without sparsity must give timm's numbers to the bit: the whole model is dense."""
@@ -41,9 +42,10 @@ class SparseStage(nn.Module):
         plain = plain_blocks(stage, x) if infers else None
         if plain is not None and merging is None:  # the caller's map, or a view of it, is not ours to change
             x = x.clone(memory_format=torch.contiguous_format)
-        ranking = _Ranking(self, x.shape[1], x.shape[2])
+        score_and_rank = chosen_ranking(self.kernels, x.device) if plain is not None else None
+        ranking = _Ranking(self, x.shape[1], x.shape[2], score_and_rank)
         for number, block in enumerate(stage.blocks):
-            run = partial(block, **ranking.keep(x, block, self.sparsity_tenths[number // 2]))
+            run = partial(block, **ranking.keep(x, number))
             if plain is not None:
                 x = run(x, token_index=ranking.token_index(block, x.device), plain=plain[number])
             elif stage.grad_checkpointing and torch.is_grad_enabled():
@@ -76,36 +78,59 @@ SPARSE_STAGES: dict[type[nn.Module], type[SparseStage]] = {
 
 
 class _Ranking:
-    """The rankings of one forward pass of one stage: at most one per partition (plain, shifted).
+    """The rankings of one forward pass of one stage: one per partition (plain, shifted).
 
-    Lives for one forward only: the magnitude is taken at the first pruned block, later blocks take prefixes.
+    Lives for one forward only: all are made of the map that enters the first pruned block, and since ratios never
+    decrease with depth, later blocks take prefixes.
     """
 
-    def __init__(self, stage: SparseStage, height: int, width: int) -> None:
+    def __init__(self, stage: SparseStage, height: int, width: int, score_and_rank: ScoreAndRank | None) -> None:
         self.stage, self.height, self.width = stage, height, width
-        self.magnitude: Tensor | None = None
-        self.ranked: dict[tuple[tuple[int, int], tuple[int, int]], tuple[Tensor, Tensor]] = {}
+        self.score_and_rank = score_and_rank if stage.importance != "random" else None
+        self.ranked: dict[_Partition, dict[str, Tensor]] = {}
 
-    def keep(self, x: Tensor, block: SparseBlock, tenths: int) -> dict[str, Tensor]:
-        """Arguments that make `block` compute the windows kept at `tenths`; none where all are kept."""
-        rows, cols = windows.window_grid(self.height, self.width, block.window_size)
-        count = windows.num_keep(rows * cols, tenths)
-        if count == rows * cols:
+    def keep(self, x: Tensor, number: int) -> dict[str, Tensor]:
+        """Arguments that make block `number` compute the windows it keeps of its map `x`; none where it keeps all."""
+        block = self.stage.blocks[number]
+        count, all_windows = self._counts(number)
+        if count == all_windows:
             return {}
-        if self.magnitude is None and self.stage.importance != "random":
-            self.magnitude = windows.token_magnitude(x, self.stage.importance)
-        partition = (block.window_size, block.shift_size)
-        if partition not in self.ranked:  # ratios never decrease with depth: the first block keeps most
-            index = self.token_index(block, x.device)
-            self.ranked[partition] = (windows.rank_windows(self._scores(x, index), count), index)
-        keep_indices, index = self.ranked[partition]
-        return {"keep_indices": keep_indices[:, :count], "token_index": index}
+        if not self.ranked:
+            self._rank(x, number)
+        ranked = self.ranked[block.window_size, block.shift_size]
+        return {name: value if name == "token_index" else value[:, :count] for name, value in ranked.items()}
 
     def token_index(self, block: SparseBlock, device: torch.device) -> Tensor:
         """(n, N) of the block's own partition."""
         return windows.token_index_of(self.height, self.width, block.window_size, block.shift_size, device)
 
-    def _scores(self, x: Tensor, index: Tensor) -> Tensor:
-        if self.magnitude is None:
-            return windows.random_scores(x.shape[0], index.shape[0], self.stage.stage_number, x.device)
-        return windows.window_scores(self.magnitude, index)
+    def _counts(self, number: int) -> tuple[int, int]:
+        """Windows that block `number` keeps, and windows there are."""
+        rows, cols = windows.window_grid(self.height, self.width, self.stage.blocks[number].window_size)
+        return windows.num_keep(rows * cols, self.stage.sparsity_tenths[number // 2]), rows * cols
+
+    def _rank(self, x: Tensor, first: int) -> None:
+        """Rank once for each partition that blocks from `first` on have: the first of them keeps most."""
+        magnitude = None
+        if self.score_and_rank is None and self.stage.importance != "random":
+            magnitude = windows.token_magnitude(x, self.stage.importance)
+        for number in range(first, len(self.stage.blocks)):
+            block = self.stage.blocks[number]
+            partition = (block.window_size, block.shift_size)
+            if partition in self.ranked:
+                continue
+            index, (count, _) = self.token_index(block, x.device), self._counts(number)
+            if self.score_and_rank is not None:
+                keep_indices, rows = self.score_and_rank(x, index, count, self.stage.importance)
+                self.ranked[partition] = {"keep_indices": keep_indices, "token_index": index, "rows": rows}
+            else:
+                keep_indices = windows.rank_windows(self._scores(magnitude, x.shape[0], index), count)
+                self.ranked[partition] = {"keep_indices": keep_indices, "token_index": index}
+
+    def _scores(self, magnitude: Tensor | None, batch: int, index: Tensor) -> Tensor:
+        if magnitude is None:
+            return windows.random_scores(batch, index.shape[0], self.stage.stage_number, index.device)
+        return windows.window_scores(magnitude, index)
+
+
+_Partition = tuple[tuple[int, int], tuple[int, int]]

@@ -42,8 +42,8 @@ from .training import (
 from .weights import trained_weights
 
 RIVAL_SIZE = "size.json"
-SIZE_STEPS = 8
-"""Dense rivals are looked for at this many image sizes below the full one."""
+SIZE_STEPS, SMALLEST_STEP = 14, 5
+"""Dense rivals are looked for at 5/14, 6/14 ... 13/14 of the full size: for 224 pixels at 80, 96 ... 208."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def run_pipeline(session: Session) -> PipelineSummary:
         search(session)
     seconds["finetune"] = finetune(session).seconds
     contenders = _contenders(session, seconds)
-    profile = partial(profile_model, strict=False)  # on a busy machine its rows are marked, and the table still comes
+    profile = partial(profile_model, retries=0)  # on a busy machine its rows are marked, and the table still comes
     tuned_at = [list(stage) for stage in contenders[-1].config.ratios]
     tuned = {"ratios": tuned_at, "weights_sha256": trained_weights(session, "finetune", "sparsevit run").sha256}
     steps: tuple[tuple[str, Callable[[Session], object], Mapping[str, object]], ...] = (
@@ -171,7 +171,9 @@ def _score(
     size: tuple[int, int] | None = None, *, exact: bool = True,
 ) -> _Contender:  # fmt: skip
     set_sparsity(model, config, exact=exact)
-    accuracy = score(session, model, data.val, resize=size, before_batch=_check(session))
+    batches = -(-len(data.val) // session.config.data.eval_batch_size)
+    with session.reporter.progress("score", batches) as progress:
+        accuracy = score(session, model, data.val, resize=size, progress=progress, before_batch=_check(session))
     return _Contender(label, model, config, size or session.img_size, accuracy)
 
 
@@ -208,7 +210,7 @@ def _smaller_rival(
     """The dense model at the lower resolution whose latency is nearest to the winner's."""
     set_sparsity(tuned, winner)
     patch = _patch(tuned)
-    shares = [1 - n / SIZE_STEPS for n in range(1, SIZE_STEPS)]
+    shares = [n / SIZE_STEPS for n in range(SMALLEST_STEP, SIZE_STEPS)]
     sizes = {_multiples(session.img_size, share, patch) for share in shares}
     chosen = folder.path / RIVAL_SIZE
     if chosen.exists():  # measured again, noise could pick another one than was trained

@@ -22,7 +22,7 @@ from sparsevit_cli.atomic import write_atomic, write_json
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.config.schema import ModelSection
 from sparsevit_cli.data.transforms import as_pair
-from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.models import build_model
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
@@ -42,7 +42,7 @@ Size = tuple[int, int]
 DENSE, OURS_DENSE, OURS_SPARSE = "dense (timm)", "ours at ratio 0", "ours sparse"
 TIMM_CLASSES = 1000
 """Outputs of a model that nothing is known of but its name: ImageNet's."""
-RETRIES = 3
+RETRIES = 1
 """Times that a measurement that did not settle is repeated before the command ends with exit 8."""
 FILES = ("profile.json", "profile.html", "samples.npz", "layers.csv", "metrics.json")
 """What one profile writes; an earlier one's are set aside."""
@@ -94,6 +94,14 @@ class ProfileReport:
     environment: Mapping[str, object]
     settings: Mapping[str, object]
 
+    def refuse_unsteady(self) -> None:
+        """Raise MeasurementError where a row did not settle: it is written and shown, but not to be relied on."""
+        unsteady = [row for row in self.rows if not row.stable]
+        if unsteady:
+            got = f"{len(unsteady)} of {len(self.rows)} rows did not settle, even when measured again; they are marked"
+            do = "Close other programs, raise profile.seconds, or accept more with profile.max_spread."
+            raise MeasurementError("profile", got, do)
+
     def document(self) -> dict[str, object]:
         """The JSON document of `sparsevit profile --json`."""
         return {
@@ -137,13 +145,13 @@ def profile_model(
     model: str | None = None,
     img_size: str | None = None,
     ratios: str | None = None,
-    strict: bool = True,
+    retries: int = RETRIES,
 ) -> ProfileReport:
     """Measure the configuration's model, or timm's `model`, at `ratios` as typed, else the configured or the winner's.
 
-    Weights do not matter to the clock: the architecture is built with random ones. A latency that does not settle
-    raises MeasurementError, or is marked in its row unless `strict`. Raises CheckpointError where there is no winner
-    and no ratios are given.
+    Weights do not matter to the clock: the architecture is built with random ones. A cell that does not settle is
+    measured `retries` times more, and then marked in its rows. Raises CheckpointError where there is no winner and no
+    ratios are given.
     """
     target = profile_target(session, model=model, img_size=img_size, ratios=ratios)
     session, sizes, config = target.session, target.sizes, target.config
@@ -162,7 +170,7 @@ def profile_model(
             if not macs_check:
                 macs_check = _macs_check(session, models[OURS_SPARSE], size)
             for batch in section.batch_sizes:
-                cell, latencies = _cell(session, models, config, size, batch, strict)
+                cell, latencies = _cell(session, models, config, size, batch, retries)
                 rows += cell
                 samples |= {f"{label} b{batch} {size[0]}x{size[1]}": x.samples_ms for label, x in latencies.items()}
                 if not stages:
@@ -243,7 +251,7 @@ def _models(session: Session, size: Size, config: SparsityConfig) -> dict[str, n
 
 
 def _cell(
-    session: Session, models: Mapping[str, nn.Module], config: SparsityConfig, size: Size, batch: int, strict: bool
+    session: Session, models: Mapping[str, nn.Module], config: SparsityConfig, size: Size, batch: int, retries: int
 ) -> tuple[list[ProfileRow], dict[str, Latency]]:
     section, image = session.config.profile, (session.config.model.in_chans, *size)
     x = example_input(
@@ -262,8 +270,8 @@ def _cell(
         rounds=section.rounds,
         seed=session.config.seed,
         max_spread=section.max_spread,
-        strict=strict,
-        retries=RETRIES if strict else 0,
+        strict=False,
+        retries=retries,
         before_round=partial(session.stop.check, "profile", "nothing of this profile is saved"),
     )
     rows = []
@@ -319,11 +327,17 @@ def _stage_times(
 
 @contextmanager
 def threads_set(count: int | None) -> Iterator[None]:
-    """PyTorch on `count` CPU threads inside the block; None leaves its choice."""
+    """PyTorch on `count` CPU threads inside the block; with None nothing is touched.
+
+    torch.set_num_threads, even with the number there is, makes MKL's products inside parallel loops slower from then
+    on (it turns MKL's dynamic threads off), and fused attention consists of such products.
+    """
+    if count is None:
+        yield
+        return
     before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        if count is not None:
-            torch.set_num_threads(count)
         yield
     finally:
         torch.set_num_threads(before)

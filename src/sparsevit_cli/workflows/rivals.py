@@ -112,7 +112,6 @@ def measure_rivals(
     model: str | None = None,
     img_size: str | None = None,
     ratios: str | None = None,
-    max_autotune: bool = False,
 ) -> RivalReport:
     """Measure every contestant at every batch and image size of the profile section. Needs neither data nor weights.
 
@@ -127,7 +126,7 @@ def measure_rivals(
     with threads_set(section.threads), session.reporter.progress("rivals", total) as bar:
         for size in target.sizes:
             for batch in section.batch_sizes:
-                cells.append(_cell(session, size, batch, typed, max_autotune))
+                cells.append(_cell(session, size, batch, typed))
                 bar.advance()
         threads = torch.get_num_threads()
     settings = {**section.model_dump(mode="json", exclude={"mode", "ratios"}), "threads": threads}
@@ -139,12 +138,10 @@ def measure_rivals(
     return report
 
 
-def _cell(
-    session: Session, size: tuple[int, int], batch: int, typed: Mapping[str, SparsityConfig], max_autotune: bool
-) -> RivalCell:
+def _cell(session: Session, size: tuple[int, int], batch: int, typed: Mapping[str, SparsityConfig]) -> RivalCell:
     section = session.config.profile
     torch._dynamo.reset()
-    contestants = _contestants(session, size, batch, typed, max_autotune)
+    contestants = _contestants(session, size, batch, typed)
     session.reporter.say(f"rivals: {len(contestants)} contestants at batch {batch}, {size[0]}x{size[1]}")
     latencies = measure_interleaved(
         {label: contestant.run for label, contestant in contestants.items()},
@@ -162,13 +159,14 @@ def _cell(
 
 
 def _contestants(
-    session: Session, size: tuple[int, int], batch: int, typed: Mapping[str, SparsityConfig], max_autotune: bool
+    session: Session, size: tuple[int, int], batch: int, typed: Mapping[str, SparsityConfig]
 ) -> dict[str, _Contestant]:
-    dtype = TORCH_DTYPE[session.config.profile.precision]
+    section = session.config.profile
+    dtype = TORCH_DTYPE[section.precision]
     dense = built(session, size).to(session.device, dtype)
     x = _input(session, dense, size, batch)
     found: dict[str, _Contestant] = {}
-    for number, (label, variant) in enumerate(dense_variants(dense, max_autotune=max_autotune).items()):
+    for number, (label, variant) in enumerate(dense_variants(dense, max_autotune=section.max_autotune).items()):
         model = variant if label.startswith("timm eager") else dense
         found[label] = _Contestant("B2" if number else "B1", partial(variant, x), model, None, size)
     if session.device.type == "cpu":
