@@ -281,6 +281,22 @@ def test_a_folder_of_images_goes_the_whole_way(tmp_path: Path) -> None:
     assert exported["model"]["class_names"] == ["cat", "dog", "owl"]
 
 
+@pytest.mark.parametrize(
+    "name", ["swinv2_cr_tiny_ns_224", pytest.param("swinv2_tiny_window8_256", marks=pytest.mark.slow)]
+)
+def test_later_generations_go_the_whole_way(tmp_path: Path, name: str) -> None:
+    config = write_tiny(tmp_path, model={"name": name, "weight_init": "timm"}, export={"formats": ["onnx", "pt2"]})
+    report = json.loads(sparsevit("run", "--config", config, "--json", cwd=tmp_path).stdout)
+    winner = report["rows"][-1]
+    assert winner["gmacs"] < report["rows"][0]["gmacs"]
+    from sparsevit_cli import load_exported
+    from sparsevit_cli.swin import get_sparsity, sparse_stages
+
+    model = load_exported(tmp_path / "runs" / "tiny" / "export")
+    assert [list(stage) for stage in get_sparsity(model).ratios] == winner["ratios"]
+    assert all(stage.blocks[0].window_size == (2, 2) for stage in sparse_stages(model))
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     config = write_tiny(tmp_path)
     for command in ("pretrain", "search"):

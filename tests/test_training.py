@@ -112,10 +112,10 @@ def test_a_resumed_training_equals_the_straight_one_to_the_bit(
 
 
 def test_accumulation_changes_memory_and_not_the_training(tmp_path: Path) -> None:
-    for micro_batches in (1, 2, 3):
+    for micro_batches in (1, 2, 4):
         fields = {"optimizer": "sgd", "epochs": 0.1, "accumulation": micro_batches}
         run(job(tmp_path / str(micro_batches), drop_path_rate=0.0, **fields))
-    whole, *others = (saved(tmp_path / str(n))[0]["model"] for n in (1, 2, 3))
+    whole, *others = (saved(tmp_path / str(n))[0]["model"] for n in (1, 2, 4))
     for other in others:
         for key, tensor in whole.items():
             torch.testing.assert_close(other[key], tensor, atol=1e-6, rtol=1e-5)

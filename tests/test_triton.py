@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,3 +238,24 @@ def test_without_a_gpu_or_triton_the_portable_kernels_run(monkeypatch: pytest.Mo
 def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(ConfigError, match="auto, portable, triton"):
         tiny("swin_tiny_patch4_window7_224", "cuda")  # type: ignore[arg-type]
+
+
+def test_every_kernel_compiles_for_a_gpu_within_its_shared_memory() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("triton_compile.py")
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len({one["kernel"] for one in compiled}) == 5
+    assert {kind for one in compiled for kind in one["types"]} == {"*fp32", "*fp16", "*bf16"}
+    assert max(one["shared"] for one in compiled) <= 99 * 1024  # what the smallest GPUs of today allow
+
+
+def test_only_contiguous_weights_of_known_types_are_taken() -> None:
+    weights = block(32, 1)
+    turned = Affine(weights.fc1.weight.t().contiguous().t(), weights.fc1.bias)
+    assert not triton_windows.supports(weights._replace(fc1=turned))
+    doubled = Affine(weights.fc1.weight.double(), weights.fc1.bias)
+    assert not triton_windows.supports(weights._replace(fc1=doubled))

@@ -23,7 +23,7 @@ from sparsevit_cli.workflows.export import export_winner
 from sparsevit_cli.workflows.pages import profile_page
 from sparsevit_cli.workflows.pipeline import run_pipeline
 from sparsevit_cli.workflows.plan import plan_lines
-from sparsevit_cli.workflows.profile import profile_model
+from sparsevit_cli.workflows.profile import profile_model, threads_set
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.training import adapt, pretrain
 from sparsevit_cli.workflows.weights import file_weights
@@ -240,3 +240,14 @@ def test_what_is_asked_to_be_typed_names_the_experiment(tmp_path: Path) -> None:
     session = session_in(tmp_path).replaced(argv=("sparsevit", "adapt", "--config", "tiny.yaml"))
     with pytest.raises(CheckpointError, match=r"Type: sparsevit pretrain --config tiny.yaml"):
         adapt(session)
+
+
+def test_a_thread_count_that_is_not_asked_for_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)  # it slows fused attention for the rest of the process
+    with threads_set(None):
+        pass
+    assert not asked
+    with threads_set(1):
+        assert asked == [1]
+    assert len(asked) == 2

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .exporting import export_model
+    from .exporting import export_model, load_exported
     from .profiling.latency import measure_latency
     from .profiling.macs import count_macs
     from .search.budget import Budget
@@ -30,6 +30,7 @@ _HOME = {
     "count_macs": ".profiling.macs",
     "export_model": ".exporting",
     "get_sparsity": ".swin",
+    "load_exported": ".exporting",
     "measure_latency": ".profiling.latency",
     "search_sparsity": ".search.engine",
     "set_sparsity": ".swin",
@@ -43,6 +44,7 @@ __all__ = [
     "count_macs",
     "export_model",
     "get_sparsity",
+    "load_exported",
     "measure_latency",
     "search_sparsity",
     "set_sparsity",

@@ -94,6 +94,8 @@ class SparsityFile:
     img_size: tuple[int, int]
     model: ModelInfo
     versions: Mapping[str, str]
+    windows: tuple[tuple[int, int], ...] = ()
+    """Of each stage, (height, width) in tokens; empty in files of before 2026-11-22."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,7 @@ def load_sparsity(path: Path | str) -> SparsityFile:
                 **{key: None if model[key] is None else tuple(model[key]) for key in ("class_names", "mean", "std")},
             ),
             versions=dict(parsed["versions"]),
+            windows=tuple((int(height), int(width)) for height, width in parsed.get("windows", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         got = f"is not a sparsity file ({type(error).__name__}: {error})"
@@ -280,6 +283,8 @@ def load_exported(directory: Path | str) -> nn.Module:
         raise CheckpointError(str(directory / SPARSITY), got, "Build the model yourself, then load its weights.")
     try:
         args = {"img_size": saved.img_size, **saved.model.args}
+        if saved.windows and saved.model.name.startswith("swinv2_"):  # no weight of theirs tells the window
+            args["window_size"] = saved.windows
         model: nn.Module = timm.create_model(saved.model.name, pretrained=False, **args)
         model.load_state_dict(safetensors.torch.load_file(directory / WEIGHTS))
     except Exception as error:
@@ -414,6 +419,7 @@ def _sparsity_json(model: nn.Module, shape: tuple[int, int, int], info: ModelInf
         "depths": model_depths(model),
         "importance": sparse_stages(model)[0].importance,
         "img_size": shape[1:],
+        "windows": [tuple(stage.blocks[0].window_size) for stage in sparse_stages(model)],
         "model": asdict(info),
         "versions": _versions(),
     }

@@ -38,6 +38,7 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged w
 _BUFFERS = (
     "relative_position_index",
     "relative_coords_table",
+    "relative_coordinates_log",
     "attn_mask",
 )  # computed by timm since 0.9, stored before
 _HEAD = ("head.fc.weight", "head.fc.bias")
@@ -297,6 +298,8 @@ def _timm_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     `checkpoint_filter_fn`, which would also interpolate bias tables and patches that do not fit.
     """
     kept = {key: tensor for key, tensor in weights.items() if not key.endswith(_BUFFERS)}
+    if "head.weight" in kept and any(key.startswith("stages.") for key in kept):
+        return {_first_cr_name(key): (1 / tensor).log() if ".tau" in key else tensor for key, tensor in kept.items()}
     if "layers.0.downsample.reduction.weight" not in kept:
         return kept
 
@@ -305,6 +308,11 @@ def _timm_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         return re.sub(r"^head\.(?!fc\.)", "head.fc.", key)
 
     return {renamed(key): tensor for key, tensor in kept.items()}
+
+
+def _first_cr_name(key: str) -> str:
+    """Names of timm's first V2-CR files: the head without `fc`, and the inverse of today's logit_scale."""
+    return re.sub(r"^head\.", "head.fc.", key).replace(".tau", ".logit_scale")
 
 
 def _shape(weights: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:

@@ -47,6 +47,8 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 MAX_MEMORY_RETRIES = 6
+FUSED = ("adam", "adamw")
+"""Optimizers of torch with one kernel for all parameters; with a loss scaler the plain form is taken."""
 """Times that a step may halve its micro-batch after running out of memory."""
 
 
@@ -198,6 +200,7 @@ class _Run:
             lr=section.lr,
             weight_decay=section.weight_decay,
             layer_decay=section.layer_decay,
+            **({"fused": True} if section.optimizer in FUSED and section.precision != "fp16" else {}),
         )
         self.ema = ModelEmaV3(self.model, decay=section.ema_decay, use_warmup=True) if section.ema_decay else None
         self.scaler = torch.amp.GradScaler(job.device.type, FP16_SCALE, enabled=section.precision == "fp16")

@@ -93,7 +93,7 @@ def show_profile(report: ProfileReport) -> None:
 def show_rivals(report: RivalReport) -> None:
     """One table per cell; slower than the best dense is marked and said."""
     columns = ("contestant", "kind", "GMACs", "ms per batch [95 %]", "best dense / this [95 %]", "realised", "tax",
-               "peak MB")  # fmt: skip
+               "roofline", "peak MB")  # fmt: skip
     for cell in report.cells:
         rows = [
             (
@@ -103,6 +103,7 @@ def show_rivals(report: RivalReport) -> None:
                 f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
                 "-" if row.realised is None else f"{row.realised:.2f}",
                 "-" if row.tax is None else f"{row.tax:+.1%}",
+                "-" if row.roofline is None else f"{row.roofline:.0%}",
                 "-" if row.peak_memory_mb is None else f"{row.peak_memory_mb:.0f}",
             )
             for row in cell.rows

@@ -83,11 +83,6 @@ class ModelSection(Section):
         "mean_abs_l2",
         description="Score of a window: the released code's, the paper's wording, or a seeded random control.",
     )
-    kernels: Literal["auto", "portable", "triton"] = Field(
-        "auto",
-        description="What runs kept windows at inference: `portable` on any device, or `triton` on a GPU, which falls "
-        "back with a warning; `auto` is portable, as no GPU has been measured yet.",
-    )
 
     @model_validator(mode="after")
     def _agrees(self) -> ModelSection:
@@ -312,7 +307,11 @@ class ProfileSection(Section):
     seconds: Positive = Field(3.0, description="Measuring time per row at least, in seconds.")
     rounds: Annotated[int, Field(ge=6)] = Field(30, description="Interleaved rounds at least.")
     max_spread: Positive = Field(0.10, description="Largest accepted interquartile range over median.")
-    threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads; null keeps PyTorch's choice.")
+    threads: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="CPU threads; null keeps PyTorch's choice. "
+        "OMP_NUM_THREADS does the same faster: torch.set_num_threads slows fused attention down.",
+    )
     max_autotune: bool = Field(
         False, description="With --rivals, add dense timm in torch.compile's slowest mode; minutes of compiling."
     )
@@ -341,6 +340,11 @@ class ExperimentConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Every random draw is a function of it.")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="`auto`, `cpu`, `mps`, `cuda` or `cuda:N`."
+    )
+    kernels: Literal["auto", "portable", "triton"] = Field(
+        "auto",
+        description="What runs kept windows at inference: `portable` on any device, or `triton` on a GPU (portable, "
+        "with a warning, where it cannot be taken); `auto` is portable, as no GPU has been measured yet.",
     )
     output: Text = Field("runs", min_length=1, description="Folder of all run folders.")
     model: ModelSection = Field(ModelSection(), description="Which timm Swin, and its weights.")

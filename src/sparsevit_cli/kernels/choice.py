@@ -58,8 +58,14 @@ def chosen(kernels: str, block: BlockWeights, device: torch.device) -> RunWindow
     if module is not None and module.supports(block):
         run: RunWindows = module.run_windows_
         return run
-    _warn_once(reason or "Triton kernels are for blocks that normalise first (V1)")
+    _warn_once(reason or "Triton's kernels are for contiguous blocks that normalise first (V1)")
     return windowed.run_windows_
+
+
+def running(kernels: str, device: torch.device) -> str:
+    """Name and version of what `kernels` comes to on `device`: two names that are equal are the same code."""
+    module = _triton(device.type)[0] if kernels == "triton" else None
+    return "portable" if module is None else f"triton {module.triton.__version__}"
 
 
 @lru_cache
@@ -78,4 +84,4 @@ def _triton(device_type: str) -> tuple[Any, str]:
 
 @lru_cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"{reason}: running the portable kernels", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"{reason}: running without Triton", RuntimeWarning, stacklevel=2)

@@ -9,7 +9,7 @@ Shapes: R = M*N rows of M kept windows of N tokens, C channels, h heads of D, T 
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -19,30 +19,44 @@ from torch import Tensor
 from .linear import Affine
 from .windowed import BlockWeights, Norm
 
-MAX_FUSED_CHANNELS = 256
-"""Widest map whose whole rows, and their float32 sums, one program holds: stages 1 and 2 of a Swin-T."""
+MAX_FUSED_BYTES = 512
+"""Widest rows of a map that one program holds whole, with tiles of both weights, in 99 KB of shared memory: 256
+channels of 16 bits, 128 of 32 bits.
+"""
 
 
 def run_windows_(
     tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, *, padded: bool
 ) -> None:
     """As `windowed.run_windows_`, for blocks that `supports` says yes to."""
-    flat, channels = rows.reshape(-1), tokens.shape[1]
-    area = rows.shape[1]
-    qkv = _project(tokens, block.qkv, rows=flat, norm=block.norm1)
-    attended = _attend(qkv, block, bias, bias_class, area)
-    kept = _project(attended, block.proj, residual=tokens, residual_rows=flat)
-    if channels <= MAX_FUSED_CHANNELS:
-        _mlp_(tokens, flat, kept, block)
-        return
-    hidden = _project(kept, block.fc1, norm=block.norm2, gelu=True)
-    _project(hidden, block.fc2, residual=kept, out=tokens, out_rows=flat)
+    flat, area = rows.reshape(-1), rows.shape[1]
+    with _on_device_of(tokens):
+        qkv = _project(tokens, block.qkv, rows=flat, norm=block.norm1)
+        attended = _attend(qkv, block, bias, bias_class, area)
+        kept = _project(attended, block.proj, residual=tokens, residual_rows=flat)
+        if _power(tokens.shape[1]) * tokens.element_size() <= MAX_FUSED_BYTES:
+            _mlp_(tokens, flat, kept, block)
+        else:
+            hidden = _project(kept, block.fc1, norm=block.norm2, gelu=True)
+            _project(hidden, block.fc2, residual=kept, out=tokens, out_rows=flat)
 
 
 def supports(block: BlockWeights) -> bool:
-    """True for a pre-norm block whose norms have weights and biases."""
+    """True for a pre-norm block, its norms with weights and biases, in rows of a type that Triton multiplies."""
     norms = (block.norm1, block.norm2)
-    return block.norm_first and all(norm.weight is not None and norm.bias is not None for norm in norms)
+    if not block.norm_first or any(norm.weight is None or norm.bias is None for norm in norms):
+        return False
+    layers = (*norms, block.qkv, block.proj, block.fc1, block.fc2)
+    tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
+    return all(tensor.is_contiguous() and tensor.dtype in _DTYPES for tensor in tensors)
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever its tensors are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def score_and_rank(x: Tensor, token_index: Tensor, count: int, importance: str) -> tuple[Tensor, Tensor]:
@@ -56,17 +70,19 @@ def score_and_rank(x: Tensor, token_index: Tensor, count: int, importance: str) 
     x, device = x.contiguous(), x.device
     scores = torch.empty(batch, num_windows, device=device, dtype=torch.float32)
     block_n, block_c = _power(area, 64), _power(channels, 128)
-    _score_kernel[(num_windows, batch)](
-        x, token_index, scores, height * width, num_windows, channels, area,
-        L2=importance == "l2", BLOCK_N=block_n, BLOCK_C=block_c,
-    )  # fmt: skip
+    with _on_device_of(x):
+        _score_kernel[(num_windows, batch)](
+            x, token_index, scores, height * width, num_windows, channels, area,
+            L2=importance == "l2", BLOCK_N=block_n, BLOCK_C=block_c,
+        )  # fmt: skip
     keep = torch.empty(batch, count, device=device, dtype=torch.int64)
     rows = torch.empty(batch, count, area, device=device, dtype=torch.int64)
     block_w = 16
-    _rank_kernel[(triton.cdiv(num_windows, block_w), batch)](
-        scores, token_index, keep, rows, num_windows, count, height * width, batch * height * width, area,
-        BLOCK_W=block_w, BLOCK_J=128, BLOCK_N=block_n,
-    )  # fmt: skip
+    with _on_device_of(x):
+        _rank_kernel[(triton.cdiv(num_windows, block_w), batch)](
+            scores, token_index, keep, rows, num_windows, count, height * width, batch * height * width, area,
+            BLOCK_W=block_w, BLOCK_J=128, BLOCK_N=block_n,
+        )  # fmt: skip
     return keep, rows
 
 
@@ -121,12 +137,13 @@ def _mlp_(tokens: Tensor, rows: Tensor, kept: Tensor, block: BlockWeights) -> No
     """kept (R, C) through norm2, MLP and residual, into `tokens` at `rows`."""
     count, channels = kept.shape
     hidden = block.fc1.weight.shape[0]
-    block_r = 32 if channels > 128 else 64
+    block_c = _power(channels)
+    block_r = 64 if block_c * kept.element_size() <= MAX_FUSED_BYTES // 2 else 32
     _mlp_kernel[(triton.cdiv(count, block_r),)](
         kept, rows, block.norm2.weight, block.norm2.bias, block.fc1.weight, _or(block.fc1.bias, kept),
         block.fc2.weight, _or(block.fc2.bias, kept), tokens, count, len(tokens), channels, hidden, block.norm2.eps,
         BIAS1=block.fc1.bias is not None, BIAS2=block.fc2.bias is not None, PRECISION=_precision(kept),
-        BLOCK_R=block_r, BLOCK_C=_power(channels), BLOCK_H=32,
+        BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_H=32, num_warps=8 if block_c > 128 else 4, num_stages=2,
     )  # fmt: skip
 
 
@@ -143,14 +160,14 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 def _precision(x: Tensor) -> str:
     """As torch multiplies float32: exactly, unless TF32 was allowed."""
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _gelu(x: Any) -> Any:
+def _gelu(x):  # type: ignore[no-untyped-def]
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 

@@ -124,7 +124,9 @@ def table_identity(model: nn.Module, x: Tensor) -> dict[str, object]:
         "image_size": list(x.shape[2:]),
         "dtype": str(x.dtype).removeprefix("torch."),
         "mode": "eager",
-        "kernels": f"{stages[0].kernels} {type(kernels.linear_ops(x)).__name__} {kernels.VERSION}",
+        "kernels": " ".join(
+            (kernels.running(stages[0].kernels, x.device), type(kernels.linear_ops(x)).__name__, str(kernels.VERSION))
+        ),
         "torch": versions["torch"],
         "timm": versions["timm"],
         "importance": stages[0].importance,

@@ -3,7 +3,9 @@
 `count_macs` traces the model with fvcore and is what reports show. `analytic_macs` reckons from the modules' shapes
 and the set ratios, runs nothing, and serves the search through `macs_cost`. `flopcounter_macs` is torch's own counter.
 All count matrix products and convolutions, at the rows that are really computed: attention runs on padded windows;
-the MLP on the map's tokens where a block is dense, and on all tokens of the kept windows where it is sparse.
+the MLP on the map's tokens where a block is dense, and on all tokens of the kept windows where it is sparse. The small
+networks behind the position bias of V2 and V2-CR run once per forward: at a batch above 1 the two that trace share them
+out among the images, `analytic_macs` does not.
 """
 
 from __future__ import annotations
@@ -151,44 +153,44 @@ def _model_shapes(model: nn.Module, input_size: InputSize) -> _ModelShapes:
     embed: Any = trunk.patch_embed
     round_up, head = getattr(embed, "dynamic_img_pad", False), getattr(trunk, "head", None)
     height, width = (math.ceil(n / p) if round_up else n // p for n, p in zip(image, embed.patch_size, strict=True))
-    stem = height * width * _weights(embed)
+    stem = height * width * weights_in(embed)
     merging, pairs = [], []
     for _, stage in named_stages(trunk):
-        reduction = _weights(stage.downsample)
+        reduction = weights_in(stage.downsample)
         if reduction:
             height, width = (height + 1) // 2, (width + 1) // 2
         merging.append(height * width * reduction)
         starts = [*range(0, len(stage.blocks), 2), len(stage.blocks)]
         pairs.append(tuple(_pair_macs(stage.blocks[a:b], height, width) for a, b in pairwise(starts)))
-    return _ModelShapes(stem, tuple(merging), tuple(pairs), _weights(head) if head else 0)
+    return _ModelShapes(stem, tuple(merging), tuple(pairs), weights_in(head) if head else 0)
 
 
 def _pair_macs(blocks: nn.Sequential, height: int, width: int) -> tuple[int, ...]:
-    return tuple(sum(_block_macs(block, height, width, t) for block in blocks) for t in range(MAX_TENTHS + 1))
+    return tuple(sum(block_macs(block, height, width, t) for block in blocks) for t in range(MAX_TENTHS + 1))
 
 
-def _block_macs(block: Block, height: int, width: int, tenths: int) -> int:
+def block_macs(block: Block, height: int, width: int, tenths: int) -> int:
     """Multiply-adds of one block on a map of `height` x `width` tokens."""
     rows, cols = window_grid(height, width, block.window_size)
     num_windows, area = rows * cols, block.window_area
     kept = num_keep(num_windows, tenths)
     mlp_rows = kept * area if kept < num_windows else height * width
     attention = 2 * area * block.attn.proj.in_features  # per token: q @ k and attn @ v over all heads
-    projections = _weights(block.attn.qkv) + _weights(block.attn.proj)
-    windowed = kept * area * (projections + attention) + mlp_rows * _weights(block.mlp)
+    projections = weights_in(block.attn.qkv) + weights_in(block.attn.proj)
+    windowed = kept * area * (projections + attention) + mlp_rows * weights_in(block.mlp)
     return int(windowed + _position_macs(block.attn))
 
 
 def _position_macs(attn: Any) -> int:
     """Multiply-adds of the network that makes the position bias of V2 and V2-CR, once per forward; 0 for V1."""
     if hasattr(attn, "cpb_mlp"):
-        return attn.relative_coords_table.numel() // 2 * _weights(attn.cpb_mlp)
+        return attn.relative_coords_table.numel() // 2 * weights_in(attn.cpb_mlp)
     if hasattr(attn, "meta_mlp"):
-        return len(attn.relative_coordinates_log) * _weights(attn.meta_mlp)
+        return len(attn.relative_coordinates_log) * weights_in(attn.meta_mlp)
     return 0
 
 
-def _weights(module: nn.Module) -> int:
+def weights_in(module: nn.Module) -> int:
     """Weights of all linear layers and convolutions inside: the multiply-adds of one row or patch."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
 

@@ -85,7 +85,8 @@ def _plain_weights(block: Any) -> kernels.BlockWeights | None:
     parts = ((block, type(block)), (attn.qkv, nn.Linear), (attn.proj, nn.Linear), (attn.attn_drop, nn.Dropout),
              (attn.proj_drop, nn.Dropout), (mlp, Mlp), (mlp.fc1, nn.Linear), (mlp.fc2, nn.Linear),
              (mlp.act, GELU if type(mlp.act) is GELU else nn.GELU), (mlp.norm, nn.Identity), (mlp.drop1, nn.Dropout),
-             (mlp.drop2, nn.Dropout), (block.norm1, nn.LayerNorm), (block.norm2, nn.LayerNorm), *paths)  # fmt: skip
+             (mlp.drop2, nn.Dropout), (block.norm1, nn.LayerNorm), (block.norm2, nn.LayerNorm), *paths,
+             *_third_norm(block))  # fmt: skip
     if type(block) not in SPARSE_BLOCKS.values() or not _is_plain(*parts):
         return None
     if getattr(mlp.act, "approximate", "none") != "none":
@@ -100,6 +101,12 @@ def _plain_weights(block: Any) -> kernels.BlockWeights | None:
     layers = (weights.norm1, weights.qkv, weights.proj, weights.norm2, weights.fc1, weights.fc2)
     dtypes = {layer.weight.dtype for layer in layers if layer.weight is not None}
     return weights if len(dtypes) == 1 else None
+
+
+def _third_norm(block: Any) -> tuple[tuple[nn.Module, type[nn.Module]], ...]:
+    """The norm of the whole map that a block of V2-CR may end with: what it returns is changed by the next block."""
+    norm = getattr(block, "norm3", None)
+    return () if norm is None else ((norm, nn.LayerNorm if isinstance(norm, nn.LayerNorm) else nn.Identity),)
 
 
 def _plain_attention(attn: Any) -> dict[str, Any] | None:

@@ -260,7 +260,7 @@ def _images(session: Session, model: nn.Module, size: tuple[int, int]) -> Tensor
 def _measure(session: Session, calls: Mapping[str, Any], rounds: int = 30) -> dict[str, Latency]:
     latencies = measure_interleaved(
         calls, device=session.device, seconds=session.config.search.seconds, rounds=rounds,
-        seed=session.config.seed, strict=False, retries=1, before_round=_check(session),
+        seed=session.config.seed, strict=False, retries=0, before_round=_check(session),
     )  # fmt: skip
     unsteady = [name for name, latency in latencies.items() if not latency.stable]
     if unsteady:

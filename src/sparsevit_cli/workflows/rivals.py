@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsevit_cli.atomic import write_json
+from sparsevit_cli.profiling.device import device_identity
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, evaluating, example_input
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import count_macs
@@ -23,6 +24,7 @@ from sparsevit_cli.profiling.rivals import (
     oracle,
     with_fused_attention,
 )
+from sparsevit_cli.profiling.roofline import known_peak, roofline_ms
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import Ratios, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
@@ -49,7 +51,8 @@ class RivalRow:
 
     `kind` is B1 (timm as installed), B2 (its variants), B2f (compiled and frozen), B0 (the authors' flow), B3 (dense at
     a lower resolution), ours or O (the oracle). `realised` is the share of latency saved over the share of
-    multiply-adds saved, against our own dense; `tax` what the sparse model takes longer than its oracle.
+    multiply-adds saved, against our own dense; `tax` what the sparse model takes longer than its oracle; `roofline` the
+    share of its time that the device would need at best, where the device's peaks are known.
     """
 
     label: str
@@ -69,6 +72,7 @@ class RivalRow:
     peak_memory_mb: float | None = None
     realised: float | None = None
     tax: float | None = None
+    roofline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,8 @@ def _contestants(
         sparse = session.sparsified_(with_fused_attention(dense, fused=False))
         set_sparsity(sparse, config)
         found[f"ours, {label}"] = _Contestant("ours", partial(sparse, x), sparse, config, size)
-        found[f"oracle, {label}"] = _Contestant("O", partial(_as_oracle, sparse, x), sparse, config, size)
+        if session.config.kernels != "triton":  # the oracle replaces steps of the portable kernels
+            found[f"oracle, {label}"] = _Contestant("O", partial(_as_oracle, sparse, x), sparse, config, size)
         theirs = authors_flow(sparse) if label in ("config 3", "60% everywhere") else None
         if theirs is not None:
             found[f"authors' flow, {label}"] = _Contestant("B0", partial(theirs, x), theirs, config, size)
@@ -232,6 +237,11 @@ def _row(
 ) -> RivalRow:
     x = _input(session, contestant.model, contestant.size, batch)
     eager = contestant.kind != "O" and "compile" not in label and "autotune" not in label
+    peak_of_device = known_peak(str(device_identity(session.device).get("name")), session.config.profile.precision)
+    least_ms = None
+    if peak_of_device is not None:
+        image = (session.config.model.in_chans, *contestant.size)
+        least_ms = roofline_ms(contestant.model, image, batch, peak_of_device, session.config.profile.precision)
     with evaluating(contestant.model):
         peak = peak_memory_mb(contestant.model, x) if eager else None
     return RivalRow(
@@ -245,6 +255,7 @@ def _row(
         **Latency.from_samples(latency.samples_ms, best.samples_ms).as_row(),
         stable=latency.stable,
         peak_memory_mb=peak,
+        roofline=None if least_ms is None else least_ms / latency.median_ms,
     )
 
 
@@ -252,7 +263,7 @@ def _compared(row: RivalRow, rows: Mapping[str, RivalRow]) -> RivalRow:
     """The row with its realised efficiency and its tax, where they have a meaning."""
     if row.kind != "ours" or row.label == "ours, ratio 0":
         return row
-    dense, perfect = rows["ours, ratio 0"], rows[f"oracle, {row.label.removeprefix('ours, ')}"]
+    dense, perfect = rows["ours, ratio 0"], rows.get(f"oracle, {row.label.removeprefix('ours, ')}")
     saved = 1 - row.gmacs / dense.gmacs
     realised = (1 - row.latency_ms / dense.latency_ms) / saved if saved else None
-    return replace(row, realised=realised, tax=row.latency_ms / perfect.latency_ms - 1)
+    return replace(row, realised=realised, tax=None if perfect is None else row.latency_ms / perfect.latency_ms - 1)

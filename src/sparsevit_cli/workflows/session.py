@@ -132,8 +132,7 @@ class Session:
 
     def sparsified_(self, model: nn.Module) -> nn.Module:
         """`sparsify_` with the configuration's importance and kernels."""
-        section = self.config.model
-        return sparsify_(model, importance=section.importance, kernels=section.kernels)
+        return sparsify_(model, importance=self.config.model.importance, kernels=self.config.kernels)
 
     def space(self, model: nn.Module, max_ratio: float) -> SearchSpace:
         """All configurations of `model` up to `max_ratio`."""
