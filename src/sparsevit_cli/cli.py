@@ -246,11 +246,13 @@ def profile(
 
         return profile_model(session, model=model, img_size=img_size, ratios=ratios)
 
-    named = {"model": model, "img_size": img_size, "ratios": ratios}
-    if rivals:
-        _run("rivals", options, work, show_rivals, **named)
-    else:
-        _run("profile", options, work, show_profile, refuse=lambda report: report.refuse_unsteady(), **named)
+    command, show = ("rivals", show_rivals) if rivals else ("profile", show_profile)
+
+    def refuse(report: Any) -> None:
+        if not rivals:
+            report.refuse_unsteady()
+
+    _run(command, options, work, show, refuse=refuse, model=model, img_size=img_size, ratios=ratios)
 
 
 @app.command()

@@ -42,7 +42,7 @@ def chosen_ranking(kernels: str, device: torch.device) -> ScoreAndRank | None:
     if kernels != "triton":
         return None
     module, _ = _triton(device.type)
-    return None if module is None else module.score_and_rank  # type: ignore[no-any-return]
+    return None if module is None else module.score_and_rank
 
 
 def chosen(kernels: str, block: BlockWeights, device: torch.device) -> RunWindows:

@@ -184,7 +184,7 @@ def block_macs(block: Block, height: int, width: int, tenths: int) -> int:
 def _position_macs(attn: Any) -> int:
     """Multiply-adds of the network that makes the position bias of V2 and V2-CR, once per forward; 0 for V1."""
     if hasattr(attn, "cpb_mlp"):
-        return attn.relative_coords_table.numel() // 2 * weights_in(attn.cpb_mlp)
+        return int(attn.relative_coords_table.numel() // 2 * weights_in(attn.cpb_mlp))
     if hasattr(attn, "meta_mlp"):
         return len(attn.relative_coordinates_log) * weights_in(attn.meta_mlp)
     return 0

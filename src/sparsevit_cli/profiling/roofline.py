@@ -67,9 +67,8 @@ def roofline_ms(model: nn.Module, input_size: InputSize, batch: int, peak: Peak,
         (0 if head is None else weights_in(head), height * width * out, 0 if head is None else weights_in(head))
     )
     operations, memory = 1e12 * peak.tflops[precision], 1e12 * peak.terabytes
-    return 1e3 * sum(
-        max(2 * batch * macs / operations, size * (batch * moved + weights) / memory) for macs, moved, weights in parts
-    )
+    seconds = (max(2 * batch * m / operations, size * (batch * moved + w) / memory) for m, moved, w in parts)
+    return 1e3 * float(sum(seconds))
 
 
 def _trunk(model: nn.Module) -> Any:

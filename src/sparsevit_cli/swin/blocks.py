@@ -18,7 +18,7 @@ class SparseMerging(nn.Module):
     def forward(self, x: Tensor, weights: kernels.MergingWeights | None = None) -> Tensor:
         """Map (B, H, W, C) to (B, H/2, W/2, out)."""
         if weights is None:
-            return super().forward(x)  # type: ignore[no-any-return, misc]
+            return super().forward(x)  # type: ignore[no-any-return]
         return kernels.merge_patches(x, weights)
 
 
@@ -48,6 +48,13 @@ class SparseBlock(nn.Module):
     shift_size: tuple[int, int]
     window_area: int
     dynamic_mask: bool
+    attn: Any
+    mlp: Any
+    norm1: Any
+    norm2: Any
+    norm3: Any
+    drop_path1: Any
+    drop_path2: Any
 
     def forward(
         self,
@@ -65,7 +72,7 @@ class SparseBlock(nn.Module):
         if plain is not None and token_index is not None:
             return self._on_whole_map(self._run_(x, keep_indices, token_index, plain, rows))
         if keep_indices is None or token_index is None:
-            return super().forward(x)  # type: ignore[no-any-return, misc]
+            return super().forward(x)  # type: ignore[no-any-return]
         batch, height, width, channels = x.shape
         kept, area = keep_indices.shape[1], self.window_area
         padded = windows.has_padding(height, width, self.window_size)
@@ -139,10 +146,9 @@ class PostNormBlock(SparseBlock):
     """Norms come after attention and MLP, so padding enters attention as the map's own zeros."""
 
     def _residuals(self, tokens: Tensor, is_token: Tensor | None, mask: Tensor | None) -> Tensor:
-        block: Any = self
-        attended = block.norm1(block.attn(tokens.flatten(0, 1), mask=mask)).view(tokens.shape)
-        tokens = tokens + block.drop_path1(attended)
-        return tokens + block.drop_path2(block.norm2(block.mlp(tokens)))  # type: ignore[no-any-return]
+        attended = self.norm1(self.attn(tokens.flatten(0, 1), mask=mask)).view(tokens.shape)
+        tokens = tokens + self.drop_path1(attended)
+        return tokens + self.drop_path2(self.norm2(self.mlp(tokens)))  # type: ignore[no-any-return]
 
 
 class SparseSwinTransformerV2Block(PostNormBlock, v2.SwinTransformerV2Block):
@@ -152,7 +158,7 @@ class SparseSwinTransformerV2Block(PostNormBlock, v2.SwinTransformerV2Block):
         attn, area = self.attn, self.window_area  # as in timm's WindowAttention.forward
         table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
         bias = table[attn.relative_position_index.view(-1)].view(area, area, -1).permute(2, 0, 1).contiguous()
-        return (16 * torch.sigmoid(bias)).unsqueeze(0)  # type: ignore[no-any-return]
+        return (16 * torch.sigmoid(bias)).unsqueeze(0)
 
 
 class SparseSwinTransformerV2CrBlock(PostNormBlock, v2cr.SwinTransformerV2CrBlock):

@@ -24,6 +24,8 @@ class SparseStage(nn.Module):
     importance: windows.Importance
     kernels: Kernels = "auto"
     blocks: Any
+    downsample: Any
+    grad_checkpointing: bool
     stage_number: int
     as_timm = True
     """True where a stage without sparsity must give timm's numbers to the bit: the whole model is dense."""
@@ -31,24 +33,23 @@ class SparseStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, H', W', C'), sparse where `sparsity_tenths` says so."""
         if self.as_timm and not any(self.sparsity_tenths):
-            return super().forward(x)  # type: ignore[no-any-return, misc]
+            return super().forward(x)  # type: ignore[no-any-return]
         return self._sparse(x)
 
     def _sparse(self, x: Tensor) -> Tensor:
-        stage: Any = self
         infers = is_inference(self, x.device)
-        merging = merging_weights(stage.downsample) if infers else None
-        x = stage.downsample(x) if merging is None else stage.downsample(x, weights=merging)
-        plain = plain_blocks(stage, x) if infers else None
+        merging = merging_weights(self.downsample) if infers else None
+        x = self.downsample(x) if merging is None else self.downsample(x, weights=merging)
+        plain = plain_blocks(self, x) if infers else None
         if plain is not None and merging is None:  # the caller's map, or a view of it, is not ours to change
             x = x.clone(memory_format=torch.contiguous_format)
         score_and_rank = chosen_ranking(self.kernels, x.device) if plain is not None else None
         ranking = _Ranking(self, x.shape[1], x.shape[2], score_and_rank)
-        for number, block in enumerate(stage.blocks):
+        for number, block in enumerate(self.blocks):
             run = partial(block, **ranking.keep(x, number))
             if plain is not None:
                 x = run(x, token_index=ranking.token_index(block, x.device), plain=plain[number])
-            elif stage.grad_checkpointing and torch.is_grad_enabled():
+            elif self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(run, x, use_reentrant=False)
             else:
                 x = run(x)

@@ -12,6 +12,8 @@ from timm.models import swin_transformer as v1
 from timm.models import swin_transformer_v2 as v2
 from timm.models import swin_transformer_v2_cr as v2cr
 
+__all__ = ["GENERATIONS", "STAGES", "Block", "Stage", "v1", "v2", "v2cr"]
+
 Stage = v1.SwinTransformerStage | v2.SwinTransformerV2Stage | v2cr.SwinTransformerV2CrStage
 Block = v1.SwinTransformerBlock | v2.SwinTransformerV2Block | v2cr.SwinTransformerV2CrBlock
 STAGES = (v1.SwinTransformerStage, v2.SwinTransformerV2Stage, v2cr.SwinTransformerV2CrStage)

@@ -1,0 +1,57 @@
+"""Write the README's tables of the demo from the documents kept in docs/results (`runs/digits/run/metrics.json`).
+
+usage: python docs/make_results.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
+
+
+def tables(documents: dict[str, dict[str, Any]]) -> str:
+    """One line per seed, then every row of the first."""
+    lines = [
+        "| seed | dense top-1 % | winner | winner's top-1 %, finetuned | multiply-adds gone "
+        "| speed-up over timm [95 %] | dense of about equal latency |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for seed, document in documents.items():
+        rows = {row["label"]: row for row in document["rows"]}
+        dense, winner = rows["dense (timm)"], rows["winner, finetuned"]
+        rival = next(row for label, row in rows.items() if label.startswith("dense at"))
+        lines.append(
+            f"| {seed} | {dense['top1']:.2f} | `{json.dumps(winner['ratios'])}` "
+            f"| {winner['top1']:.2f} ({winner['top1'] - dense['top1']:+.2f}) "
+            f"| {1 - winner['gmacs'] / dense['gmacs']:.0%} | {_gain(winner)} "
+            f"| {rival['image_size'][0]} px: {rival['top1']:.2f} % in {rival['latency_ms'] / winner['latency_ms']:.2f} "
+            "of the winner's time |"
+        )
+    seed, document = next(iter(documents.items()))
+    lines += [
+        "", f"All rows of seed {seed}:", "",
+        "| model | top-1 % | GMACs | ms per batch [95 %] | speed-up [95 %] |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| {row['label']} | {row['top1']:.2f} | {row['gmacs']:.3f} "
+        f"| {row['latency_ms']:.1f} [{row['latency_ms_low']:.1f}, {row['latency_ms_high']:.1f}] | {_gain(row)} |"
+        for row in document["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def _gain(row: dict[str, Any]) -> str:
+    return f"{row['speedup']:.2f}x [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+
+
+if __name__ == "__main__":
+    paths = sorted((HERE / "results").glob("digits_seed*_cpu.json"))
+    found = {path.stem.split("_")[1].removeprefix("seed"): json.loads(path.read_text("utf-8")) for path in paths}
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n{tables(found)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
