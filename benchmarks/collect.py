@@ -42,7 +42,7 @@ def table(path: Path) -> str:
     A single run shows its own 95 % interval.
     """
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-    runs = [run for run in runs if run["versions"] == runs[-1]["versions"]]
+    runs = [run for run in runs if _versions(run) == _versions(runs[-1])]
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
         for cell in run["cells"]:
@@ -60,6 +60,11 @@ def table(path: Path) -> str:
     for where, found in cells.items():
         lines += ["", _heading(where, found), "", *_cell_table(found)]
     return "\n".join(lines)
+
+
+def _versions(run: dict[str, Any]) -> dict[str, str]:
+    """Versions of a run; edited files beside the revision are told in its own document."""
+    return {name: str(value).removesuffix("-dirty") for name, value in run["versions"].items()}
 
 
 def _heading(where: tuple[Any, ...], found: list[dict[str, Any]]) -> str:
