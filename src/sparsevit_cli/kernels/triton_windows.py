@@ -70,15 +70,14 @@ def score_and_rank(x: Tensor, token_index: Tensor, count: int, importance: str) 
     x, device = x.contiguous(), x.device
     scores = torch.empty(batch, num_windows, device=device, dtype=torch.float32)
     block_n, block_c = _power(area, 64), _power(channels, 128)
+    keep = torch.empty(batch, count, device=device, dtype=torch.int64)
+    rows = torch.empty(batch, count, area, device=device, dtype=torch.int64)
+    block_w = 16
     with _on_device_of(x):
         _score_kernel[(num_windows, batch)](
             x, token_index, scores, height * width, num_windows, channels, area,
             L2=importance == "l2", BLOCK_N=block_n, BLOCK_C=block_c,
         )  # fmt: skip
-    keep = torch.empty(batch, count, device=device, dtype=torch.int64)
-    rows = torch.empty(batch, count, area, device=device, dtype=torch.int64)
-    block_w = 16
-    with _on_device_of(x):
         _rank_kernel[(triton.cdiv(num_windows, block_w), batch)](
             scores, token_index, keep, rows, num_windows, count, height * width, batch * height * width, area,
             BLOCK_W=block_w, BLOCK_J=128, BLOCK_N=block_n,
@@ -172,7 +171,18 @@ def _gelu(x):
 
 
 @triton.jit
-def _project_kernel(  # noqa: PLR0915 - one launch
+def _place_of(r, rows, count, num_rows, INDEXED: tl.constexpr):
+    """Row that each of `r` stands for, and whether there is one: padding, and what is past `count`, has none."""
+    place = r
+    is_row = r < count
+    if INDEXED:
+        place = tl.load(rows + r, mask=is_row, other=num_rows)
+        is_row = place < num_rows
+    return place, is_row
+
+
+@triton.jit
+def _project_kernel(
     x, rows, norm_weight, norm_bias, weight, bias, residual, residual_rows, out, out_rows,
     count, num_tokens, num_residual, num_out, in_features, out_features, eps,
     GATHER: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -182,11 +192,7 @@ def _project_kernel(  # noqa: PLR0915 - one launch
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tl.arange(0, BLOCK_I)
-    source = r
-    is_token = r < count
-    if GATHER:  # padding has no row: it enters as zeros, after the norm
-        source = tl.load(rows + r, mask=is_token, other=num_tokens)
-        is_token = source < num_tokens
+    source, is_token = _place_of(r, rows, count, num_tokens, GATHER)  # padding enters as zeros, after the norm
     place = x + source[:, None] * in_features + i[None, :]
     mean = tl.zeros((BLOCK_R,), tl.float32)
     rstd = tl.zeros((BLOCK_R,), tl.float32)
@@ -220,18 +226,10 @@ def _project_kernel(  # noqa: PLR0915 - one launch
     if GELU:
         total = _gelu(total)
     if RESIDUAL:
-        beside = r
-        is_beside = r < count
-        if GATHER_RESIDUAL:
-            beside = tl.load(residual_rows + r, mask=is_beside, other=num_residual)
-            is_beside = beside < num_residual
+        beside, is_beside = _place_of(r, residual_rows, count, num_residual, GATHER_RESIDUAL)
         place = residual + beside[:, None] * out_features + o[None, :]
         total += tl.load(place, mask=is_beside[:, None] & is_out[None, :], other=0.0).to(tl.float32)
-    target = r
-    is_target = r < count
-    if SCATTER:
-        target = tl.load(out_rows + r, mask=is_target, other=num_out)
-        is_target = target < num_out
+    target, is_target = _place_of(r, out_rows, count, num_out, SCATTER)
     place = out + target[:, None] * out_features + o[None, :]
     tl.store(place, total.to(out.dtype.element_ty), mask=is_target[:, None] & is_out[None, :])
 
@@ -288,8 +286,7 @@ def _mlp_kernel(
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     is_channel = c < channels
-    target = tl.load(rows + r, mask=r < count, other=num_tokens)
-    is_token = target < num_tokens
+    target, is_token = _place_of(r, rows, count, num_tokens, True)
     inside = is_token[:, None] & is_channel[None, :]
     entered = tl.load(kept + r[:, None] * channels + c[None, :], mask=inside, other=0.0)
     value = entered.to(tl.float32)

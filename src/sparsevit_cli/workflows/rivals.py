@@ -237,11 +237,9 @@ def _row(
 ) -> RivalRow:
     x = _input(session, contestant.model, contestant.size, batch)
     eager = contestant.kind != "O" and "compile" not in label and "autotune" not in label
-    peak_of_device = known_peak(str(device_identity(session.device).get("name")), session.config.profile.precision)
-    least_ms = None
-    if peak_of_device is not None:
-        image = (session.config.model.in_chans, *contestant.size)
-        least_ms = roofline_ms(contestant.model, image, batch, peak_of_device, session.config.profile.precision)
+    precision, image = session.config.profile.precision, (session.config.model.in_chans, *contestant.size)
+    device_peak = known_peak(str(device_identity(session.device).get("name")), precision)
+    least_ms = None if device_peak is None else roofline_ms(contestant.model, image, batch, device_peak, precision)
     with evaluating(contestant.model):
         peak = peak_memory_mb(contestant.model, x) if eager else None
     return RivalRow(
@@ -250,8 +248,8 @@ def _row(
         ratios=None if contestant.config is None else contestant.config.ratios,
         batch=batch,
         image_size=contestant.size,
-        dtype=session.config.profile.precision,
-        gmacs=count_macs(contestant.model, (session.config.model.in_chans, *contestant.size)).gmacs,
+        dtype=precision,
+        gmacs=count_macs(contestant.model, image).gmacs,
         **Latency.from_samples(latency.samples_ms, best.samples_ms).as_row(),
         stable=latency.stable,
         peak_memory_mb=peak,
