@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
 
-from sparsevit_cli import exporting
 from sparsevit_cli.atomic import sha256_file
 from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError, NonFiniteError, ResourceError
 from sparsevit_cli.exporting import (
@@ -25,11 +26,16 @@ from sparsevit_cli.exporting import (
     WEIGHTS,
     ExportReport,
     ModelInfo,
+    checks,
     export_model,
     load_exported,
     load_sparsity,
     structured_images,
 )
+from sparsevit_cli.exporting import (
+    folder as export_folder,
+)
+from sparsevit_cli.exporting.programs import Runner, pt2_runner
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import get_sparsity, set_sparsity, sparsify_
 
@@ -267,12 +273,10 @@ def test_a_module_around_the_backbone_exports(tmp_path: Path) -> None:
 # -- bad files ----------------------------------------------------------------------------------------------------
 
 
-def spoil(
-    runner: Callable[[Path], exporting.Runner], when: Callable[[int], bool]
-) -> Callable[[Path], exporting.Runner]:
+def spoil(runner: Callable[[Path], Runner], when: Callable[[int], bool]) -> Callable[[Path], Runner]:
     """A runner whose call number n gives wrong numbers where `when(n)`."""
 
-    def spoiled(path: Path) -> exporting.Runner:
+    def spoiled(path: Path) -> Runner:
         run, calls = runner(path), iter(range(10**6))
 
         def wrong(images: Tensor) -> list[Tensor]:
@@ -289,7 +293,7 @@ def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.M
     model = tiny()
     export_model(model, tmp_path, input_size=SIDE, formats=("pt2",), measure_ms=False)
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
-    monkeypatch.setattr(exporting, "_pt2_runner", spoil(exporting._pt2_runner, lambda number: True))
+    monkeypatch.setattr(checks, "pt2_runner", spoil(pt2_runner, lambda number: True))
     set_sparsity(model, 0.2)
     with pytest.raises(MeasurementError, match=r"model\.pt2: differs from eager by 1\.0e-01 and 1\.0e-01"):
         export_model(model, tmp_path, input_size=SIDE, formats=("pt2",), measure_ms=False)
@@ -297,7 +301,7 @@ def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_second_images_may_agree_and_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "_pt2_runner", spoil(exporting._pt2_runner, lambda number: number == 1))
+    monkeypatch.setattr(checks, "pt2_runner", spoil(pt2_runner, lambda number: number == 1))
     reporter = SilentReporter()
     report = export_model(tiny(), tmp_path, input_size=SIDE, formats=("pt2",), measure_ms=False, reporter=reporter)
     (file,) = report.files
@@ -311,7 +315,7 @@ def test_second_images_may_agree_and_it_is_told(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("wrong", [float("nan"), "shape", "count", "crash"])
 def test_broken_outputs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: object) -> None:
-    def runner(path: Path) -> exporting.Runner:
+    def runner(path: Path) -> Runner:
         def run(images: Tensor) -> list[Tensor]:
             if wrong == "crash":
                 raise RuntimeError("Guard failed: x.size()[0] == 2")
@@ -321,7 +325,7 @@ def test_broken_outputs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
         return run
 
-    monkeypatch.setattr(exporting, "_pt2_runner", runner)
+    monkeypatch.setattr(checks, "pt2_runner", runner)
     with pytest.raises(MeasurementError):
         export_model(tiny(), tmp_path / "new" / "deep", input_size=SIDE, formats=("pt2",), measure_ms=False)
     assert names(tmp_path) == set()
@@ -360,8 +364,8 @@ def test_killed_while_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     export_model(model, tmp_path, **settings)
     set_sparsity(model, 0.2)
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "failpoint", failpoint)
-        patch.setattr(exporting.shutil, "rmtree", lambda *_args, **_kwargs: None)
+        patch.setattr(export_folder, "failpoint", failpoint)
+        patch.setattr(shutil, "rmtree", lambda *_args, **_kwargs: None)
         with pytest.raises(Killed):
             export_model(model, tmp_path, **settings)
     assert any(name.startswith(".tmp-") for name in names(tmp_path))
@@ -379,7 +383,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(*_args: object, **_kwargs: object) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting.safetensors.torch, "save", no_space)
+    monkeypatch.setattr(safetensors.torch, "save", no_space)
     with pytest.raises(ResourceError, match="bytes needed"):
         export_model(tiny(), tmp_path / "new", input_size=SIDE, formats=(), measure_ms=False)
     assert names(tmp_path) == set()
@@ -418,9 +422,7 @@ def test_settings_are_refused_before_anything_is_written(
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        exporting.importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name))
     with pytest.raises(ConfigError, match=r"onnx, onnxscript, onnxruntime not installed.*sparsevit-cli\[export\]"):
         export_model(tiny(), tmp_path / "new", input_size=SIDE)
     assert names(tmp_path) == set()

@@ -70,3 +70,14 @@ class StoppedError(SparseViTError):
     def __init__(self, what: str, got: str, do: str, *, interrupted: bool) -> None:
         super().__init__(what, got, do)
         self.exit_code = 130 if interrupted else 75  # type: ignore[misc]
+
+
+def first_line(text: object) -> str:
+    """The first line of a text that another library wrote, at most 300 characters."""
+    return str(text).strip().partition("\n")[0][:300]
+
+
+def in_one_line(error: BaseException) -> str:
+    """Class and first line of an error that another library raised."""
+    line = first_line(error)
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoints import load_checkpoint
 from .config.schema import ModelSection
-from .errors import CheckpointError, ConfigError, SparseViTError
+from .errors import CheckpointError, ConfigError, SparseViTError, first_line, in_one_line
 from .swin import GENERATIONS, model_depths
 
 __all__ = [
@@ -121,7 +121,7 @@ def build_model(
     except SparseViTError:
         raise
     except Exception as error:  # assertions, indices, divisions, downloads: timm checks nothing before it builds
-        got = f"timm cannot build {section.name} with {arguments} ({type(error).__name__}: {_first_line(error)})"
+        got = f"timm cannot build {section.name} with {arguments} ({in_one_line(error)})"
         if section.pretrained:
             do = "Check the network, drop overrides, or give model.checkpoint a local file."
             raise CheckpointError("model.pretrained", got, do) from error
@@ -270,12 +270,8 @@ def _read_pickle(path: Path) -> object:
             raise CheckpointError(str(path), got, do) from error
         # torch's texts go on to recommend weights_only=False: what matters is after, or before, that
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("In PyTorch 2.6")[0]
-        got = f"is not a readable weights file ({type(error).__name__}: {_first_line(reason)})"
+        got = f"is not a readable weights file ({type(error).__name__}: {first_line(reason)})"
         raise CheckpointError(str(path), got, f"Copy it again. If it is another format: {_CONVERT}") from error
-
-
-def _first_line(text: object) -> str:
-    return str(text).strip().partition("\n")[0][:300]
 
 
 def _plain_names(path: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

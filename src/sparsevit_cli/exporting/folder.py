@@ -1,0 +1,247 @@
+"""The folder that an export leaves: its names, the files that tell of it, and how it comes into place at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import nn
+
+from sparsevit_cli.atomic import (
+    TEMPORARY,
+    disk_errors,
+    failpoint,
+    remove_leftovers,
+    sha256_file,
+    sync_folder,
+)
+from sparsevit_cli.errors import CheckpointError, ConfigError, in_one_line
+from sparsevit_cli.profiling.device import describe_versions
+from sparsevit_cli.reporting import Reporter
+from sparsevit_cli.sparsity import SparsityConfig
+from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_stages, sparsify_
+from sparsevit_cli.windows import IMPORTANCES, Importance
+
+MANIFEST, WEIGHTS, SPARSITY = "manifest.json", "model.safetensors", "sparsity.json"
+FILES = {"onnx": "model.onnx", "pt2": "model.pt2"}
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+FORMAT_VERSION = 1
+_ONNX_DATA = "model.onnx.data"
+NAMES = (*FILES.values(), _ONNX_DATA, WEIGHTS, SPARSITY)
+_BUILD_ARGS = (
+    "img_size in_chans num_classes embed_dim depths num_heads head_dim window_size patch_size mlp_ratio qkv_bias "
+    "global_pool drop_rate drop_path_rate strict_img_size always_partition features_only out_indices"
+)  # what a sparsity.json may hand to timm: nothing that downloads, or loads a pickle
+_AGAIN = "Export the model again."
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What sparsity.json tells about the model besides its weights; all of it optional.
+
+    `name` and `args` build it with timm.create_model; `mean` and `std` normalise images in 0-1, per channel.
+    """
+
+    name: str | None = None
+    args: Mapping[str, object] = field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class SparsityFile:
+    """Content of a sparsity.json. `img_size` is (H, W) in pixels."""
+
+    sparsity: SparsityConfig
+    depths: tuple[int, ...]
+    importance: Importance
+    img_size: tuple[int, int]
+    model: ModelInfo
+    versions: Mapping[str, str]
+    windows: tuple[tuple[int, int], ...] = ()
+    """Of each stage, (height, width) in tokens; empty in files of before 2026-11-22."""
+
+
+def load_sparsity(path: Path | str) -> SparsityFile:
+    """Read a sparsity.json, or the one of an export folder. Raises CheckpointError."""
+    path = Path(path)
+    path = path / SPARSITY if path.is_dir() else path
+    parsed = _read_json(path)
+    try:
+        if parsed["format"] != FORMAT_VERSION:
+            got = f"format {parsed['format']!r}, this version reads {FORMAT_VERSION}"
+            raise CheckpointError(str(path), got, "Read it with the version of sparsevit-cli that wrote it.")
+        depths = tuple(int(depth) for depth in parsed["depths"])
+        height, width = (int(side) for side in parsed["img_size"])
+        if parsed["importance"] not in IMPORTANCES:
+            raise ValueError(f"importance {parsed['importance']!r}")
+        model = parsed["model"]
+        return SparsityFile(
+            sparsity=SparsityConfig.from_ratios(parsed["ratios"], depths),
+            depths=depths,
+            importance=parsed["importance"],
+            img_size=(height, width),
+            model=ModelInfo(
+                name=model["name"],
+                args={key: tuple(arg) if isinstance(arg, list) else arg for key, arg in model["args"].items()},
+                **{key: None if model[key] is None else tuple(model[key]) for key in ("class_names", "mean", "std")},
+            ),
+            versions=dict(parsed["versions"]),
+            windows=tuple((int(height), int(width)) for height, width in parsed.get("windows", ())),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        got = f"is not a sparsity file ({type(error).__name__}: {error})"
+        raise CheckpointError(str(path), got, _AGAIN) from error
+
+
+def load_exported(directory: Path | str) -> nn.Module:
+    """Build the model of an export folder with timm, load its weights and set its ratios; in evaluation mode.
+
+    The weights are checked against the manifest. Raises CheckpointError where a file is missing, damaged or does
+    not fit, or where the export was made without the model's name.
+    """
+    import timm
+
+    directory = Path(directory)
+    _verify(directory, (WEIGHTS, SPARSITY))
+    saved = load_sparsity(directory)
+    if saved.model.name is None:
+        raise CheckpointError(
+            str(directory / SPARSITY), "holds no model name", "Build the model, then load its weights."
+        )
+    strange = sorted(set(saved.model.args) - set(_BUILD_ARGS.split()))
+    if strange or not saved.model.name.startswith(("swin_", "swinv2_")):
+        got = f"asks timm for {saved.model.name!r} with {strange or 'known arguments'}"
+        raise CheckpointError(str(directory / SPARSITY), got, "Build the model yourself, then load its weights.")
+    try:
+        args = {"img_size": saved.img_size, **saved.model.args}
+        if saved.windows and saved.model.name.startswith("swinv2_"):  # no weight of theirs tells the window
+            args["window_size"] = saved.windows
+        model: nn.Module = timm.create_model(saved.model.name, pretrained=False, **args)
+        model.load_state_dict(safetensors.torch.load_file(directory / WEIGHTS))
+    except Exception as error:
+        got = f"does not load into {saved.model.name} ({in_one_line(error)})"
+        raise CheckpointError(str(directory / WEIGHTS), got, _AGAIN) from error
+    set_sparsity(sparsify_(model, importance=saved.importance), saved.sparsity)
+    return model.eval()
+
+
+def check_info(info: ModelInfo) -> None:
+    try:
+        json.dumps(asdict(info), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "export info", f"does not fit into JSON ({error})", "Give plain numbers and texts."
+        ) from error
+
+
+def sparsity_json(model: nn.Module, shape: tuple[int, int, int], info: ModelInfo) -> dict[str, object]:
+    return {
+        "format": FORMAT_VERSION,
+        "ratios": get_sparsity(model).ratios,
+        "depths": model_depths(model),
+        "importance": sparse_stages(model)[0].importance,
+        "img_size": shape[1:],
+        "windows": [tuple(stage.blocks[0].window_size) for stage in sparse_stages(model)],
+        "model": asdict(info),
+        "versions": export_versions(),
+    }
+
+
+def export_versions() -> dict[str, str]:
+    versions = describe_versions()
+    for package in (*PACKAGES, "safetensors"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+@contextlib.contextmanager
+def staging_folder(directory: Path, model: nn.Module) -> Iterator[Path]:
+    """A hidden folder inside `directory`, removed at the end; so is `directory` where nothing came into it."""
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(str(directory), "is a file", "Choose another output folder.")
+    blocked = [name for name in (*NAMES, MANIFEST) if (directory / name).is_dir()]
+    if blocked:
+        raise ConfigError(str(directory / blocked[0]), "is a folder", "Choose another output folder.")
+    staging = directory / f"{TEMPORARY}export-{secrets.token_hex(8)}"
+    new_folders = [folder for folder in (directory, *directory.absolute().parents) if not folder.exists()]
+    with disk_errors(directory, 3 * _size_bytes(model)):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(directory)
+            staging.mkdir()
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for folder in new_folders:
+                    folder.rmdir()
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, object]]:
+    """SHA-256 and bytes of the files of an export that are in `folder`, by name."""
+    paths = [folder / name for name in NAMES if (folder / name).exists()]
+    return {path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in paths}
+
+
+def publish(staging: Path, directory: Path, reporter: Reporter) -> None:
+    """Move the good files into place, the manifest last; remove programs of an earlier export that is now replaced."""
+    names = [name for name in NAMES if (staging / name).exists()]
+    for name in names:
+        with (staging / name).open("rb") as file:
+            os.fsync(file.fileno())
+    failpoint("export.before_publish")
+    (directory / MANIFEST).unlink(missing_ok=True)
+    for name in NAMES:
+        if name in names:
+            (staging / name).replace(directory / name)
+            failpoint("export.mid_publish")
+        elif (directory / name).exists():
+            (directory / name).unlink()
+            reporter.say(f"export: removed {directory / name}, which an earlier export wrote")
+    (staging / MANIFEST).replace(directory / MANIFEST)
+    sync_folder(directory)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(str(path), "is missing", _AGAIN) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(str(path), f"cannot be read ({in_one_line(error)})", _AGAIN) from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(str(path), "is not a JSON object", _AGAIN)
+    return parsed
+
+
+def _verify(directory: Path, names: Sequence[str]) -> None:
+    """Compare files with the manifest's hashes. Raises CheckpointError."""
+    manifest = _read_json(directory / MANIFEST)
+    for name in names:
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(str(path), "is missing", _AGAIN)
+        try:
+            expected = manifest["files"][name]["sha256"]
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(str(directory / MANIFEST), f"does not list {name}", _AGAIN) from error
+        if sha256_file(path) != expected:
+            got = "has another SHA-256 than the manifest says: its content changed"
+            raise CheckpointError(str(path), got, _AGAIN)
+
+
+def _size_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
