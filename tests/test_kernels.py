@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsevit_cli import windows
@@ -18,7 +21,7 @@ from sparsevit_cli.kernels import Affine, TorchLinear, linear_ops, windowed
 from sparsevit_cli.models import supported_models
 from sparsevit_cli.profiling.macs import analytic_macs
 from sparsevit_cli.sparsity import SearchSpace
-from sparsevit_cli.swin import set_sparsity, sparse_stages, sparsify_, without_kernels
+from sparsevit_cli.swin import bias, set_sparsity, sparse_stages, sparsify_, without_kernels
 from sparsevit_cli.windows import shift_mask
 
 TOLERANCE = 1e-5
@@ -250,23 +253,94 @@ def test_counters_and_meta_tensors_see_timms_operators() -> None:
         assert model.to("meta")(x.to("meta")).shape == (1, 5)
 
 
-def test_changed_weights_count_at_once() -> None:
+@pytest.mark.parametrize("name", OF_EACH)
+def test_changed_weights_count_at_once(name: str) -> None:
+    model = swin(name, img_size=128)
+    set_sparsity(model, 0.5)
+    x = torch.randn(1, 3, 128, 128)
+    for parameters in (dict(model.named_parameters()).values(), _of_position_bias(model)):
+        with torch.inference_mode():
+            before = model(x)
+        for parameter in parameters:
+            parameter.data.mul_(1.1)  # past the version counter
+        assert_same(model, x)
+        with torch.inference_mode():
+            assert not torch.equal(model(x), before)
+
+
+def _of_position_bias(model: nn.Module) -> list[nn.Parameter]:
+    nets = ("relative_position_bias_table", "cpb_mlp", "meta_mlp")
+    return [parameter for name, parameter in model.named_parameters() if any(net in name for net in nets)]
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+def test_bias_is_made_once_and_again_for_what_changed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = swin(name, img_size=128)
+    set_sparsity(model, 0.5)
+    blocks = [block for stage in sparse_stages(model) for block in stage.blocks]
+    made: list[nn.Module] = []
+    for kind in {type(block) for block in blocks}:
+        make = kind._position_bias
+        monkeypatch.setattr(kind, "_position_bias", lambda self, make=make: made.append(self) or make(self))
+
+    def blocks_made(x: Tensor) -> list[nn.Module]:
+        made.clear()
+        with torch.inference_mode():
+            model(x)
+        return made.copy()
+
+    x = torch.randn(1, 3, 128, 128)
+    assert blocks_made(x) == blocks
+    assert blocks_made(x) == []
+    assert blocks_made(torch.cat((x, x))) == []
+    _of_position_bias(model)[0].data.add_(1.0)
+    assert blocks_made(x) == blocks[:1]
+    copied = copy.deepcopy(model)  # remembers nothing of the model that it was made of
+    made.clear()
+    with torch.inference_mode():
+        copied(x)
+    assert len(made) == len(blocks)
+    model.to(torch.bfloat16)
+    assert blocks_made(x.to(torch.bfloat16)) == blocks
+
+
+def test_bias_is_forgotten_with_its_block() -> None:
     model = swin(img_size=112)
     set_sparsity(model, 0.5)
-    x = torch.randn(1, 3, 112, 112)
     with torch.inference_mode():
-        before = model(x)
-    for parameter in model.parameters():
-        parameter.data.mul_(1.1)  # past the version counter
-    assert_same(model, x)
-    with torch.inference_mode():
-        assert not torch.equal(model(x), before)
+        model(torch.randn(1, 3, 112, 112))
+    before, blocks = len(bias._remembered), sum(len(stage.blocks) for stage in sparse_stages(model))
+    del model
+    gc.collect()
+    assert len(bias._remembered) == before - blocks
 
 
-def test_a_bfloat16_model_agrees_within_its_precision() -> None:
-    model = swin(img_size=112).to(torch.bfloat16)
+@pytest.mark.parametrize("name", OF_EACH[1:])
+def test_hooks_on_the_net_of_the_bias_are_called(name: str) -> None:
+    model = swin(name, img_size=128)
     set_sparsity(model, 0.5)
-    fast, slow = both_ways(model, torch.randn(2, 3, 112, 112, dtype=torch.bfloat16))
+    attn = sparse_stages(model)[0].blocks[0].attn
+    calls = []
+    (attn.cpb_mlp if hasattr(attn, "cpb_mlp") else attn.meta_mlp).register_forward_hook(lambda *_: calls.append(1))
+    with torch.inference_mode():
+        for _ in range(2):
+            model(torch.randn(1, 3, 128, 128))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("classes", [1, 6])
+def test_two_products_are_attention(classes: int) -> None:
+    q, k, v = torch.randn(3, 6, 2, 49, 8).unbind(0)  # windows, heads, tokens, channels
+    added = torch.randn(classes, 2, 49, 49)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=0.3)
+    assert torch.allclose(windowed._two_products(q, k, v, added, 0.3), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [112, 124])
+def test_a_bfloat16_model_agrees_within_its_precision(size: int) -> None:
+    model = swin(img_size=size).to(torch.bfloat16)
+    set_sparsity(model, 0.5)
+    fast, slow = both_ways(model, torch.randn(2, 3, size, size, dtype=torch.bfloat16))
     assert fast.dtype == torch.bfloat16
     assert (fast - slow).abs().max() <= 0.05 * slow.abs().max()
 

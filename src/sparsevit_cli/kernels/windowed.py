@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -107,5 +108,18 @@ def _attention(qkv: Tensor, block: BlockWeights, bias: Tensor) -> Tensor:
     q, k, v = qkv.view(count, area, 3, block.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # each M, h, N, d
     if block.cosine_scale is not None:
         q, k = F.normalize(q, dim=-1) * block.cosine_scale, F.normalize(k, dim=-1)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=block.scale)
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
+        attended = _two_products(q, k, v, bias, block.scale)
+    else:
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=block.scale)
     return attended.transpose(1, 2).reshape(count * area, -1)
+
+
+def _two_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Attention (M, h, N, d) as two batched products: in bfloat16 on a CPU 15 to 35 % faster than the fused one,
+    which is the faster one in float32. It keeps N x N scores, of one chunk of windows.
+    """
+    count, heads, area, _ = q.shape
+    bias = bias.expand(count, heads, area, area).flatten(0, 1)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(count, heads, area, -1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparsevit_cli import kernels, windows
 
+from .bias import remembered_bias
 from .timm_swin import v1, v2, v2cr
 
 
@@ -93,6 +94,10 @@ class SparseBlock(nn.Module):
         """(1, h, N, N), added to the attention scores."""
         raise NotImplementedError
 
+    def _bias_sources(self) -> tuple[Tensor, ...]:
+        """The tensors that `_position_bias` is made of."""
+        raise NotImplementedError
+
     def _on_whole_map(self, x: Tensor) -> Tensor:
         """What timm does with the whole map after its windows."""
         return x
@@ -106,15 +111,22 @@ class SparseBlock(nn.Module):
             keep_indices = torch.arange(len(token_index), device=x.device).expand(batch, -1)
         if rows is None:
             rows = windows.flat_rows(token_index, keep_indices, height * width, scratch_row=padded)  # B, K, N
-        bias = self._position_bias().to(x.dtype)
-        bias_class = None
-        if any(self.shift_size):
-            partition = (height, width, self.window_size, self.shift_size, x.device)
-            masks, class_of = windows.shift_mask_of(*partition)
-            bias, bias_class = bias + masks[:, None].to(x.dtype), class_of[keep_indices.flatten()]
+        bias, class_of = self._attention_bias(x)
+        bias_class = None if class_of is None else class_of[keep_indices.flatten()]
         tokens = x.view(-1, channels)  # shares the map's memory
         plain.run_windows_(tokens, rows.flatten(0, 1), plain.weights, bias, bias_class, padded=padded)
         return x
+
+    def _attention_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Added to the attention scores of all windows (1, h, N, N); with a shift (4, h, N, N), by the class (n,)."""
+        partition = (x.shape[1], x.shape[2], self.window_size, self.shift_size, x.device)
+        masks, class_of = windows.shift_mask_of(*partition) if any(self.shift_size) else (None, None)
+
+        def make() -> Tensor:
+            bias = self._position_bias().to(x.dtype)
+            return bias if masks is None else bias + masks[:, None].to(x.dtype)
+
+        return remembered_bias(self, (*partition, x.dtype), self._bias_sources(), make), class_of
 
     def _kept_mask(self, x: Tensor, keep_indices: Tensor) -> Tensor | None:
         """Shifted-window attention mask of the kept windows: (B*K, N, N), or None without a shift."""
@@ -141,6 +153,9 @@ class SparseSwinTransformerBlock(SparseBlock, v1.SwinTransformerBlock):
     def _position_bias(self) -> Tensor:
         return self.attn._get_rel_pos_bias()  # type: ignore[no-any-return]
 
+    def _bias_sources(self) -> tuple[Tensor, ...]:
+        return (self.attn.relative_position_bias_table, self.attn.relative_position_index)
+
 
 class PostNormBlock(SparseBlock):
     """Norms come after attention and MLP, so padding enters attention as the map's own zeros."""
@@ -160,12 +175,19 @@ class SparseSwinTransformerV2Block(PostNormBlock, v2.SwinTransformerV2Block):
         bias = table[attn.relative_position_index.view(-1)].view(area, area, -1).permute(2, 0, 1).contiguous()
         return (16 * torch.sigmoid(bias)).unsqueeze(0)
 
+    def _bias_sources(self) -> tuple[Tensor, ...]:
+        attn = self.attn
+        return (attn.relative_coords_table, attn.relative_position_index, *attn.cpb_mlp.parameters())
+
 
 class SparseSwinTransformerV2CrBlock(PostNormBlock, v2cr.SwinTransformerV2CrBlock):
     """Of V2-CR: a third norm, where there is one, is taken of the whole map, skipped windows too."""
 
     def _position_bias(self) -> Tensor:
         return self.attn._relative_positional_encodings()  # type: ignore[no-any-return]
+
+    def _bias_sources(self) -> tuple[Tensor, ...]:
+        return (self.attn.relative_coordinates_log, *self.attn.meta_mlp.parameters())
 
     def _on_whole_map(self, x: Tensor) -> Tensor:
         return self.norm3(x)  # type: ignore[no-any-return]

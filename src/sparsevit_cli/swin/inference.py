@@ -113,12 +113,21 @@ def _plain_attention(attn: Any) -> dict[str, Any] | None:
     """What the generations do not share: the qkv layer, and what multiplies the scores. None where not plain timm."""
     if type(attn) is v1.WindowAttention and _is_plain((attn, v1.WindowAttention), (attn.softmax, nn.Softmax)):
         return {"qkv": _affine(attn.qkv), "scale": float(attn.scale)}
-    if type(attn) is v2.WindowAttention and _is_plain((attn, v2.WindowAttention), (attn.softmax, nn.Softmax)):
+    if type(attn) is v2.WindowAttention and _is_plain(
+        (attn, v2.WindowAttention), (attn.softmax, nn.Softmax), *_as_they_are(attn.cpb_mlp)
+    ):
         bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         return {"qkv": kernels.Affine(attn.qkv.weight, bias), "cosine_scale": _cosine_scale(attn.logit_scale)}
-    if type(attn) is v2cr.WindowMultiHeadAttention and _is_plain((attn, v2cr.WindowMultiHeadAttention)):
+    if type(attn) is v2cr.WindowMultiHeadAttention and _is_plain(
+        (attn, v2cr.WindowMultiHeadAttention), *_as_they_are(attn.meta_mlp)
+    ):
         return {"qkv": _affine(attn.qkv), "cosine_scale": _cosine_scale(attn.logit_scale)}
     return None
+
+
+def _as_they_are(net: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """Parts of a net that is called, and may be of any classes: nobody may have hooked into it."""
+    return ((part, type(part)) for part in net.modules())
 
 
 def _cosine_scale(logit_scale: Tensor) -> Tensor:

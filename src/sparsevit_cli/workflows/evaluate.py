@@ -35,10 +35,10 @@ def evaluate_checkpoint(session: Session, *, weights: str | None = None, ratios:
     Without ratios: what the weights were finetuned at, the winner for those of adapt, dense for all others.
     """
     trained = chosen_weights(session, weights, "sparsevit evaluate")
-    folder = session.folder("evaluate")
     data = session.data(trained)
     model = session.model(data.class_names, trained).eval()
     config = ratios_to_use(session, model_depths(model), ratios, trained)
+    folder = session.folder("evaluate")
     set_sparsity(model, config)
     with session.reporter.progress("evaluate", -(-len(data.val) // session.config.data.eval_batch_size)) as progress:
         check = partial(session.stop.check, "evaluate", "nothing of this evaluation is saved")

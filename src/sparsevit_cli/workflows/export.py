@@ -53,9 +53,9 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
     """
     section = session.config.export
     trained = chosen_weights(session, weights, "sparsevit export")
-    folder = session.folder("export")
     model = session.model(trained.class_names, trained).eval()
     config = ratios_to_use(session, model_depths(model), ratios, trained)
+    folder = session.folder("export")
     set_sparsity(model, config)
     # A copy: the export replaces its files only once the new ones are good.
     folder.set_aside(

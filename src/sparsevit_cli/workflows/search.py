@@ -101,7 +101,6 @@ def search(session: Session) -> SearchSummary:
     """
     requests = budget_requests(session)
     weights = trained_weights(session, "adapt", "sparsevit search")
-    folder = session.folder("search")
     data = session.data(weights)
     if data.fingerprint != weights.result["data_fingerprint"]:
         got = "the data, or the seed that splits them, are not those that adapt trained on"
@@ -113,6 +112,7 @@ def search(session: Session) -> SearchSummary:
         )
     model = session.model(weights.class_names, weights).eval()
     subset = _subset(session, len(data.search))
+    folder = session.folder("search")
     samples = "all" if subset is None else f"{len(subset)} of seed {session.config.seed}"
     scope = LedgerScope(weights.sha256, data.fingerprint, _ledger_settings(session, samples))
     with Ledger.open(folder.path / "ledger.sqlite", scope) as ledger:

@@ -74,11 +74,12 @@ class _Kind:
 
 def pretrain(session: Session) -> TrainingSummary:
     """Train a dense model: from scratch, from timm's weights, or from a checkpoint file."""
-    folder, section = session.folder("pretrain"), session.config.train
+    section = session.config.train
     data = session.data()
     model = session.model(data.class_names)
     dense = SparsityConfig.dense(model_depths(model))
-    plan = plan_training(section, len(data.train), session.img_size)
+    plan = _checked_plan(session, "pretrain", section, model, data)
+    folder = session.folder("pretrain")  # once everything fits: --fresh sets an earlier run aside
     kind = _Kind("pretrain", section, FixedSchedule(dense), dense, plan, _start(session, None))
     return _train(session, folder, data, model, kind)
 
@@ -89,10 +90,10 @@ def adapt(session: Session) -> TrainingSummary:
     weights = dense_weights(session, "adapt")
     data = session.data(weights)
     model = session.model(data.class_names, weights)
-    folder = session.folder("adapt")  # once everything fits: --fresh sets an earlier run aside
     space = session.space(model, section.max_ratio)
     middle = space.uniform(min(0.5, section.max_ratio))
-    plan = plan_training(section, len(data.train), session.img_size)
+    plan = _checked_plan(session, "adapt", section, model, data)
+    folder = session.folder("adapt")
     kind = _Kind(
         "adapt", section, RandomSchedule(space, session.config.seed), middle, plan, _start(session, weights),
         teacher=_teacher(session, section, data, weights),
@@ -109,9 +110,9 @@ def finetune(session: Session) -> TrainingSummary:
     weights = trained_weights(session, "adapt", "sparsevit finetune")
     model = session.model(weights.class_names, weights)
     config = chosen_ratios(session, model_depths(model), "sparsevit finetune", weights.sha256)
-    folder = session.folder("finetune")
     data = session.data(weights)
-    plan = plan_training(section, len(data.train), session.img_size)
+    plan = _checked_plan(session, "finetune", section, model, data)
+    folder = session.folder("finetune")
     kind = _Kind(
         "finetune", section, FixedSchedule(config), config, plan, f"{weights.sha256} at {config}",
         teacher=_teacher(session, section, data, dense_weights(session, "finetune") if section.distill else None),
@@ -126,7 +127,7 @@ def train_smaller_rival(
     section = session.config.finetune.model_copy(update={"distill": 0.0})
     data = session.data(weights)
     dense = SparsityConfig.dense(model_depths(model))
-    plan = plan_training(section, len(data.train), session.img_size, seen_as)
+    plan = _checked_plan(session, "finetune", section, model, data, seen_as)
     start = f"{_start(session, weights)} at {seen_as(session.img_size)}"
     return _train(session, folder, data, model, _Kind("rival", section, FixedSchedule(dense), dense, plan, start))
 
@@ -155,7 +156,6 @@ def winner_ratios(session: Session, depths: tuple[int, ...], needed_by: str) -> 
 def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Module, kind: _Kind) -> TrainingSummary:
     config = session.config
     section = kind.section
-    check_section(kind.command, section, model)
     job = TrainingJob(
         kind=kind.command,
         model=model,
@@ -215,8 +215,11 @@ def _settings(kind: _Kind) -> list[str]:
     return [f"{name}.{field}" for field in type(kind.section).model_fields if f"{name}.{field}" not in HARMLESS]
 
 
-def check_section(command: str, section: LoopSection, model: nn.Module) -> None:
-    """Raise ConfigError, before the first step, for an optimizer or image size that timm would not take."""
+def _checked_plan(
+    session: Session, command: str, section: LoopSection, model: nn.Module, data: DataBundle,
+    seen_as: Callable[[Size], Size] = lambda size: size,
+) -> TrainingPlan:  # fmt: skip
+    """The steps of a training. Raises ConfigError for an optimizer or image size that timm would not take."""
     known = list_optimizers()
     if section.optimizer not in known:
         near = ", ".join(difflib.get_close_matches(section.optimizer, known, n=3)) or "adamw"
@@ -225,6 +228,7 @@ def check_section(command: str, section: LoopSection, model: nn.Module) -> None:
     embed: Any = model.patch_embed
     for number, phase in enumerate(section.curriculum):
         check_img_size(phase.img_size, embed.patch_size[0], f"{command}.curriculum.{number}.img_size")
+    return plan_training(section, len(data.train), session.img_size, seen_as)
 
 
 def _validator(session: Session, data: DataBundle, kind: _Kind) -> Any:

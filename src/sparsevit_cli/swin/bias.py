@@ -1,0 +1,38 @@
+"""The bias of a block's attention at inference, remembered while the tensors it is made of stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+
+class _Made(NamedTuple):
+    key: Hashable
+    sources: tuple[Tensor, ...]
+    bias: Tensor
+
+
+_remembered: WeakKeyDictionary[nn.Module, _Made] = WeakKeyDictionary()
+
+
+def remembered_bias(block: nn.Module, key: Hashable, sources: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
+    """`make()`, or what it gave for this block at the same `key` and of equal `sources`.
+
+    Sources are compared by value: weights may be changed past their version counter, and they are small. On other
+    devices than a CPU that would wait for the device, so the bias is made anew.
+    """
+    if any(source.device.type != "cpu" for source in sources):
+        return make()
+    made = _remembered.get(block)
+    if made is None or made.key != key or not all(map(_equal, made.sources, sources)):
+        made = _Made(key, tuple(source.detach().clone() for source in sources), make())
+        _remembered[block] = made
+    return made.bias
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
