@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from math import floor
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +48,14 @@ def test_scores_are_norms_of_the_window(batch: int, side: int, seed: int) -> Non
     torch.testing.assert_close(l2, padded.flatten(2).norm(dim=-1))
     mean_abs = windows.window_scores(windows.token_magnitude(x, "mean_abs_l2"), index)
     torch.testing.assert_close(mean_abs, padded.abs().mean(-1).norm(dim=-1))
+
+
+@pytest.mark.parametrize("importance", ["mean_abs_l2", "l2"])
+def test_a_map_of_16_bits_is_scored_in_float32(importance: windows.Importance) -> None:
+    x = torch.randn(2, 6, 5, 96).to(torch.bfloat16)
+    magnitude = windows.token_magnitude(x, importance)
+    assert magnitude.dtype == torch.float32
+    assert torch.allclose(magnitude, windows.token_magnitude(x.float(), importance), rtol=1e-6)
 
 
 @given(count=st.integers(1, 60), tied=st.booleans())

@@ -114,8 +114,10 @@ def token_magnitude(x: Tensor, importance: Importance) -> Tensor:
     `mean_abs_l2`: mean over channels of |x| (the released code); `l2`: the L2 norm over channels, so that a
     window's score is the L2 norm over all its tokens and channels (the paper's wording).
     """
-    x = x.detach().float().flatten(1, 2)
-    return x.abs().mean(-1) if importance == "mean_abs_l2" else x.square().sum(-1).sqrt()
+    x = x.detach().flatten(1, 2)
+    if importance == "mean_abs_l2":
+        return x.abs().mean(-1, dtype=torch.float32)  # no copy in float32 of a map in 16 bits
+    return x.float().square().sum(-1).sqrt()
 
 
 def window_scores(magnitude: Tensor, token_index: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import count_macs, macs_cost
 from sparsevit_cli.runs import RunFolder, read_json
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
-from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity
+from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_stages
 from sparsevit_cli.tasks.classification import Accuracy
 
 from .evaluate import evaluate_checkpoint
@@ -42,8 +42,8 @@ from .training import (
 from .weights import trained_weights
 
 RIVAL_SIZE = "size.json"
-SIZE_STEPS, SMALLEST_STEP = 14, 5
-"""Dense rivals are looked for at 5/14, 6/14 ... 13/14 of the full size: for 224 pixels at 80, 96 ... 208."""
+MOST_RIVALS = 9
+"""Lower resolutions whose latency is measured, to find the one nearest to the winner's."""
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,7 @@ def _smaller_rival(
 ) -> tuple[nn.Module, tuple[int, int]]:
     """The dense model at the lower resolution whose latency is nearest to the winner's."""
     set_sparsity(tuned, winner)
-    patch = _patch(tuned)
-    shares = [n / SIZE_STEPS for n in range(SMALLEST_STEP, SIZE_STEPS)]
-    sizes = {_multiples(session.img_size, share, patch) for share in shares}
+    sizes = rival_sizes(session.img_size, _patch(tuned), max(sparse_stages(tuned)[0].blocks[0].window_size))
     chosen = folder.path / RIVAL_SIZE
     if chosen.exists():  # measured again, noise could pick another one than was trained
         height, width = read_json(chosen)["img_size"]
@@ -235,14 +233,26 @@ def _smaller_rival(
     return models[size], size
 
 
+def rival_sizes(img_size: tuple[int, int], patch: int, window: int) -> set[tuple[int, int]]:
+    """Sizes from a third of `img_size` up, in steps that fill whole windows of the first stage: no padding slows them.
+
+    `patch` in pixels, `window` in patches. For 192 pixels, patches of 4 and windows of 4: 64, 80 ... 176.
+    """
+    unit = patch * window if min(img_size) >= 2 * patch * window else patch
+    count = min(img_size) // unit
+    numbers = range(max(1, -(-count // 3)), count)
+    thinned = numbers[:: max(1, -(-len(numbers) // MOST_RIVALS))]
+    return {_multiples(img_size, number / count, unit) for number in thinned} - {img_size}
+
+
 def _patch(model: nn.Module) -> int:
     embed: Any = model.patch_embed
     return int(embed.patch_size[0])
 
 
-def _multiples(size: tuple[int, int], share: float, patch: int) -> tuple[int, int]:
-    """About `share` of `size`, in whole patches."""
-    height, width = (max(1, round(side * share / patch)) * patch for side in size)
+def _multiples(size: tuple[int, int], share: float, unit: int) -> tuple[int, int]:
+    """About `share` of `size`, in whole multiples of `unit` pixels."""
+    height, width = (max(1, round(side * share / unit)) * unit for side in size)
     return height, width
 
 
