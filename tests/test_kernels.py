@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from sparsevit_cli.kernels import Affine, TorchLinear, linear_ops, windowed
 from sparsevit_cli.models import supported_models
 from sparsevit_cli.profiling.macs import analytic_macs
 from sparsevit_cli.sparsity import SearchSpace
-from sparsevit_cli.swin import bias, set_sparsity, sparse_stages, sparsify_, without_kernels
+from sparsevit_cli.swin import bias, remembered_tensors, set_sparsity, sparse_stages, sparsify_, without_kernels
 from sparsevit_cli.windows import shift_mask
 
 TOLERANCE = 1e-5
@@ -309,10 +310,37 @@ def test_bias_is_forgotten_with_its_block() -> None:
     set_sparsity(model, 0.5)
     with torch.inference_mode():
         model(torch.randn(1, 3, 112, 112))
-    before, blocks = len(bias._remembered), sum(len(stage.blocks) for stage in sparse_stages(model))
+    assert len({t.data_ptr() for t in remembered_tensors(model)}) >= len(list(remembered_tensors(model))) > 0
+    blocks = [weakref.ref(block) for stage in sparse_stages(model) for block in stage.blocks]
     del model
     gc.collect()
-    assert len(bias._remembered) == before - blocks
+    assert all(block() is None for block in blocks), "what is remembered keeps no block alive"
+
+
+def test_a_large_bias_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bias, "MAX_BYTES", 4 * 49 * 49)  # one head, no classes
+    model = swin(img_size=112)
+    set_sparsity(model, 0.5)
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 112, 112))
+    held = list(remembered_tensors(model))
+    assert len(held) == 3 * 3  # two sources and the bias: of the first block, and of two whose windows are 4 x 4
+    assert max(tensor.nbytes for tensor in held if tensor.is_floating_point()) == bias.MAX_BYTES
+
+
+@pytest.mark.parametrize(("name", "net"), [(OF_EACH[1], "cpb_mlp.1"), (OF_EACH[2], "meta_mlp.act")])
+def test_another_net_of_the_bias_counts_at_once(name: str, net: str) -> None:
+    model = swin(name, img_size=128)
+    set_sparsity(model, 0.5)
+    x = torch.randn(1, 3, 128, 128)
+    with torch.inference_mode():
+        before = model(x)
+    for stage in sparse_stages(model):
+        for block in stage.blocks:
+            block.attn.set_submodule(net, nn.Tanh())
+    assert_same(model, x)
+    with torch.inference_mode():
+        assert not torch.equal(model(x), before)
 
 
 @pytest.mark.parametrize("name", OF_EACH[1:])
@@ -336,12 +364,27 @@ def test_two_products_are_attention(classes: int) -> None:
     assert torch.allclose(windowed._two_products(q, k, v, added, 0.3), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [112, 124])
-def test_a_bfloat16_model_agrees_within_its_precision(size: int) -> None:
-    model = swin(img_size=size).to(torch.bfloat16)
-    set_sparsity(model, 0.5)
-    fast, slow = both_ways(model, torch.randn(2, 3, size, size, dtype=torch.bfloat16))
+@pytest.mark.parametrize("name", OF_EACH)
+@pytest.mark.parametrize("size", [128, 124])
+def test_bfloat16_is_as_near_to_float32_as_timm_is(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = swin(name, img_size=size)
+    set_sparsity(model, 0.0, exact=False)  # without a ranking, in which rounding could swap windows
+    x = torch.randn(2, 3, size, size)
+    with torch.inference_mode():
+        exact = model(x)
+    calls = []
+    products = windowed._two_products
+    monkeypatch.setattr(windowed, "_two_products", lambda *args: calls.append(1) or products(*args))
+    fast, slow = both_ways(model.to(torch.bfloat16), x.to(torch.bfloat16))
     assert fast.dtype == torch.bfloat16
+    assert (fast - exact).abs().mean() <= 2 * (slow - exact).abs().mean()
+    assert bool(calls) == windowed.onednn_takes(torch.bfloat16)
+
+
+def test_a_sparse_bfloat16_model_runs() -> None:
+    model = swin(img_size=112).to(torch.bfloat16)
+    set_sparsity(model, 0.5)
+    fast, slow = both_ways(model, torch.randn(2, 3, 112, 112, dtype=torch.bfloat16))
     assert (fast - slow).abs().max() <= 0.05 * slow.abs().max()
 
 

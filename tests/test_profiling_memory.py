@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsevit_cli.errors import ResourceError
+from sparsevit_cli.profiling import memory
 from sparsevit_cli.profiling.memory import peak_memory_mb
-from sparsevit_cli.swin import set_sparsity, sparsify_
+from sparsevit_cli.swin import remembered_tensors, set_sparsity, sparsify_
 
 
 def test_peak_is_weights_input_and_the_two_largest_neighbours() -> None:
@@ -41,8 +42,22 @@ def test_pruning_lowers_the_peak_and_it_repeats_exactly() -> None:
     dense = peak_memory_mb(model, x)
     assert dense == peak_memory_mb(model, x)
     set_sparsity(model, 0.8)
-    assert peak_memory_mb(model, x) < 0.8 * dense
+    sparse = peak_memory_mb(model, x)
+    assert sparse < 0.8 * dense
+    assert peak_memory_mb(model, x) == sparse
     assert model.training
+
+
+def test_what_blocks_remember_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"embed_dim": 16, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
+    model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", img_size=112, **options))
+    set_sparsity(model, 0.5)
+    x = torch.randn(1, 3, 112, 112)
+    peak = peak_memory_mb(model, x)
+    held = sum(tensor.nbytes for tensor in remembered_tensors(model)) / 1e6
+    monkeypatch.setattr(memory, "remembered_tensors", lambda model: ())
+    assert held > 0
+    assert peak_memory_mb(model, x) == pytest.approx(peak - held)
 
 
 class Huge(nn.Module):

@@ -21,7 +21,7 @@ from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.workflows.evaluate import evaluate_checkpoint
 from sparsevit_cli.workflows.export import export_winner
 from sparsevit_cli.workflows.pages import profile_page
-from sparsevit_cli.workflows.pipeline import run_pipeline
+from sparsevit_cli.workflows.pipeline import MOST_RIVALS, rival_sizes, run_pipeline
 from sparsevit_cli.workflows.plan import plan_lines
 from sparsevit_cli.workflows.profile import profile_model, threads_set
 from sparsevit_cli.workflows.session import Session
@@ -251,3 +251,28 @@ def test_a_thread_count_that_is_not_asked_for_is_not_set(monkeypatch: pytest.Mon
     with threads_set(1):
         assert asked == [1]
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("img_size", "patch", "window"),
+    [
+        ((192, 192), 4, 4),
+        ((224, 224), 4, 7),
+        ((672, 672), 4, 7),
+        ((256, 704), 4, 7),
+        ((32, 32), 4, 7),
+        ((64, 64), 4, 8),
+    ],
+)
+def test_rivals_fill_whole_windows(img_size: tuple[int, int], patch: int, window: int) -> None:
+    sizes = rival_sizes(img_size, patch, window)
+    assert 1 <= len(sizes) <= MOST_RIVALS
+    unit = patch * window if min(img_size) >= 2 * patch * window else patch
+    for height, width in sizes:
+        assert height % unit == width % unit == 0
+        assert height * width < img_size[0] * img_size[1]
+        assert abs(height / width - img_size[0] / img_size[1]) < 0.1
+
+
+def test_rivals_of_the_demo() -> None:
+    assert sorted(rival_sizes((192, 192), 4, 4)) == [(side, side) for side in range(64, 192, 16)]

@@ -1,4 +1,4 @@
-"""Our exceptions, nothing else. Each says what, got, do, and knows its exit code."""
+"""Our exceptions, each with what, got, do and its exit code; and those of others in one line."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@
 Everything is made and checked in a hidden folder and moved into place at the end.
 """
 
+from .checks import Difference
 from .export import FORMATS, SIZE_NOTE, ExportedFile, ExportReport, export_model
 from .folder import MANIFEST, SPARSITY, WEIGHTS, ModelInfo, SparsityFile, load_exported, load_sparsity
 from .images import structured_images
@@ -19,6 +20,7 @@ __all__ = [
     "SIZE_NOTE",
     "SPARSITY",
     "WEIGHTS",
+    "Difference",
     "ExportReport",
     "ExportedFile",
     "ModelInfo",

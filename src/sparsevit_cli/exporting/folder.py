@@ -137,6 +137,7 @@ def load_exported(directory: Path | str) -> nn.Module:
 
 
 def check_info(info: ModelInfo) -> None:
+    """Raise ConfigError where `info` does not fit into JSON."""
     try:
         json.dumps(asdict(info), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -146,6 +147,7 @@ def check_info(info: ModelInfo) -> None:
 
 
 def sparsity_json(model: nn.Module, shape: tuple[int, int, int], info: ModelInfo) -> dict[str, object]:
+    """Content of sparsity.json for images of `shape` (C, H, W)."""
     return {
         "format": FORMAT_VERSION,
         "ratios": get_sparsity(model).ratios,
@@ -159,6 +161,7 @@ def sparsity_json(model: nn.Module, shape: tuple[int, int, int], info: ModelInfo
 
 
 def export_versions() -> dict[str, str]:
+    """Versions of all that takes part in an export."""
     versions = describe_versions()
     for package in (*PACKAGES, "safetensors"):
         with contextlib.suppress(PackageNotFoundError):

@@ -64,10 +64,11 @@ class OneDnnLinear:
 
 def linear_ops(x: Tensor) -> LinearOps:
     """The fastest of them for inputs like `x`."""
-    return OneDnnLinear() if x.device.type == "cpu" and _onednn_takes(x.dtype) else TorchLinear()
+    return OneDnnLinear() if x.device.type == "cpu" and onednn_takes(x.dtype) else TorchLinear()
 
 
-def _onednn_takes(dtype: torch.dtype) -> bool:
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """True where oneDNN computes `dtype` on this CPU."""
     backend, ops = torch.backends.mkldnn, torch.ops.mkldnn
     if not (backend.is_available() and backend.enabled and hasattr(ops, "_linear_pointwise")):
         return False

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sparsevit_cli import windows
 
-from .linear import Affine, LinearOps, linear_ops
+from .linear import Affine, LinearOps, linear_ops, onednn_takes
 
 CHUNK_TOKENS = 4096
 """Tokens computed at once on a CPU: the hidden map of the MLP stays in the cache, and memory low."""
@@ -108,7 +108,7 @@ def _attention(qkv: Tensor, block: BlockWeights, bias: Tensor) -> Tensor:
     q, k, v = qkv.view(count, area, 3, block.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # each M, h, N, d
     if block.cosine_scale is not None:
         q, k = F.normalize(q, dim=-1) * block.cosine_scale, F.normalize(k, dim=-1)
-    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and onednn_takes(qkv.dtype):
         attended = _two_products(q, k, v, bias, block.scale)
     else:
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=block.scale)

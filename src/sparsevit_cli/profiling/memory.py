@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsevit_cli.errors import ResourceError
+from sparsevit_cli.swin import remembered_tensors
 
 from .device import synchronize
 from .inputs import evaluating, uncompiled
@@ -54,10 +55,12 @@ def peak_memory_mb(model: nn.Module, x: Tensor) -> float:
             synchronize(x.device)
             grown = torch.cuda.max_memory_allocated(x.device) - before
             return float(grown + _bytes(own)) / BYTES_PER_MB
+        model = uncompiled(model)
+        model(x)  # the first pass also makes what the model remembers
         with _LiveBytes() as live:
-            for tensor in own:
+            for tensor in (*own, *remembered_tensors(model)):
                 live.add(tensor)
-            uncompiled(model)(x)
+            model(x)
         peak: int = live.peak
         return peak / BYTES_PER_MB
 

@@ -16,6 +16,7 @@ from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.kernels import KERNELS, Kernels
 from sparsevit_cli.sparsity import Ratios, SparsityConfig
 
+from .bias import remembered_tensors
 from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, SparseBlock
 from .inference import without_kernels
 from .stages import SPARSE_STAGES, SparseStage, SparseSwinTransformerStage
@@ -31,6 +32,7 @@ __all__ = [
     "Stage",
     "get_sparsity",
     "model_depths",
+    "remembered_tensors",
     "set_sparsity",
     "sparse_stages",
     "sparsify_",

@@ -113,21 +113,28 @@ def _plain_attention(attn: Any) -> dict[str, Any] | None:
     """What the generations do not share: the qkv layer, and what multiplies the scores. None where not plain timm."""
     if type(attn) is v1.WindowAttention and _is_plain((attn, v1.WindowAttention), (attn.softmax, nn.Softmax)):
         return {"qkv": _affine(attn.qkv), "scale": float(attn.scale)}
-    if type(attn) is v2.WindowAttention and _is_plain(
-        (attn, v2.WindowAttention), (attn.softmax, nn.Softmax), *_as_they_are(attn.cpb_mlp)
-    ):
+    if type(attn) is v2.WindowAttention and _is_plain((attn, v2.WindowAttention), (attn.softmax, nn.Softmax)):
+        if not _is_plain_position_net(attn.cpb_mlp):
+            return None
         bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         return {"qkv": kernels.Affine(attn.qkv.weight, bias), "cosine_scale": _cosine_scale(attn.logit_scale)}
-    if type(attn) is v2cr.WindowMultiHeadAttention and _is_plain(
-        (attn, v2cr.WindowMultiHeadAttention), *_as_they_are(attn.meta_mlp)
-    ):
+    if type(attn) is v2cr.WindowMultiHeadAttention and _is_plain((attn, v2cr.WindowMultiHeadAttention)):
+        if not _is_plain_position_net(attn.meta_mlp):
+            return None
         return {"qkv": _affine(attn.qkv), "cosine_scale": _cosine_scale(attn.logit_scale)}
     return None
 
 
-def _as_they_are(net: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """Parts of a net that is called, and may be of any classes: nobody may have hooked into it."""
-    return ((part, type(part)) for part in net.modules())
+_POSITION_NETS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+    nn.Sequential: (nn.Sequential, nn.Linear, nn.ReLU, nn.Linear),  # cpb_mlp of V2
+    Mlp: (Mlp, nn.Linear, nn.ReLU, nn.Dropout, nn.Identity, nn.Linear, nn.Dropout),  # meta_mlp of V2-CR
+}
+
+
+def _is_plain_position_net(net: nn.Module) -> bool:
+    """True for timm's own net of the position bias: what it gives depends on its parameters and input alone."""
+    parts = tuple(net.modules())
+    return tuple(map(type, parts)) == _POSITION_NETS.get(type(net)) and _is_plain(*((p, type(p)) for p in parts))
 
 
 def _cosine_scale(logit_scale: Tensor) -> Tensor:

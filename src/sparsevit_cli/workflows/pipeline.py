@@ -31,6 +31,7 @@ from .search import budget_requests, is_searched, search
 from .session import Session, Weights
 from .training import (
     adapt,
+    checked_plan,
     chosen_ratios,
     dense_weights,
     finetune,
@@ -126,12 +127,19 @@ def run_pipeline(session: Session) -> PipelineSummary:
 
 def _check_settings(session: Session) -> None:
     """What the later steps would refuse, before hours of training and not after. Raises ConfigError."""
-    check_packages(session.config.export.formats)
-    ratios = session.config.finetune.ratios
-    if ratios is None:
+    config = session.config
+    check_packages(config.export.formats)
+    data = session.data()
+    model = session.model(data.class_names)
+    sections = {"pretrain": config.train, "adapt": config.adapt, "finetune": config.finetune}
+    if has_own_weights(session):
+        del sections["pretrain"]
+    for command, section in sections.items():
+        checked_plan(session, command, section, model, data)
+    if config.finetune.ratios is None:
         budget_requests(session)
     else:
-        SparsityConfig.from_ratios(ratios, model_depths(session.model(session.data().class_names)))
+        SparsityConfig.from_ratios(config.finetune.ratios, model_depths(model))
 
 
 def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]:
@@ -308,7 +316,7 @@ def _summary(
     ]
     summary = PipelineSummary(
         folder, session.config.search.batch_size, contenders[0].accuracy.count, tuple(rows), seconds,
-        tuple(str(path) for path in written), session.environment,
+        tuple(str(path) for path in written if path.exists() or path == folder.result), session.environment,
     )  # fmt: skip
     folder.set_aside(["metrics.json"], session.reporter)
     folder.write_result(summary.document())

@@ -77,7 +77,7 @@ class ProfileRow:
 
     @property
     def losing(self) -> bool:
-        """True where a row of ours is slower than dense."""
+        """True where ours, sparse, is slower than dense."""
         return self.label == OURS_SPARSE and self.speedup < 1
 
 

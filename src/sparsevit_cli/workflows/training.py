@@ -78,7 +78,7 @@ def pretrain(session: Session) -> TrainingSummary:
     data = session.data()
     model = session.model(data.class_names)
     dense = SparsityConfig.dense(model_depths(model))
-    plan = _checked_plan(session, "pretrain", section, model, data)
+    plan = checked_plan(session, "pretrain", section, model, data)
     folder = session.folder("pretrain")  # once everything fits: --fresh sets an earlier run aside
     kind = _Kind("pretrain", section, FixedSchedule(dense), dense, plan, _start(session, None))
     return _train(session, folder, data, model, kind)
@@ -92,7 +92,7 @@ def adapt(session: Session) -> TrainingSummary:
     model = session.model(data.class_names, weights)
     space = session.space(model, section.max_ratio)
     middle = space.uniform(min(0.5, section.max_ratio))
-    plan = _checked_plan(session, "adapt", section, model, data)
+    plan = checked_plan(session, "adapt", section, model, data)
     folder = session.folder("adapt")
     kind = _Kind(
         "adapt", section, RandomSchedule(space, session.config.seed), middle, plan, _start(session, weights),
@@ -111,12 +111,10 @@ def finetune(session: Session) -> TrainingSummary:
     model = session.model(weights.class_names, weights)
     config = chosen_ratios(session, model_depths(model), "sparsevit finetune", weights.sha256)
     data = session.data(weights)
-    plan = _checked_plan(session, "finetune", section, model, data)
+    plan = checked_plan(session, "finetune", section, model, data)
+    teacher = _teacher(session, section, data, dense_weights(session, "finetune") if section.distill else None)
     folder = session.folder("finetune")
-    kind = _Kind(
-        "finetune", section, FixedSchedule(config), config, plan, f"{weights.sha256} at {config}",
-        teacher=_teacher(session, section, data, dense_weights(session, "finetune") if section.distill else None),
-    )  # fmt: skip
+    kind = _Kind("finetune", section, FixedSchedule(config), config, plan, f"{weights.sha256} at {config}", teacher)
     return _train(session, folder, data, model, kind)
 
 
@@ -127,7 +125,7 @@ def train_smaller_rival(
     section = session.config.finetune.model_copy(update={"distill": 0.0})
     data = session.data(weights)
     dense = SparsityConfig.dense(model_depths(model))
-    plan = _checked_plan(session, "finetune", section, model, data, seen_as)
+    plan = checked_plan(session, "finetune", section, model, data, seen_as)
     start = f"{_start(session, weights)} at {seen_as(session.img_size)}"
     return _train(session, folder, data, model, _Kind("rival", section, FixedSchedule(dense), dense, plan, start))
 
@@ -215,7 +213,7 @@ def _settings(kind: _Kind) -> list[str]:
     return [f"{name}.{field}" for field in type(kind.section).model_fields if f"{name}.{field}" not in HARMLESS]
 
 
-def _checked_plan(
+def checked_plan(
     session: Session, command: str, section: LoopSection, model: nn.Module, data: DataBundle,
     seen_as: Callable[[Size], Size] = lambda size: size,
 ) -> TrainingPlan:  # fmt: skip
