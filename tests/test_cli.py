@@ -209,6 +209,22 @@ def test_an_impossible_search_says_what_is_possible(finished: Path, arguments: l
     assert (finished / "runs" / "tiny" / "search" / "winner.yaml").read_bytes() == winner
 
 
+def test_the_table_of_budgets_comes_before_the_refusal(finished: Path) -> None:
+    told = sparsevit(
+        "search",
+        "--config",
+        finished / "tiny.yaml",
+        "--budget-macs",
+        "1%",
+        "--budget-latency",
+        "70%",
+        cwd=finished,
+        check=5,
+    ).stderr
+    assert "NO" in told
+    assert "measuring" not in told, "nothing is measured for a budget that arithmetic refuses"
+
+
 def test_a_budget_above_dense_returns_dense_and_says_so(finished: Path) -> None:
     done = sparsevit("search", "--config", finished / "tiny.yaml", "--budget-macs", "120%", "--json", cwd=finished)
     result = json.loads(done.stdout)

@@ -76,6 +76,17 @@ def test_the_log_of_run_holds_what_its_steps_say(tmp_path: Path) -> None:
     assert (tmp_path / "pretrain.txt").read_text().count("now") == 1
 
 
+def test_what_was_said_before_there_was_a_log_is_in_the_first_one(tmp_path: Path) -> None:
+    reporter = ConsoleReporter(stream=io.StringIO())
+    reporter.warn("two files ignored")
+    for name in ("pretrain", "adapt"):
+        reporter.log_to(tmp_path / f"{name}.txt")
+    reporter.say("begins")
+    assert "two files ignored" in (tmp_path / "pretrain.txt").read_text().splitlines()[0]
+    assert (tmp_path / "pretrain.txt").read_text().count("\n") == 2
+    assert "ignored" not in (tmp_path / "adapt.txt").read_text()
+
+
 def test_json_is_strict(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"path": Path("a"), "ratios": ((0.5,), (0.0,))})
     assert json.loads(capsys.readouterr().out) == {"path": "a", "ratios": [[0.5], [0.0]]}

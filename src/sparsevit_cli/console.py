@@ -50,11 +50,17 @@ class ConsoleReporter:
         self.console = Console(file=stream, stderr=stream is None, highlight=False, soft_wrap=True)
         self.verbose = verbose
         self._logs: tuple[Path, ...] = ()
+        self._unlogged: list[str] = []
         self._in_progress = False
 
     def log_to(self, path: Path) -> None:
-        """Append everything said from now on to `path`, and still to the first such path: that of `run`."""
+        """Append everything said from now on to `path`, and still to the first such path: that of `run`.
+
+        What was said before there was a path goes into the first one.
+        """
         self._logs = (*self._logs[:1], path)
+        self._log("".join(self._unlogged))
+        self._unlogged.clear()
 
     def say(self, message: str) -> None:
         """One line."""
@@ -78,9 +84,16 @@ class ConsoleReporter:
 
     def _write(self, text: Text, plain: str) -> None:
         self.console.print(text)
+        line = f"{time.strftime('%H:%M:%S')} {printable(plain)}\n"
+        if self._logs:
+            self._log(line)
+        else:
+            self._unlogged.append(line)
+
+    def _log(self, lines: str) -> None:
         for log in dict.fromkeys(self._logs):
             with suppress(OSError), log.open("a", encoding="utf-8") as file:  # a full disk must not hide its message
-                file.write(f"{time.strftime('%H:%M:%S')} {printable(plain)}\n")
+                file.write(lines)
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Progress]:

@@ -197,19 +197,22 @@ class _Search:
         feasibility: list[Feasibility] = []
         table, error = None, None
         measured: dict[SparsityConfig, float] = {}
-        for request in requests:
-            if request.metric == "macs":  # known without a measurement: told before one is made
-                check_reachable(request.resolve(self.macs(corners[0])), self.macs(corners[0]), self.macs(corners[2]))
+
+        def row_of(request: BudgetRequest, cost: Cost) -> Feasibility:
+            dense, middle, sparsest = map(cost, corners)
+            budget = request.resolve(dense)
+            return Feasibility(dense, middle, sparsest, budget.limit, budget.metric)
+
+        by_macs = [request for request in requests if request.metric == "macs"]
+        self._refuse_unreachable(
+            [row_of(request, self.macs) for request in by_macs], by_macs
+        )  # nothing is measured yet
         for request in requests:
             if request.metric == "latency_ms":
                 measured = {config: record.latency_ms for config, record in self.latencies.measure(corners).items()}
-            cost = measured.__getitem__ if request.metric == "latency_ms" else self.macs
-            dense, middle, sparsest = map(cost, corners)
-            budget = request.resolve(dense)
-            feasibility.append(Feasibility(dense, middle, sparsest, budget.limit, budget.metric))
+            feasibility.append(row_of(request, measured.__getitem__ if request.metric == "latency_ms" else self.macs))
+        self._refuse_unreachable(feasibility, requests)
         self._tell(feasibility, requests)
-        for row in feasibility:
-            check_reachable(Budget(row.limit, row.metric), row.dense, row.sparsest)
         for row in feasibility:
             budget = Budget(row.limit, row.metric)
             if row.metric == "macs":
@@ -218,6 +221,13 @@ class _Search:
             table, error = self.latencies.table(list(measured.items()))
             constraints.append((table.predict, self._with_margin(budget, table, row)))
         return _Costs(tuple(constraints), tuple(feasibility), table, error)
+
+    def _refuse_unreachable(self, feasibility: Sequence[Feasibility], requests: Sequence[BudgetRequest]) -> None:
+        """Tell the table and raise BudgetError where a budget is out of reach."""
+        if not all(row.reachable for row in feasibility):
+            self._tell(feasibility, requests)
+        for row in feasibility:
+            check_reachable(Budget(row.limit, row.metric), row.dense, row.sparsest)
 
     def _with_margin(self, budget: Budget, table: LatencyTable, row: Feasibility) -> Budget:
         """The budget less the share kept free for errors of the table; dense is in or out as it was measured."""
