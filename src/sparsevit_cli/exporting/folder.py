@@ -194,13 +194,18 @@ def staging_folder(directory: Path, model: nn.Module) -> Iterator[Path]:
 
 def describe_files(folder: Path) -> dict[str, dict[str, object]]:
     """SHA-256 and bytes of the files of an export that are in `folder`, by name."""
-    paths = [folder / name for name in NAMES if (folder / name).exists()]
-    return {path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in paths}
+    paths = {name: folder / name for name in _present(folder)}
+    return {name: {"sha256": sha256_file(path), "bytes": path.stat().st_size} for name, path in paths.items()}
+
+
+def _present(folder: Path) -> list[str]:
+    """Names of an export's files that are in `folder`, the manifest left out."""
+    return [name for name in NAMES if (folder / name).exists()]
 
 
 def publish(staging: Path, directory: Path, reporter: Reporter) -> None:
     """Move the good files into place, the manifest last; remove programs of an earlier export that is now replaced."""
-    names = [name for name in NAMES if (staging / name).exists()]
+    names = _present(staging)
     for name in names:
         with (staging / name).open("rb") as file:
             os.fsync(file.fileno())

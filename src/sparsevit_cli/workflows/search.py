@@ -203,10 +203,8 @@ class _Search:
             budget = request.resolve(dense)
             return Feasibility(dense, middle, sparsest, budget.limit, budget.metric)
 
-        by_macs = [request for request in requests if request.metric == "macs"]
-        self._refuse_unreachable(
-            [row_of(request, self.macs) for request in by_macs], by_macs
-        )  # nothing is measured yet
+        by_macs = [request for request in requests if request.metric == "macs"]  # known without a measurement
+        self._refuse_unreachable([row_of(request, self.macs) for request in by_macs], by_macs)
         for request in requests:
             if request.metric == "latency_ms":
                 measured = {config: record.latency_ms for config, record in self.latencies.measure(corners).items()}
