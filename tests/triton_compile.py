@@ -57,7 +57,7 @@ def _type(value: object) -> str:
 
 
 def launch_all(channels: int, dtype: torch.dtype) -> None:
-    """Every launch of a padded, shifted block, and of scoring and ranking."""
+    """Every launch of padded, shifted blocks of V1 and V2, and of scoring and ranking."""
 
     def affine(inner: int, outer: int) -> Affine:
         return Affine(torch.zeros(outer, inner, dtype=dtype), torch.zeros(outer, dtype=dtype))
@@ -72,12 +72,14 @@ def launch_all(channels: int, dtype: torch.dtype) -> None:
     tokens, bias = torch.zeros(400, channels, dtype=dtype), torch.zeros(4, heads, 49, 49, dtype=dtype)
     bias_class = torch.zeros(len(index), dtype=torch.int64)
     assert triton_windows.supports(block)
-    triton_windows.run_windows_(tokens, index, block, bias, bias_class, padded=True)
+    after = block._replace(norm_first=False, scale=1.0, cosine_scale=torch.ones(heads, 1, 1, dtype=dtype))
+    for one in (block, after):
+        triton_windows.run_windows_(tokens, index, one, bias, bias_class, padded=True)
     triton_windows.score_and_rank(tokens.view(1, 20, 20, channels), index, 5, "mean_abs_l2")
 
 
 if __name__ == "__main__":
-    for name in ("_project_kernel", "_attention_kernel", "_mlp_kernel", "_score_kernel", "_rank_kernel"):
+    for name in ("_project_kernel", "_attention_kernel", "_mlp_kernel", "_norm_add_kernel", "_score_kernel", "_rank_kernel"):
         setattr(triton_windows, name, Compiled(getattr(triton_windows, name)))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for channels in (96, 192, 384):

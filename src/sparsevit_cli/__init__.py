@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .acceleration import accelerate_
     from .exporting import export_model, load_exported
     from .profiling.latency import measure_latency
     from .profiling.macs import count_macs
@@ -27,6 +28,7 @@ _HOME = {
     "Budget": ".search.budget",
     "SearchSpace": ".sparsity",
     "SparsityConfig": ".sparsity",
+    "accelerate_": ".acceleration",
     "count_macs": ".profiling.macs",
     "export_model": ".exporting",
     "get_sparsity": ".swin",
@@ -41,6 +43,7 @@ __all__ = [
     "Budget",
     "SearchSpace",
     "SparsityConfig",
+    "accelerate_",
     "count_macs",
     "export_model",
     "get_sparsity",

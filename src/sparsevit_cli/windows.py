@@ -5,6 +5,9 @@ Shapes: B images, H x W tokens, C channels, n windows of N tokens, K kept window
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -46,21 +49,42 @@ def window_token_index(
 def token_index_of(
     height: int, width: int, window_size: tuple[int, int], shift_size: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """`window_token_index`, made once per map size and device; while a graph is captured it is part of the graph."""
-    make = _remembered_token_index if _may_remember(device) else window_token_index
-    return make(height, width, window_size, shift_size, device)
+    """`window_token_index`, made once per map size and device."""
+    return _made_once(window_token_index, height, width, window_size, shift_size, device)  # type: ignore[no-any-return]
 
 
-def _may_remember(device: torch.device) -> bool:
-    """False while a graph is captured or tensors are fake: what is made then is of no use afterwards."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return not (torch.compiler.is_compiling() or capturing or torch._guards.detect_fake_mode() is not None)
+@contextmanager
+def held_indices() -> Iterator[dict[Any, Any]]:
+    """What is made once inside the block stays in the dict that this gives: a captured graph reads it ever after."""
+    held: dict[Any, Any] = {}
+    token = _held.set(held)
+    try:
+        yield held
+    finally:
+        _held.reset(token)
 
 
-@lru_cache(maxsize=64)
-def _remembered_token_index(*partition: Any) -> Tensor:
+_held: ContextVar[dict[Any, Any] | None] = ContextVar("held_indices", default=None)
+
+
+def _made_once(make: Callable[..., Any], *partition: Any) -> Any:
+    """`make(*partition)`; while a graph is traced or captured it is part of the graph, unless held before."""
+    if torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
+        return make(*partition)
+    held = _held.get()
+    if held is not None:
+        if (make, partition) not in held:
+            held[make, partition] = make(*partition)
+        return held[make, partition]
+    if partition[-1].type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return make(*partition)
+    return _remembered(make, *partition)
+
+
+@lru_cache(maxsize=128)
+def _remembered(make: Callable[..., Any], *partition: Any) -> Any:
     with torch.inference_mode(False):  # a tensor made in inference mode could not serve a training step later
-        return window_token_index(*partition)
+        return make(*partition)
 
 
 def shift_mask(
@@ -92,15 +116,8 @@ def shift_mask(
 def shift_mask_of(
     height: int, width: int, window_size: tuple[int, int], shift_size: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """`shift_mask`, made once per map size and device, as `token_index_of`."""
-    make = _remembered_shift_mask if _may_remember(device) else shift_mask
-    return make(height, width, window_size, shift_size, device)
-
-
-@lru_cache(maxsize=64)
-def _remembered_shift_mask(*partition: Any) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):
-        return shift_mask(*partition)
+    """`shift_mask`, made once per map size and device."""
+    return _made_once(shift_mask, height, width, window_size, shift_size, device)  # type: ignore[no-any-return]
 
 
 def has_padding(height: int, width: int, window_size: tuple[int, int]) -> bool:

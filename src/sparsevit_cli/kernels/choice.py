@@ -58,7 +58,7 @@ def chosen(kernels: str, block: BlockWeights, device: torch.device) -> RunWindow
     if module is not None and module.supports(block):
         run: RunWindows = module.run_windows_
         return run
-    _warn_once(reason or "Triton's kernels are for contiguous blocks that normalise first (V1)")
+    _warn_once(reason or "Triton's kernels are for contiguous weights in float32 or 16 bits, and norms that have some")
     return windowed.run_windows_
 
 

@@ -1,8 +1,10 @@
-"""Triton kernels for a pre-norm Swin block (V1) on some of its windows, and for scoring and ranking them.
+"""Triton kernels for a Swin block on some of its windows, and for scoring and ranking them.
 
-A block takes four launches, five where a fused MLP would not fit: gather, norm and qkv; window attention; projection
-and residual; norm, MLP, residual and scatter. Matrix products accumulate in float32. Imported only where Triton is
-there; with TRITON_INTERPRET=1 set beforehand, everything runs on a CPU, slowly.
+A block that normalises first (V1) takes four launches, five where a fused MLP would not fit: gather, norm and qkv;
+window attention; projection and residual; norm, MLP, residual and scatter. One that normalises after (V2, V2-CR) takes
+seven: gather and qkv; window attention of cosines; projection; norm and residual; the MLP in two; norm, residual and
+scatter. Matrix products accumulate in float32. Imported only where Triton is there; with TRITON_INTERPRET=1 set
+beforehand, everything runs on a CPU, slowly.
 
 Shapes: R = M*N rows of M kept windows of N tokens, C channels, h heads of D, T rows of all maps; a row T is padding.
 """
@@ -31,8 +33,13 @@ def run_windows_(
     """As `windowed.run_windows_`, for blocks that `supports` says yes to."""
     flat, area = rows.reshape(-1), rows.shape[1]
     with _on_device_of(tokens):
-        qkv = _project(tokens, block.qkv, rows=flat, norm=block.norm1)
+        qkv = _project(tokens, block.qkv, rows=flat, norm=block.norm1 if block.norm_first else None)
         attended = _attend(qkv, block, bias, bias_class, area)
+        if not block.norm_first:
+            kept = _norm_add(_project(attended, block.proj), block.norm1, tokens, residual_rows=flat)
+            hidden = _project(kept, block.fc1, gelu=True)
+            _norm_add(_project(hidden, block.fc2), block.norm2, kept, out=tokens, out_rows=flat)
+            return
         kept = _project(attended, block.proj, residual=tokens, residual_rows=flat)
         if _power(tokens.shape[1]) * tokens.element_size() <= MAX_FUSED_BYTES:
             _mlp_(tokens, flat, kept, block)
@@ -42,9 +49,9 @@ def run_windows_(
 
 
 def supports(block: BlockWeights) -> bool:
-    """True for a pre-norm block, its norms with weights and biases, in rows of a type that Triton multiplies."""
+    """True for contiguous weights of types that Triton multiplies, and norms with weight and bias."""
     norms = (block.norm1, block.norm2)
-    if not block.norm_first or any(norm.weight is None or norm.bias is None for norm in norms):
+    if any(norm.weight is None or norm.bias is None for norm in norms):
         return False
     layers = (*norms, block.qkv, block.proj, block.fc1, block.fc2)
     tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
@@ -125,11 +132,34 @@ def _attend(qkv: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor |
     out = qkv.new_empty(len(qkv), channels)
     block_q = _power(area, 64)
     _attention_kernel[(count, block.num_heads, triton.cdiv(area, block_q))](
-        qkv, bias.contiguous(), _or(bias_class, qkv), out, block.scale, area, block.num_heads, head_dim,
-        HAS_CLASS=bias_class is not None, PRECISION=_precision(qkv), BLOCK_Q=block_q, BLOCK_K=block_q,
+        qkv, bias.contiguous(), _or(bias_class, qkv), _or(block.cosine_scale, qkv), out, block.scale, area,
+        block.num_heads, head_dim,
+        HAS_CLASS=bias_class is not None, COSINE=block.cosine_scale is not None, PRECISION=_precision(qkv), BLOCK_Q=block_q, BLOCK_K=block_q,
         BLOCK_D=_power(head_dim),
     )  # fmt: skip
     return out
+
+
+def _norm_add(
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor,
+    *,
+    residual_rows: Tensor | None = None,
+    out: Tensor | None = None,
+    out_rows: Tensor | None = None,
+) -> Tensor:
+    """Rows of `x` (R, C) normalised, plus (gathered) residual, with a (scattered) store."""
+    count, channels = x.shape
+    result = torch.empty_like(x) if out is None else out
+    block_c = _power(channels)
+    block_r = max(1, 4096 // block_c)
+    _norm_add_kernel[(triton.cdiv(count, block_r),)](
+        x, norm.weight, norm.bias, residual, _or(residual_rows, x), result, _or(out_rows, x),
+        count, len(residual), len(result), channels, norm.eps,
+        GATHER_RESIDUAL=residual_rows is not None, SCATTER=out_rows is not None, BLOCK_R=block_r, BLOCK_C=block_c,
+    )  # fmt: skip
+    return result
 
 
 def _mlp_(tokens: Tensor, rows: Tensor, kept: Tensor, block: BlockWeights) -> None:
@@ -179,6 +209,25 @@ def _place_of(r, rows, count, num_rows, INDEXED: tl.constexpr):
         place = tl.load(rows + r, mask=is_row, other=num_rows)
         is_row = place < num_rows
     return place, is_row
+
+
+@triton.jit
+def _normalised(value, inside, norm_weight, norm_bias, c, channels, eps):
+    """LayerNorm of whole rows `value` (rows, channels) in float32; zero outside."""
+    is_channel = c < channels
+    mean = tl.sum(value, 1) / channels
+    centred = tl.where(inside, value - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
+    gain = tl.load(norm_weight + c, mask=is_channel, other=0.0).to(tl.float32)
+    shift = tl.load(norm_bias + c, mask=is_channel, other=0.0).to(tl.float32)
+    return centred * rstd[:, None] * gain[None, :] + shift[None, :]
+
+
+@triton.jit
+def _unit(rows):
+    """Rows divided by their L2 norms, as torch.nn.functional.normalize."""
+    rows = rows.to(tl.float32)
+    return rows / tl.maximum(tl.sqrt(tl.sum(rows * rows, 1)), 1e-12)[:, None]
 
 
 @triton.jit
@@ -236,9 +285,9 @@ def _project_kernel(
 
 @triton.jit
 def _attention_kernel(
-    qkv, bias, bias_class, out, scale, area, num_heads, head_dim,
-    HAS_CLASS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    qkv, bias, bias_class, cosine_scale, out, scale, area, num_heads, head_dim,
+    HAS_CLASS: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     window = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -248,6 +297,9 @@ def _attention_kernel(
     is_query, is_dim = i < area, d < head_dim
     start = qkv + window * area * 3 * channels + head * head_dim
     q = tl.load(start + i[:, None] * 3 * channels + d[None, :], mask=is_query[:, None] & is_dim[None, :], other=0.0)
+    if COSINE:
+        scale = scale * tl.load(cosine_scale + head).to(tl.float32)
+        q = _unit(q).to(qkv.dtype.element_ty)
     table = bias + head * area * area
     if HAS_CLASS:
         table += tl.load(bias_class + window) * num_heads * area * area
@@ -261,6 +313,8 @@ def _attention_kernel(
         inside = is_key[:, None] & is_dim[None, :]
         k = tl.load(place + channels, mask=inside, other=0.0)
         v = tl.load(place + 2 * channels, mask=inside, other=0.0)
+        if COSINE:
+            k = _unit(k).to(qkv.dtype.element_ty)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         both = is_query[:, None] & is_key[None, :]
         scores += tl.load(table + i[:, None] * area + j[None, :], mask=both, other=0.0).to(tl.float32)
@@ -290,12 +344,7 @@ def _mlp_kernel(
     inside = is_token[:, None] & is_channel[None, :]
     entered = tl.load(kept + r[:, None] * channels + c[None, :], mask=inside, other=0.0)
     value = entered.to(tl.float32)
-    mean = tl.sum(value, 1) / channels
-    centred = tl.where(inside, value - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
-    gain = tl.load(norm_weight + c, mask=is_channel, other=0.0).to(tl.float32)
-    shift = tl.load(norm_bias + c, mask=is_channel, other=0.0).to(tl.float32)
-    normed = (centred * rstd[:, None] * gain[None, :] + shift[None, :]).to(entered.dtype)
+    normed = _normalised(value, inside, norm_weight, norm_bias, c, channels, eps).to(entered.dtype)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for first in range(0, hidden, BLOCK_H):  # the hidden map is never stored
         h = first + tl.arange(0, BLOCK_H)
@@ -313,6 +362,25 @@ def _mlp_kernel(
         total += tl.load(bias2 + c, mask=is_channel, other=0.0).to(tl.float32)[None, :]
     total += value
     tl.store(tokens + target[:, None] * channels + c[None, :], total.to(tokens.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_add_kernel(
+    x, norm_weight, norm_bias, residual, residual_rows, out, out_rows,
+    count, num_residual, num_out, channels, eps,
+    GATHER_RESIDUAL: tl.constexpr, SCATTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    inside = (r < count)[:, None] & (c < channels)[None, :]
+    value = tl.load(x + r[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    total = _normalised(value, inside, norm_weight, norm_bias, c, channels, eps)
+    beside, is_beside = _place_of(r, residual_rows, count, num_residual, GATHER_RESIDUAL)
+    place = residual + beside[:, None] * channels + c[None, :]
+    total += tl.load(place, mask=inside & is_beside[:, None], other=0.0).to(tl.float32)
+    target, is_target = _place_of(r, out_rows, count, num_out, SCATTER)
+    place = out + target[:, None] * channels + c[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=inside & is_target[:, None])
 
 
 @triton.jit

@@ -1,0 +1,120 @@
+"""Inference as one replayed CUDA graph per input shape: small batches no longer wait for launches."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from sparsevit_cli import windows
+from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.swin import SparseStage
+
+MAX_GRAPHS = 8
+"""Shapes replayed at a time; each keeps the memory of one forward. The one used longest ago goes first."""
+WARM_UPS = 3
+
+
+def accelerate_(model: nn.Module, example: Tensor | None = None) -> nn.Module:
+    """Let inference of `model` replay CUDA graphs, in place; returns `model`. On other devices nothing changes.
+
+    The first forward of every input shape, ratio and type captures a graph; `example` (B, C, H, W) is captured at once.
+    Graphs read the weights where they stand: changes in place count, moved ones are noticed, and for a parameter or
+    module that was exchanged `accelerate_` must be called again. Training, gradients, autocast and calls with anything
+    but one CUDA tensor run as before. Hooks inside the model are called at capture only. The model must not wait for
+    the device; a window-sparse Swin does not. Raises ConfigError where `model.forward` was replaced by somebody else.
+    """
+    replaced = model.__dict__.get("forward")
+    if not (replaced is None or isinstance(replaced, GraphedForward)):
+        got = f"the forward of this {type(model).__name__} was replaced"
+        raise ConfigError("model", got, "Accelerate a model before, or without, replacing its forward.")
+    model.forward = GraphedForward(model)
+    if example is not None:
+        with torch.inference_mode():
+            model(example)
+    return model
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One captured forward: fill `entered`, call `replay`, read `left` (a tensor, or tensors in lists and dicts)."""
+
+    entered: Tensor
+    left: Any
+    replay: Callable[[], None]
+    keeps: object
+    """What the graph reads and nobody else may hold."""
+
+
+class GraphedForward:
+    """Stands for the forward of one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self._weights: list[tuple[Tensor, int]] = []
+        self._stages: list[SparseStage] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1 or not self._can_replay(args[0]):
+            return type(self.model).forward(self.model, *args, **kwargs)
+        (x,) = args
+        if not self._recordings or any(tensor.data_ptr() != place for tensor, place in self._weights):
+            self._look_at_model()
+        settings = ((s.sparsity_tenths, s.as_timm, s.importance, s.kernels) for s in self._stages)
+        key = (x.shape, x.dtype, x.device, torch.is_inference_mode_enabled(), *settings)
+        recording = self._recordings.pop(key, None)
+        if recording is None:
+            recording = record(self.model, x)
+        self._recordings[key] = recording  # the newest stands last
+        if len(self._recordings) > MAX_GRAPHS:
+            self._recordings.popitem(last=False)
+        recording.entered.copy_(x)
+        recording.replay()
+        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, recording.left)
+
+    def _look_at_model(self) -> None:
+        """Forget all graphs; not done when this is made, since a model that is being copied is still empty then."""
+        self._recordings.clear()
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        self._weights = [(tensor, tensor.data_ptr()) for tensor in tensors]
+        self._stages = [module for module in self.model.modules() if isinstance(module, SparseStage)]
+
+    def _can_replay(self, x: object) -> bool:
+        if not is_replayable(x) or self.model.training or torch.is_grad_enabled():
+            return False
+        return not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
+        return GraphedForward(memo[id(self.model)])  # the copy captures its own
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GraphedForward, (self.model,)
+
+
+def is_replayable(x: object) -> bool:
+    """True for a plain CUDA tensor outside of autocast and of a capture that goes on."""
+    if not (isinstance(x, Tensor) and x.is_cuda):
+        return False
+    return not (torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing())
+
+
+def record(model: nn.Module, x: Tensor) -> Recording:
+    """Capture the forward of `model` for inputs like `x`, after some passes that allocate and compile."""
+    entered, forward = x.clone(), type(model).forward
+    with torch.cuda.device(x.device), windows.held_indices() as held:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                forward(model, entered)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            left = forward(model, entered)
+    return Recording(entered, left, graph.replay, (graph, held))

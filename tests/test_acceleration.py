@@ -1,0 +1,143 @@
+"""CUDA graphs: which one a call replays, on a CPU with a recorder that runs the model; on a GPU the real thing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from sparsevit_cli import acceleration, windows
+from sparsevit_cli.acceleration import Recording, accelerate_
+from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.swin import set_sparsity, sparsify_
+
+
+def small_swin(device: str = "cpu") -> nn.Module:
+    options = {"img_size": 56, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 5}
+    model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", **options).eval().to(device))
+    set_sparsity(model, 0.5)
+    return model
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """Shapes of all recordings; a recording runs the model at every replay into the same memory, as a graph does."""
+    shapes: list[tuple[int, ...]] = []
+
+    def record(model: nn.Module, x: Tensor) -> Recording:
+        shapes.append(tuple(x.shape))
+        entered = x.clone()
+        with torch.inference_mode(torch.is_inference_mode_enabled()):
+            left = type(model).forward(model, entered)
+        return Recording(entered, left, lambda: left.copy_(type(model).forward(model, entered)), None)
+
+    monkeypatch.setattr(acceleration, "record", record)
+    monkeypatch.setattr(acceleration, "is_replayable", lambda x: isinstance(x, Tensor))
+    yield shapes
+
+
+@torch.inference_mode()
+def test_one_recording_serves_a_shape_and_outputs_stay_their_callers(recorded: list[tuple[int, ...]]) -> None:
+    model = small_swin()
+    inputs = torch.randn(2, 1, 3, 56, 56)
+    expected = [model(x) for x in inputs]
+    assert accelerate_(model, inputs[0]) is model
+    found = [model(x) for x in inputs]
+    assert recorded == [(1, 3, 56, 56)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    model(torch.randn(2, 3, 56, 56))
+    assert recorded == [(1, 3, 56, 56), (2, 3, 56, 56)]
+
+
+@torch.inference_mode()
+def test_ratios_and_moved_weights_are_recorded_anew(recorded: list[tuple[int, ...]]) -> None:
+    model, x = small_swin(), torch.randn(1, 3, 56, 56)
+    sparse = accelerate_(model, x)(x)
+    set_sparsity(model, 0.0)
+    dense = model(x)
+    assert len(recorded) == 2
+    assert not torch.allclose(sparse, dense)
+    set_sparsity(model, 0.5)
+    torch.testing.assert_close(model(x), sparse)
+    assert len(recorded) == 2
+    model.head.fc.weight.data = model.head.fc.weight.data * 2
+    model.head.fc.bias.zero_()
+    assert not torch.allclose(model(x), sparse)
+    assert len(recorded) == 3
+
+
+def test_what_no_graph_holds_runs_as_before(recorded: list[tuple[int, ...]]) -> None:
+    model, x = accelerate_(small_swin()), torch.randn(1, 3, 56, 56)
+    model(x).sum().backward()
+    assert model.head.fc.weight.grad is not None
+    with torch.no_grad():
+        model.train()(x)
+    assert not recorded
+    with torch.no_grad():
+        model.eval()(x)
+        assert len(recorded) == 1
+
+
+@torch.inference_mode()
+def test_the_oldest_recording_goes_first(recorded: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceleration, "MAX_GRAPHS", 2)
+    model = accelerate_(small_swin())
+    for batch in (1, 2, 1, 3, 1, 2):
+        model(torch.randn(batch, 3, 56, 56))
+    assert [shape[0] for shape in recorded] == [1, 2, 3, 2]
+
+
+@torch.inference_mode()
+def test_copies_record_for_themselves(recorded: list[tuple[int, ...]]) -> None:
+    x = torch.randn(1, 3, 56, 56)
+    model = accelerate_(small_swin(), x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert other.forward.model is other
+        other.head.fc.bias += 1.0
+        torch.testing.assert_close(other(x), model(x) + 1.0)
+    assert len(recorded) == 3
+
+
+def test_a_cpu_has_nothing_to_replay() -> None:
+    x = torch.randn(1, 3, 56, 56)
+    with torch.inference_mode():
+        model = small_swin()
+        torch.testing.assert_close(accelerate_(copy.deepcopy(model), x)(x), model(x))
+
+
+def test_somebody_elses_forward_is_refused() -> None:
+    model = small_swin()
+    model.forward = lambda x: x
+    with pytest.raises(ConfigError, match="was replaced"):
+        accelerate_(model)
+
+
+def test_held_indices_outlive_the_common_memory() -> None:
+    partition = (14, 14, (7, 7), (3, 3), torch.device("cpu"))
+    with windows.held_indices() as held:
+        index = windows.token_index_of(*partition)
+        assert windows.token_index_of(*partition) is index
+        windows.shift_mask_of(*partition)
+    assert len(held) == 2
+    assert windows.token_index_of(*partition) is not index
+    assert torch.equal(windows.token_index_of(*partition), index)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["portable", "triton"])
+@pytest.mark.parametrize("size", [56, 72])  # without and with padding
+@torch.inference_mode()
+def test_a_graph_equals_the_model(kernels: str, size: int) -> None:
+    model = sparsify_(small_swin("cuda"), kernels=kernels)  # type: ignore[arg-type]
+    model.set_input_size((size, size))
+    inputs = torch.randn(3, 2, 3, size, size, device="cuda")
+    expected = [model(x) for x in inputs]
+    accelerate_(model, inputs[0])
+    for x, one in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(model(x), one, atol=1e-5, rtol=1e-5)
