@@ -57,6 +57,8 @@ struct Call {  // the same fields in native.py
 
 namespace {
 
+long rounded_up(long value, long step) { return (value + step - 1) / step * step; }
+
 // -- vectors ------------------------------------------------------------------------------------------------------
 
 Floats load(const float* from) {
@@ -85,16 +87,26 @@ void store(BFloat* to, Floats value) {  // rounded to nearest, ties to even; NaN
     std::memcpy(to, &narrow, sizeof narrow);
 }
 
+// Lane i of `value` becomes lane i + distance, around the end.
+Floats rotated(Floats value, int distance) {
+    Ints from;
+    for (int lane = 0; lane < LANES; ++lane) from[lane] = (lane + distance) % LANES;
+    return __builtin_shuffle(value, from);
+}
+
 float sum(Floats value) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; ++lane) total += value[lane];
-    return total;
+#pragma GCC unroll 4
+    for (int distance = LANES / 2; distance; distance /= 2) value += rotated(value, distance);
+    return value[0];
 }
 
 float largest(Floats value) {
-    float most = value[0];
-    for (int lane = 1; lane < LANES; ++lane) most = value[lane] > most ? value[lane] : most;
-    return most;
+#pragma GCC unroll 4
+    for (int distance = LANES / 2; distance; distance /= 2) {
+        Floats other = rotated(value, distance);
+        value = other > value ? other : value;
+    }
+    return value[0];
 }
 
 // e^x to about 2e-7; 0 below -87. NaN stays NaN.
@@ -114,22 +126,25 @@ Floats exponential(Floats x) {
     return x > -87.4f ? scaled : x == x ? Floats{} : x;
 }
 
-// The exact GELU; the error function after Abramowitz and Stegun 7.1.26, to 1.5e-7.
+// The exact GELU; erf(x / sqrt 2) is a rational function fitted to 2e-8 up to 5.6, where it is 1.
 Floats gelu(Floats x) {
-    Floats z = x * 0.70710678f;
-    Floats positive = z < 0.0f ? -z : z;
-    Floats t = 1.0f / (1.0f + 0.3275911f * positive);
-    Floats series = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-    Floats tail = series * exponential(-z * z);  // 1 - erf(|z|)
-    return 0.5f * x * (z < 0.0f ? tail : 2.0f - tail);
+    Floats z = x < -5.6f ? Floats{} - 5.6f : x;
+    z = z > 5.6f ? Floats{} + 5.6f : z;
+    const Floats u = z * z;
+    Floats over = ((((4.429059683e-08f * u + 1.271299753e-05f) * u + 3.476981682e-04f) * u + 9.414499188e-03f) * u +
+                   6.875193743e-02f) * u + 7.978844432e-01f;
+    Floats under = ((((1.180209031e-06f * u + 7.510127261e-05f) * u + 1.912969209e-03f) * u + 2.894000493e-02f) * u +
+                    2.528334885e-01f) * u + 1.0f;
+    const Floats half = 0.5f * x;
+    return half + half * (z * over / under);
 }
 
 // -- matrix products ----------------------------------------------------------------------------------------------
 
-// Rows of `a` (TALLNESS, depth) times a panel of packed columns; `end(row, left, right)` gets the sums. In bfloat16
-// `depth` is even, and a panel holds pairs: (depth / 2, PANEL, 2).
-template <int TALLNESS, class End>
-inline __attribute__((always_inline)) void product(long depth, const float* a, long stride, const float* panel, End&& end) {
+// Rows of `a` (TALLNESS, depth) times a panel of packed columns: `sums` (TALLNESS, PANEL). In bfloat16 `depth` is even,
+// and a panel holds pairs: (depth / 2, PANEL, 2).
+template <int TALLNESS>
+__attribute__((noinline)) void product(long depth, const float* a, long stride, const float* panel, float* sums) {
     Floats left[TALLNESS] = {}, right[TALLNESS] = {};
     const float* base[(TALLNESS + 2) / 3];
     for (int i = 0; i < (TALLNESS + 2) / 3; ++i) base[i] = a + 3 * i * stride;
@@ -144,11 +159,14 @@ inline __attribute__((always_inline)) void product(long depth, const float* a, l
         }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < TALLNESS; ++i) end(i, left[i], right[i]);
+    for (int i = 0; i < TALLNESS; ++i) {
+        store(sums + i * PANEL, left[i]);
+        store(sums + i * PANEL + LANES, right[i]);
+    }
 }
 
-template <int TALLNESS, class End>
-inline __attribute__((always_inline)) void product(long depth, const BFloat* a, long stride, const BFloat* panel, End&& end) {
+template <int TALLNESS>
+__attribute__((noinline)) void product(long depth, const BFloat* a, long stride, const BFloat* panel, float* sums) {
     Floats left[TALLNESS] = {}, right[TALLNESS] = {};
 #ifdef __AVX512BF16__
     const BFloat* base[(TALLNESS + 2) / 3];
@@ -167,20 +185,27 @@ inline __attribute__((always_inline)) void product(long depth, const BFloat* a, 
     }
 #endif
 #pragma GCC unroll 16
-    for (int i = 0; i < TALLNESS; ++i) end(i, left[i], right[i]);
+    for (int i = 0; i < TALLNESS; ++i) {
+        store(sums + i * PANEL, left[i]);
+        store(sums + i * PANEL + LANES, right[i]);
+    }
 }
 
-// a (rows, depth), with `stride` from row to row, times packed panels of `columns` in all; `end(row, column, left,
-// right)` gets PANEL sums from that column on.
+// a (rows, depth), with `stride` from row to row, times packed panels of `columns` in all, each `panel_depth` deep;
+// `end(row, column, left, right)` gets PANEL sums from that column on.
 template <class Real, class End>
-void multiply(long rows, long depth, long columns, const Real* a, long stride, const Real* panels, End&& end) {
-    for (long column = 0; column < columns; column += PANEL, panels += depth * PANEL) {
+void multiply(long rows, long depth, long columns, const Real* a, long stride, const Real* panels, long panel_depth,
+              End&& end) {
+    alignas(64) float sums[TALL * PANEL];
+    for (long column = 0; column < columns; column += PANEL, panels += panel_depth * PANEL) {
         long row = 0;
         auto strip = [&](auto tallness) {
             constexpr int TALLNESS = decltype(tallness)::value;
-            for (; row + TALLNESS <= rows; row += TALLNESS)
-                product<TALLNESS>(depth, a + row * stride, stride, panels,
-                                  [&](int i, Floats left, Floats right) { end(row + i, column, left, right); });
+            for (; row + TALLNESS <= rows; row += TALLNESS) {
+                product<TALLNESS>(depth, a + row * stride, stride, panels, sums);
+                for (int i = 0; i < TALLNESS; ++i)
+                    end(row + i, column, load(sums + i * PANEL), load(sums + i * PANEL + LANES));
+            }
         };
         strip(std::integral_constant<int, TALL>());
         strip(std::integral_constant<int, 4>());
@@ -188,22 +213,44 @@ void multiply(long rows, long depth, long columns, const Real* a, long stride, c
     }
 }
 
-// Columns from `source` (columns, depth), their elements `stride` apart along depth, into one panel; absent ones are 0.
-template <class Element>
-void pack_panel(const Element* source, long between, long columns, long depth, Element* panel) {
-    for (long k = 0; k < depth; ++k, panel += PANEL)
-        for (long j = 0; j < PANEL; ++j) panel[j] = j < columns ? source[j * between + k] : Element{};
+// LANES rows of LANES words each, `sources[i]` onwards, into a square of a panel: word k of row j to panel[k][j].
+void transpose(const int32_t* const sources[LANES], int32_t* panel) {
+    Ints rows[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) std::memcpy(&rows[i], sources[i], sizeof rows[i]);
+#pragma GCC unroll 4
+    for (int step = 1; step < LANES; step *= 2) {  // squares of `step` rows and columns change places
+        Ints first, second;
+        for (int lane = 0; lane < LANES; ++lane) {
+            first[lane] = lane & step ? LANES + lane - step : lane;
+            second[lane] = lane & step ? LANES + lane : lane + step;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i)
+            if (!(i & step)) {
+                const Ints upper = rows[i], lower = rows[i + step];
+                rows[i] = __builtin_shuffle(upper, lower, first);
+                rows[i + step] = __builtin_shuffle(upper, lower, second);
+            }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) std::memcpy(panel + i * PANEL, &rows[i], sizeof rows[i]);
 }
 
-// Weights (columns, depth) into panels; in bfloat16 pairs along depth stay together.
+// Weights (columns, depth) into panels; in bfloat16 pairs along depth stay together, as one word. All threads share
+// the work.
 template <class Real>
 void pack(const void* weights, long columns, long depth, Real* panels) {
-    using Element = std::conditional_t<sizeof(Real) == 4, float, uint32_t>;
-    const long steps = depth * sizeof(Real) / sizeof(Element);
+    const long words = depth * sizeof(Real) / 4;
+    const int32_t* from = static_cast<const int32_t*>(weights);
+    int32_t* to = reinterpret_cast<int32_t*>(panels);
 #pragma omp for schedule(static)
-    for (long column = 0; column < columns; column += PANEL)
-        pack_panel(static_cast<const Element*>(weights) + column * steps, steps, PANEL, steps,
-                   reinterpret_cast<Element*>(panels) + column * steps);
+    for (long column = 0; column < columns; column += LANES)
+        for (long word = 0; word < words; word += LANES) {
+            const int32_t* sources[LANES];
+            for (int j = 0; j < LANES; ++j) sources[j] = from + (column + j) * words + word;
+            transpose(sources, to + column / PANEL * PANEL * words + word * PANEL + column % PANEL);
+        }
 }
 
 // -- steps of a block ---------------------------------------------------------------------------------------------
@@ -232,11 +279,12 @@ Floats bias_at(const Affine& layer, long column) {
 // Scratch space of one thread.
 template <class Real>
 struct Scratch {
-    Real *entered, *wide, *keys, *values, *shares;
-    float *scores, *left;
+    Real *entered, *wide, *keys, *values, *shares, *zeros;
+    float *scores, *left, *factor;
     int64_t *place, *position;
-
-    static long padded(long area) { return (area + PANEL - 1) / PANEL * PANEL; }
+    const Real** tokens;
+    long entered_stride, wide_stride;  // not powers of two, whose rows would meet in one set of the cache
+    Ints lane;
 
     static long bytes(const Call& call) {
         Scratch<Real> none;
@@ -244,18 +292,24 @@ struct Scratch {
     }
 
     char* lay_out(const Call& call, char* at) {
-        const long tile = std::max<long>(TILE, call.area), wide_columns = std::max(3 * call.channels, call.hidden);
+        const long tile = std::max<long>(TILE, call.area), width = rounded_up(call.area, PANEL);
+        entered_stride = call.channels + 64 / sizeof(Real);
+        wide_stride = std::max(3 * call.channels, call.hidden) + 64 / sizeof(Real);
+        for (int i = 0; i < LANES; ++i) lane[i] = i;
         auto take = [&at](auto*& pointer, long count) {
             pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
-            at += (count * sizeof(*pointer) + 63) / 64 * 64;
+            at += rounded_up(count * sizeof(*pointer), 64);
         };
-        take(entered, tile * call.channels);
-        take(wide, tile * wide_columns);
-        take(keys, HEAD * padded(call.area));
-        take(values, HEAD * padded(call.area));
-        take(shares, call.area * padded(call.area));
-        take(scores, call.area * padded(call.area));
-        take(left, tile * call.channels);
+        take(entered, tile * entered_stride);
+        take(wide, tile * wide_stride);
+        take(keys, HEAD * width);
+        take(values, HEAD * width);
+        take(shares, call.area * width);
+        take(zeros, 3 * call.channels);
+        take(scores, call.area * width);
+        take(left, call.norm_first ? 0 : tile * call.channels);
+        take(factor, call.area);
+        take(tokens, width);
         take(place, tile);
         take(position, tile);
         return at;
@@ -275,74 +329,91 @@ void to_cosines(Real* row, const Call& call) {
     }
 }
 
-// One head of one window: queries of the `count` true tokens from `qkv` on, keys and values of all, into `out`.
+// Keys of a head, (HEAD, width) in panels, and its values, (width, HEAD) in panels; `tokens[j]` is the qkv row of token
+// j, or of zeros past the window.
 template <class Real>
-void attend(const Call& call, Scratch<Real>& own, const Real* qkv, const Real* of_padding, long count,
-            const int64_t* position, long head, const Real* bias, Real* out) {
-    const long area = call.area, channels = call.channels, width = Scratch<Real>::padded(area);
-    constexpr long PAIR = 4 / sizeof(Real);  // elements along the depth that stay together
-    for (long token = 0, next = 0; token < width; ++token) {
-        const Real* source = nullptr;
-        if (token < area) {
-            const bool is_true = next < count && position[next] == token;
-            source = (is_true ? qkv + next * 3 * channels : of_padding) + head * HEAD;
-            next += is_true;
+void pack_keys_and_values(const Real* const* tokens, long area, long width, long offset, long channels, Real* keys,
+                          Real* values) {
+    constexpr long PAIR = 4 / sizeof(Real), WORDS = HEAD / PAIR;
+    for (long token = 0; token < width; token += LANES)
+        for (long word = 0; word < WORDS; word += LANES) {
+            const int32_t* sources[LANES];
+            for (int j = 0; j < LANES; ++j)
+                sources[j] = reinterpret_cast<const int32_t*>(tokens[token + j] + offset + channels) + word;
+            transpose(sources, reinterpret_cast<int32_t*>(keys) + token / PANEL * PANEL * WORDS + word * PANEL +
+                                   token % PANEL);
         }
-        Real* key = own.keys + token / PANEL * PANEL * HEAD + token % PANEL * PAIR;
-        for (long d = 0; d < HEAD; ++d)
-            key[d / PAIR * PANEL * PAIR + d % PAIR] = source ? source[channels + d] : Real{};
-        for (long d = 0; d < HEAD; ++d)
-            own.values[d / PANEL * PANEL * width + token / PAIR * PANEL * PAIR + d % PANEL * PAIR + token % PAIR] =
-                source ? source[2 * channels + d] : Real{};
-    }
-    multiply(count, HEAD, width, qkv + head * HEAD, 3 * channels, own.keys,
+    for (long token = 0; token < rounded_up(area, PAIR); token += PAIR)
+        for (long d = 0; d < HEAD; d += LANES) {
+            const Real* value = tokens[token] + offset + 2 * channels + d;
+            Real* to = values + d / PANEL * PANEL * width + token * PANEL + d % PANEL * PAIR;
+            if constexpr (PAIR == 1) {
+                store(to, load(value));
+            } else {  // the second token of a pair in the upper half of a word
+                Shorts even, odd;
+                std::memcpy(&even, value, sizeof even);
+                std::memcpy(&odd, tokens[token + 1] + offset + 2 * channels + d, sizeof odd);
+                Ints both = __builtin_convertvector(even, Ints) | __builtin_convertvector(odd, Ints) << 16;
+                std::memcpy(to, &both, sizeof both);
+            }
+        }
+}
+
+// One head of one window: queries of its `count` true tokens, one after another, with keys and values of all `tokens`.
+template <class Real>
+void attend(const Call& call, Scratch<Real>& own, const Real* queries, const Real* const* tokens, long count,
+            const int64_t* position, long head, const Real* bias, Real* out) {
+    const long area = call.area, channels = call.channels, width = rounded_up(area, PANEL);
+    constexpr long PAIR = 4 / sizeof(Real);
+    pack_keys_and_values(tokens, area, width, head * HEAD, channels, own.keys, own.values);
+    multiply(count, HEAD, width, queries + head * HEAD, own.wide_stride, own.keys, HEAD,
              [&](long row, long column, Floats left, Floats right) {
                  store(own.scores + row * width + column, left);
                  store(own.scores + row * width + column + LANES, right);
              });
     for (long row = 0; row < count; ++row) {
         float* score = own.scores + row * width;
+        Real* share = own.shares + row * width;
         const Real* table = bias + position[row] * area;
-        long column = 0;
+        const long whole = area / LANES * LANES;
         Floats most = Floats{} - INFINITY;
-        for (; column + LANES <= area; column += LANES) {
+        for (long column = 0; column < whole; column += LANES) {
             Floats value = load(score + column) * call.scale + load(table + column);
             store(score + column, value);
             most = value > most ? value : most;
         }
-        if (column < area) {
+        if (whole < area) {
             Real rest[LANES] = {};
-            std::memcpy(rest, table + column, (area - column) * sizeof(Real));
-            Floats value = load(score + column) * call.scale + load(rest);
-            for (long lane = area - column; lane < LANES; ++lane) value[lane] = -INFINITY;
-            store(score + column, value);
+            std::memcpy(rest, table + whole, (area - whole) * sizeof(Real));
+            Floats value = load(score + whole) * call.scale + load(rest);
+            value = own.lane < (int32_t)(area - whole) ? value : Floats{} - INFINITY;
+            store(score + whole, value);
             most = value > most ? value : most;
-            column += LANES;
         }
         const float top = largest(most);
         Floats total = {};
-        for (long c = 0; c < column; c += LANES) {
-            Floats share = exponential(load(score + c) - top);
-            store(score + c, share);
-            total += share;
+        for (long column = 0; column < area; column += LANES) {
+            Floats value = exponential(load(score + column) - top);
+            store(share + column, value);
+            total += value;
         }
-        const float factor = 1.0f / sum(total);
-        for (long c = 0; c < width; c += LANES)
-            store(own.shares + row * width + c, c < column ? load(score + c) * factor : Floats{});
+        own.factor[row] = 1.0f / sum(total);
     }
-    multiply(count, width, HEAD, own.shares, width, own.values, [&](long row, long column, Floats left, Floats right) {
-        store(out + row * channels + head * HEAD + column, left);
-        store(out + row * channels + head * HEAD + column + LANES, right);
-    });
+    multiply(count, rounded_up(area, PAIR), HEAD, own.shares, width, own.values, width,
+             [&](long row, long column, Floats left, Floats right) {
+                 Real* to = out + row * own.entered_stride + head * HEAD + column;
+                 store(to, left * own.factor[row]);
+                 store(to + LANES, right * own.factor[row]);
+             });
 }
 
 // Rows `place` of the map plus what `layer` makes of `from`: at once, or normalised first.
 template <class Real>
-void add_to_map(const Call& call, Scratch<Real>& own, long count, long depth, const Real* from, const Real* panels,
-                const Affine& layer, const Norm& norm) {
+void add_to_map(const Call& call, Scratch<Real>& own, long count, long depth, const Real* from, long stride,
+                const Real* panels, const Affine& layer, const Norm& norm) {
     const long channels = call.channels;
     Real* tokens = static_cast<Real*>(call.tokens);
-    multiply(count, depth, channels, from, depth, panels, [&](long row, long column, Floats left, Floats right) {
+    multiply(count, depth, channels, from, stride, panels, depth, [&](long row, long column, Floats left, Floats right) {
         left += bias_at<Real>(layer, column);
         right += bias_at<Real>(layer, column + LANES);
         if (call.norm_first) {
@@ -367,7 +438,7 @@ void enter(const Call& call, Scratch<Real>& own, long count, const Norm& norm) {
     const long channels = call.channels;
     for (long row = 0; row < count; ++row) {
         const Real* from = static_cast<const Real*>(call.tokens) + own.place[row] * channels;
-        Real* to = own.entered + row * channels;
+        Real* to = own.entered + row * own.entered_stride;
         if (call.norm_first)
             normalise<Real>(from, channels, norm, [&](long c, Floats value) { store(to + c, value); });
         else
@@ -387,24 +458,29 @@ void attention_pass(const Call& call, Scratch<Real>& own, const Real* qkv_panels
             own.position[count++] = slot % area;
         }
     enter(call, own, count, call.norm1);
-    multiply(count, channels, 3 * channels, own.entered, channels, qkv_panels,
+    multiply(count, channels, 3 * channels, own.entered, own.entered_stride, qkv_panels, channels,
              [&](long row, long column, Floats left, Floats right) {
-                 Real* to = own.wide + row * 3 * channels + column;
+                 Real* to = own.wide + row * own.wide_stride + column;
                  store(to, left + bias_at<Real>(call.qkv, column));
                  store(to + LANES, right + bias_at<Real>(call.qkv, column + LANES));
              });
-    for (long row = 0; row < count && call.cosine; ++row) to_cosines(own.wide + row * 3 * channels, call);
+    for (long row = 0; row < count && call.cosine; ++row) to_cosines(own.wide + row * own.wide_stride, call);
+    std::fill(own.tokens + area, own.tokens + rounded_up(area, PANEL), own.zeros);
     for (long window = first, start = 0; window < last; ++window) {
         long end = start;
-        for (long slot = window * area; slot < (window + 1) * area; ++slot) end += call.rows[slot] < call.num_tokens;
+        for (long token = 0; token < area; ++token) {
+            const bool is_true = call.rows[window * area + token] < call.num_tokens;
+            own.tokens[token] = is_true ? own.wide + end * own.wide_stride : of_padding;
+            end += is_true;
+        }
         const Real* bias = static_cast<const Real*>(call.bias);
         if (call.classes) bias += call.classes[window] * call.heads * area * area;
         for (long head = 0; head < call.heads; ++head)
-            attend(call, own, own.wide + start * 3 * channels, of_padding, end - start, own.position + start, head,
-                   bias + head * area * area, own.entered + start * channels);
+            attend(call, own, own.wide + start * own.wide_stride, own.tokens, end - start, own.position + start, head,
+                   bias + head * area * area, own.entered + start * own.entered_stride);
         start = end;
     }
-    add_to_map(call, own, count, channels, own.entered, proj_panels, call.proj, call.norm1);
+    add_to_map(call, own, count, channels, own.entered, own.entered_stride, proj_panels, call.proj, call.norm1);
 }
 
 template <class Real>
@@ -413,21 +489,19 @@ void mlp_pass(const Call& call, Scratch<Real>& own, const Real* panels1, const R
     const long channels = call.channels, hidden = call.hidden;
     std::copy(rows, rows + count, own.place);
     enter(call, own, count, call.norm2);
-    multiply(count, channels, hidden, own.entered, channels, panels1,
+    multiply(count, channels, hidden, own.entered, own.entered_stride, panels1, channels,
              [&](long row, long column, Floats left, Floats right) {
-                 Real* to = own.wide + row * hidden + column;
+                 Real* to = own.wide + row * own.wide_stride + column;
                  store(to, gelu(left + bias_at<Real>(call.fc1, column)));
                  store(to + LANES, gelu(right + bias_at<Real>(call.fc1, column + LANES)));
              });
-    add_to_map(call, own, count, hidden, own.wide, panels2, call.fc2, call.norm2);
+    add_to_map(call, own, count, hidden, own.wide, own.wide_stride, panels2, call.fc2, call.norm2);
 }
-
-long rounded_up(long value, long step) { return (value + step - 1) / step * step; }
 
 // What all threads share, laid out at the start of the workspace.
 template <class Real>
 struct Shared {
-    Real *qkv, *proj, *fc1, *fc2, *of_padding;
+    Real *qkv, *proj, *fc1, *fc2, *of_padding;  // the MLP's weights take the place of attention's
     int64_t* rows;
 
     char* lay_out(const Call& call, char* at) {
@@ -436,10 +510,10 @@ struct Shared {
             pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
             at += rounded_up(count * sizeof(*pointer), 64);
         };
-        take(qkv, 3 * channels * channels);
-        take(proj, channels * channels);
-        take(fc1, call.hidden * channels);
-        take(fc2, call.hidden * channels);
+        take(qkv, std::max(4 * channels, 2 * call.hidden) * channels);
+        proj = qkv + 3 * channels * channels;
+        fc1 = qkv;
+        fc2 = qkv + call.hidden * channels;
         take(of_padding, 3 * channels);
         take(rows, call.num_windows * call.area);
         return at;
@@ -459,7 +533,7 @@ void run(const Call& call) {
     if (call.cosine) to_cosines(shared.of_padding, call);
     const long most_windows = std::max<long>(1, TILE / call.area);
     const long window_tiles = rounded_up((call.num_windows + most_windows - 1) / most_windows, threads);
-    const long row_tiles = rounded_up((count + TILE - 1) / TILE, threads);
+    const long strips = (count + TALL - 1) / TALL, row_tiles = rounded_up((count + TILE - 1) / TILE, threads);
 #pragma omp parallel num_threads(threads)
     {
         Scratch<Real> own;
@@ -468,17 +542,19 @@ void run(const Call& call) {
 #else
         own.lay_out(call, scratch);
 #endif
+        std::memset(own.zeros, 0, 3 * channels * sizeof(Real));
         pack(call.qkv.weight, 3 * channels, channels, shared.qkv);
         pack(call.proj.weight, channels, channels, shared.proj);
-        pack(call.fc1.weight, call.hidden, channels, shared.fc1);
-        pack(call.fc2.weight, channels, call.hidden, shared.fc2);
 #pragma omp for schedule(dynamic)
         for (long tile = 0; tile < window_tiles; ++tile)
             attention_pass(call, own, shared.qkv, shared.proj, shared.of_padding, call.num_windows * tile / window_tiles,
                            call.num_windows * (tile + 1) / window_tiles);
+        pack(call.fc1.weight, call.hidden, channels, shared.fc1);
+        pack(call.fc2.weight, channels, call.hidden, shared.fc2);
 #pragma omp for schedule(dynamic)
         for (long tile = 0; tile < row_tiles; ++tile) {
-            const long first = count * tile / row_tiles, last = count * (tile + 1) / row_tiles;
+            const long first = strips * tile / row_tiles * TALL;
+            const long last = std::min(count, strips * (tile + 1) / row_tiles * TALL);
             mlp_pass(call, own, shared.fc1, shared.fc2, shared.rows + first, last - first);
         }
     }
