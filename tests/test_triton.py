@@ -20,68 +20,13 @@ from torch import Tensor, nn
 
 from sparsevit_cli import windows
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.kernels import Affine, BlockWeights, Kernels, Norm, choice, windowed
+from sparsevit_cli.kernels import Affine, Kernels, Norm, choice, windowed
 from sparsevit_cli.swin import set_sparsity, sparsify_
+
+from kernel_cases import DEVICE, arranged, assert_equal_to_portable, block, case, random
 
 triton = pytest.importorskip("triton")
 triton_windows = pytest.importorskip("sparsevit_cli.kernels.triton_windows")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def block(
-    channels: int, heads: int, ratio: int = 4, *, with_bias: bool = True, norm_first: bool = True
-) -> BlockWeights:
-    """Of V1, or with cosine attention and norms after attention and MLP of V2."""
-
-    def affine(inner: int, outer: int, bias: bool = True) -> Affine:
-        return Affine(random(outer, inner) / inner**0.5, random(outer) if bias else None)
-
-    def norm() -> Norm:
-        return Norm(1 + 0.2 * random(channels), 0.2 * random(channels), 1e-5)
-
-    return BlockWeights(
-        norm1=norm(), qkv=affine(channels, 3 * channels, with_bias), proj=affine(channels, channels),
-        norm2=norm(), fc1=affine(channels, ratio * channels), fc2=affine(ratio * channels, channels),
-        num_heads=heads, norm_first=norm_first, scale=(channels // heads) ** -0.5 if norm_first else 1.0,
-        cosine_scale=None if norm_first else 5 + 10 * torch.rand(heads, 1, 1, device=DEVICE),
-    )  # fmt: skip
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(shape, device=DEVICE)
-
-
-def case(
-    channels: int, heads: int, side: int, size: tuple[int, int], *, batch: int = 2, shifted: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """A map's rows, rows of every other window in random order, bias, and mask classes."""
-    height, width = size
-    window, shift = (side, side), (side // 2, side // 2) if shifted else (0, 0)
-    index = windows.window_token_index(height, width, window, shift, torch.device(DEVICE))
-    keep = torch.stack([torch.randperm(len(index), device=DEVICE)[: (len(index) + 1) // 2] for _ in range(batch)])
-    rows = windows.flat_rows(index, keep, height * width, scratch_row=windows.has_padding(height, width, window))
-    bias = random(1, heads, side**2, side**2)
-    bias_class = None
-    if shifted:
-        masks, class_of = windows.shift_mask(height, width, window, shift, torch.device(DEVICE))
-        bias, bias_class = bias + masks[:, None], class_of[keep.flatten()]
-    return random(batch * height * width, channels), rows.flatten(0, 1), bias, bias_class
-
-
-def assert_equal_to_portable(
-    tokens: Tensor, rows: Tensor, weights: BlockWeights, bias: Tensor, bias_class: Tensor | None, tolerance: float
-) -> None:
-    padded = bool((rows == len(tokens)).any())
-    expected, found = tokens.clone(), tokens.clone()
-    windowed.run_windows_(expected, rows, weights, bias, bias_class, padded=padded)
-    triton_windows.run_windows_(found, rows, weights, bias, bias_class, padded=padded)
-    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
-    skipped = torch.ones(len(tokens) + 1, dtype=torch.bool, device=tokens.device)
-    skipped[rows.flatten()] = False
-    assert torch.equal(found[skipped[:-1]], tokens[skipped[:-1]])
-    assert not torch.equal(found, tokens)
-
 
 @pytest.fixture(autouse=True)
 def _poisoned_outputs() -> Iterator[None]:
@@ -98,7 +43,7 @@ def _poisoned_outputs() -> Iterator[None]:
 @pytest.mark.parametrize("shifted", [False, True])
 def test_a_block_equals_the_portable_one(side: int, size: tuple[int, int], shifted: bool) -> None:
     torch.manual_seed(side)
-    assert_equal_to_portable(*arranged(96, 3, side, size, shifted), 2e-6)
+    assert_equal_to_portable(triton_windows.run_windows_, *arranged(96, 3, side, size, shifted), 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -110,22 +55,14 @@ def test_a_block_that_normalises_after_equals_the_portable_one(
 ) -> None:
     """Windows of all timm Swins: 7, 8, 12, 16 and 24."""
     torch.manual_seed(side)
-    assert_equal_to_portable(*arranged(channels, heads, side, size, True, 1, norm_first=False), 2e-6)
-
-
-def arranged(
-    channels: int, heads: int, side: int, size: tuple[int, int], shifted: bool, batch: int = 2, *,
-    norm_first: bool = True,
-) -> tuple[Tensor, Tensor, BlockWeights, Tensor, Tensor | None]:  # fmt: skip
-    tokens, rows, bias, bias_class = case(channels, heads, side, size, batch=batch, shifted=shifted)
-    return tokens, rows, block(channels, heads, norm_first=norm_first), bias, bias_class
+    assert_equal_to_portable(triton_windows.run_windows_, *arranged(channels, heads, side, size, True, 1, norm_first=False), 2e-6)
 
 
 @pytest.mark.parametrize(("channels", "heads"), [(128, 4), (192, 6), (256, 8), (384, 12)])
 def test_every_width_takes_its_way(channels: int, heads: int) -> None:
     """In float32 a width of 128 fuses the MLP, more does not."""
     torch.manual_seed(channels)
-    assert_equal_to_portable(*arranged(channels, heads, 7, (14, 9), True, batch=1), 2e-6)
+    assert_equal_to_portable(triton_windows.run_windows_, *arranged(channels, heads, 7, (14, 9), True, batch=1), 2e-6)
 
 
 IN_INTERPRETER = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16 as integers")
@@ -167,7 +104,7 @@ def test_any_shape(
     channels = heads * head_dim
     tokens, rows, bias, bias_class = case(channels, heads, side, (height, width), shifted=bool(seed % 2))
     weights = block(channels, heads, 2, with_bias=with_bias, norm_first=norm_first)
-    assert_equal_to_portable(tokens, rows, weights, bias, bias_class, 5e-6)
+    assert_equal_to_portable(triton_windows.run_windows_, tokens, rows, weights, bias, bias_class, 5e-6)
 
 
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,4 +1,4 @@
-"""Which engine computes the kept windows of a block: the portable one, or Triton's where it is asked for and fits."""
+"""Which engine computes the kept windows of a block: the portable one, ours in C++ or Triton's where they fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from . import windowed
 from .windowed import BlockWeights
 
-Kernels = Literal["auto", "portable", "triton"]
+Kernels = Literal["auto", "portable", "native", "triton"]
 KERNELS: tuple[str, ...] = get_args(Kernels)
 
 
@@ -39,39 +39,51 @@ class ScoreAndRank(Protocol):
 
 def chosen_ranking(kernels: str, device: torch.device) -> ScoreAndRank | None:
     """The function that scores and ranks windows of a map in few launches; None for those of `windows`."""
-    if kernels != "triton":
-        return None
-    module, _ = _triton(device.type)
-    return None if module is None else module.score_and_rank
+    engine, _ = _engine(_named(kernels, device), device.type)
+    return getattr(engine, "score_and_rank", None)
 
 
 def chosen(kernels: str, block: BlockWeights, device: torch.device) -> RunWindows:
     """The function that runs windows of `block` on `device`.
 
-    `triton` falls back to portable, with one warning, where Triton is not installed, where the device is a CPU
-    (except in Triton's interpreter), and for blocks that it has no kernels for. `auto` is portable: no GPU has been
-    measured yet.
+    `auto` is native on a CPU and portable elsewhere: no GPU has been measured yet. `native` falls back to portable
+    where there is no C++ compiler, `triton` where Triton is not installed or the device is a CPU (except in Triton's
+    interpreter), and both for blocks that they do not support: with one warning where they were asked for by name.
     """
-    if kernels != "triton":
-        return windowed.run_windows_
-    module, reason = _triton(device.type)
-    if module is not None and module.supports(block):
-        run: RunWindows = module.run_windows_
+    name = _named(kernels, device)
+    engine, reason = _engine(name, device.type)
+    if engine is not None and engine.supports(block):
+        run: RunWindows = engine.run_windows_
         return run
-    _warn_once(reason or "Triton's kernels are for contiguous weights in float32 or 16 bits, and norms that have some")
+    if kernels == name != "portable":
+        _warn_once(f"{reason or engine.LIMITS}: the portable kernels run instead")
     return windowed.run_windows_
 
 
 def running(kernels: str, device: torch.device) -> str:
     """Name and version of what `kernels` comes to on `device`: two names that are equal are the same code."""
-    module = _triton(device.type)[0] if kernels == "triton" else None
-    return "portable" if module is None else f"triton {module.triton.__version__}"
+    name = _named(kernels, device)
+    engine, _ = _engine(name, device.type)
+    return "portable" if engine is None else f"{name} {engine.version()}"
+
+
+def _named(kernels: str, device: torch.device) -> str:
+    return kernels if kernels != "auto" else "native" if device.type == "cpu" else "portable"
 
 
 @lru_cache
-def _triton(device_type: str) -> tuple[Any, str]:
-    """Our Triton kernels, or why they cannot be taken."""
+def _engine(name: str, device_type: str) -> tuple[Any, str]:
+    """The module of an engine, or None and why it cannot be taken."""
+    if name == "portable":
+        return None, ""
     try:
+        if name == "native":
+            from . import native
+
+            if device_type != "cpu":
+                return None, f"the C++ kernels are for CPUs, not for {device_type}"
+            native.load()
+            return native, ""
         import triton
 
         if device_type != "cuda" and not triton.knobs.runtime.interpret:
@@ -79,9 +91,11 @@ def _triton(device_type: str) -> tuple[Any, str]:
         from . import triton_windows
     except (ImportError, AttributeError) as error:  # no Triton, or one without knobs
         return None, f"Triton cannot be used ({error})"
+    except RuntimeError as error:
+        return None, str(error)
     return triton_windows, ""
 
 
 @lru_cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"{reason}: running without Triton", RuntimeWarning, stacklevel=2)
+    warnings.warn(reason, RuntimeWarning, stacklevel=2)

@@ -1,6 +1,6 @@
-"""The windows of a block in C++ that is compiled for this CPU at first use: one call per block, no step leaves the cache.
+"""The windows of a block in C++, compiled for this CPU at first use: a few windows stay in the cache for all steps.
 
-`native_windows.cpp` does the work. Compiled once per source and CPU into the user's cache folder.
+`native_windows.cpp` does the work. It is compiled once per source, compiler and CPU, into the user's cache folder.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -20,12 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import windowed
 from .linear import Affine
 from .windowed import BlockWeights, Norm
 
+LIMITS = "the C++ kernels are for contiguous blocks in float32 or bfloat16 with heads of 32 channels"
 SOURCE = Path(__file__).with_name("native_windows.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-fopenmp",
          "-shared", "-fPIC")  # fmt: skip
+HEAD_CHANNELS = 32
+SECONDS = 300
+"""A compiler that takes longer hangs."""
 
 
 class _Norm(ctypes.Structure):
@@ -53,10 +57,14 @@ def run_windows_(
     tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, *, padded: bool
 ) -> None:
     """As `windowed.run_windows_`, for blocks that `supports` says yes to."""
+    if tokens.dtype != block.qkv.weight.dtype or bias.dtype != tokens.dtype or not tokens.is_contiguous():
+        windowed.run_windows_(tokens, rows, block, bias, bias_class, padded=padded)
+        return
     rows, bias = rows.contiguous(), bias.contiguous()
+    classes = None if bias_class is None else bias_class.contiguous()
     cosine = None if block.cosine_scale is None else block.cosine_scale.flatten().float()
     call = _Call(
-        tokens=tokens.data_ptr(), rows=rows.data_ptr(), bias=bias.data_ptr(), classes=_address(bias_class),
+        tokens=tokens.data_ptr(), rows=rows.data_ptr(), bias=bias.data_ptr(), classes=_address(classes),
         cosine=_address(cosine), num_tokens=len(tokens), num_windows=len(rows), area=rows.shape[1],
         channels=tokens.shape[1], heads=block.num_heads, hidden=len(block.fc1.weight), norm_first=block.norm_first,
         threads=torch.get_num_threads(), scale=block.scale, norm1=_norm(block.norm1), norm2=_norm(block.norm2),
@@ -66,6 +74,92 @@ def run_windows_(
     workspace = torch.empty(library.workspace_bytes(ctypes.byref(call), is_bfloat) + 64, dtype=torch.uint8)
     call.workspace = -(-workspace.data_ptr() // 64) * 64
     library.run_windows(ctypes.byref(call), is_bfloat)
+
+
+def supports(block: BlockWeights) -> bool:
+    """True for what `LIMITS` says."""
+    channels, hidden = block.qkv.weight.shape[1], len(block.fc1.weight)
+    if channels != HEAD_CHANNELS * block.num_heads or hidden % HEAD_CHANNELS:
+        return False
+    norms, layers = (block.norm1, block.norm2), (block.qkv, block.proj, block.fc1, block.fc2)
+    if any(norm.weight is None or norm.bias is None for norm in norms):
+        return False
+    dtype = block.qkv.weight.dtype
+    if not (dtype == torch.float32 or (dtype == torch.bfloat16 and load().has_bfloat())):
+        return False
+    tensors = [tensor for part in (*norms, *layers) for tensor in (part.weight, part.bias) if tensor is not None]
+    return all(tensor.is_contiguous() and tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
+
+
+def version() -> str:
+    """Of source, compiler and CPU: two equal ones are the same code."""
+    return _key(_compiler())
+
+
+@lru_cache
+def load() -> Any:
+    """The compiled library. Raises RuntimeError with the reason where there is none."""
+    if sys.platform != "linux":
+        raise RuntimeError(f"the C++ kernels are for Linux, not {sys.platform}")
+    compiler = _compiler()
+    name = f"windows-{_key(compiler)}.so"
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler, _cache_folder() / name)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise RuntimeError(f"the C++ kernels did not compile ({said.strip().splitlines()[0]})") from error
+    library.workspace_bytes.restype = ctypes.c_int64
+    library.workspace_bytes.argtypes = library.run_windows.argtypes = (ctypes.POINTER(_Call), ctypes.c_int)
+    return library
+
+
+def _compiled(compiler: str, path: Path) -> Path:
+    """`path`, compiled by this process or an earlier one; several may do it at once."""
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        _said_by(compiler, *FLAGS, str(SOURCE), "-o", str(made))
+        made.replace(path)
+    return path
+
+
+def _cache_folder() -> Path:
+    """The user's own, or one that ends with the process where that cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsevit-cli"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(_process_folder().name)
+
+
+@lru_cache
+def _process_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="sparsevit-cli-")
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    raise RuntimeError("there is no C++ compiler (c++, g++, clang++ or $CXX)")
+
+
+@lru_cache
+def _key(compiler: str) -> str:
+    """What the library depends on: the source, the flags, and all that the compiler knows of itself and this CPU."""
+    try:
+        known = _said_by(compiler, *FLAGS, "-x", "c++", "-dM", "-E", os.devnull)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(f"{compiler} does not run ({error})") from error
+    return hashlib.sha256("\0".join((SOURCE.read_text(encoding="utf-8"), *FLAGS, known)).encode()).hexdigest()[:16]
+
+
+def _said_by(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS).stdout  # noqa: S603
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -78,12 +172,3 @@ def _norm(norm: Norm) -> _Norm:
 
 def _affine(layer: Affine) -> _Affine:
     return _Affine(_address(layer.weight), _address(layer.bias))
-
-
-@lru_cache
-def load() -> Any:
-    path='/tmp/native.so'
-    library = ctypes.CDLL(str(path))
-    library.workspace_bytes.restype = ctypes.c_int64
-    library.workspace_bytes.argtypes = library.run_windows.argtypes = (ctypes.POINTER(_Call), ctypes.c_int)
-    return library

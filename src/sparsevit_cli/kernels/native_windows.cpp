@@ -87,32 +87,46 @@ void store(BFloat* to, Floats value) {  // rounded to nearest, ties to even; NaN
     std::memcpy(to, &narrow, sizeof narrow);
 }
 
-// Lane i of `value` becomes lane i + distance, around the end.
-Floats rotated(Floats value, int distance) {
-    Ints from;
-    for (int lane = 0; lane < LANES; ++lane) from[lane] = (lane + distance) % LANES;
-    return __builtin_shuffle(value, from);
+// Squares of `step` lanes change places: those of `upper` that have the bit `step` with those of `lower` that do not.
+template <class Vector>
+void exchange(Vector& upper, Vector& lower, int step) {
+    Ints first, second;
+    for (int lane = 0; lane < LANES; ++lane) {
+        first[lane] = lane & step ? LANES + lane - step : lane;
+        second[lane] = lane & step ? LANES + lane : lane + step;
+    }
+    const Vector above = upper;
+    upper = __builtin_shuffle(above, lower, first);
+    lower = __builtin_shuffle(above, lower, second);
+}
+
+// Lane i of the result is all of rows[i] together; `rows` (LANES) is used up.
+template <class Both>
+Floats reduced(Floats* rows, Both&& both) {
+#pragma GCC unroll 4
+    for (int step = 1; step < LANES; step *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i += 2 * step) {
+            exchange(rows[i], rows[i + step], step);
+            rows[i] = both(rows[i], rows[i + step]);
+        }
+    }
+    return rows[0];
 }
 
 float sum(Floats value) {
 #pragma GCC unroll 4
-    for (int distance = LANES / 2; distance; distance /= 2) value += rotated(value, distance);
-    return value[0];
-}
-
-float largest(Floats value) {
-#pragma GCC unroll 4
-    for (int distance = LANES / 2; distance; distance /= 2) {
-        Floats other = rotated(value, distance);
-        value = other > value ? other : value;
+    for (int step = 1; step < LANES; step *= 2) {
+        Floats other = value;
+        exchange(value, other, step);
+        value += other;
     }
     return value[0];
 }
 
-// e^x to about 2e-7; 0 below -87. NaN stays NaN.
+// e^x for x up to 0, to about 2e-7; what is below -87 counts as -87. NaN stays NaN.
 Floats exponential(Floats x) {
-    x = x < -87.5f ? Floats{} - 87.5f : x;
-    x = x > 88.0f ? Floats{} + 88.0f : x;
+    x = x < -87.0f ? Floats{} - 87.0f : x;
     Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer stands in the low bits
     Floats whole = shifted - 12582912.0f;
     Floats rest = x - whole * 0.693145752f - whole * 1.42860677e-6f;
@@ -122,8 +136,7 @@ Floats exponential(Floats x) {
     power = power * rest + 1.66666657e-1f;
     power = power * rest + 5.00000000e-1f;
     power = power * rest * rest + rest + 1.0f;
-    Floats scaled = (Floats)((Ints)power + (((Ints)shifted - 0x4b400000) << 23));
-    return x > -87.4f ? scaled : x == x ? Floats{} : x;
+    return (Floats)((Ints)power + ((Ints)shifted << 23));
 }
 
 // The exact GELU; erf(x / sqrt 2) is a rational function fitted to 2e-8 up to 5.6, where it is 1.
@@ -141,10 +154,11 @@ Floats gelu(Floats x) {
 
 // -- matrix products ----------------------------------------------------------------------------------------------
 
-// Rows of `a` (TALLNESS, depth) times a panel of packed columns: `sums` (TALLNESS, PANEL). In bfloat16 `depth` is even,
-// and a panel holds pairs: (depth / 2, PANEL, 2).
+// Rows of `a` (TALLNESS, depth) times a panel of packed columns: PANEL sums for each row, `apart` from row to row. In
+// bfloat16 `depth` is even, and a panel holds pairs: (depth / 2, PANEL, 2).
 template <int TALLNESS>
-__attribute__((noinline)) void product(long depth, const float* a, long stride, const float* panel, float* sums) {
+__attribute__((noinline)) void product(long depth, const float* a, long stride, const float* panel, float* sums,
+                                       long apart) {
     Floats left[TALLNESS] = {}, right[TALLNESS] = {};
     const float* base[(TALLNESS + 2) / 3];
     for (int i = 0; i < (TALLNESS + 2) / 3; ++i) base[i] = a + 3 * i * stride;
@@ -160,13 +174,14 @@ __attribute__((noinline)) void product(long depth, const float* a, long stride, 
     }
 #pragma GCC unroll 16
     for (int i = 0; i < TALLNESS; ++i) {
-        store(sums + i * PANEL, left[i]);
-        store(sums + i * PANEL + LANES, right[i]);
+        store(sums + i * apart, left[i]);
+        store(sums + i * apart + LANES, right[i]);
     }
 }
 
 template <int TALLNESS>
-__attribute__((noinline)) void product(long depth, const BFloat* a, long stride, const BFloat* panel, float* sums) {
+__attribute__((noinline)) void product(long depth, const BFloat* a, long stride, const BFloat* panel, float* sums,
+                                       long apart) {
     Floats left[TALLNESS] = {}, right[TALLNESS] = {};
 #ifdef __AVX512BF16__
     const BFloat* base[(TALLNESS + 2) / 3];
@@ -186,9 +201,19 @@ __attribute__((noinline)) void product(long depth, const BFloat* a, long stride,
 #endif
 #pragma GCC unroll 16
     for (int i = 0; i < TALLNESS; ++i) {
-        store(sums + i * PANEL, left[i]);
-        store(sums + i * PANEL + LANES, right[i]);
+        store(sums + i * apart, left[i]);
+        store(sums + i * apart + LANES, right[i]);
     }
+}
+
+// Calls `strip` for all of `rows`, as many at a time as fit the registers: strip(first, how many as a constant).
+template <class Strip>
+void in_strips(long rows, Strip&& strip) {
+    long row = 0;
+    for (; row + TALL <= rows; row += TALL) strip(row, std::integral_constant<int, TALL>());
+    for (; row + TALL / 2 <= rows; row += TALL / 2) strip(row, std::integral_constant<int, TALL / 2>());
+    for (; row + 2 <= rows; row += 2) strip(row, std::integral_constant<int, 2>());
+    for (; row < rows; ++row) strip(row, std::integral_constant<int, 1>());
 }
 
 // a (rows, depth), with `stride` from row to row, times packed panels of `columns` in all, each `panel_depth` deep;
@@ -197,20 +222,21 @@ template <class Real, class End>
 void multiply(long rows, long depth, long columns, const Real* a, long stride, const Real* panels, long panel_depth,
               End&& end) {
     alignas(64) float sums[TALL * PANEL];
-    for (long column = 0; column < columns; column += PANEL, panels += panel_depth * PANEL) {
-        long row = 0;
-        auto strip = [&](auto tallness) {
-            constexpr int TALLNESS = decltype(tallness)::value;
-            for (; row + TALLNESS <= rows; row += TALLNESS) {
-                product<TALLNESS>(depth, a + row * stride, stride, panels, sums);
-                for (int i = 0; i < TALLNESS; ++i)
-                    end(row + i, column, load(sums + i * PANEL), load(sums + i * PANEL + LANES));
-            }
-        };
-        strip(std::integral_constant<int, TALL>());
-        strip(std::integral_constant<int, 4>());
-        strip(std::integral_constant<int, 1>());
-    }
+    for (long column = 0; column < columns; column += PANEL, panels += panel_depth * PANEL)
+        in_strips(rows, [&](long row, auto tallness) {
+            product<tallness>(depth, a + row * stride, stride, panels, sums, PANEL);
+            for (int i = 0; i < tallness; ++i)
+                end(row + i, column, load(sums + i * PANEL), load(sums + i * PANEL + LANES));
+        });
+}
+
+// The same into `sums` (rows, columns).
+template <class Real>
+void multiply(long rows, long depth, long columns, const Real* a, long stride, const Real* panels, float* sums) {
+    for (long column = 0; column < columns; column += PANEL, panels += depth * PANEL)
+        in_strips(rows, [&](long row, auto tallness) {
+            product<tallness>(depth, a + row * stride, stride, panels, sums + row * columns + column, columns);
+        });
 }
 
 // LANES rows of LANES words each, `sources[i]` onwards, into a square of a panel: word k of row j to panel[k][j].
@@ -219,19 +245,10 @@ void transpose(const int32_t* const sources[LANES], int32_t* panel) {
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) std::memcpy(&rows[i], sources[i], sizeof rows[i]);
 #pragma GCC unroll 4
-    for (int step = 1; step < LANES; step *= 2) {  // squares of `step` rows and columns change places
-        Ints first, second;
-        for (int lane = 0; lane < LANES; ++lane) {
-            first[lane] = lane & step ? LANES + lane - step : lane;
-            second[lane] = lane & step ? LANES + lane : lane + step;
-        }
+    for (int step = 1; step < LANES; step *= 2) {
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; ++i)
-            if (!(i & step)) {
-                const Ints upper = rows[i], lower = rows[i + step];
-                rows[i] = __builtin_shuffle(upper, lower, first);
-                rows[i + step] = __builtin_shuffle(upper, lower, second);
-            }
+            if (!(i & step)) exchange(rows[i], rows[i + step], step);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) std::memcpy(panel + i * PANEL, &rows[i], sizeof rows[i]);
@@ -308,7 +325,7 @@ struct Scratch {
         take(zeros, 3 * call.channels);
         take(scores, call.area * width);
         take(left, call.norm_first ? 0 : tile * call.channels);
-        take(factor, call.area);
+        take(factor, rounded_up(call.area, LANES));
         take(tokens, width);
         take(place, tile);
         take(position, tile);
@@ -359,6 +376,48 @@ void pack_keys_and_values(const Real* const* tokens, long area, long width, long
         }
 }
 
+// exp(scores * scale + bias - largest) of some rows, at most LANES, into `shares`, and one over their sums into `factor`.
+template <class Real>
+void softmax(Scratch<Real>& own, long first, long count, long area, long width, float scale, const Real* bias,
+             const int64_t* position) {
+    Floats rows[LANES] = {};
+    const long whole = area / LANES * LANES;
+    for (long i = 0; i < count; ++i) {
+        float* score = own.scores + (first + i) * width;
+        const Real* table = bias + position[first + i] * area;
+        Floats most = Floats{} - INFINITY;
+        for (long column = 0; column < whole; column += LANES) {
+            Floats value = load(score + column) * scale + load(table + column);
+            store(score + column, value);
+            most = value > most ? value : most;
+        }
+        if (whole < area) {
+            Real rest[LANES] = {};
+            for (long column = whole; column < area; ++column) rest[column - whole] = table[column];
+            Floats value = load(score + whole) * scale + load(rest);
+            value = own.lane < (int32_t)(area - whole) ? value : Floats{} - INFINITY;
+            store(score + whole, value);
+            most = value > most ? value : most;
+        }
+        rows[i] = most;
+    }
+    const Floats top = reduced(rows, [](Floats one, Floats other) { return other > one ? other : one; });
+    for (long i = 0; i < count; ++i) {
+        const float* score = own.scores + (first + i) * width;
+        Real* share = own.shares + (first + i) * width;
+        const float most = top[i];
+        Floats total = {};
+        for (long column = 0; column < area; column += LANES) {
+            Floats value = exponential(load(score + column) - most);
+            store(share + column, value);
+            total += value;
+        }
+        rows[i] = total;
+    }
+    const Floats totals = reduced(rows, [](Floats one, Floats other) { return one + other; });
+    store(own.factor + first, 1.0f / totals);
+}
+
 // One head of one window: queries of its `count` true tokens, one after another, with keys and values of all `tokens`.
 template <class Real>
 void attend(const Call& call, Scratch<Real>& own, const Real* queries, const Real* const* tokens, long count,
@@ -366,39 +425,9 @@ void attend(const Call& call, Scratch<Real>& own, const Real* queries, const Rea
     const long area = call.area, channels = call.channels, width = rounded_up(area, PANEL);
     constexpr long PAIR = 4 / sizeof(Real);
     pack_keys_and_values(tokens, area, width, head * HEAD, channels, own.keys, own.values);
-    multiply(count, HEAD, width, queries + head * HEAD, own.wide_stride, own.keys, HEAD,
-             [&](long row, long column, Floats left, Floats right) {
-                 store(own.scores + row * width + column, left);
-                 store(own.scores + row * width + column + LANES, right);
-             });
-    for (long row = 0; row < count; ++row) {
-        float* score = own.scores + row * width;
-        Real* share = own.shares + row * width;
-        const Real* table = bias + position[row] * area;
-        const long whole = area / LANES * LANES;
-        Floats most = Floats{} - INFINITY;
-        for (long column = 0; column < whole; column += LANES) {
-            Floats value = load(score + column) * call.scale + load(table + column);
-            store(score + column, value);
-            most = value > most ? value : most;
-        }
-        if (whole < area) {
-            Real rest[LANES] = {};
-            std::memcpy(rest, table + whole, (area - whole) * sizeof(Real));
-            Floats value = load(score + whole) * call.scale + load(rest);
-            value = own.lane < (int32_t)(area - whole) ? value : Floats{} - INFINITY;
-            store(score + whole, value);
-            most = value > most ? value : most;
-        }
-        const float top = largest(most);
-        Floats total = {};
-        for (long column = 0; column < area; column += LANES) {
-            Floats value = exponential(load(score + column) - top);
-            store(share + column, value);
-            total += value;
-        }
-        own.factor[row] = 1.0f / sum(total);
-    }
+    multiply(count, HEAD, width, queries + head * HEAD, own.wide_stride, own.keys, own.scores);
+    for (long row = 0; row < count; row += LANES)
+        softmax(own, row, std::min<long>(LANES, count - row), area, width, call.scale, bias, position);
     multiply(count, rounded_up(area, PAIR), HEAD, own.shares, width, own.values, width,
              [&](long row, long column, Floats left, Floats right) {
                  Real* to = out + row * own.entered_stride + head * HEAD + column;

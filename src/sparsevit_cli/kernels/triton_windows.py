@@ -21,6 +21,7 @@ from torch import Tensor
 from .linear import Affine
 from .windowed import BlockWeights, Norm
 
+LIMITS = "Triton's kernels are for contiguous blocks in float32, float16 or bfloat16"
 MAX_FUSED_BYTES = 512
 """Widest rows of a map that one program holds whole, with tiles of both weights, in 99 KB of shared memory: 256
 channels of 16 bits, 128 of 32 bits.
@@ -56,6 +57,11 @@ def supports(block: BlockWeights) -> bool:
     layers = (*norms, block.qkv, block.proj, block.fc1, block.fc2)
     tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
     return all(tensor.is_contiguous() and tensor.dtype in _DTYPES for tensor in tensors)
+
+
+def version() -> str:
+    """Of Triton: what is compiled depends on it."""
+    return str(triton.__version__)
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -48,8 +48,8 @@ def sparsify_(
     """Make every timm Swin stage inside `model` window-sparse, in place; returns `model`, still at ratio 0.
 
     A second call changes `importance` and `kernels` only. Parameters, buffers and state-dict keys stay timm's.
-    `kernels` says what runs at inference: `portable` (any device) or `triton` (a GPU; falls back with a warning);
-    `auto` is portable. Raises ConfigError where `model` holds no timm Swin stage, a subclass of one, or for an unknown
+    `kernels` says what runs at inference: `portable` (any device), `native` (C++ on a CPU, compiled at first use) or
+    `triton` (a GPU), which fall back with a warning; `auto` is native on a CPU with a compiler, portable elsewhere. Raises ConfigError where `model` holds no timm Swin stage, a subclass of one, or for an unknown
     name.
     """
     if kernels not in KERNELS:
