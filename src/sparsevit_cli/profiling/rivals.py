@@ -137,8 +137,9 @@ def authors_flow(model: nn.Module) -> nn.Module | None:
 def oracle() -> Iterator[None]:
     """O: our kernels on equally many windows that lie together, without scores and ranking.
 
-    Instead of gather and scatter a chunk is read where it stands, and written back by one plain copy. The outputs mean
-    nothing. What a sparse model takes longer than this is the sparsity tax.
+    Instead of gather and scatter a chunk is read where it stands, and written back by one plain copy; kernels that move
+    rows themselves get rows that follow each other. The outputs mean nothing. What a sparse model takes longer than
+    this is the sparsity tax.
     """
     place = [0]
 
@@ -151,10 +152,16 @@ def oracle() -> Iterator[None]:
         place[0] += len(rows)
         return tokens
 
+    def in_order(token_index: Tensor, keep_indices: Tensor, num_tokens: int, *, scratch_row: bool) -> Tensor:
+        batch, kept = keep_indices.shape
+        rows = torch.arange(batch * kept * token_index.shape[1], device=keep_indices.device) % (batch * num_tokens)
+        return rows.view(batch, kept, -1)
+
     functions: dict[str, Callable[..., Any]] = {
         "token_magnitude": lambda x, importance: x.new_zeros(x.shape[0], x.shape[1] * x.shape[2]),
         "window_scores": lambda magnitude, index: magnitude[:, : len(index)],
         "rank_windows": lambda scores, count: torch.arange(count, device=scores.device).expand(len(scores), -1),
+        "flat_rows": in_order,
         "gather_rows": read,
         "scatter_rows_": write,
     }
