@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import timm
@@ -25,7 +24,7 @@ def small_swin(device: str = "cpu") -> nn.Module:
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of all recordings; a recording runs the model at every replay into the same memory, as a graph does."""
     shapes: list[tuple[int, ...]] = []
 
@@ -38,7 +37,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]
 
     monkeypatch.setattr(acceleration, "record", record)
     monkeypatch.setattr(acceleration, "is_replayable", lambda x: isinstance(x, Tensor))
-    yield shapes
+    return shapes
 
 
 @torch.inference_mode()
@@ -97,7 +96,7 @@ def test_the_oldest_recording_goes_first(recorded: list[tuple[int, ...]], monkey
 def test_copies_record_for_themselves(recorded: list[tuple[int, ...]]) -> None:
     x = torch.randn(1, 3, 56, 56)
     model = accelerate_(small_swin(), x)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.forward.model is other
         other.head.fc.bias += 1.0
         torch.testing.assert_close(other(x), model(x) + 1.0)

@@ -160,7 +160,8 @@ def _forgotten() -> Iterator[None]:
 @pytest.mark.usefixtures("_forgotten")
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [("", "there is no C\\+\\+ compiler"), ("exit 1", "does not run"), ("case $* in *-dM*) ;; *) exit 1; esac", "did not compile")],
+    [("", "there is no C\\+\\+ compiler"), ("exit 1", "does not run"),
+     ("case $* in *-dM*) ;; *) exit 1; esac", "did not compile")],
 )  # fmt: skip
 def test_without_a_compiler_the_portable_ones_run(
     compiler: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -46,12 +46,16 @@ def test_the_variants_give_timms_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     assert any(module.fused_attn for module in with_fused_attention(model, True).modules() if hasattr(module, "qkv"))
 
 
-def test_the_oracle_skips_moves_and_ranking_and_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = sparsify_(swin(img_size=224))
+@pytest.mark.parametrize("embed_dim", [16, 32])  # portable, in C++
+@pytest.mark.parametrize("img_size", [224, 248])
+def test_the_oracle_skips_moves_and_ranking_and_leaves_all_as_it_was(
+    embed_dim: int, img_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sparsify_(swin(img_size=img_size, embed_dim=embed_dim))
     set_sparsity(model, 0.5)
-    before = {name: getattr(windows, name) for name in ("gather_rows", "scatter_rows_", "rank_windows")}
+    before = {name: getattr(windows, name) for name in ("gather_rows", "scatter_rows_", "rank_windows", "flat_rows")}
     monkeypatch.setattr(torch, "topk", lambda *_, **__: pytest.fail("the oracle ranks"))
-    x = torch.randn(1, 3, 224, 224)
+    x = torch.randn(1, 3, img_size, img_size)
     with torch.inference_mode(), oracle():
         assert model(x).isfinite().all()
     assert {name: getattr(windows, name) for name in before} == before

@@ -18,15 +18,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from kernel_cases import DEVICE, arranged, assert_equal_to_portable, block, case, random
 from sparsevit_cli import windows
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.kernels import Affine, Kernels, Norm, choice, windowed
 from sparsevit_cli.swin import set_sparsity, sparsify_
 
-from kernel_cases import DEVICE, arranged, assert_equal_to_portable, block, case, random
-
 triton = pytest.importorskip("triton")
 triton_windows = pytest.importorskip("sparsevit_cli.kernels.triton_windows")
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_outputs() -> Iterator[None]:
@@ -55,7 +55,8 @@ def test_a_block_that_normalises_after_equals_the_portable_one(
 ) -> None:
     """Windows of all timm Swins: 7, 8, 12, 16 and 24."""
     torch.manual_seed(side)
-    assert_equal_to_portable(triton_windows.run_windows_, *arranged(channels, heads, side, size, True, 1, norm_first=False), 2e-6)
+    arguments = arranged(channels, heads, side, size, True, 1, norm_first=False)
+    assert_equal_to_portable(triton_windows.run_windows_, *arguments, 2e-6)
 
 
 @pytest.mark.parametrize(("channels", "heads"), [(128, 4), (192, 6), (256, 8), (384, 12)])
@@ -72,9 +73,7 @@ IN_INTERPRETER = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interprete
     ("channels", "heads", "norm_first"), [(96, 3, True), (192, 6, True), (96, 3, False)]
 )  # the first two fuse the MLP, the second in wide blocks
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=IN_INTERPRETER), torch.float16])
-def test_half_precision_accumulates_in_float32(
-    dtype: torch.dtype, channels: int, heads: int, norm_first: bool
-) -> None:
+def test_half_precision_accumulates_in_float32(dtype: torch.dtype, channels: int, heads: int, norm_first: bool) -> None:
     torch.manual_seed(0)
     tokens, rows, weights, bias, bias_class = arranged(channels, heads, 7, (14, 20), True, norm_first=norm_first)
 
@@ -109,7 +108,7 @@ def test_any_shape(
 
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    seed=st.integers(0, 10**6), height=st.integers(3, 40), width=st.integers(3, 40), side=st.sampled_from([4, 7, 12]),
+    seed=st.integers(0, 10**6), height=st.integers(3, 24), width=st.integers(3, 24), side=st.sampled_from([4, 7, 12]),
     tenths=st.integers(1, 8), importance=st.sampled_from(["mean_abs_l2", "l2"]),
 )  # fmt: skip
 def test_scores_ranking_and_rows_are_those_of_torch(
@@ -153,9 +152,7 @@ def tiny(name: str, kernels: Kernels) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    "name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224"]
-)
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224"])
 def test_a_model_runs_on_them_where_it_is_asked_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = random(2, 3, 72, 72)
     launched: list[str] = []

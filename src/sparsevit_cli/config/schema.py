@@ -344,8 +344,8 @@ class ExperimentConfig(Section):
     kernels: Literal["auto", "portable", "native", "triton"] = Field(
         "auto",
         description="What runs kept windows at inference: `portable` on any device, `native` (C++, compiled at first "
-        "use) on a CPU, or `triton` on a GPU, each of them portable, with a warning, where it cannot be taken; `auto` is "
-        "native on a CPU that has a C++ compiler and portable elsewhere, as no GPU has been measured yet.",
+        "use) on a CPU, or `triton` on a GPU, each of them portable, with a warning, where it cannot be taken; `auto` "
+        "is native on a CPU that has a C++ compiler and portable elsewhere, as no GPU has been measured yet.",
     )
     output: Text = Field("runs", min_length=1, description="Folder of all run folders.")
     model: ModelSection = Field(ModelSection(), description="Which timm Swin, and its weights.")

@@ -3,7 +3,7 @@
 Training, tracing and export go through timm's own modules; what is here must agree with them to about 1e-5.
 """
 
-from .choice import KERNELS, Kernels, RunWindows, ScoreAndRank, chosen, chosen_ranking, running
+from .choice import KERNELS, Kernels, RunWindows, ScoreAndRank, chosen, chosen_ranking, explained, running
 from .linear import Affine, LinearOps, TorchLinear, linear_ops
 from .merging import MergingWeights, merge_patches
 from .windowed import BlockWeights, Norm, run_windows_
@@ -25,6 +25,7 @@ __all__ = [
     "TorchLinear",
     "chosen",
     "chosen_ranking",
+    "explained",
     "linear_ops",
     "merge_patches",
     "run_windows_",

@@ -67,6 +67,12 @@ def running(kernels: str, device: torch.device) -> str:
     return "portable" if engine is None else f"{name} {engine.version()}"
 
 
+def explained(kernels: str, device: torch.device) -> str:
+    """`running`, and why it is not what was wanted."""
+    reason = _engine(_named(kernels, device), device.type)[1]
+    return running(kernels, device) + (f" ({reason})" if reason else "")
+
+
 def _named(kernels: str, device: torch.device) -> str:
     return kernels if kernels != "auto" else "native" if device.type == "cpu" else "portable"
 
@@ -74,26 +80,31 @@ def _named(kernels: str, device: torch.device) -> str:
 @lru_cache
 def _engine(name: str, device_type: str) -> tuple[Any, str]:
     """The module of an engine, or None and why it cannot be taken."""
-    if name == "portable":
-        return None, ""
     try:
-        if name == "native":
-            from . import native
+        return {"portable": lambda _: None, "native": _native, "triton": _triton}[name](device_type), ""
+    except RuntimeError as error:
+        return None, str(error)
 
-            if device_type != "cpu":
-                return None, f"the C++ kernels are for CPUs, not for {device_type}"
-            native.load()
-            return native, ""
+
+def _native(device_type: str) -> Any:
+    if device_type != "cpu":
+        raise RuntimeError(f"the C++ kernels are for CPUs, not for {device_type}")
+    from . import native
+
+    native.load()
+    return native
+
+
+def _triton(device_type: str) -> Any:
+    try:
         import triton
 
         if device_type != "cuda" and not triton.knobs.runtime.interpret:
-            return None, f"Triton has no {device_type} backend here"
+            raise RuntimeError(f"Triton has no {device_type} backend here")
         from . import triton_windows
     except (ImportError, AttributeError) as error:  # no Triton, or one without knobs
-        return None, f"Triton cannot be used ({error})"
-    except RuntimeError as error:
-        return None, str(error)
-    return triton_windows, ""
+        raise RuntimeError(f"Triton cannot be used ({error})") from error
+    return triton_windows
 
 
 @lru_cache

@@ -139,9 +139,8 @@ def _attend(qkv: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor |
     block_q = _power(area, 64)
     _attention_kernel[(count, block.num_heads, triton.cdiv(area, block_q))](
         qkv, bias.contiguous(), _or(bias_class, qkv), _or(block.cosine_scale, qkv), out, block.scale, area,
-        block.num_heads, head_dim,
-        HAS_CLASS=bias_class is not None, COSINE=block.cosine_scale is not None, PRECISION=_precision(qkv), BLOCK_Q=block_q, BLOCK_K=block_q,
-        BLOCK_D=_power(head_dim),
+        block.num_heads, head_dim, HAS_CLASS=bias_class is not None, COSINE=block.cosine_scale is not None,
+        PRECISION=_precision(qkv), BLOCK_Q=block_q, BLOCK_K=block_q, BLOCK_D=_power(head_dim),
     )  # fmt: skip
     return out
 

@@ -154,8 +154,8 @@ def oracle() -> Iterator[None]:
 
     def in_order(token_index: Tensor, keep_indices: Tensor, num_tokens: int, *, scratch_row: bool) -> Tensor:
         batch, kept = keep_indices.shape
-        rows = torch.arange(batch * kept * token_index.shape[1], device=keep_indices.device) % (batch * num_tokens)
-        return rows.view(batch, kept, -1)
+        rows = torch.arange(batch * kept * token_index.shape[1], device=keep_indices.device)
+        return rows.clamp_(max=batch * num_tokens).view(batch, kept, -1)  # past the map it is padding
 
     functions: dict[str, Callable[..., Any]] = {
         "token_magnitude": lambda x, importance: x.new_zeros(x.shape[0], x.shape[1] * x.shape[2]),

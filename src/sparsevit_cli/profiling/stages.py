@@ -19,8 +19,9 @@ WARMUP_PASSES = 3
 class StageTime:
     """Milliseconds of one part of a forward pass; `name` is stem, stage 0 ..., or head (final norm, pooling, head).
 
-    `blocks_ms` is norm, attention and MLP; `scoring_ms` scoring and ranking of windows; `moves_ms` gather and scatter;
-    `merging_ms` patch merging. Stem and head have `other_ms` only.
+    `blocks_ms` is norm, attention and MLP; `scoring_ms` scoring and ranking of windows; `moves_ms` gather and scatter,
+    which the C++ and Triton kernels do inside their blocks; `merging_ms` patch merging. Stem and head have `other_ms`
+    only.
     """
 
     name: str

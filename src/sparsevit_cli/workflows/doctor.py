@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+from sparsevit_cli.kernels import explained
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
 
 EXTRAS = {
@@ -15,8 +16,9 @@ EXTRAS = {
 
 
 def examine() -> dict[str, object]:
-    """Device, versions, and for each extra what is missing and how to install it."""
-    found: dict[str, object] = {**describe_versions(), **describe_device(resolve_device("auto"))}
+    """Device, versions, kernels, and for each extra what is missing and how to install it."""
+    device = resolve_device("auto")
+    found: dict[str, object] = {**describe_versions(), **describe_device(device), "kernels": explained("auto", device)}
     for extra, packages in EXTRAS.items():
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         install = f"missing {', '.join(missing)}: pip install 'sparsevit-cli[{extra}]'"
