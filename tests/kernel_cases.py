@@ -9,6 +9,7 @@ from sparsevit_cli import windows
 from sparsevit_cli.kernels import Affine, BlockWeights, Norm, RunWindows, windowed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where tensors are made; read at every call, so that a test may set it."""
 
 
 def block(

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsevit_cli import windows
-from sparsevit_cli.kernels import Affine, TorchLinear, linear_ops, native, windowed
+from sparsevit_cli.kernels import Affine, Kernels, TorchLinear, linear_ops, native, windowed
 from sparsevit_cli.models import supported_models
 from sparsevit_cli.profiling.macs import analytic_macs
 from sparsevit_cli.sparsity import SearchSpace
@@ -29,7 +29,9 @@ TOLERANCE = 1e-5
 OF_EACH = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224")
 
 
-def swin(name: str = "swin_tiny_patch4_window7_224", **options: object) -> nn.Module:
+def swin(
+    name: str = "swin_tiny_patch4_window7_224", *, kernels: Kernels = "auto", **options: object
+) -> nn.Module:
     torch.manual_seed(0)
     small = {"embed_dim": 16, "depths": (2, 2, 4, 2), "num_heads": (1, 2, 4, 8), "num_classes": 5}
     model = timm.create_model(name, **{**small, **options})
@@ -41,7 +43,7 @@ def swin(name: str = "swin_tiny_patch4_window7_224", **options: object) -> nn.Mo
                 tensor.copy_(0.2 * torch.randn_like(tensor))
             elif key.endswith("logit_scale"):  # some heads above the limit of 100
                 tensor.copy_(torch.linspace(6.0, 2.0, len(tensor)).view(tensor.shape))
-    return sparsify_(model).eval()
+    return sparsify_(model, kernels=kernels).eval()
 
 
 def both_ways(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +62,7 @@ def assert_same(model: nn.Module, x: Tensor, tolerance: float = TOLERANCE) -> No
 @pytest.mark.parametrize("name", supported_models())
 @pytest.mark.parametrize("ratios", [0.0, 0.5])
 def test_both_ways_agree_for_every_name(name: str, ratios: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = swin(name, img_size=(136, 200), embed_dim=32 if ratios else 16)  # heads of 32 channels: in C++
+    model = swin(name, img_size=(136, 200), kernels="auto" if ratios else "portable")
     set_sparsity(model, ratios, exact=False)
     counts = calls_of(model, monkeypatch)
     assert_same(model, torch.randn(2, 3, 136, 200))
@@ -70,22 +72,23 @@ def test_both_ways_agree_for_every_name(name: str, ratios: float, monkeypatch: p
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6), height=st.integers(4, 60), width=st.integers(4, 60), window=st.sampled_from([4, 7, 8]),
-    batch=st.integers(1, 3), name=st.sampled_from(OF_EACH),
+    batch=st.integers(1, 3), name=st.sampled_from(OF_EACH), kernels=st.sampled_from(["auto", "portable"]),
 )  # fmt: skip
 def test_both_ways_agree_at_any_size_and_sparsity(
-    seed: int, height: int, width: int, window: int, batch: int, name: str
+    seed: int, height: int, width: int, window: int, batch: int, name: str, kernels: Kernels
 ) -> None:
     from random import Random
 
     size = (4 * height, 4 * width)
-    model = swin(name, img_size=size, window_size=window, depths=(2, 3, 2, 1), always_partition=bool(seed % 2))
+    options = {"window_size": window, "depths": (2, 3, 2, 1), "always_partition": bool(seed % 2)}
+    model = swin(name, img_size=size, kernels=kernels, **options)
     set_sparsity(model, SearchSpace((2, 3, 2, 1)).sample(Random(seed)), exact=False)
     assert_same(model, torch.randn(batch, 3, *size))
 
 
 @pytest.mark.parametrize("chunk", [1, 60, 10**9])
 def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = swin(img_size=224)
+    model = swin(img_size=224, kernels="portable")
     set_sparsity(model, 0.3)
     x = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():

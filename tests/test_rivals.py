@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparsevit_cli import windows
+from sparsevit_cli.kernels import Kernels
 from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, oracle, with_fused_attention
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import set_sparsity, sparsify_, without_kernels
@@ -46,12 +47,12 @@ def test_the_variants_give_timms_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     assert any(module.fused_attn for module in with_fused_attention(model, True).modules() if hasattr(module, "qkv"))
 
 
-@pytest.mark.parametrize("embed_dim", [16, 32])  # portable, in C++
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
 @pytest.mark.parametrize("img_size", [224, 248])
 def test_the_oracle_skips_moves_and_ranking_and_leaves_all_as_it_was(
-    embed_dim: int, img_size: int, monkeypatch: pytest.MonkeyPatch
+    kernels: Kernels, img_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = sparsify_(swin(img_size=img_size, embed_dim=embed_dim))
+    model = sparsify_(swin(img_size=img_size), kernels=kernels)
     set_sparsity(model, 0.5)
     before = {name: getattr(windows, name) for name in ("gather_rows", "scatter_rows_", "rank_windows", "flat_rows")}
     monkeypatch.setattr(torch, "topk", lambda *_, **__: pytest.fail("the oracle ranks"))

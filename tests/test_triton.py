@@ -178,7 +178,7 @@ def test_what_they_do_not_take_falls_back_with_one_warning() -> None:
     with torch.inference_mode():
         expected = tiny(name, "portable").double()(x)
         model = tiny(name, "triton").double()
-        with pytest.warns(RuntimeWarning, match="float32 or 16 bits"):
+        with pytest.warns(RuntimeWarning, match="float32, float16 or bfloat16"):
             torch.testing.assert_close(model(x), expected)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -190,15 +190,15 @@ def test_without_a_gpu_or_triton_the_portable_kernels_run(monkeypatch: pytest.Mo
     for package, reason in ((None, "cannot be used"), (triton, "no cpu backend")):
         monkeypatch.setitem(sys.modules, "triton", package)
         monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-        choice._triton.cache_clear()
+        choice._engine.cache_clear()
         choice._warn_once.cache_clear()
         with pytest.warns(RuntimeWarning, match=reason):
             assert choice.chosen("triton", weights, torch.device("cpu")) is windowed.run_windows_
-    choice._triton.cache_clear()
+    choice._engine.cache_clear()
 
 
 def test_an_unknown_engine_is_refused() -> None:
-    with pytest.raises(ConfigError, match="auto, portable, triton"):
+    with pytest.raises(ConfigError, match="auto, portable, native, triton"):
         tiny("swin_tiny_patch4_window7_224", "cuda")  # type: ignore[arg-type]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from sparsevit_cli import windows
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.swin import SparseStage
+from sparsevit_cli.swin import SparseStage, is_unwatched
 
 MAX_GRAPHS = 8
 """Shapes replayed at a time; each keeps the memory of one forward. The one used longest ago goes first."""
@@ -23,11 +24,15 @@ WARM_UPS = 3
 def accelerate_(model: nn.Module, example: Tensor | None = None) -> nn.Module:
     """Let inference of `model` replay CUDA graphs, in place; returns `model`. On other devices nothing changes.
 
-    The first forward of every input shape, ratio and type captures a graph; `example` (B, C, H, W) is captured at once.
-    Graphs read the weights where they stand: changes in place count, moved ones are noticed, and for a parameter or
-    module that was exchanged `accelerate_` must be called again. Training, gradients, autocast and calls with anything
-    but one CUDA tensor run as before. Hooks inside the model are called at capture only. The model must not wait for
-    the device; a window-sparse Swin does not. Raises ConfigError where `model.forward` was replaced by somebody else.
+    The first forward of every input shape, type, ratio and window size captures a graph; `example` (B, C, H, W) is
+    captured at once, for `torch.inference_mode`, if the model is in evaluation mode. Graphs read the weights where they
+    stand: changes in place count, moved ones are noticed. Whatever else is exchanged afterwards (`sparsify_`,
+    `load_state_dict(assign=True)`, modules, attributes, global precision settings) needs `accelerate_` again.
+
+    Training, gradients, autocast, observers of operators and calls with anything but one CUDA tensor run as before.
+    Hooks inside the model are called at capture only. Calls wait for each other, and are meant for one stream. The
+    model must not wait for the device; a window-sparse Swin does not. Raises ConfigError where somebody else replaced
+    `model.forward`.
     """
     replaced = model.__dict__.get("forward")
     if not (replaced is None or isinstance(replaced, GraphedForward)):
@@ -56,18 +61,21 @@ class GraphedForward:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._lock = RLock()
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
         self._weights: list[tuple[Tensor, int]] = []
         self._stages: list[SparseStage] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(args) != 1 or not self._can_replay(args[0]):
+        if kwargs or len(args) != 1 or self.model.training or not is_replayable(args[0]):
             return type(self.model).forward(self.model, *args, **kwargs)
-        (x,) = args
+        with self._lock:
+            return self._replayed(args[0])
+
+    def _replayed(self, x: Tensor) -> Any:
         if not self._recordings or any(tensor.data_ptr() != place for tensor, place in self._weights):
             self._look_at_model()
-        settings = ((s.sparsity_tenths, s.as_timm, s.importance, s.kernels) for s in self._stages)
-        key = (x.shape, x.dtype, x.device, torch.is_inference_mode_enabled(), *settings)
+        key = (x.shape, x.dtype, x.device, torch.is_inference_mode_enabled(), *map(_settings, self._stages))
         recording = self._recordings.pop(key, None)
         if recording is None:
             recording = record(self.model, x)
@@ -85,11 +93,6 @@ class GraphedForward:
         self._weights = [(tensor, tensor.data_ptr()) for tensor in tensors]
         self._stages = [module for module in self.model.modules() if isinstance(module, SparseStage)]
 
-    def _can_replay(self, x: object) -> bool:
-        if not is_replayable(x) or self.model.training or torch.is_grad_enabled():
-            return False
-        return not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
-
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
         return GraphedForward(memo[id(self.model)])  # the copy captures its own
 
@@ -97,11 +100,16 @@ class GraphedForward:
         return GraphedForward, (self.model,)
 
 
+def _settings(stage: SparseStage) -> Hashable:
+    """What may be set on a stage at any time."""
+    return stage.sparsity_tenths, stage.as_timm, stage.importance, stage.kernels, stage.blocks[0].window_size
+
+
 def is_replayable(x: object) -> bool:
-    """True for a plain CUDA tensor outside of autocast and of a capture that goes on."""
-    if not (isinstance(x, Tensor) and x.is_cuda):
+    """True for a plain CUDA tensor where nobody differentiates or watches, outside of a capture that goes on."""
+    if not (type(x) is Tensor and x.is_cuda and is_unwatched(x.device)):
         return False
-    return not (torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing())
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def record(model: nn.Module, x: Tensor) -> Recording:
@@ -115,6 +123,6 @@ def record(model: nn.Module, x: Tensor) -> Recording:
                 forward(model, entered)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             left = forward(model, entered)
     return Recording(entered, left, graph.replay, (graph, held))

@@ -23,11 +23,14 @@ from . import windowed
 from .linear import Affine
 from .windowed import BlockWeights, Norm
 
-LIMITS = "the C++ kernels are for contiguous blocks in float32 or bfloat16 with heads of 32 channels"
+LIMITS = (
+    "the C++ kernels are for contiguous blocks in float32 (channels a multiple of 16) or, where the CPU has it, "
+    "bfloat16 (of 32), with an even number of at most 32 channels per head and norms with weight and bias"
+)
 SOURCE = Path(__file__).with_name("native_windows.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-fopenmp",
          "-shared", "-fPIC")  # fmt: skip
-HEAD_CHANNELS = 32
+MAX_HEAD = 32
 SECONDS = 300
 """A compiler that takes longer hangs."""
 
@@ -56,8 +59,9 @@ class _Call(ctypes.Structure):
 def run_windows_(
     tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, *, padded: bool
 ) -> None:
-    """As `windowed.run_windows_`, for blocks that `supports` says yes to."""
-    if tokens.dtype != block.qkv.weight.dtype or bias.dtype != tokens.dtype or not tokens.is_contiguous():
+    """As `windowed.run_windows_`, for blocks that `supports` says yes to; other maps than theirs go there."""
+    is_plain = type(tokens) is Tensor and tokens.device.type == "cpu" and tokens.is_contiguous()
+    if not is_plain or not tokens.dtype == bias.dtype == block.qkv.weight.dtype:
         windowed.run_windows_(tokens, rows, block, bias, bias_class, padded=padded)
         return
     rows, bias = rows.contiguous(), bias.contiguous()
@@ -71,7 +75,7 @@ def run_windows_(
         qkv=_affine(block.qkv), proj=_affine(block.proj), fc1=_affine(block.fc1), fc2=_affine(block.fc2),
     )  # fmt: skip
     library, is_bfloat = load(), tokens.dtype == torch.bfloat16
-    workspace = torch.empty(library.workspace_bytes(ctypes.byref(call), is_bfloat) + 64, dtype=torch.uint8)
+    workspace = torch.empty(library.workspace_bytes(ctypes.byref(call), is_bfloat) + 64, dtype=torch.uint8, device="cpu")
     call.workspace = -(-workspace.data_ptr() // 64) * 64
     library.run_windows(ctypes.byref(call), is_bfloat)
 
@@ -79,13 +83,15 @@ def run_windows_(
 def supports(block: BlockWeights) -> bool:
     """True for what `LIMITS` says."""
     channels, hidden = block.qkv.weight.shape[1], len(block.fc1.weight)
-    if channels != HEAD_CHANNELS * block.num_heads or hidden % HEAD_CHANNELS:
-        return False
     norms, layers = (block.norm1, block.norm2), (block.qkv, block.proj, block.fc1, block.fc2)
     if any(norm.weight is None or norm.bias is None for norm in norms):
         return False
     dtype = block.qkv.weight.dtype
     if not (dtype == torch.float32 or (dtype == torch.bfloat16 and load().has_bfloat())):
+        return False
+    multiple = 16 if dtype == torch.float32 else 32
+    head = channels // block.num_heads
+    if channels % multiple or hidden % multiple or channels % block.num_heads or head > MAX_HEAD or head % 2:
         return False
     tensors = [tensor for part in (*norms, *layers) for tensor in (part.weight, part.bias) if tensor is not None]
     return all(tensor.is_contiguous() and tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
@@ -102,36 +108,40 @@ def load() -> Any:
     if sys.platform != "linux":
         raise RuntimeError(f"the C++ kernels are for Linux, not {sys.platform}")
     compiler = _compiler()
-    name = f"windows-{_key(compiler)}.so"
     try:
-        library = ctypes.CDLL(str(_compiled(compiler, _cache_folder() / name)))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        raise RuntimeError(f"the C++ kernels did not compile ({said.strip().splitlines()[0]})") from error
+        library = _library(compiler, _cache_folder() / f"windows-{_key(compiler)}.so")
+    except subprocess.SubprocessError as error:
+        said = str(getattr(error, "stderr", None) or "").strip() or str(error)
+        raise RuntimeError(f"the C++ kernels did not compile ({said.splitlines()[0]})") from error
+    except OSError as error:
+        raise RuntimeError(f"the C++ kernels cannot be loaded ({error})") from error
     library.workspace_bytes.restype = ctypes.c_int64
     library.workspace_bytes.argtypes = library.run_windows.argtypes = (ctypes.POINTER(_Call), ctypes.c_int)
     return library
 
 
-def _compiled(compiler: str, path: Path) -> Path:
-    """`path`, compiled by this process or an earlier one; several may do it at once."""
+def _library(compiler: str, path: Path) -> ctypes.CDLL:
+    """What this process or an earlier one compiled; a damaged file is compiled again."""
     if path.exists():
-        return path
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # several processes may do this at once
         made = Path(folder) / path.name
         _said_by(compiler, *FLAGS, str(SOURCE), "-o", str(made))
         made.replace(path)
-    return path
+    return ctypes.CDLL(str(path))
 
 
 def _cache_folder() -> Path:
     """The user's own, or one that ends with the process where that cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsevit-cli"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsevit-cli"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # there may be no home
         pass
     return Path(_process_folder().name)
 
@@ -142,10 +152,10 @@ def _process_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+    for name in (os.environ.get("CXX"), "g++", "c++"):
         if name and shutil.which(name):
             return name
-    raise RuntimeError("there is no C++ compiler (c++, g++, clang++ or $CXX)")
+    raise RuntimeError("there is no C++ compiler (g++, c++ or $CXX)")
 
 
 @lru_cache
@@ -153,9 +163,10 @@ def _key(compiler: str) -> str:
     """What the library depends on: the source, the flags, and all that the compiler knows of itself and this CPU."""
     try:
         known = _said_by(compiler, *FLAGS, "-x", "c++", "-dM", "-E", os.devnull)
+        source = SOURCE.read_text(encoding="utf-8")
     except (OSError, subprocess.SubprocessError) as error:
         raise RuntimeError(f"{compiler} does not run ({error})") from error
-    return hashlib.sha256("\0".join((SOURCE.read_text(encoding="utf-8"), *FLAGS, known)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join((source, *FLAGS, known)).encode()).hexdigest()[:16]
 
 
 def _said_by(*command: str) -> str:

@@ -25,8 +25,9 @@ constexpr int LANES = 8, TALL = 6;
 constexpr int LANES = 4, TALL = 6;
 #endif
 constexpr int PANEL = 2 * LANES;  // columns of a panel of packed weights
-constexpr int HEAD = 32;          // channels of an attention head, in every timm Swin
-constexpr long TILE = 98;         // rows that a thread works on: two windows of 49, seven times TALL
+constexpr int HEAD = 32;          // most channels of an attention head; the number in every timm Swin
+constexpr long TILE = 98;         // rows that a thread works on: two windows of 49
+constexpr long SLACK = 32;        // elements after a row that may be read and written
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -114,6 +115,21 @@ Floats reduced(Floats* rows, Both&& both) {
     return rows[0];
 }
 
+float widened(float value) { return value; }
+float widened(BFloat value) {
+    uint32_t bits = (uint32_t)value.bits << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+template <class Real>
+Real narrowed(float value) {
+    Real lanes[LANES];
+    store(lanes, Floats{} + value);
+    return lanes[0];
+}
+
 float sum(Floats value) {
 #pragma GCC unroll 4
     for (int step = 1; step < LANES; step *= 2) {
@@ -124,7 +140,7 @@ float sum(Floats value) {
     return value[0];
 }
 
-// e^x for x up to 0, to about 2e-7; what is below -87 counts as -87. NaN stays NaN.
+// e^x for x up to 0, to about 2e-7; what is below -87 counts as -87, and NaN stays NaN.
 Floats exponential(Floats x) {
     x = x < -87.0f ? Floats{} - 87.0f : x;
     Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer stands in the low bits
@@ -136,7 +152,8 @@ Floats exponential(Floats x) {
     power = power * rest + 1.66666657e-1f;
     power = power * rest + 5.00000000e-1f;
     power = power * rest * rest + rest + 1.0f;
-    return (Floats)((Ints)power + ((Ints)shifted << 23));
+    Floats scaled = (Floats)((Ints)power + ((Ints)shifted << 23));
+    return x == x ? scaled : x;
 }
 
 // The exact GELU; erf(x / sqrt 2) is a rational function fitted to 2e-8 up to 5.6, where it is 1.
@@ -148,8 +165,10 @@ Floats gelu(Floats x) {
                    6.875193743e-02f) * u + 7.978844432e-01f;
     Floats under = ((((1.180209031e-06f * u + 7.510127261e-05f) * u + 1.912969209e-03f) * u + 2.894000493e-02f) * u +
                     2.528334885e-01f) * u + 1.0f;
+    Floats erf = z * over / under;
+    erf = erf < -1.0f ? Floats{} - 1.0f : erf;  // rounding may have gone past it
     const Floats half = 0.5f * x;
-    return half + half * (z * over / under);
+    return half + half * erf;
 }
 
 // -- matrix products ----------------------------------------------------------------------------------------------
@@ -216,8 +235,8 @@ void in_strips(long rows, Strip&& strip) {
     for (; row < rows; ++row) strip(row, std::integral_constant<int, 1>());
 }
 
-// a (rows, depth), with `stride` from row to row, times packed panels of `columns` in all, each `panel_depth` deep;
-// `end(row, column, left, right)` gets PANEL sums from that column on.
+// a (rows, depth), with `stride` from row to row, times packed panels of `columns` in all (a multiple of LANES), each
+// `panel_depth` deep; `end(row, column, sums)` gets LANES sums from that column on.
 template <class Real, class End>
 void multiply(long rows, long depth, long columns, const Real* a, long stride, const Real* panels, long panel_depth,
               End&& end) {
@@ -225,15 +244,17 @@ void multiply(long rows, long depth, long columns, const Real* a, long stride, c
     for (long column = 0; column < columns; column += PANEL, panels += panel_depth * PANEL)
         in_strips(rows, [&](long row, auto tallness) {
             product<tallness>(depth, a + row * stride, stride, panels, sums, PANEL);
-            for (int i = 0; i < tallness; ++i)
-                end(row + i, column, load(sums + i * PANEL), load(sums + i * PANEL + LANES));
+            for (int i = 0; i < tallness; ++i) end(row + i, column, load(sums + i * PANEL));
+            if (column + LANES < columns)
+                for (int i = 0; i < tallness; ++i) end(row + i, column + LANES, load(sums + i * PANEL + LANES));
         });
 }
 
-// The same into `sums` (rows, columns).
+// The same into `sums` (rows, columns), of whole panels.
 template <class Real>
-void multiply(long rows, long depth, long columns, const Real* a, long stride, const Real* panels, float* sums) {
-    for (long column = 0; column < columns; column += PANEL, panels += depth * PANEL)
+void multiply(long rows, long depth, long columns, const Real* a, long stride, const Real* panels, long panel_depth,
+              float* sums) {
+    for (long column = 0; column < columns; column += PANEL, panels += panel_depth * PANEL)
         in_strips(rows, [&](long row, auto tallness) {
             product<tallness>(depth, a + row * stride, stride, panels, sums + row * columns + column, columns);
         });
@@ -309,9 +330,9 @@ struct Scratch {
     }
 
     char* lay_out(const Call& call, char* at) {
-        const long tile = std::max<long>(TILE, call.area), width = rounded_up(call.area, PANEL);
-        entered_stride = call.channels + 64 / sizeof(Real);
-        wide_stride = std::max(3 * call.channels, call.hidden) + 64 / sizeof(Real);
+        const long tile = std::max(rounded_up(TILE, TALL), call.area), width = rounded_up(call.area, PANEL);
+        entered_stride = call.channels + SLACK;
+        wide_stride = std::max(3 * call.channels, call.hidden) + SLACK;
         for (int i = 0; i < LANES; ++i) lane[i] = i;
         auto take = [&at](auto*& pointer, long count) {
             pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
@@ -322,7 +343,7 @@ struct Scratch {
         take(keys, HEAD * width);
         take(values, HEAD * width);
         take(shares, call.area * width);
-        take(zeros, 3 * call.channels);
+        take(zeros, 3 * call.channels + SLACK);
         take(scores, call.area * width);
         take(left, call.norm_first ? 0 : tile * call.channels);
         take(factor, rounded_up(call.area, LANES));
@@ -333,27 +354,30 @@ struct Scratch {
     }
 };
 
-// Queries divided by their norms and multiplied by the head's scale, keys divided by theirs: row (3, heads, HEAD).
+// Queries divided by their norms and multiplied by the head's scale, keys divided by theirs: row (3, heads, head).
 template <class Real>
 void to_cosines(Real* row, const Call& call) {
-    for (long head = 0; head < 2 * call.heads; ++head) {
-        Floats squares = {};
-        Real* vector = row + head * HEAD;
-        for (int d = 0; d < HEAD; d += LANES) squares += load(vector + d) * load(vector + d);
-        float factor = 1.0f / std::max(std::sqrt(sum(squares)), 1e-12f);
+    const long width = call.channels / call.heads;
+    for (long head = 0; head < 2 * call.heads; ++head, row += width) {
+        float vector[HEAD], squares = 0;
+        for (long d = 0; d < width; ++d) {
+            vector[d] = widened(row[d]);
+            squares += vector[d] * vector[d];
+        }
+        float factor = 1.0f / std::max(std::sqrt(squares), 1e-12f);
         if (head < call.heads) factor *= call.cosine[head];
-        for (int d = 0; d < HEAD; d += LANES) store(vector + d, load(vector + d) * factor);
+        for (long d = 0; d < width; ++d) row[d] = narrowed<Real>(vector[d] * factor);
     }
 }
 
-// Keys of a head, (HEAD, width) in panels, and its values, (width, HEAD) in panels; `tokens[j]` is the qkv row of token
-// j, or of zeros past the window.
+// Keys of a head, (HEAD, width) in panels, and its values, (width, HEAD) in panels; `tokens[j] + offset` is the head's
+// query of token j, or zeros past the window. Past `head` channels stands something, which nobody reads.
 template <class Real>
-void pack_keys_and_values(const Real* const* tokens, long area, long width, long offset, long channels, Real* keys,
-                          Real* values) {
+void pack_keys_and_values(const Real* const* tokens, long area, long width, long offset, long head, long channels,
+                          Real* keys, Real* values) {
     constexpr long PAIR = 4 / sizeof(Real), WORDS = HEAD / PAIR;
     for (long token = 0; token < width; token += LANES)
-        for (long word = 0; word < WORDS; word += LANES) {
+        for (long word = 0; word < head / PAIR; word += LANES) {
             const int32_t* sources[LANES];
             for (int j = 0; j < LANES; ++j)
                 sources[j] = reinterpret_cast<const int32_t*>(tokens[token + j] + offset + channels) + word;
@@ -361,7 +385,7 @@ void pack_keys_and_values(const Real* const* tokens, long area, long width, long
                                    token % PANEL);
         }
     for (long token = 0; token < rounded_up(area, PAIR); token += PAIR)
-        for (long d = 0; d < HEAD; d += LANES) {
+        for (long d = 0; d < head; d += LANES) {
             const Real* value = tokens[token] + offset + 2 * channels + d;
             Real* to = values + d / PANEL * PANEL * width + token * PANEL + d % PANEL * PAIR;
             if constexpr (PAIR == 1) {
@@ -419,20 +443,20 @@ void softmax(Scratch<Real>& own, long first, long count, long area, long width, 
 }
 
 // One head of one window: queries of its `count` true tokens, one after another, with keys and values of all `tokens`.
+// What it writes past its channels of `out` belongs to the next head, which comes later, or to nobody.
 template <class Real>
 void attend(const Call& call, Scratch<Real>& own, const Real* queries, const Real* const* tokens, long count,
-            const int64_t* position, long head, const Real* bias, Real* out) {
+            const int64_t* position, long number, const Real* bias, Real* out) {
     const long area = call.area, channels = call.channels, width = rounded_up(area, PANEL);
+    const long head = channels / call.heads, offset = number * head;
     constexpr long PAIR = 4 / sizeof(Real);
-    pack_keys_and_values(tokens, area, width, head * HEAD, channels, own.keys, own.values);
-    multiply(count, HEAD, width, queries + head * HEAD, own.wide_stride, own.keys, own.scores);
+    pack_keys_and_values(tokens, area, width, offset, head, channels, own.keys, own.values);
+    multiply(count, head, width, queries + offset, own.wide_stride, own.keys, HEAD, own.scores);
     for (long row = 0; row < count; row += LANES)
         softmax(own, row, std::min<long>(LANES, count - row), area, width, call.scale, bias, position);
-    multiply(count, rounded_up(area, PAIR), HEAD, own.shares, width, own.values, width,
-             [&](long row, long column, Floats left, Floats right) {
-                 Real* to = out + row * own.entered_stride + head * HEAD + column;
-                 store(to, left * own.factor[row]);
-                 store(to + LANES, right * own.factor[row]);
+    multiply(count, rounded_up(area, PAIR), rounded_up(head, LANES), own.shares, width, own.values, width,
+             [&](long row, long column, Floats sums) {
+                 store(out + row * own.entered_stride + offset + column, sums * own.factor[row]);
              });
 }
 
@@ -442,16 +466,13 @@ void add_to_map(const Call& call, Scratch<Real>& own, long count, long depth, co
                 const Real* panels, const Affine& layer, const Norm& norm) {
     const long channels = call.channels;
     Real* tokens = static_cast<Real*>(call.tokens);
-    multiply(count, depth, channels, from, stride, panels, depth, [&](long row, long column, Floats left, Floats right) {
-        left += bias_at<Real>(layer, column);
-        right += bias_at<Real>(layer, column + LANES);
+    multiply(count, depth, channels, from, stride, panels, depth, [&](long row, long column, Floats sums) {
+        sums += bias_at<Real>(layer, column);
         if (call.norm_first) {
             Real* to = tokens + own.place[row] * channels + column;
-            store(to, load(to) + left);
-            store(to + LANES, load(to + LANES) + right);
+            store(to, load(to) + sums);
         } else {
-            store(own.left + row * channels + column, left);
-            store(own.left + row * channels + column + LANES, right);
+            store(own.left + row * channels + column, sums);
         }
     });
     for (long row = 0; row < count && !call.norm_first; ++row) {
@@ -488,10 +509,8 @@ void attention_pass(const Call& call, Scratch<Real>& own, const Real* qkv_panels
         }
     enter(call, own, count, call.norm1);
     multiply(count, channels, 3 * channels, own.entered, own.entered_stride, qkv_panels, channels,
-             [&](long row, long column, Floats left, Floats right) {
-                 Real* to = own.wide + row * own.wide_stride + column;
-                 store(to, left + bias_at<Real>(call.qkv, column));
-                 store(to + LANES, right + bias_at<Real>(call.qkv, column + LANES));
+             [&](long row, long column, Floats sums) {
+                 store(own.wide + row * own.wide_stride + column, sums + bias_at<Real>(call.qkv, column));
              });
     for (long row = 0; row < count && call.cosine; ++row) to_cosines(own.wide + row * own.wide_stride, call);
     std::fill(own.tokens + area, own.tokens + rounded_up(area, PANEL), own.zeros);
@@ -519,10 +538,8 @@ void mlp_pass(const Call& call, Scratch<Real>& own, const Real* panels1, const R
     std::copy(rows, rows + count, own.place);
     enter(call, own, count, call.norm2);
     multiply(count, channels, hidden, own.entered, own.entered_stride, panels1, channels,
-             [&](long row, long column, Floats left, Floats right) {
-                 Real* to = own.wide + row * own.wide_stride + column;
-                 store(to, gelu(left + bias_at<Real>(call.fc1, column)));
-                 store(to + LANES, gelu(right + bias_at<Real>(call.fc1, column + LANES)));
+             [&](long row, long column, Floats sums) {
+                 store(own.wide + row * own.wide_stride + column, gelu(sums + bias_at<Real>(call.fc1, column)));
              });
     add_to_map(call, own, count, hidden, own.wide, own.wide_stride, panels2, call.fc2, call.norm2);
 }
@@ -539,11 +556,13 @@ struct Shared {
             pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
             at += rounded_up(count * sizeof(*pointer), 64);
         };
-        take(qkv, std::max(4 * channels, 2 * call.hidden) * channels);
-        proj = qkv + 3 * channels * channels;
+        const long width = rounded_up(channels, PANEL), wide = rounded_up(3 * channels, PANEL);
+        const long hidden = rounded_up(call.hidden, PANEL);
+        take(qkv, std::max((wide + width) * channels, hidden * channels + width * call.hidden));
+        proj = qkv + wide * channels;
         fc1 = qkv;
-        fc2 = qkv + call.hidden * channels;
-        take(of_padding, 3 * channels);
+        fc2 = qkv + hidden * channels;
+        take(of_padding, 3 * channels + SLACK);
         take(rows, call.num_windows * call.area);
         return at;
     }
@@ -571,7 +590,7 @@ void run(const Call& call) {
 #else
         own.lay_out(call, scratch);
 #endif
-        std::memset(own.zeros, 0, 3 * channels * sizeof(Real));
+        std::fill_n(own.zeros, 3 * channels + SLACK, Real{});
         pack(call.qkv.weight, 3 * channels, channels, shared.qkv);
         pack(call.proj.weight, channels, channels, shared.proj);
 #pragma omp for schedule(dynamic)

@@ -18,7 +18,7 @@ from sparsevit_cli.sparsity import Ratios, SparsityConfig
 
 from .bias import remembered_tensors
 from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, SparseBlock
-from .inference import without_kernels
+from .inference import is_unwatched, without_kernels
 from .stages import SPARSE_STAGES, SparseStage, SparseSwinTransformerStage
 from .timm_swin import GENERATIONS, STAGES, Block, Stage
 
@@ -31,6 +31,7 @@ __all__ = [
     "SparseSwinTransformerStage",
     "Stage",
     "get_sparsity",
+    "is_unwatched",
     "model_depths",
     "remembered_tensors",
     "set_sparsity",

@@ -35,10 +35,15 @@ def without_kernels() -> Iterator[None]:
 
 
 def is_inference(stage: nn.Module, device: torch.device) -> bool:
-    """True where nothing is differentiated, recorded, cast or watched: training, tracing, autocast, torch.func,
-    operator counters and hooks on every module need timm's own modules.
+    """True where a stage at rest may take the way through `kernels`."""
+    return not stage.training and is_unwatched(device)
+
+
+def is_unwatched(device: torch.device) -> bool:
+    """True where nothing is differentiated, recorded, cast or watched: tracing, autocast, torch.func, operator counters
+    and hooks on every module need timm's own modules.
     """
-    if not _with_kernels.get() or stage.training or torch.is_grad_enabled() or device.type == "meta":
+    if not _with_kernels.get() or torch.is_grad_enabled() or device.type == "meta":
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False

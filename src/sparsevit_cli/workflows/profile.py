@@ -196,7 +196,8 @@ def profile_model(
 
 def profile_settings(session: Session) -> str:
     """Hash of what a profile depends on besides ratios and image sizes."""
-    return f"{section_hash(session.config, 'profile', 'model', 'kernels')} kernels {kernels.VERSION}"
+    engine = kernels.running(session.config.kernels, session.device)
+    return f"{section_hash(session.config, 'profile', 'model')} kernels {kernels.VERSION} {engine}"
 
 
 def _named_model(name: str) -> ModelSection:
