@@ -75,7 +75,8 @@ def run_windows_(
         qkv=_affine(block.qkv), proj=_affine(block.proj), fc1=_affine(block.fc1), fc2=_affine(block.fc2),
     )  # fmt: skip
     library, is_bfloat = load(), tokens.dtype == torch.bfloat16
-    workspace = torch.empty(library.workspace_bytes(ctypes.byref(call), is_bfloat) + 64, dtype=torch.uint8, device="cpu")
+    nbytes = library.workspace_bytes(ctypes.byref(call), is_bfloat) + 64
+    workspace = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     call.workspace = -(-workspace.data_ptr() // 64) * 64
     library.run_windows(ctypes.byref(call), is_bfloat)
 
