@@ -29,9 +29,7 @@ TOLERANCE = 1e-5
 OF_EACH = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224")
 
 
-def swin(
-    name: str = "swin_tiny_patch4_window7_224", *, kernels: Kernels = "auto", **options: object
-) -> nn.Module:
+def swin(name: str = "swin_tiny_patch4_window7_224", *, kernels: Kernels = "auto", **options: object) -> nn.Module:
     torch.manual_seed(0)
     small = {"embed_dim": 16, "depths": (2, 2, 4, 2), "num_heads": (1, 2, 4, 8), "num_classes": 5}
     model = timm.create_model(name, **{**small, **options})

@@ -28,6 +28,7 @@ from sparsevit_cli.swin import set_sparsity, sparsify_
 
 CPU = torch.device("cpu")
 
+
 def _cannot_compile() -> str:
     if sys.platform != "linux":
         return "for Linux"
