@@ -26,10 +26,11 @@ test-slow: install
 BENCH_MODEL ?= swin_tiny_patch4_window7_224
 BENCH_CELLS ?= 672:1 672:4 256x704:6
 BENCH_PRECISIONS ?= fp32 bf16
+BENCH_ROUNDS ?= 15
 bench: install
 	for precision in $(BENCH_PRECISIONS); do for cell in $(BENCH_CELLS); do \
 	  $(BIN)/sparsevit profile --rivals --model $(BENCH_MODEL) --img-size $${cell%%:*} --output benchmarks/runs --fresh \
-	    --set "profile.batch_sizes=[$${cell##*:}]" --set profile.precision=$$precision --set profile.rounds=15 \
+	    --set "profile.batch_sizes=[$${cell##*:}]" --set profile.precision=$$precision --set profile.rounds=$(BENCH_ROUNDS) \
 	    --set profile.seconds=1 && $(BIN)/python benchmarks/collect.py benchmarks/runs/$(BENCH_MODEL)/rivals || exit; \
 	done; done
 
