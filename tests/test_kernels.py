@@ -84,6 +84,14 @@ def test_both_ways_agree_at_any_size_and_sparsity(
     assert_same(model, torch.randn(batch, 3, *size))
 
 
+@pytest.mark.parametrize("area", [49, 64, 144])
+def test_masks_of_a_gpu_start_their_rows_where_no_kernel_copies_them(area: int) -> None:
+    bias = torch.randn(4, 3, area, area)
+    chosen = windowed.in_steps_of_8(bias).index_select(0, torch.tensor([3, 0, 0]))[..., :area]
+    assert torch.equal(chosen, bias[[3, 0, 0]])
+    assert all(stride % 8 == 0 for stride in chosen.stride()[:-1])
+
+
 @pytest.mark.parametrize("chunk", [1, 60, 10**9])
 def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = swin(img_size=224, kernels="portable")

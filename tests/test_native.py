@@ -263,6 +263,13 @@ def test_models_run_on_them_by_themselves(name: str, monkeypatch: pytest.MonkeyP
     assert len(calls) == 4
 
 
+@pytest.mark.usefixtures("_older_cpu")
+def test_auto_leaves_cpus_alone_that_were_not_measured() -> None:
+    weights = block(32, 1)
+    assert choice.chosen("native", weights, CPU) is native.run_windows_
+    assert (choice.chosen("auto", weights, CPU) is native.run_windows_) == (native.load().lanes() >= 8)
+
+
 @pytest.fixture
 def _forgotten() -> Iterator[None]:
     """Nothing is known of engines before the test, nor after it of what it pretended."""

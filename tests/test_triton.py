@@ -121,20 +121,31 @@ def test_scores_ranking_and_rows_are_those_of_torch(
     count = windows.num_keep(len(index), tenths)
     scores = windows.window_scores(windows.token_magnitude(x, importance), index)
     expected = windows.rank_windows(scores, count)
-    keep, rows = triton_windows.score_and_rank(x, index, count, importance)
+    ((keep, rows),) = triton_windows.score_and_rank(x, [index], count, importance)
     torch.testing.assert_close(scores.gather(1, keep), scores.gather(1, expected))  # rounding may swap equal ones
     assert all(len(set(image.tolist())) == count for image in keep)
     padded = windows.has_padding(height, width, window)
     assert torch.equal(rows, windows.flat_rows(index, keep, height * width, scratch_row=padded))
 
 
+def test_both_partitions_are_ranked_at_once() -> None:
+    x = random(3, 15, 20, 24)
+    indices = [windows.window_token_index(15, 20, (7, 7), shift, x.device) for shift in ((0, 0), (3, 3))]
+    both = triton_windows.score_and_rank(x, indices, 4, "mean_abs_l2")
+    for index, (keep, rows) in zip(indices, both, strict=True):
+        ((alone, its_rows),) = triton_windows.score_and_rank(x, [index], 4, "mean_abs_l2")
+        assert torch.equal(keep, alone)
+        assert torch.equal(rows, its_rows)
+    assert not torch.equal(both[0][1], both[1][1])
+
+
 def test_equal_scores_and_nan_fill_every_place() -> None:
     x = torch.ones(1, 28, 28, 16, device=DEVICE)
     index = windows.window_token_index(28, 28, (7, 7), (0, 0), x.device)
-    keep, _ = triton_windows.score_and_rank(x, index, 8, "l2")
+    ((keep, _),) = triton_windows.score_and_rank(x, [index], 8, "l2")
     assert keep.tolist() == [list(range(8))]
     x[0, :14] = float("nan")
-    keep, _ = triton_windows.score_and_rank(x, index, 12, "l2")
+    ((keep, _),) = triton_windows.score_and_rank(x, [index], 12, "l2")
     assert sorted(keep[0].tolist()) == list(range(12))
 
 
@@ -168,7 +179,7 @@ def test_a_model_runs_on_them_where_it_is_asked_to(name: str, monkeypatch: pytes
         expected = tiny(name, "portable")(x)
         assert not launched
         found = tiny(name, "triton")(x)
-    assert sorted(launched) == ["run_windows_"] * 4 + ["score_and_rank"] * 4  # two partitions in each of two stages
+    assert sorted(launched) == ["run_windows_"] * 4 + ["score_and_rank"] * 2  # two stages of two blocks
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -75,7 +75,7 @@ def launch_all(channels: int, dtype: torch.dtype) -> None:
     after = block._replace(norm_first=False, scale=1.0, cosine_scale=torch.ones(heads, 1, 1, dtype=dtype))
     for one in (block, after):
         triton_windows.run_windows_(tokens, index, one, bias, bias_class, padded=True)
-    triton_windows.score_and_rank(tokens.view(1, 20, 20, channels), index, 5, "mean_abs_l2")
+    triton_windows.score_and_rank(tokens.view(1, 20, 20, channels), [index, index], 5, "mean_abs_l2")
 
 
 if __name__ == "__main__":

@@ -345,7 +345,7 @@ class ExperimentConfig(Section):
         "auto",
         description="What runs kept windows at inference: `portable` on any device, `native` (C++, compiled at first "
         "use) on a CPU, or `triton` on a GPU, each of them portable, with a warning, where it cannot be taken; `auto` "
-        "is native on a CPU that has a C++ compiler and portable elsewhere, as no GPU has been measured yet.",
+        "is native on an x86-64 CPU with AVX2 and a C++ compiler, and portable elsewhere: nothing else was measured.",
     )
     output: Text = Field("runs", min_length=1, description="Folder of all run folders.")
     model: ModelSection = Field(ModelSection(), description="Which timm Swin, and its weights.")

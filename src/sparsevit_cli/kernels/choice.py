@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, Protocol, get_args
 
@@ -34,7 +35,9 @@ class RunWindows(Protocol):
 class ScoreAndRank(Protocol):
     """`triton_windows.score_and_rank`."""
 
-    def __call__(self, x: Tensor, token_index: Tensor, count: int, importance: str) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, x: Tensor, token_indices: Sequence[Tensor], count: int, importance: str
+    ) -> list[tuple[Tensor, Tensor]]: ...
 
 
 def chosen_ranking(kernels: str, device: torch.device) -> ScoreAndRank | None:
@@ -46,9 +49,10 @@ def chosen_ranking(kernels: str, device: torch.device) -> ScoreAndRank | None:
 def chosen(kernels: str, block: BlockWeights, device: torch.device) -> RunWindows:
     """The function that runs windows of `block` on `device`.
 
-    `auto` is native on a CPU and portable elsewhere: no GPU has been measured yet. `native` falls back to portable
-    where there is no C++ compiler, `triton` where Triton is not installed or the device is a CPU (except in Triton's
-    interpreter), and both for blocks that they do not support: with one warning where they were asked for by name.
+    `auto` is native on CPUs of a kind that was measured and portable elsewhere: no GPU was yet. `native` falls back to
+    portable where there is no C++ compiler, `triton` where Triton is not installed or the device is a CPU (except in
+    Triton's interpreter), and both for blocks that they do not support: with one warning where they were asked for by
+    name.
     """
     name = _named(kernels, device)
     engine, reason = _engine(name, device.type)
@@ -69,12 +73,17 @@ def running(kernels: str, device: torch.device) -> str:
 
 def explained(kernels: str, device: torch.device) -> str:
     """`running`, and why it is not what was wanted."""
-    reason = _engine(_named(kernels, device), device.type)[1]
+    wanted = "native" if kernels == "auto" and device.type == "cpu" else _named(kernels, device)
+    reason = _engine(wanted, device.type)[1]
     return running(kernels, device) + (f" ({reason})" if reason else "")
 
 
 def _named(kernels: str, device: torch.device) -> str:
-    return kernels if kernels != "auto" else "native" if device.type == "cpu" else "portable"
+    """`kernels`, or what `auto` stands for."""
+    if kernels != "auto":
+        return kernels
+    native, _ = _engine("native", device.type)
+    return "native" if native is not None and native.is_measured() else "portable"
 
 
 @lru_cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ SOURCE = Path(__file__).with_name("native_windows.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-fopenmp",
          "-shared", "-fPIC")  # fmt: skip
 MAX_HEAD = 32
+LANES_OF_AVX2 = 8
 SECONDS = 300
 """A compiler that takes longer hangs."""
 
@@ -96,6 +98,11 @@ def supports(block: BlockWeights) -> bool:
         return False
     tensors = [tensor for part in (*norms, *layers) for tensor in (part.weight, part.bias) if tensor is not None]
     return all(tensor.is_contiguous() and tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
+
+
+def is_measured() -> bool:
+    """True on CPUs of a kind on which these kernels were found to be faster: x86-64 with AVX2 or AVX-512."""
+    return platform.machine() in ("x86_64", "AMD64") and load().lanes() >= LANES_OF_AVX2
 
 
 def version() -> str:

@@ -621,6 +621,7 @@ int64_t workspace_bytes(const Call* call, int is_bfloat) {
     return is_bfloat ? workspace_of<BFloat>(*call) : workspace_of<float>(*call);
 }
 void run_windows(const Call* call, int is_bfloat) { is_bfloat ? run<BFloat>(*call) : run<float>(*call); }
+int lanes() { return LANES; }
 int has_bfloat() {
 #ifdef __AVX512BF16__
     return 1;

@@ -11,6 +11,7 @@ Shapes: R = M*N rows of M kept windows of N tokens, C channels, h heads of D, T 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -72,30 +73,37 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def score_and_rank(x: Tensor, token_index: Tensor, count: int, importance: str) -> tuple[Tensor, Tensor]:
-    """Windows kept of maps x (B, H, W, C), and the rows of their tokens, in two launches.
+def score_and_rank(
+    x: Tensor, token_indices: Sequence[Tensor], count: int, importance: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Windows kept of maps x (B, H, W, C), and the rows of their tokens, for one or two partitions in two launches.
 
-    `token_index` (n, N) is that of `windows`. Returns indices (B, count), best first, of equal scores the first window
-    first, and rows (B, count, N) in 0 ... B*H*W. Scores are those of `windows`: `mean_abs_l2` or `l2`.
+    Each of `token_indices` (n, N) is one of `windows`, all of one shape. Returns for each of them indices (B, count),
+    best first, of equal scores the first window first, and rows (B, count, N) in 0 ... B*H*W. Scores are those of
+    `windows`: `mean_abs_l2` or `l2`.
     """
     batch, height, width, channels = x.shape
-    num_windows, area = token_index.shape
+    plain, shifted = token_indices[0], token_indices[-1]
+    assert len(token_indices) <= 2, "a stage has windows and shifted windows"
+    assert plain.shape == shifted.shape
+    num_windows, area = plain.shape
+    every = batch * len(token_indices)
     x, device = x.contiguous(), x.device
-    scores = torch.empty(batch, num_windows, device=device, dtype=torch.float32)
+    scores = torch.empty(every, num_windows, device=device, dtype=torch.float32)
     block_n, block_c = _power(area, 64), _power(channels, 128)
-    keep = torch.empty(batch, count, device=device, dtype=torch.int64)
-    rows = torch.empty(batch, count, area, device=device, dtype=torch.int64)
+    keep = torch.empty(len(token_indices), batch, count, device=device, dtype=torch.int64)
+    rows = torch.empty(len(token_indices), batch, count, area, device=device, dtype=torch.int64)
     block_w = 16
     with _on_device_of(x):
-        _score_kernel[(num_windows, batch)](
-            x, token_index, scores, height * width, num_windows, channels, area,
+        _score_kernel[(num_windows, every)](
+            x, plain, shifted, scores, batch, height * width, num_windows, channels, area,
             L2=importance == "l2", BLOCK_N=block_n, BLOCK_C=block_c,
         )  # fmt: skip
-        _rank_kernel[(triton.cdiv(num_windows, block_w), batch)](
-            scores, token_index, keep, rows, num_windows, count, height * width, batch * height * width, area,
-            BLOCK_W=block_w, BLOCK_J=128, BLOCK_N=block_n,
+        _rank_kernel[(triton.cdiv(num_windows, block_w), every)](
+            scores, plain, shifted, keep, rows, batch, num_windows, count, height * width, batch * height * width,
+            area, BLOCK_W=block_w, BLOCK_J=128, BLOCK_N=block_n,
         )  # fmt: skip
-    return keep, rows
+    return list(zip(keep, rows, strict=True))
 
 
 # -- launches ---------------------------------------------------------------------------------------------------
@@ -389,15 +397,26 @@ def _norm_add_kernel(
 
 
 @triton.jit
+def _rows_of(place, plain, shifted, partition, mask, other):
+    """Token indices at `place` of one of the two partitions."""
+    if partition == 0:
+        row = tl.load(plain + place, mask=mask, other=other)
+    else:
+        row = tl.load(shifted + place, mask=mask, other=other)
+    return row
+
+
+@triton.jit
 def _score_kernel(
-    x, token_index, scores, num_tokens, num_windows, channels, area,
+    x, plain, shifted, scores, batch, num_tokens, num_windows, channels, area,
     L2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    window, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    window, number = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    partition, image = number // batch, number % batch
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, area, BLOCK_N):
         t = first + tl.arange(0, BLOCK_N)
-        row = tl.load(token_index + window * area + t, mask=t < area, other=num_tokens)
+        row = _rows_of(window * area + t, plain, shifted, partition, t < area, num_tokens)
         is_token = row < num_tokens
         place = x + (image * num_tokens + row)[:, None] * channels
         magnitude = tl.zeros((BLOCK_N,), tl.float32)
@@ -411,31 +430,32 @@ def _score_kernel(
         else:
             magnitude = magnitude / channels
             squares += magnitude * magnitude
-    tl.store(scores + image * num_windows + window, tl.sqrt(tl.sum(squares, 0)))
+    tl.store(scores + number * num_windows + window, tl.sqrt(tl.sum(squares, 0)))
 
 
 @triton.jit
 def _rank_kernel(
-    scores, token_index, keep, rows, num_windows, num_keep, num_tokens, all_tokens, area,
+    scores, plain, shifted, keep, rows, batch, num_windows, num_keep, num_tokens, all_tokens, area,
     BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    image = tl.program_id(1).to(tl.int64)
+    number = tl.program_id(1).to(tl.int64)
+    partition, image = number // batch, number % batch
     w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-    mine = tl.load(scores + image * num_windows + w, mask=w < num_windows, other=float("-inf"))
+    mine = tl.load(scores + number * num_windows + w, mask=w < num_windows, other=float("-inf"))
     mine = tl.where(mine == mine, mine, float("inf"))  # as torch.topk, which takes NaN for the largest
     rank = tl.zeros((BLOCK_W,), tl.int32)
     for first in range(0, num_windows, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
-        other = tl.load(scores + image * num_windows + j, mask=j < num_windows, other=float("-inf"))
+        other = tl.load(scores + number * num_windows + j, mask=j < num_windows, other=float("-inf"))
         other = tl.where(other == other, other, float("inf"))
         ahead = (other[None, :] > mine[:, None]) | ((other[None, :] == mine[:, None]) & (j[None, :] < w[:, None]))
         rank += tl.sum((ahead & (j < num_windows)[None, :]).to(tl.int32), 1)
     is_kept = (w < num_windows) & (rank < num_keep)
-    place = image * num_keep + rank
+    place = number * num_keep + rank
     tl.store(keep + place, w.to(tl.int64), mask=is_kept)
     for first in range(0, area, BLOCK_N):
         t = first + tl.arange(0, BLOCK_N)
         inside = is_kept[:, None] & (t < area)[None, :]
-        row = tl.load(token_index + w[:, None] * area + t[None, :], mask=inside, other=0)
+        row = _rows_of(w[:, None] * area + t[None, :], plain, shifted, partition, inside, 0)
         row = tl.where(row == num_tokens, all_tokens, row + image * num_tokens)
         tl.store(rows + place[:, None] * area + t[None, :], row, mask=inside)

@@ -60,9 +60,11 @@ def run_windows_(
     area = rows.shape[1]
     step = max(1, CHUNK_TOKENS // area if tokens.device.type == "cpu" else len(rows))
     ops = linear_ops(tokens)
+    bias = bias if tokens.device.type == "cpu" else in_steps_of_8(bias)
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
         chosen = bias if bias_class is None else bias.index_select(0, bias_class[part])
+        chosen = chosen[..., :area]
         _run_(ops, tokens, rows[part], block, chosen, padded)
 
 
@@ -89,6 +91,13 @@ def _run_(ops: LinearOps, tokens: Tensor, rows: Tensor, block: BlockWeights, bia
         hidden = ops.linear_gelu(kept, block.fc1)
         kept = layer_norm(ops.linear(hidden, block.fc2), block.norm2).add_(kept)
     windows.scatter_rows_(tokens, flat, kept)
+
+
+def in_steps_of_8(bias: Tensor) -> Tensor:
+    """(..., N) with zeros after it up to a multiple of 8: a GPU's fused attention copies a mask whose rows start
+    elsewhere, and takes a slice of this one as it is (torch's `scaled_dot_product_attention`, memory-efficient kernel).
+    """
+    return F.pad(bias, (0, -bias.shape[-1] % 8))
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:

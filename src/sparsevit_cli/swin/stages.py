@@ -112,21 +112,23 @@ class _Ranking:
 
     def _rank(self, x: Tensor, first: int) -> None:
         """Rank once for each partition that blocks from `first` on have: the first of them keeps most."""
-        magnitude = None
-        if self.score_and_rank is None and self.stage.importance != "random":
-            magnitude = windows.token_magnitude(x, self.stage.importance)
+        found: dict[_Partition, tuple[Tensor, int]] = {}
         for number in range(first, len(self.stage.blocks)):
             block = self.stage.blocks[number]
             partition = (block.window_size, block.shift_size)
-            if partition in self.ranked:
-                continue
-            index, (count, _) = self.token_index(block, x.device), self._counts(number)
-            if self.score_and_rank is not None:
-                keep_indices, rows = self.score_and_rank(x, index, count, self.stage.importance)
+            if partition not in found:
+                found[partition] = self.token_index(block, x.device), self._counts(number)[0]
+        if self.score_and_rank is not None:
+            indices, most = [index for index, _ in found.values()], max(count for _, count in found.values())
+            ranked = self.score_and_rank(x, indices, most, self.stage.importance)
+            for (partition, (index, _)), (keep_indices, rows) in zip(found.items(), ranked, strict=True):
                 self.ranked[partition] = {"keep_indices": keep_indices, "token_index": index, "rows": rows}
-            else:
-                keep_indices = windows.rank_windows(self._scores(magnitude, x.shape[0], index), count)
-                self.ranked[partition] = {"keep_indices": keep_indices, "token_index": index}
+            return
+        is_random = self.stage.importance == "random"
+        magnitude = None if is_random else windows.token_magnitude(x, self.stage.importance)
+        for partition, (index, count) in found.items():
+            keep_indices = windows.rank_windows(self._scores(magnitude, x.shape[0], index), count)
+            self.ranked[partition] = {"keep_indices": keep_indices, "token_index": index}
 
     def _scores(self, magnitude: Tensor | None, batch: int, index: Tensor) -> Tensor:
         if magnitude is None:
