@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests docs benchmarks
 
-.PHONY: demo install test test-slow bench quality style docs clean
+.PHONY: demo install test test-slow test-gpu bench quality style docs clean
 
 install: $(VENV)/.installed
 
@@ -22,17 +22,22 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest tests/test_triton.py tests/test_kernels.py
+
 # Ours against the best dense model, on this machine; the README's table is made of what is kept.
 BENCH_MODEL ?= swin_tiny_patch4_window7_224
 BENCH_CELLS ?= 672:1 672:4 256x704:6
 BENCH_PRECISIONS ?= fp32 bf16
 BENCH_ROUNDS ?= 15
+BENCH_RUNS ?= 3
 bench: install
-	for precision in $(BENCH_PRECISIONS); do for cell in $(BENCH_CELLS); do \
+	for run in $$(seq $(BENCH_RUNS)); do for precision in $(BENCH_PRECISIONS); do for cell in $(BENCH_CELLS); do \
 	  $(BIN)/sparsevit profile --rivals --model $(BENCH_MODEL) --img-size $${cell%%:*} --output benchmarks/runs --fresh \
 	    --set "profile.batch_sizes=[$${cell##*:}]" --set profile.precision=$$precision --set profile.rounds=$(BENCH_ROUNDS) \
 	    --set profile.seconds=1 && $(BIN)/python benchmarks/collect.py benchmarks/runs/$(BENCH_MODEL)/rivals || exit; \
-	done; done
+	done; done; done
 
 quality: install
 	$(BIN)/ruff check $(SOURCES)

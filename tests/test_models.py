@@ -36,6 +36,7 @@ from sparsevit_cli.models import (
     model_depths,
     read_weights,
     set_img_size,
+    support_table,
     supported_models,
 )
 
@@ -80,6 +81,14 @@ def test_every_setting_reaches_timm() -> None:
     assert model.layers[0].blocks[0].attn.qkv.weight.abs().max() > 0.15  # Xavier; timm's default has deviation 0.02
     assert model.patch_embed.img_size == (60, 40)
     assert model(torch.randn(2, 1, 60, 40)).shape == (2, 7)
+
+
+def test_the_support_table_has_every_swin_of_timm() -> None:
+    names = {name for module in ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr")
+             for name in timm.list_models(module=module)}  # fmt: skip
+    table = support_table()
+    assert {row.name for row in table} == names == set(supported_models())
+    assert {row.generation for row in table if "v2" not in row.name} == {"V1"}
 
 
 @pytest.mark.parametrize("name", supported_models())

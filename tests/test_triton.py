@@ -47,15 +47,16 @@ def test_a_block_equals_the_portable_one(side: int, size: tuple[int, int], shift
 
 
 @pytest.mark.parametrize(
-    ("channels", "heads", "side", "size"), [(96, 3, 8, (13, 20)), (384, 12, 7, (9, 14)), (32, 1, 16, (20, 16)),
-                                            (32, 1, 24, (24, 30))]
+    ("channels", "heads", "side", "size", "norm_first"),
+    [(96, 3, 8, (13, 20), False), (384, 12, 7, (9, 14), False), (32, 1, 16, (20, 16), False),
+     (32, 1, 24, (24, 30), False), (32, 1, 14, (20, 28), True)],
 )  # fmt: skip
-def test_a_block_that_normalises_after_equals_the_portable_one(
-    channels: int, heads: int, side: int, size: tuple[int, int]
+def test_blocks_of_every_generation_equal_the_portable_ones(
+    channels: int, heads: int, side: int, size: tuple[int, int], norm_first: bool
 ) -> None:
-    """Windows of all timm Swins: 7, 8, 12, 16 and 24."""
+    """With those above, windows of all timm Swins: 7, 8, 12, 14, 16 and 24."""
     torch.manual_seed(side)
-    arguments = arranged(channels, heads, side, size, True, 1, norm_first=False)
+    arguments = arranged(channels, heads, side, size, True, 1, norm_first=norm_first)
     assert_equal_to_portable(triton_windows.run_windows_, *arguments, 2e-6)
 
 

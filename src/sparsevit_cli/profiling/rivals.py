@@ -15,6 +15,7 @@ from timm.models.swin_transformer import WindowAttention, window_partition, wind
 from torch import Tensor, nn
 
 from sparsevit_cli import windows
+from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.swin import SparseSwinTransformerStage, sparse_stages
 
 from .timeline import windows_replaced
@@ -26,11 +27,12 @@ def dense_variants(model: nn.Module, *, max_autotune: bool = False) -> dict[str,
     """B2: timm's `model` with fused attention off and on, eager and compiled; copies, in evaluation mode.
 
     V2 and V2-CR have no fused attention in timm.
-    On a GPU also with CUDA graphs (`reduce-overhead`). `max_autotune` adds torch.compile's slowest mode, which may take
+    On a GPU also with CUDA graphs: eager ones captured as ours are, compiled ones by `reduce-overhead`. `max_autotune` adds torch.compile's slowest mode, which may take
     minutes to compile.
     """
     modes: dict[str, Compile] = {"eager": lambda m: m, "compile": lambda m: torch.compile(m, dynamic=False)}
     if next(model.parameters()).is_cuda:
+        modes["eager, CUDA graph"] = accelerate_
         modes["compile, CUDA graphs"] = lambda m: torch.compile(m, dynamic=False, mode="reduce-overhead")
     if max_autotune:
         modes["max-autotune"] = lambda m: torch.compile(m, dynamic=False, mode="max-autotune")

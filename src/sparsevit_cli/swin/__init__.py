@@ -50,7 +50,7 @@ def sparsify_(
 
     A second call changes `importance` and `kernels` only. Parameters, buffers and state-dict keys stay timm's.
     `kernels` says what runs at inference: `portable` (any device), `native` (C++ on a CPU, compiled at first use) or
-    `triton` (a GPU), which fall back with a warning; `auto` is native on x86-64 with a compiler, else portable.
+    `triton` (a GPU), which fall back with a warning; `auto` is native on x86-64 with AVX2 and a compiler.
     Raises ConfigError where `model` holds no timm Swin stage, a subclass of one, or for an unknown name.
     """
     if kernels not in KERNELS:

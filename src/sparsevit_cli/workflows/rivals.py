@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsevit_cli import kernels
 from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.atomic import write_json
 from sparsevit_cli.profiling.device import device_identity
@@ -135,7 +136,10 @@ def measure_rivals(
                 cells.append(_cell(session, size, batch, typed))
                 bar.advance()
         threads = torch.get_num_threads()
-    settings = {**section.model_dump(mode="json", exclude={"mode", "ratios"}), "threads": threads}
+    settings = {
+        **section.model_dump(mode="json", exclude={"mode", "ratios"}), "threads": threads,
+        "kernels": f"{kernels.running(session.config.kernels, session.device)}, {kernels.VERSION}",
+    }  # fmt: skip
     report = RivalReport(folder, session.config.model.name, tuple(cells), session.environment, settings)
     folder.set_aside(["rivals.json", "rivals.png", "metrics.json"], session.reporter)
     write_json(folder.path / "rivals.json", report.document())
@@ -188,7 +192,7 @@ def _contestants(
         sparse = session.sparsified_(with_fused_attention(dense, fused=False))
         set_sparsity(sparse, config)
         found[f"ours, {label}"] = _Contestant("ours", partial(_fastest(sparse), x), sparse, config, size)
-        if session.config.kernels != "triton":  # the oracle replaces steps of the portable kernels
+        if session.config.kernels != "triton":  # the oracle replaces what ranks and moves outside of it
             found[f"oracle, {label}"] = _Contestant("O", partial(_as_oracle, _fastest(sparse), x), sparse, config, size)
         theirs = authors_flow(sparse) if label in ("config 3", "60% everywhere") else None
         if theirs is not None:
@@ -220,7 +224,7 @@ def _smaller(session: Session, size: tuple[int, int], batch: int, ours: _Contest
     model, x = models[nearest], _input(session, models[nearest], nearest, batch)
     fused = ", fused" if has_fused_attention(model) else ""
     label = f"timm at {nearest[0]}x{nearest[1]}{fused}"
-    compiled: Any = torch.compile(model, dynamic=False)
+    compiled: Any = torch.compile(model, dynamic=False, mode="reduce-overhead" if x.is_cuda else None)
     return {
         label: _Contestant("B3", partial(model, x), model, None, nearest),
         f"{label}, compiled": _Contestant("B3", partial(compiled, x), model, None, nearest),
