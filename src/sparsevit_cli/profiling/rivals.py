@@ -26,9 +26,9 @@ Compile = Callable[[nn.Module], Any]
 def dense_variants(model: nn.Module, *, max_autotune: bool = False) -> dict[str, Any]:
     """B2: timm's `model` with fused attention off and on, eager and compiled; copies, in evaluation mode.
 
-    V2 and V2-CR have no fused attention in timm.
-    On a GPU also with CUDA graphs: eager ones captured as ours are, compiled ones by `reduce-overhead`. `max_autotune` adds torch.compile's slowest mode, which may take
-    minutes to compile.
+    V2 and V2-CR have no fused attention in timm. On a GPU also with CUDA graphs: eager ones captured as ours are,
+    compiled ones by `reduce-overhead`. `max_autotune` adds torch.compile's slowest mode, which may take minutes to
+    compile.
     """
     modes: dict[str, Compile] = {"eager": lambda m: m, "compile": lambda m: torch.compile(m, dynamic=False)}
     if next(model.parameters()).is_cuda:
