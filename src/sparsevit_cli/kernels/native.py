@@ -86,8 +86,8 @@ def run_windows_(
 def supports(block: BlockWeights) -> bool:
     """True for what `LIMITS` says."""
     channels, hidden = block.qkv.weight.shape[1], len(block.fc1.weight)
-    norms, layers = (block.norm1, block.norm2), (block.qkv, block.proj, block.fc1, block.fc2)
-    if any(norm.weight is None or norm.bias is None for norm in norms):
+    tensors = block.tensors()
+    if tensors is None:
         return False
     dtype = block.qkv.weight.dtype
     if not (dtype == torch.float32 or (dtype == torch.bfloat16 and load().has_bfloat())):
@@ -96,7 +96,6 @@ def supports(block: BlockWeights) -> bool:
     head = channels // block.num_heads
     if channels % multiple or hidden % multiple or channels % block.num_heads or head > MAX_HEAD or head % 2:
         return False
-    tensors = [tensor for part in (*norms, *layers) for tensor in (part.weight, part.bias) if tensor is not None]
     return all(tensor.is_contiguous() and tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
 
 

@@ -314,6 +314,17 @@ Floats bias_at(const Affine& layer, long column) {
     return layer.bias ? load(static_cast<const Real*>(layer.bias) + column) : Floats{};
 }
 
+// Lays out arrays one after another, each at the start of a cache line.
+struct Taker {
+    char*& at;
+
+    template <class Element>
+    void operator()(Element*& pointer, long count) const {
+        pointer = reinterpret_cast<Element*>(at);
+        at += rounded_up(count * sizeof(Element), 64);
+    }
+};
+
 // Scratch space of one thread.
 template <class Real>
 struct Scratch {
@@ -334,10 +345,7 @@ struct Scratch {
         entered_stride = call.channels + SLACK;
         wide_stride = std::max(3 * call.channels, call.hidden) + SLACK;
         for (int i = 0; i < LANES; ++i) lane[i] = i;
-        auto take = [&at](auto*& pointer, long count) {
-            pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
-            at += rounded_up(count * sizeof(*pointer), 64);
-        };
+        const Taker take{at};
         take(entered, tile * entered_stride);
         take(wide, tile * wide_stride);
         take(keys, HEAD * width);
@@ -552,10 +560,7 @@ struct Shared {
 
     char* lay_out(const Call& call, char* at) {
         const long channels = call.channels;
-        auto take = [&at](auto*& pointer, long count) {
-            pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
-            at += rounded_up(count * sizeof(*pointer), 64);
-        };
+        const Taker take{at};
         const long width = rounded_up(channels, PANEL), wide = rounded_up(3 * channels, PANEL);
         const long hidden = rounded_up(call.hidden, PANEL);
         take(qkv, std::max((wide + width) * channels, hidden * channels + width * call.hidden));

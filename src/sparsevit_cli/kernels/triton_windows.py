@@ -52,11 +52,9 @@ def run_windows_(
 
 def supports(block: BlockWeights) -> bool:
     """True for contiguous weights of types that Triton multiplies, and norms with weight and bias."""
-    norms = (block.norm1, block.norm2)
-    if any(norm.weight is None or norm.bias is None for norm in norms):
+    tensors = block.tensors()
+    if tensors is None:
         return False
-    layers = (*norms, block.qkv, block.proj, block.fc1, block.fc2)
-    tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
     return all(tensor.is_contiguous() and tensor.dtype in _DTYPES for tensor in tensors)
 
 

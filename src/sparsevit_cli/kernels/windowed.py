@@ -45,6 +45,13 @@ class BlockWeights(NamedTuple):
     scale: float = 1.0
     cosine_scale: Tensor | None = None
 
+    def tensors(self) -> list[Tensor] | None:
+        """Weights and biases of all layers; None where a norm lacks one, which only the portable kernels take."""
+        norms, layers = (self.norm1, self.norm2), (self.qkv, self.proj, self.fc1, self.fc2)
+        if any(norm.weight is None or norm.bias is None for norm in norms):
+            return None
+        return [tensor for part in (*norms, *layers) for tensor in (part.weight, part.bias) if tensor is not None]
+
 
 def run_windows_(
     tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, *, padded: bool
