@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,28 @@ import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 import kernel_cases
 from kernel_cases import arranged, assert_equal_to_portable, block, case
 from sparsevit_cli import windows
-from sparsevit_cli.kernels import Affine, BlockWeights, Kernels, Norm, choice, native, windowed
+from sparsevit_cli.kernels import (
+    Affine,
+    BlockWeights,
+    Kernels,
+    MergingWeights,
+    Norm,
+    choice,
+    compiled,
+    merging,
+    native,
+    ranking,
+    windowed,
+)
 from sparsevit_cli.swin import set_sparsity, sparsify_
+from sparsevit_cli.swin.embedding import SparsePatchEmbed
+from sparsevit_cli.swin.inference import plain_embedding
 
 CPU = torch.device("cpu")
 
@@ -71,13 +87,19 @@ def check_any(
         layer: Affine = getattr(weights, biases)
         weights = weights._replace(**{biases: layer._replace(bias=None)})
     assert native.supports(weights)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_of(threads):
         if narrow and native.load().has_bfloat() and channels % 32 == 0:
             assert_near_in_bfloat16(tokens, rows, weights, bias, bias_class)
         else:
             assert_equal_to_portable(native.run_windows_, tokens, rows, weights, bias, bias_class, 2e-6)
+
+
+@contextmanager
+def threads_of(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
 
@@ -95,7 +117,7 @@ def assert_near_in_bfloat16(
 
 @pytest.fixture
 def _poisoned_workspace() -> Iterator[None]:
-    """What is read before it was written is NaN."""
+    """What is read before it was written is NaN: workspace and results."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -116,13 +138,13 @@ def _older_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Registers of 8 and of 4 numbers instead of 16."""
     if platform.machine() != "x86_64":
         pytest.skip("for x86-64")
-    flags = tuple(flag.replace("=native", f"={request.param}") for flag in native.FLAGS)
-    monkeypatch.setattr(native, "FLAGS", flags)
-    native.load.cache_clear()
-    native._key.cache_clear()
+    flags = tuple(flag.replace("=native", f"={request.param}") for flag in compiled.FLAGS)
+    monkeypatch.setattr(compiled, "FLAGS", flags)
+    compiled.load.cache_clear()
+    compiled._key.cache_clear()
     yield
-    native.load.cache_clear()
-    native._key.cache_clear()
+    compiled.load.cache_clear()
+    compiled._key.cache_clear()
 
 
 @pytest.mark.usefixtures("_poisoned_workspace", "_older_cpu")
@@ -172,6 +194,171 @@ def test_windows_of_padding_alone_and_maps_in_other_layouts() -> None:
     native.run_windows_(expected, rows, weights, bias, classes, padded=True)
     native.run_windows_(found, spread_rows, weights, spread_bias, classes, padded=True)
     torch.testing.assert_close(found, expected)
+
+
+def reduction(channels: int, columns: int, norm_first: bool, with_bias: bool) -> MergingWeights:
+    width = 4 * channels if norm_first else columns
+    norm = Norm(1 + 0.2 * torch.randn(width), 0.2 * torch.randn(width), 1e-5)
+    weight = torch.randn(columns, 4 * channels) / (4 * channels) ** 0.5
+    return MergingWeights(norm, Affine(weight, torch.randn(columns) if with_bias else None), norm_first)
+
+
+MERGINGS = {
+    "seed": st.integers(0, 10**6), "batch": st.integers(1, 3), "height": st.integers(1, 40),
+    "width": st.integers(1, 40), "channels": st.sampled_from([16, 32, 48, 96, 128]),
+    "columns": st.sampled_from([16, 64, 112, 192]), "norm_first": st.booleans(), "with_bias": st.booleans(),
+    "threads": st.integers(1, 3), "narrow": st.booleans(),
+}  # fmt: skip
+
+
+def check_merging(
+    seed: int, batch: int, height: int, width: int, channels: int, columns: int, norm_first: bool, with_bias: bool,
+    threads: int, narrow: bool,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    x, weights = torch.randn(batch, height, width, channels), reduction(channels, columns, norm_first, with_bias)
+    expected, tolerance = merging.merge_patches(x, weights), 2e-6
+    assert native.supports_merging(weights)
+    if narrow and native.load().has_bfloat() and channels % 32 == columns % 32 == 0:
+        narrowed = in_type(weights, torch.bfloat16)
+        assert isinstance(narrowed, MergingWeights)
+        x, weights, tolerance = x.bfloat16(), narrowed, 0.04
+    with threads_of(threads):
+        found = native.merge_patches(x, weights)
+    assert found.dtype == x.dtype
+    assert (found.float() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.usefixtures("_poisoned_workspace")
+@settings(max_examples=40, suppress_health_check=ONE_FIXTURE)
+@given(**MERGINGS)
+def test_any_merging(**drawn: Any) -> None:
+    check_merging(**drawn)
+
+
+@pytest.mark.usefixtures("_poisoned_workspace", "_older_cpu")
+@settings(max_examples=12, suppress_health_check=ONE_FIXTURE)
+@given(**MERGINGS)
+def test_any_merging_on_older_cpus(**drawn: Any) -> None:
+    check_merging(**drawn)
+
+
+def test_mergings_they_do_not_take() -> None:
+    weights = reduction(32, 64, True, False)
+    x = torch.randn(1, 6, 10, 32)
+    spread = x.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(native.merge_patches(spread, weights), native.merge_patches(x, weights))
+    assert not native.supports_merging(weights._replace(norm=Norm(None, None, 1e-5)))
+    assert not native.supports_merging(reduction(24, 64, True, False))
+    assert not native.supports_merging(reduction(32, 72, True, False))
+    assert choice.chosen_merging("portable", weights, CPU) is merging.merge_patches
+    assert choice.chosen_merging("native", weights, CPU) is native.merge_patches
+    assert choice.chosen_merging("native", reduction(24, 64, True, False), CPU) is merging.merge_patches
+
+
+EMBEDDINGS = {
+    "seed": st.integers(0, 10**6), "batch": st.integers(1, 2), "rows": st.integers(1, 24), "cols": st.integers(1, 24),
+    "of_patch": st.sampled_from([(3, 4), (4, 4), (8, 2), (2, 8), (3, 6)]), "columns": st.sampled_from([16, 96, 112]),
+    "with_norm": st.booleans(), "with_bias": st.booleans(), "threads": st.integers(1, 3), "narrow": st.booleans(),
+}  # fmt: skip
+
+
+def check_embedding(
+    seed: int, batch: int, rows: int, cols: int, of_patch: tuple[int, int], columns: int, with_norm: bool,
+    with_bias: bool, threads: int, narrow: bool,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    channels, side = of_patch
+    dtype = torch.bfloat16 if narrow and native.load().has_bfloat() and columns % 32 == 0 else torch.float32
+    norm = nn.LayerNorm if with_norm else None
+    embed = PatchEmbed(None, side, channels, columns, norm, output_fmt="NHWC", bias=with_bias).eval()
+    images = torch.randn(batch, channels, rows * side, cols * side)
+    with torch.no_grad():
+        expected = embed(images)
+        embed.__class__ = SparsePatchEmbed
+        embed.as_timm, embed.kernels = False, "native"
+        embed.to(dtype)
+        plain = plain_embedding(embed, images.to(dtype))
+        assert plain is not None
+        with threads_of(threads):
+            found = plain[1](images.to(dtype), plain[0])
+    assert found is not None
+    assert found.shape == expected.shape
+    assert found.dtype == dtype
+    tolerance = 2e-6 if dtype == torch.float32 else 0.04
+    assert (found.float() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.usefixtures("_poisoned_workspace")
+@settings(max_examples=30, suppress_health_check=ONE_FIXTURE)
+@given(**EMBEDDINGS)
+def test_any_embedding(**drawn: Any) -> None:
+    check_embedding(**drawn)
+
+
+@pytest.mark.usefixtures("_poisoned_workspace", "_older_cpu")
+@settings(max_examples=12, suppress_health_check=ONE_FIXTURE)
+@given(**EMBEDDINGS)
+def test_any_embedding_on_older_cpus(**drawn: Any) -> None:
+    check_embedding(**drawn)
+
+
+@torch.inference_mode()
+def test_embeddings_that_somebody_changed_run_as_timm_has_them() -> None:
+    model = tiny("swin_tiny_patch4_window7_224", "auto")
+    embed: Any = model.patch_embed
+    x = torch.randn(1, 3, 72, 72)
+    plain = plain_embedding(embed, x)
+    assert plain is not None
+    assert plain[1](x.transpose(2, 3).contiguous().transpose(2, 3), plain[0]) is None
+    assert plain[1](x.bfloat16(), plain[0]) is None
+    for wrong in (torch.randn(1, 1, 72, 72), torch.randn(3, 72, 72)):
+        with pytest.raises((RuntimeError, ValueError)):
+            embed(wrong)
+    with pytest.raises(AssertionError, match="doesn't match model"):
+        embed(torch.randn(1, 3, 76, 76))
+    assert not embed.as_timm
+    set_sparsity(model, 0.0)
+    assert embed.as_timm
+    expected = embed(x)
+    set_sparsity(model, 0.5)
+    torch.testing.assert_close(embed(x), expected, atol=1e-5, rtol=1e-5)
+    handle = embed.norm.register_forward_hook(lambda *_: torch.zeros(1, 18, 18, 32))
+    assert not embed(x).any()
+    handle.remove()
+    embed.proj = nn.Conv2d(3, 32, 4, 4, padding=4).eval()
+    assert plain_embedding(embed, x) is None
+    embed.proj = nn.Conv2d(3, 32, 4, 4).eval()
+    assert plain_embedding(embed, x) is not None
+    embed.train()
+    assert plain_embedding(embed, x) is None
+
+
+@pytest.mark.parametrize("importance", ["mean_abs_l2", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(28, 28), (25, 30)])
+def test_scores_and_ranks(importance: windows.Importance, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    if dtype == torch.bfloat16 and not native.load().has_bfloat():
+        pytest.skip("this CPU has no bfloat16")
+    torch.manual_seed(0)
+    x = torch.randn(3, *size, 64).mul(torch.rand(3, *size, 1)).to(dtype)
+    indices = [windows.window_token_index(*size, (7, 7), (shift, shift), CPU) for shift in (0, 3)]
+    for several in (indices, indices[1:]):
+        expected = ranking.score_and_rank(x, several, 9, importance)
+        for pair, (keep, rows) in zip(native.score_and_rank(x, several, 9, importance), expected, strict=True):
+            assert torch.equal(pair[0], keep)
+            assert torch.equal(pair[1], rows)
+    spread = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(native.score_and_rank(spread, indices, 9, importance)[0][0],
+                       ranking.score_and_rank(x, indices, 9, importance)[0][0])  # fmt: skip
+
+
+def test_maps_of_other_widths_are_refused_as_torch_refuses_them() -> None:
+    tokens, rows, weights, bias, _ = arranged(64, 2, 7, (14, 14), False, 1)
+    with pytest.raises(RuntimeError):
+        native.run_windows_(tokens[:, :32].contiguous(), rows, weights, bias, None, padded=False)
+    with pytest.raises(RuntimeError):
+        native.merge_patches(torch.randn(1, 4, 4, 16), reduction(32, 64, True, False))
 
 
 def test_several_threads_at_once() -> None:
@@ -273,7 +460,7 @@ def test_auto_leaves_cpus_alone_that_were_not_measured() -> None:
 @pytest.fixture
 def _forgotten() -> Iterator[None]:
     """Nothing is known of engines before the test, nor after it of what it pretended."""
-    memories = (choice._engine, choice._warn_once, native.load, native._key)
+    memories = (choice._engine, choice._warn_once, compiled.load, compiled._key)
     for memory in memories:
         memory.cache_clear()
     yield

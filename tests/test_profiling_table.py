@@ -68,11 +68,11 @@ def patched(fake: FakeTime, monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 
     real_forward = SparseBlock.forward
 
-    def forward(self: Any, x: Tensor, keep_indices: Tensor | None = None, token_index: Tensor | None = None) -> Tensor:
-        rows, cols = windows.window_grid(x.shape[1], x.shape[2], self.window_size)
-        count = rows * cols if keep_indices is None else keep_indices.shape[1]
+    def forward(self: Any, x: Tensor, keep_indices: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        high, wide = windows.window_grid(x.shape[1], x.shape[2], self.window_size)
+        count = high * wide if keep_indices is None else keep_indices.shape[1]
         fake.spend(fake.BLOCK_MS + fake.WINDOW_MS * count)
-        return real_forward(self, x, keep_indices, token_index)
+        return real_forward(self, x, keep_indices, rows)
 
     monkeypatch.setattr(SparseBlock, "forward", forward)
     spends(windows, "token_magnitude", fake.RANK_MS)

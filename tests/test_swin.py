@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from torch import nn
 
 from sparsevit_cli import windows
 from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.kernels import rows_of
 from sparsevit_cli.models import supported_models
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import (
@@ -98,9 +100,13 @@ class _ForceGather:
 
     def _all_windows(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         (x,) = args
-        index = windows.window_token_index(x.shape[1], x.shape[2], block.window_size, block.shift_size, x.device)
+        index = token_index_of(block, x)
         order = torch.stack([torch.randperm(index.shape[0]) for _ in range(x.shape[0])])
-        return args, {"keep_indices": order, "token_index": index}
+        return args, {"keep_indices": order, "rows": rows_of(order, index, x.shape[1] * x.shape[2])}
+
+
+def token_index_of(block: Any, x: torch.Tensor) -> torch.Tensor:
+    return windows.window_token_index(x.shape[1], x.shape[2], block.window_size, block.shift_size, x.device)
 
 
 @pytest.mark.parametrize("name", OF_EACH)
@@ -140,7 +146,7 @@ def test_skipped_windows_keep_their_bits(
         x = entered.pop()
         if "keep_indices" not in kwargs or not isinstance(getattr(block, "norm3", nn.Identity()), nn.Identity):
             return
-        keep, index = kwargs["keep_indices"], kwargs["token_index"]
+        keep, index = kwargs["keep_indices"], token_index_of(block, x)
         for image in range(x.shape[0]):
             kept = torch.zeros(x.shape[1] * x.shape[2] + 1, dtype=torch.bool)
             kept[index[keep[image]].flatten()] = True

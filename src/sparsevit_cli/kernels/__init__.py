@@ -3,12 +3,27 @@
 Training, tracing and export go through timm's own modules; what is here must agree with them to about 1e-5.
 """
 
-from .choice import KERNELS, Kernels, RunWindows, ScoreAndRank, chosen, chosen_ranking, explained, running
+from .choice import (
+    KERNELS,
+    EmbedPatches,
+    Kernels,
+    MergePatches,
+    RunWindows,
+    ScoreAndRank,
+    chosen,
+    chosen_embedding,
+    chosen_merging,
+    chosen_ranking,
+    explained,
+    running,
+)
+from .embedding import EmbeddingWeights
 from .linear import Affine, LinearOps, TorchLinear, linear_ops
-from .merging import MergingWeights, merge_patches
+from .merging import MergingWeights
+from .ranking import rank, rows_of, score_and_rank
 from .windowed import BlockWeights, Norm, run_windows_
 
-VERSION = 3
+VERSION = 4
 """Raised when what is here gets faster or slower: latencies measured before stand for something else."""
 
 __all__ = [
@@ -16,18 +31,25 @@ __all__ = [
     "VERSION",
     "Affine",
     "BlockWeights",
+    "EmbedPatches",
+    "EmbeddingWeights",
     "Kernels",
     "LinearOps",
+    "MergePatches",
     "MergingWeights",
     "Norm",
     "RunWindows",
     "ScoreAndRank",
     "TorchLinear",
     "chosen",
+    "chosen_embedding",
+    "chosen_merging",
     "chosen_ranking",
     "explained",
     "linear_ops",
-    "merge_patches",
+    "rank",
+    "rows_of",
     "run_windows_",
     "running",
+    "score_and_rank",
 ]

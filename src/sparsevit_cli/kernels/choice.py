@@ -10,7 +10,12 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from sparsevit_cli.windows import Importance
+
 from . import windowed
+from .embedding import EmbeddingWeights
+from .merging import MergingWeights, merge_patches
+from .ranking import score_and_rank
 from .windowed import BlockWeights
 
 Kernels = Literal["auto", "portable", "native", "triton"]
@@ -32,18 +37,30 @@ class RunWindows(Protocol):
     ) -> None: ...
 
 
+class MergePatches(Protocol):
+    """`merging.merge_patches`, or what stands for it."""
+
+    def __call__(self, x: Tensor, weights: MergingWeights) -> Tensor: ...
+
+
+class EmbedPatches(Protocol):
+    """`native.embed_patches`, or what stands for it."""
+
+    def __call__(self, x: Tensor, weights: EmbeddingWeights) -> Tensor | None: ...
+
+
 class ScoreAndRank(Protocol):
-    """`triton_windows.score_and_rank`."""
+    """`ranking.score_and_rank`, or what stands for it."""
 
     def __call__(
-        self, x: Tensor, token_indices: Sequence[Tensor], count: int, importance: str
+        self, x: Tensor, token_indices: Sequence[Tensor], count: int, importance: Importance
     ) -> list[tuple[Tensor, Tensor]]: ...
 
 
-def chosen_ranking(kernels: str, device: torch.device) -> ScoreAndRank | None:
-    """The function that scores and ranks windows of a map in few launches; None for those of `windows`."""
+def chosen_ranking(kernels: str, device: torch.device) -> ScoreAndRank:
+    """The function that scores and ranks the windows of a map."""
     engine, _ = _engine(_named(kernels, device), device.type)
-    return getattr(engine, "score_and_rank", None)
+    return getattr(engine, "score_and_rank", score_and_rank)
 
 
 def chosen(kernels: str, block: BlockWeights, device: torch.device) -> RunWindows:
@@ -62,6 +79,24 @@ def chosen(kernels: str, block: BlockWeights, device: torch.device) -> RunWindow
     if kernels == name != "portable":
         _warn_once(f"{reason or engine.LIMITS}: the portable kernels run instead")
     return windowed.run_windows_
+
+
+def chosen_merging(kernels: str, weights: MergingWeights, device: torch.device) -> MergePatches:
+    """The function that merges patches on `device`: C++ where blocks run in C++ and it fits, else the portable one."""
+    native = _native_of(kernels, device)
+    return native.merge_patches if native is not None and native.supports_merging(weights) else merge_patches
+
+
+def chosen_embedding(kernels: str, weights: EmbeddingWeights, device: torch.device) -> EmbedPatches | None:
+    """The function that embeds patches on `device`; None where timm's own way is taken."""
+    native = _native_of(kernels, device)
+    return native.embed_patches if native is not None and native.supports_embedding(weights) else None
+
+
+def _native_of(kernels: str, device: torch.device) -> Any:
+    """The module `native`, where it is what `kernels` comes to on `device`."""
+    name = _named(kernels, device)
+    return _engine(name, device.type)[0] if name == "native" else None
 
 
 def running(kernels: str, device: torch.device) -> str:

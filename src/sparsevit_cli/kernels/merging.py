@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .linear import Affine, linear_ops
-from .windowed import Norm, layer_norm
+from .windowed import Norm, layer_norm, tensors_of
 
 
 class MergingWeights(NamedTuple):
@@ -17,6 +17,10 @@ class MergingWeights(NamedTuple):
     norm: Norm
     reduction: Affine
     norm_first: bool
+
+    def tensors(self) -> list[Tensor] | None:
+        """Weights and biases; None where the norm lacks one, which only the portable kernels take."""
+        return tensors_of((self.norm,), (self.reduction,))
 
 
 def merge_patches(x: Tensor, weights: MergingWeights) -> Tensor:

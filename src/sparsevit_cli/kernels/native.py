@@ -1,40 +1,37 @@
-"""The windows of a block in C++, compiled for this CPU at first use: a few windows stay in the cache for all steps.
-
-`native_windows.cpp` does the work. It is compiled once per source, compiler and CPU, into the user's cache folder.
-"""
+"""Blocks and patch mergings in C++, on a CPU: some tokens stay in its cache for all steps. `cpp/` does the work."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import windowed
+from sparsevit_cli.windows import Importance
+
+from . import merging, ranking, windowed
+from .compiled import is_measured, load, version
+from .embedding import EmbeddingWeights
 from .linear import Affine
+from .merging import MergingWeights
 from .windowed import BlockWeights, Norm
+
+__all__ = ["LIMITS", "embed_patches", "is_measured", "load", "merge_patches", "run_windows_", "score_and_rank",
+           "supports", "supports_embedding", "supports_merging", "version"]  # fmt: skip
 
 LIMITS = (
     "the C++ kernels are for contiguous blocks in float32 (channels a multiple of 16) or, where the CPU has it, "
     "bfloat16 (of 32), with an even number of at most 32 channels per head and norms with weight and bias"
 )
-SOURCE = Path(__file__).with_name("native_windows.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-fopenmp",
-         "-shared", "-fPIC")  # fmt: skip
 MAX_HEAD = 32
-LANES_OF_AVX2 = 8
-SECONDS = 300
-"""A compiler that takes longer hangs."""
+MIN_PATCH = 32
+LINE = 64
+"""Bytes of a cache line."""
+
+_NONE, _ROWS, _RESULTS = range(3)
+"""`NormOf` of cpp/projection.hpp."""
 
 
 class _Norm(ctypes.Structure):
@@ -45,8 +42,8 @@ class _Affine(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
 
 
-class _Call(ctypes.Structure):
-    """`Call` of native_windows.cpp."""
+class _Block(ctypes.Structure):
+    """`Block` of cpp/block.hpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("tokens", "rows", "bias", "classes", "cosine", "workspace")),
@@ -58,126 +55,181 @@ class _Call(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Projection(ctypes.Structure):
+    """`Projection` of cpp/projection.hpp, like the two after it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("results", "workspace")),
+        *((name, ctypes.c_int64) for name in ("rows", "depth", "columns", "norm_of", "threads")),
+        ("norm", _Norm),
+        ("layer", _Affine),
+    )  # fmt: skip
+
+
+class _Merging(ctypes.Structure):
+    _fields_ = (
+        ("tokens", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("height", "width", "channels")),
+        ("projection", _Projection),
+    )
+
+
+class _Embedding(ctypes.Structure):
+    _fields_ = (
+        ("images", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("height", "width", "channels", "side")),
+        ("projection", _Projection),
+    )
+
+
+class _Scoring(ctypes.Structure):
+    """`Scoring` of cpp/scoring.hpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tokens", "plain", "shifted", "magnitude", "scores")),
+        *((name, ctypes.c_int64) for name in (
+            "batch", "num_tokens", "channels", "num_windows", "area", "is_l2", "threads")),
+    )  # fmt: skip
+
+
 def run_windows_(
     tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, *, padded: bool
 ) -> None:
     """As `windowed.run_windows_`, for blocks that `supports` says yes to; other maps than theirs go there."""
-    is_plain = type(tokens) is Tensor and tokens.device.type == "cpu" and tokens.is_contiguous()
-    if not is_plain or not tokens.dtype == bias.dtype == block.qkv.weight.dtype:
+    if not _fits(tokens, block.qkv.weight, tokens.shape[1]) or tokens.dtype != bias.dtype:
         windowed.run_windows_(tokens, rows, block, bias, bias_class, padded=padded)
         return
     rows, bias = rows.contiguous(), bias.contiguous()
     classes = None if bias_class is None else bias_class.contiguous()
     cosine = None if block.cosine_scale is None else block.cosine_scale.flatten().float()
-    call = _Call(
+    call = _Block(
         tokens=tokens.data_ptr(), rows=rows.data_ptr(), bias=bias.data_ptr(), classes=_address(classes),
         cosine=_address(cosine), num_tokens=len(tokens), num_windows=len(rows), area=rows.shape[1],
         channels=tokens.shape[1], heads=block.num_heads, hidden=len(block.fc1.weight), norm_first=block.norm_first,
         threads=torch.get_num_threads(), scale=block.scale, norm1=_norm(block.norm1), norm2=_norm(block.norm2),
         qkv=_affine(block.qkv), proj=_affine(block.proj), fc1=_affine(block.fc1), fc2=_affine(block.fc2),
     )  # fmt: skip
-    library, is_bfloat = load(), tokens.dtype == torch.bfloat16
-    nbytes = library.workspace_bytes(ctypes.byref(call), is_bfloat) + 64
-    workspace = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-    call.workspace = -(-workspace.data_ptr() // 64) * 64
-    library.run_windows(ctypes.byref(call), is_bfloat)
+    is_bfloat = tokens.dtype == torch.bfloat16
+    workspace = _workspace(load().block_workspace(ctypes.byref(call), is_bfloat))
+    call.workspace = workspace.data_ptr()
+    load().run_block(ctypes.byref(call), is_bfloat)
+
+
+def merge_patches(x: Tensor, weights: MergingWeights) -> Tensor:
+    """As `merging.merge_patches`, for weights that `supports_merging` says yes to; other maps than theirs go there."""
+    if not _fits(x, weights.reduction.weight, 4 * x.shape[-1]):
+        return merging.merge_patches(x, weights)
+    batch, height, width, channels = x.shape
+    merged = x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, len(weights.reduction.weight))
+    projection = _projection(merged, weights.reduction, weights.norm, _ROWS if weights.norm_first else _RESULTS)
+    call = _Merging(tokens=x.data_ptr(), height=height, width=width, channels=channels, projection=projection)
+    _run_projection(load().run_merging, call, x.dtype)
+    return merged
+
+
+def embed_patches(x: Tensor, weights: EmbeddingWeights) -> Tensor | None:
+    """Images (B, C, H, W) to a map (B, H/side, W/side, out), for weights that `supports_embedding` says yes to.
+
+    None for images that this engine does not take. As timm's PatchEmbed (timm/layers/patch_embed.py).
+    """
+    batch, channels, height, width = x.shape
+    columns, _, side, _ = weights.proj.weight.shape
+    if not _fits(x, weights.proj.weight, channels) or height % side or width % side:
+        return None
+    embedded = x.new_empty(batch, height // side, width // side, columns)
+    projection = _projection(embedded, weights.proj, weights.norm, _NONE if weights.norm is None else _RESULTS)
+    call = _Embedding(
+        images=x.data_ptr(), height=height, width=width, channels=channels, side=side, projection=projection
+    )
+    _run_projection(load().run_embedding, call, x.dtype)
+    return embedded
+
+
+def score_and_rank(
+    x: Tensor, token_indices: Sequence[Tensor], count: int, importance: Importance
+) -> list[tuple[Tensor, Tensor]]:
+    """As `ranking.score_and_rank`."""
+    batch, height, width, channels = x.shape
+    if not _is_plain(x) or not _are_supported([x], channels):
+        return ranking.score_and_rank(x, token_indices, count, importance)
+    plain, shifted = token_indices[0], token_indices[1] if len(token_indices) > 1 else None
+    num_windows, area = plain.shape
+    magnitude = x.new_empty(batch, height * width, dtype=torch.float32)
+    scores = x.new_empty(len(token_indices), batch, num_windows, dtype=torch.float32)
+    call = _Scoring(
+        tokens=x.data_ptr(), plain=plain.data_ptr(), shifted=_address(shifted), magnitude=magnitude.data_ptr(),
+        scores=scores.data_ptr(), batch=batch, num_tokens=height * width, channels=channels, num_windows=num_windows,
+        area=area, is_l2=importance == "l2", threads=torch.get_num_threads(),
+    )  # fmt: skip
+    load().run_scoring(ctypes.byref(call), x.dtype == torch.bfloat16)
+    return ranking.rank(scores, token_indices, count, height * width)
 
 
 def supports(block: BlockWeights) -> bool:
     """True for what `LIMITS` says."""
     channels, hidden = block.qkv.weight.shape[1], len(block.fc1.weight)
-    tensors = block.tensors()
+    if channels % block.num_heads:
+        return False
+    head = channels // block.num_heads
+    return head <= MAX_HEAD and head % 2 == 0 and _are_supported(block.tensors(), channels, hidden)
+
+
+def supports_merging(weights: MergingWeights) -> bool:
+    """True for what `LIMITS` says of channels and types."""
+    columns, inner = weights.reduction.weight.shape
+    return _are_supported(weights.tensors(), columns, inner // 4)
+
+
+def supports_embedding(weights: EmbeddingWeights) -> bool:
+    """True for what `LIMITS` says of channels and types, and patches of at least 32 numbers."""
+    weight = weights.proj.weight
+    depth = weight[0].numel()
+    return depth >= MIN_PATCH and depth % 2 == 0 and _are_supported(weights.tensors(), len(weight))
+
+
+def _are_supported(tensors: list[Tensor] | None, *widths: int) -> bool:
     if tensors is None:
         return False
-    dtype = block.qkv.weight.dtype
+    dtype = tensors[0].dtype
     if not (dtype == torch.float32 or (dtype == torch.bfloat16 and load().has_bfloat())):
         return False
     multiple = 16 if dtype == torch.float32 else 32
-    head = channels // block.num_heads
-    if channels % multiple or hidden % multiple or channels % block.num_heads or head > MAX_HEAD or head % 2:
+    if any(width % multiple for width in widths):
         return False
     return all(tensor.is_contiguous() and tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
 
 
-def is_measured() -> bool:
-    """True on CPUs of a kind on which these kernels were found to be faster: x86-64 with AVX2 or AVX-512."""
-    return platform.machine() in ("x86_64", "AMD64") and load().lanes() >= LANES_OF_AVX2
+def _is_plain(x: Tensor) -> bool:
+    """True where `x` can be handed over by its address."""
+    return type(x) is Tensor and x.device.type == "cpu" and x.is_contiguous()
 
 
-def version() -> str:
-    """Of source, compiler and CPU: two equal ones are the same code."""
-    return _key(_compiler())
+def _fits(x: Tensor, weight: Tensor, inner: int) -> bool:
+    """True where `x` can be handed over, and `weight` (out, inner, ...) multiplies such as it."""
+    return _is_plain(x) and x.dtype == weight.dtype and weight.shape[1] == inner
 
 
-@lru_cache
-def load() -> Any:
-    """The compiled library. Raises RuntimeError with the reason where there is none."""
-    if sys.platform != "linux":
-        raise RuntimeError(f"the C++ kernels are for Linux, not {sys.platform}")
-    compiler = _compiler()
-    try:
-        library = _library(compiler, _cache_folder() / f"windows-{_key(compiler)}.so")
-    except subprocess.SubprocessError as error:
-        said = str(getattr(error, "stderr", None) or "").strip() or str(error)
-        raise RuntimeError(f"the C++ kernels did not compile ({said.splitlines()[0]})") from error
-    except OSError as error:
-        raise RuntimeError(f"the C++ kernels cannot be loaded ({error})") from error
-    library.workspace_bytes.restype = ctypes.c_int64
-    library.workspace_bytes.argtypes = library.run_windows.argtypes = (ctypes.POINTER(_Call), ctypes.c_int)
-    return library
+def _projection(results: Tensor, layer: Affine, norm: Norm | None, norm_of: int) -> _Projection:
+    columns = results.shape[-1]
+    return _Projection(
+        results=results.data_ptr(), rows=results.numel() // columns, depth=layer.weight.numel() // columns,
+        columns=columns, norm_of=norm_of, threads=torch.get_num_threads(), norm=_norm(norm or Norm(None, None, 0.0)),
+        layer=_affine(layer),
+    )  # fmt: skip
 
 
-def _library(compiler: str, path: Path) -> ctypes.CDLL:
-    """What this process or an earlier one compiled; a damaged file is compiled again."""
-    if path.exists():
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:
-            path.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # several processes may do this at once
-        made = Path(folder) / path.name
-        _said_by(compiler, *FLAGS, str(SOURCE), "-o", str(made))
-        made.replace(path)
-    return ctypes.CDLL(str(path))
+def _run_projection(function: Any, call: Any, dtype: torch.dtype) -> None:
+    is_bfloat = dtype == torch.bfloat16
+    workspace = _workspace(load().projection_workspace(ctypes.byref(call.projection), is_bfloat))
+    call.projection.workspace = workspace.data_ptr()
+    function(ctypes.byref(call), is_bfloat)
 
 
-def _cache_folder() -> Path:
-    """The user's own, or one that ends with the process where that cannot be written."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsevit-cli"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # there may be no home
-        pass
-    return Path(_process_folder().name)
-
-
-@lru_cache
-def _process_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="sparsevit-cli-")
-
-
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "g++", "c++"):
-        if name and shutil.which(name):
-            return name
-    raise RuntimeError("there is no C++ compiler (g++, c++ or $CXX)")
-
-
-@lru_cache
-def _key(compiler: str) -> str:
-    """What the library depends on: the source, the flags, and all that the compiler knows of itself and this CPU."""
-    try:
-        known = _said_by(compiler, *FLAGS, "-x", "c++", "-dM", "-E", os.devnull)
-        source = SOURCE.read_text(encoding="utf-8")
-    except (OSError, subprocess.SubprocessError) as error:
-        raise RuntimeError(f"{compiler} does not run ({error})") from error
-    return hashlib.sha256("\0".join((source, *FLAGS, known)).encode()).hexdigest()[:16]
-
-
-def _said_by(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS).stdout
+def _workspace(nbytes: int) -> Tensor:
+    """(nbytes,) from the start of a cache line on."""
+    space = torch.empty(nbytes + LINE, dtype=torch.uint8, device="cpu")
+    start = -space.data_ptr() % LINE
+    return space[start : start + nbytes]
 
 
 def _address(tensor: Tensor | None) -> int | None:

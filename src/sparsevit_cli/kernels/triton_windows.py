@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsevit_cli.windows import Importance
+
 from .linear import Affine
 from .windowed import BlockWeights, Norm
 
@@ -72,14 +74,9 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def score_and_rank(
-    x: Tensor, token_indices: Sequence[Tensor], count: int, importance: str
+    x: Tensor, token_indices: Sequence[Tensor], count: int, importance: Importance
 ) -> list[tuple[Tensor, Tensor]]:
-    """Windows kept of maps x (B, H, W, C), and the rows of their tokens, for one or two partitions in two launches.
-
-    Each of `token_indices` (n, N) is one of `windows`, all of one shape. Returns for each of them indices (B, count),
-    best first, of equal scores the first window first, and rows (B, count, N) in 0 ... B*H*W. Scores are those of
-    `windows`: `mean_abs_l2` or `l2`.
-    """
+    """As `ranking.score_and_rank`, in two launches; of equal scores the first window comes first."""
     batch, height, width, channels = x.shape
     plain, shifted = token_indices[0], token_indices[-1]
     assert len(token_indices) <= 2, "a stage has windows and shifted windows"

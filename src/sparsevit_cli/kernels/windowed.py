@@ -47,10 +47,15 @@ class BlockWeights(NamedTuple):
 
     def tensors(self) -> list[Tensor] | None:
         """Weights and biases of all layers; None where a norm lacks one, which only the portable kernels take."""
-        norms, layers = (self.norm1, self.norm2), (self.qkv, self.proj, self.fc1, self.fc2)
-        if any(norm.weight is None or norm.bias is None for norm in norms):
-            return None
-        return [tensor for part in (*norms, *layers) for tensor in (part.weight, part.bias) if tensor is not None]
+        return tensors_of((self.norm1, self.norm2), (self.qkv, self.proj, self.fc1, self.fc2))
+
+
+def tensors_of(norms: tuple[Norm, ...], layers: tuple[Affine, ...]) -> list[Tensor] | None:
+    """Weights and biases; None where a norm lacks one."""
+    if any(norm.weight is None or norm.bias is None for norm in norms):
+        return None
+    parts: tuple[Norm | Affine, ...] = (*norms, *layers)
+    return [tensor for part in parts for tensor in (part.weight, part.bias) if tensor is not None]
 
 
 def run_windows_(

@@ -1,7 +1,8 @@
 """Window sparsity for timm's Swin: the only room that knows timm's Swin.
 
-`sparsify_` swaps the class of every stage and block in place, so parameters keep their names and a dense model
-runs timm's own code. The one thing stored on the model is the setting: tenths per block pair, importance, kernels.
+`sparsify_` swaps the classes of stages, blocks, patch mergings and patch embeddings in place, so parameters keep their
+names and a dense model runs timm's own code. The one thing stored on the model is the setting: tenths per block pair,
+importance, kernels.
 
 A sparse model takes one of two ways, which agree to about 1e-5: in training, tracing and export timm's own modules
 between gather and scatter; at inference the functions of `kernels`, on a map that is changed in place.
@@ -18,6 +19,7 @@ from sparsevit_cli.sparsity import Ratios, SparsityConfig
 
 from .bias import remembered_tensors
 from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, SparseBlock
+from .embedding import SparsePatchEmbed, embeddings_of
 from .inference import is_unwatched, without_kernels
 from .stages import SPARSE_STAGES, SparseStage, SparseSwinTransformerStage
 from .timm_swin import GENERATIONS, STAGES, Block, Stage
@@ -73,6 +75,9 @@ def sparsify_(
         stage.importance, stage.kernels, stage.stage_number = importance, kernels, number
     for module in (*stages, *blocks, *(stage.downsample for stage in stages)):
         module.__class__ = _SPARSE_CLASS.get(type(module), type(module))
+    for embed in embeddings_of(model):
+        embed.__class__ = SparsePatchEmbed
+        embed.kernels = kernels
     return model
 
 
@@ -104,6 +109,8 @@ def set_sparsity(model: nn.Module, ratios: Ratios, *, exact: bool = True) -> Non
     for stage, tenths in zip(stages, config.tenths, strict=True):
         stage.sparsity_tenths = tenths
         stage.as_timm = exact and config.is_dense
+    for embed in embeddings_of(model):
+        embed.as_timm = exact and config.is_dense
 
 
 def get_sparsity(model: nn.Module) -> SparsityConfig:

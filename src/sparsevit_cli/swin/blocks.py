@@ -13,14 +13,21 @@ from .bias import remembered_bias
 from .timm_swin import v1, v2, v2cr
 
 
-class SparseMerging(nn.Module):
-    """timm's patch merging; given its weights, it takes the faster way."""
+class PlainMerging(NamedTuple):
+    """The tensors of a patch merging that nobody changed, and the function of `kernels` that merges with them."""
 
-    def forward(self, x: Tensor, weights: kernels.MergingWeights | None = None) -> Tensor:
+    weights: kernels.MergingWeights
+    merge_patches: kernels.MergePatches
+
+
+class SparseMerging(nn.Module):
+    """timm's patch merging; given its tensors, it takes the faster way."""
+
+    def forward(self, x: Tensor, plain: PlainMerging | None = None) -> Tensor:
         """Map (B, H, W, C) to (B, H/2, W/2, out)."""
-        if weights is None:
+        if plain is None:
             return super().forward(x)  # type: ignore[no-any-return]
-        return kernels.merge_patches(x, weights)
+        return plain.merge_patches(x, plain.weights)
 
 
 class SparsePatchMerging(SparseMerging, v1.PatchMerging):
@@ -61,24 +68,21 @@ class SparseBlock(nn.Module):
         self,
         x: Tensor,
         keep_indices: Tensor | None = None,
-        token_index: Tensor | None = None,
-        plain: PlainBlock | None = None,
         rows: Tensor | None = None,
+        plain: PlainBlock | None = None,
     ) -> Tensor:
-        """Map (B, H, W, C) to the same shape; `keep_indices` (B, K), `token_index` (n, N) of `windows`.
-
-        With `plain` the map itself is changed and returned, and no `keep_indices` means all windows; `rows` (B, K, N)
-        may then tell their tokens' rows, as `windows.flat_rows` does.
+        """Map (B, H, W, C) to the same shape; `keep_indices` (B, K), and the `rows` (B, K, N) of their tokens, of
+        `kernels.ranking`. With `plain` the map itself is changed and returned.
         """
-        if plain is not None and token_index is not None:
-            return self._on_whole_map(self._run_(x, keep_indices, token_index, plain, rows))
-        if keep_indices is None or token_index is None:
+        if keep_indices is None or rows is None:
             return super().forward(x)  # type: ignore[no-any-return]
+        if plain is not None:
+            return self._on_whole_map(self._run_(x, keep_indices, rows, plain))
         batch, height, width, channels = x.shape
         kept, area = keep_indices.shape[1], self.window_area
         padded = windows.has_padding(height, width, self.window_size)
 
-        rows = windows.flat_rows(token_index, keep_indices, height * width, scratch_row=padded).flatten()  # B*K*N
+        rows = rows.flatten()  # B*K*N
         tokens = windows.flatten_map(x, scratch_row=padded)  # B*H*W (+ 1), C
         kept_tokens = windows.gather_rows(tokens, rows).view(batch, kept, area, channels)
         is_token = (rows != batch * height * width).view(batch, kept, area, 1) if padded else None
@@ -102,15 +106,9 @@ class SparseBlock(nn.Module):
         """What timm does with the whole map after its windows."""
         return x
 
-    def _run_(
-        self, x: Tensor, keep_indices: Tensor | None, token_index: Tensor, plain: PlainBlock, rows: Tensor | None
-    ) -> Tensor:
-        batch, height, width, channels = x.shape
+    def _run_(self, x: Tensor, keep_indices: Tensor, rows: Tensor, plain: PlainBlock) -> Tensor:
+        _, height, width, channels = x.shape
         padded = windows.has_padding(height, width, self.window_size)
-        if keep_indices is None:
-            keep_indices = torch.arange(len(token_index), device=x.device).expand(batch, -1)
-        if rows is None:
-            rows = windows.flat_rows(token_index, keep_indices, height * width, scratch_row=padded)  # B, K, N
         bias, class_of = self._attention_bias(x)
         bias_class = None if class_of is None else class_of[keep_indices.flatten()]
         tokens = x.view(-1, channels)  # shares the map's memory

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, Format, Mlp
 from timm.layers.activations import GELU
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sparsevit_cli import kernels, windows
 
-from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, PlainBlock, PostNormBlock
+from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, PlainBlock, PlainMerging, PostNormBlock
 from .timm_swin import v1, v2, v2cr
 
 _with_kernels: ContextVar[bool] = ContextVar("with_kernels", default=True)
@@ -55,15 +55,38 @@ def is_unwatched(device: torch.device) -> bool:
     return all(getattr(mode, "sees_kernels", False) for mode in _get_current_dispatch_mode_stack())
 
 
-def merging_weights(downsample: nn.Module) -> kernels.MergingWeights | None:
-    """Tensors of a patch merging; None where a part is not timm's own, or somebody hooked into it."""
-    merging: Any = downsample
+def plain_merging(stage: Any, x: Tensor) -> PlainMerging | None:
+    """The patch merging of a stage for its map `x`; None where a part is not timm's own, or somebody hooked into it."""
+    merging = stage.downsample
     if type(merging) not in SPARSE_MERGINGS.values():
         return None
     if not _is_plain((merging, type(merging)), (merging.norm, nn.LayerNorm), (merging.reduction, nn.Linear)):
         return None
     norm_first = not isinstance(merging, v2.PatchMerging)
-    return kernels.MergingWeights(_norm(merging.norm), _affine(merging.reduction), norm_first)
+    weights = kernels.MergingWeights(_norm(merging.norm), _affine(merging.reduction), norm_first)
+    return PlainMerging(weights, kernels.chosen_merging(stage.kernels, weights, x.device))
+
+
+def plain_embedding(embed: Any, x: Tensor) -> tuple[kernels.EmbeddingWeights, kernels.EmbedPatches] | None:
+    """The tensors of timm's patch embedding for images `x`, and the function of `kernels` that embeds with them; None
+    where there is none, a part is not timm's own, or somebody hooked into it.
+    """
+    conv, norm = embed.proj, embed.norm
+    norm_class = nn.LayerNorm if isinstance(norm, nn.LayerNorm) else nn.Identity
+    if not is_inference(embed, x.device) or not _is_plain((embed, type(embed)), (conv, nn.Conv2d), (norm, norm_class)):
+        return None
+    sizes = (tuple(embed.patch_size), conv.kernel_size, conv.stride)
+    if len({*sizes, sizes[0][::-1]}) > 1 or (conv.padding, conv.dilation, conv.groups) != ((0, 0), (1, 1), 1):
+        return None
+    if x.ndim != len(conv.weight.shape) or embed.dynamic_img_pad or embed.flatten or embed.output_fmt != Format.NHWC:
+        return None
+    if embed.img_size is not None and embed.strict_img_size and tuple(x.shape[2:]) != tuple(embed.img_size):
+        return None  # timm says why
+    weights = kernels.EmbeddingWeights(
+        kernels.Affine(conv.weight, conv.bias), _norm(norm) if isinstance(norm, nn.LayerNorm) else None
+    )
+    embed_patches = kernels.chosen_embedding(embed.kernels, weights, x.device)
+    return None if embed_patches is None else (weights, embed_patches)
 
 
 def plain_blocks(stage: Any, x: Tensor) -> list[PlainBlock] | None:

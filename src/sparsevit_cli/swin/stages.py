@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparsevit_cli import windows
-from sparsevit_cli.kernels import Kernels, ScoreAndRank, chosen_ranking
+from sparsevit_cli import kernels, windows
 
-from .blocks import SparseBlock
-from .inference import is_inference, merging_weights, plain_blocks
+from .inference import is_inference, plain_blocks, plain_merging
 from .timm_swin import v1, v2, v2cr
 
 
@@ -22,7 +20,7 @@ class SparseStage(nn.Module):
 
     sparsity_tenths: tuple[int, ...]
     importance: windows.Importance
-    kernels: Kernels = "auto"
+    kernels: kernels.Kernels = "auto"
     blocks: Any
     downsample: Any
     grad_checkpointing: bool
@@ -38,17 +36,18 @@ class SparseStage(nn.Module):
 
     def _sparse(self, x: Tensor) -> Tensor:
         infers = is_inference(self, x.device)
-        merging = merging_weights(self.downsample) if infers else None
-        x = self.downsample(x) if merging is None else self.downsample(x, weights=merging)
+        merging = plain_merging(self, x) if infers else None
+        x = self.downsample(x) if merging is None else self.downsample(x, plain=merging)
         plain = plain_blocks(self, x) if infers else None
         if plain is not None and merging is None:  # the caller's map, or a view of it, is not ours to change
             x = x.clone(memory_format=torch.contiguous_format)
-        score_and_rank = chosen_ranking(self.kernels, x.device) if plain is not None else None
+        score_and_rank = kernels.score_and_rank if plain is None else kernels.chosen_ranking(self.kernels, x.device)
         ranking = _Ranking(self, x.shape[1], x.shape[2], score_and_rank)
         for number, block in enumerate(self.blocks):
-            run = partial(block, **ranking.keep(x, number))
+            kept = ranking.keep(x, number)
+            run = partial(block, **kept)
             if plain is not None:
-                x = run(x, token_index=ranking.token_index(block, x.device), plain=plain[number])
+                x = block(x, **(kept or ranking.keep_all(x, number)), plain=plain[number])
             elif self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(run, x, use_reentrant=False)
             else:
@@ -85,25 +84,36 @@ class _Ranking:
     decrease with depth, later blocks take prefixes.
     """
 
-    def __init__(self, stage: SparseStage, height: int, width: int, score_and_rank: ScoreAndRank | None) -> None:
+    def __init__(self, stage: SparseStage, height: int, width: int, score_and_rank: kernels.ScoreAndRank) -> None:
         self.stage, self.height, self.width = stage, height, width
-        self.score_and_rank = score_and_rank if stage.importance != "random" else None
+        self.score_and_rank = score_and_rank
         self.ranked: dict[_Partition, dict[str, Tensor]] = {}
+        self.all: dict[_Partition, dict[str, Tensor]] = {}
 
     def keep(self, x: Tensor, number: int) -> dict[str, Tensor]:
         """Arguments that make block `number` compute the windows it keeps of its map `x`; none where it keeps all."""
-        block = self.stage.blocks[number]
         count, all_windows = self._counts(number)
         if count == all_windows:
             return {}
         if not self.ranked:
             self._rank(x, number)
-        ranked = self.ranked[block.window_size, block.shift_size]
-        return {name: value if name == "token_index" else value[:, :count] for name, value in ranked.items()}
+        return {name: value[:, :count] for name, value in self.ranked[self._partition(number)].items()}
 
-    def token_index(self, block: SparseBlock, device: torch.device) -> Tensor:
-        """(n, N) of the block's own partition."""
-        return windows.token_index_of(self.height, self.width, block.window_size, block.shift_size, device)
+    def keep_all(self, x: Tensor, number: int) -> dict[str, Tensor]:
+        """Arguments that make block `number` compute all windows."""
+        partition = self._partition(number)
+        if partition not in self.all:
+            index = self._token_index(partition, x.device)
+            every = torch.arange(len(index), device=x.device).expand(x.shape[0], -1)
+            self.all[partition] = _kept(every, kernels.rows_of(every, index, self.height * self.width))
+        return self.all[partition]
+
+    def _partition(self, number: int) -> _Partition:
+        block = self.stage.blocks[number]
+        return block.window_size, block.shift_size
+
+    def _token_index(self, partition: _Partition, device: torch.device) -> Tensor:
+        return windows.token_index_of(self.height, self.width, *partition, device)  # n, N
 
     def _counts(self, number: int) -> tuple[int, int]:
         """Windows that block `number` keeps, and windows there are."""
@@ -112,28 +122,19 @@ class _Ranking:
 
     def _rank(self, x: Tensor, first: int) -> None:
         """Rank once for each partition that blocks from `first` on have: the first of them keeps most."""
-        found: dict[_Partition, tuple[Tensor, int]] = {}
-        for number in range(first, len(self.stage.blocks)):
-            block = self.stage.blocks[number]
-            partition = (block.window_size, block.shift_size)
-            if partition not in found:
-                found[partition] = self.token_index(block, x.device), self._counts(number)[0]
-        if self.score_and_rank is not None:
-            indices, most = [index for index, _ in found.values()], max(count for _, count in found.values())
-            ranked = self.score_and_rank(x, indices, most, self.stage.importance)
-            for (partition, (index, _)), (keep_indices, rows) in zip(found.items(), ranked, strict=True):
-                self.ranked[partition] = {"keep_indices": keep_indices, "token_index": index, "rows": rows}
-            return
-        is_random = self.stage.importance == "random"
-        magnitude = None if is_random else windows.token_magnitude(x, self.stage.importance)
-        for partition, (index, count) in found.items():
-            keep_indices = windows.rank_windows(self._scores(magnitude, x.shape[0], index), count)
-            self.ranked[partition] = {"keep_indices": keep_indices, "token_index": index}
+        partitions = list(dict.fromkeys(self._partition(number) for number in range(first, len(self.stage.blocks))))
+        indices = [self._token_index(partition, x.device) for partition in partitions]
+        count, num_windows = self._counts(first)
+        if self.stage.importance == "random":
+            scores = windows.random_scores(x.shape[0], num_windows, self.stage.stage_number, x.device)
+            ranked = kernels.rank([scores] * len(indices), indices, count, self.height * self.width)
+        else:
+            ranked = self.score_and_rank(x, indices, count, self.stage.importance)
+        self.ranked = {partition: _kept(*found) for partition, found in zip(partitions, ranked, strict=True)}
 
-    def _scores(self, magnitude: Tensor | None, batch: int, index: Tensor) -> Tensor:
-        if magnitude is None:
-            return windows.random_scores(batch, index.shape[0], self.stage.stage_number, index.device)
-        return windows.window_scores(magnitude, index)
+
+def _kept(keep_indices: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    return {"keep_indices": keep_indices, "rows": rows}
 
 
 _Partition = tuple[tuple[int, int], tuple[int, int]]

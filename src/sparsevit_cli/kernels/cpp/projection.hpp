@@ -1,0 +1,134 @@
+// Patch merging and patch embedding: rows gathered from a map or an image, times weights. `merging.py` and timm's
+// PatchEmbed say what they compute.
+#pragma once
+#include "layers.hpp"
+
+enum NormOf : int64_t { NONE, ROWS, RESULTS };
+
+// The same fields of all three in native.py.
+struct Projection {
+    void* results;  // (rows, columns)
+    void* workspace;
+    int64_t rows, depth, columns, norm_of, threads;
+    Norm norm;
+    Affine layer;
+};
+struct Merging {  // depth is four times `channels`
+    const void* tokens;  // (batch, height, width, channels); results (batch, height / 2, width / 2, columns), rounded up
+    int64_t height, width, channels;
+    Projection projection;
+};
+struct Embedding {  // depth is channels * side * side
+    const void* images;  // (batch, channels, height, width); results (batch, height / side, width / side, columns)
+    int64_t height, width, channels, side;
+    Projection projection;
+};
+
+namespace {
+
+// Four neighbours of one another, column by column as timm has it, zeros past odd sides.
+template <class Real>
+void gather(const Merging& call, long number, Real* to) {
+    const long cols = (call.width + 1) / 2, rows = (call.height + 1) / 2, channels = call.channels;
+    const long image = number / (rows * cols), row = number / cols % rows * 2, col = number % cols * 2;
+    for (long right = 0; right < 2; ++right)
+        for (long down = 0; down < 2; ++down, to += channels) {
+            if (row + down < call.height && col + right < call.width) {
+                const long token = (image * call.height + row + down) * call.width + col + right;
+                std::memcpy(to, static_cast<const Real*>(call.tokens) + token * channels, channels * sizeof(Real));
+            } else {
+                std::fill_n(to, channels, Real{});
+            }
+        }
+}
+
+// A square of an image, channel by channel.
+template <class Real>
+void gather(const Embedding& call, long number, Real* to) {
+    const long cols = call.width / call.side, rows = call.height / call.side, side = call.side;
+    const long image = number / (rows * cols), row = number / cols % rows * side, col = number % cols * side;
+    for (long channel = image * call.channels; channel < (image + 1) * call.channels; ++channel)
+        for (long down = 0; down < side; ++down, to += side) {
+            const Real* from = static_cast<const Real*>(call.images) + (channel * call.height + row + down) * call.width + col;
+            if (side == 4)
+                std::memcpy(to, from, 4 * sizeof(Real));  // no call
+            else
+                std::memcpy(to, from, side * sizeof(Real));
+        }
+}
+
+template <class Real>
+struct Gathered {
+    Real *rows, *panel;
+    float* left;
+    long stride;
+
+    char* lay_out(const Projection& call, char* at) {
+        const Taker take{at};
+        stride = call.depth + SLACK;
+        take(rows, Tiles::MOST * stride);
+        take(panel, call.depth * PANEL);
+        take(left, call.norm_of == RESULTS ? Tiles::MOST * call.columns : 0);
+        return at;
+    }
+};
+
+template <class Real, class Call>
+void project(const Call& whole, Gathered<Real>& own, const Layer<Real>& layer, long first, long count) {
+    const Projection& call = whole.projection;
+    const long columns = call.columns;
+    for (long row = 0; row < count; ++row) {
+        Real* to = own.rows + row * own.stride;
+        gather(whole, first + row, to);
+        if (call.norm_of == ROWS)
+            normalise<Real>(to, call.depth, call.norm, [&](long c, Floats value) { store(to + c, value); });
+    }
+    Real* results = static_cast<Real*>(call.results) + first * columns;
+    layer.apply(count, own.rows, own.stride, own.panel, [&](long row, long column, Floats sums) {
+        if (call.norm_of == RESULTS)
+            store(own.left + row * columns + column, sums);
+        else
+            store(results + row * columns + column, sums);
+    });
+    for (long row = 0; row < count && call.norm_of == RESULTS; ++row)
+        normalise<Real>(own.left + row * columns, columns, call.norm,
+                        [&](long c, Floats value) { store(results + row * columns + c, value); });
+}
+
+// All panels, or null where each thread packs its own; laid out at the start of the workspace.
+template <class Real>
+char* lay_out_panels(const Projection& call, Real*& panels, char* at) {
+    panels = nullptr;
+    if (packs_once(call.rows, call.threads)) Taker{at}(panels, rounded_up(call.columns, PANEL) * call.depth);
+    return at;
+}
+
+template <class Real, class Call>
+void run_projection(const Call& whole) {
+    const Projection& call = whole.projection;
+    Real* panels;
+    char* scratch = lay_out_panels(call, panels, static_cast<char*>(call.workspace));
+    const Layer<Real> layer(call.layer, call.columns, call.depth, panels);
+    const Tiles tiles(call.rows, call.threads);
+#pragma omp parallel num_threads(call.threads)
+    {
+        Gathered<Real> own;
+        const long each = own.lay_out(call, nullptr) - static_cast<char*>(nullptr);
+        own.lay_out(call, scratch + thread_number() * each);
+        layer.matrix.pack();
+#pragma omp for schedule(dynamic)
+        for (long tile = 0; tile < tiles.count; ++tile)
+            project(whole, own, layer, tiles.first(tile), tiles.first(tile + 1) - tiles.first(tile));
+    }
+}
+
+template <class Real>
+int64_t workspace_of(const Projection& call) {
+    Real* panels;
+    Gathered<Real> own;
+    const char* start = nullptr;
+    const long shared = lay_out_panels(call, panels, nullptr) - start;
+    return shared + call.threads * (own.lay_out(call, nullptr) - start);
+}
+
+}  // namespace
