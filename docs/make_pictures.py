@@ -26,13 +26,11 @@ def kept_pixels(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tens
     maps: list[torch.Tensor] = []
 
     def record(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], stage: int) -> None:
-        x, keep, index = args[0], kwargs.get("keep_indices"), kwargs.get("token_index")
-        batch, height, width, _ = x.shape
-        kept = torch.ones(batch, height * width + 1)
-        if keep is not None:
-            kept = torch.zeros(batch, height * width + 1)
-            kept.scatter_(1, index[keep].flatten(1), 1.0)
-        maps_of[stage].append(kept[:, :-1].view(batch, height, width))
+        batch, height, width, _ = args[0].shape
+        kept = torch.ones(batch * height * width + 1)
+        if (rows := kwargs.get("rows")) is not None:
+            kept.zero_()[rows.flatten()] = 1.0  # of all images; padding is the last one
+        maps_of[stage].append(kept[:-1].view(batch, height, width))
 
     stages = sparse_stages(model)
     maps_of: list[list[torch.Tensor]] = [[] for _ in stages]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,7 +36,6 @@ from sparsevit_cli.kernels import (
     compiled,
     merging,
     native,
-    ranking,
     windowed,
 )
 from sparsevit_cli.swin import set_sparsity, sparsify_
@@ -116,11 +116,21 @@ def assert_near_in_bfloat16(
 
 
 @pytest.fixture
-def _poisoned_workspace() -> Iterator[None]:
-    """What is read before it was written is NaN: workspace and results."""
+def _poisoned_workspace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is read before it was written is NaN, and nothing is written past the end of a workspace."""
+    real, guards = native._workspace, []
+
+    def guarded(nbytes: int) -> Tensor:
+        whole = real(nbytes + 4096).fill_(0xFF)
+        guards.append(whole[nbytes:])
+        return whole[:nbytes]
+
+    monkeypatch.setattr(native, "_workspace", guarded)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+    assert guards
+    assert all((guard == 0xFF).all() for guard in guards)
 
 
 ONE_FIXTURE = [HealthCheck.function_scoped_fixture]
@@ -281,7 +291,7 @@ def check_embedding(
         plain = plain_embedding(embed, images.to(dtype))
         assert plain is not None
         with threads_of(threads):
-            found = plain[1](images.to(dtype), plain[0])
+            found = plain.embed_patches(images.to(dtype), plain.weights)
     assert found is not None
     assert found.shape == expected.shape
     assert found.dtype == dtype
@@ -305,13 +315,13 @@ def test_any_embedding_on_older_cpus(**drawn: Any) -> None:
 
 @torch.inference_mode()
 def test_embeddings_that_somebody_changed_run_as_timm_has_them() -> None:
-    model = tiny("swin_tiny_patch4_window7_224", "auto")
+    model = tiny("swin_tiny_patch4_window7_224", "native")
     embed: Any = model.patch_embed
     x = torch.randn(1, 3, 72, 72)
     plain = plain_embedding(embed, x)
     assert plain is not None
-    assert plain[1](x.transpose(2, 3).contiguous().transpose(2, 3), plain[0]) is None
-    assert plain[1](x.bfloat16(), plain[0]) is None
+    assert plain.embed_patches(x.transpose(2, 3).contiguous().transpose(2, 3), plain.weights) is None
+    assert plain.embed_patches(x.bfloat16(), plain.weights) is None
     for wrong in (torch.randn(1, 1, 72, 72), torch.randn(3, 72, 72)):
         with pytest.raises((RuntimeError, ValueError)):
             embed(wrong)
@@ -334,23 +344,33 @@ def test_embeddings_that_somebody_changed_run_as_timm_has_them() -> None:
     assert plain_embedding(embed, x) is None
 
 
+@pytest.mark.usefixtures("_older_cpu")
+@pytest.mark.parametrize("importance", ["mean_abs_l2", "l2"])
+def test_scores_and_ranks_on_older_cpus(importance: windows.Importance) -> None:
+    check_scores_and_ranks(importance, torch.float32, (25, 30))
+
+
 @pytest.mark.parametrize("importance", ["mean_abs_l2", "l2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(28, 28), (25, 30)])
 def test_scores_and_ranks(importance: windows.Importance, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    check_scores_and_ranks(importance, dtype, size)
+
+
+def check_scores_and_ranks(importance: windows.Importance, dtype: torch.dtype, size: tuple[int, int]) -> None:
     if dtype == torch.bfloat16 and not native.load().has_bfloat():
         pytest.skip("this CPU has no bfloat16")
     torch.manual_seed(0)
     x = torch.randn(3, *size, 64).mul(torch.rand(3, *size, 1)).to(dtype)
     indices = [windows.window_token_index(*size, (7, 7), (shift, shift), CPU) for shift in (0, 3)]
     for several in (indices, indices[1:]):
-        expected = ranking.score_and_rank(x, several, 9, importance)
+        expected = windows.score_and_rank(x, several, 9, importance)
         for pair, (keep, rows) in zip(native.score_and_rank(x, several, 9, importance), expected, strict=True):
             assert torch.equal(pair[0], keep)
             assert torch.equal(pair[1], rows)
     spread = x.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(native.score_and_rank(spread, indices, 9, importance)[0][0],
-                       ranking.score_and_rank(x, indices, 9, importance)[0][0])  # fmt: skip
+                       windows.score_and_rank(x, indices, 9, importance)[0][0])  # fmt: skip
 
 
 def test_maps_of_other_widths_are_refused_as_torch_refuses_them() -> None:
@@ -437,17 +457,52 @@ def tiny(name: str, kernels: Kernels) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224"])
-def test_models_run_on_them_by_themselves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "embeddings"),
+    [("swin_tiny_patch4_window7_224", 1), ("swinv2_tiny_window8_256", 1), ("swinv2_cr_tiny_ns_224", 0)],
+)
+def test_models_run_on_them(name: str, embeddings: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = native.run_windows_
-    monkeypatch.setattr(native, "run_windows_", lambda *args, **more: calls.append(1) or real(*args, **more))
+    for function in ("run_windows_", "merge_patches", "embed_patches", "score_and_rank"):
+        real = getattr(native, function)
+
+        def counting(*args: Any, of: Any = real, label: str = function, **more: Any) -> Any:
+            calls.append(label)
+            return of(*args, **more)
+
+        monkeypatch.setattr(native, function, counting)
     x = torch.randn(2, 3, 72, 72)
     with torch.inference_mode():
         expected = tiny(name, "portable")(x)
         assert not calls
-        torch.testing.assert_close(tiny(name, "auto")(x), expected, atol=1e-5, rtol=1e-5)
-    assert len(calls) == 4
+        torch.testing.assert_close(tiny(name, "native")(x), expected, atol=1e-5, rtol=1e-5)
+    assert Counter(calls) == Counter(
+        {"run_windows_": 4, "score_and_rank": 2, "merge_patches": 1} | ({"embed_patches": 1} if embeddings else {})
+    )
+
+
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_heads_of_another_width_run_on_the_portable_kernels(head_dim: int) -> None:
+    options = {"img_size": 56, "embed_dim": 64, "depths": (2,), "num_heads": (2,), "head_dim": head_dim}
+    model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", **options).eval(), kernels="native")
+    set_sparsity(model, 0.5)
+    x = torch.randn(1, 3, 56, 56)
+    choice._warn_once.cache_clear()
+    with torch.inference_mode():
+        with pytest.warns(RuntimeWarning, match="kernels are for"):
+            found = model(x)
+        sparsify_(model, kernels="portable")
+        torch.testing.assert_close(found, model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_weights_of_wrong_shapes_are_not_theirs() -> None:
+    weights = block(64, 2)
+    for name in ("qkv", "proj", "fc1", "fc2"):
+        layer: Affine = getattr(weights, name)
+        shorter = layer._replace(weight=layer.weight[:-32].contiguous(), bias=None)
+        assert name == "fc1" or not native.supports(weights._replace(**{name: shorter}))
+        assert not native.supports(weights._replace(**{name: layer._replace(bias=torch.zeros(32))}))
+    assert not native.supports(weights._replace(norm2=Norm(torch.ones(32), torch.ones(32), 1e-5)))
 
 
 @pytest.mark.usefixtures("_older_cpu")

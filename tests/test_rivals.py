@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparsevit_cli import windows
-from sparsevit_cli.kernels import Kernels
+from sparsevit_cli.kernels import Kernels, native
 from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, oracle, with_fused_attention
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import set_sparsity, sparsify_, without_kernels
@@ -55,7 +55,8 @@ def test_the_oracle_skips_moves_and_ranking_and_leaves_all_as_it_was(
     model = sparsify_(swin(img_size=img_size), kernels=kernels)
     set_sparsity(model, 0.5)
     before = {name: getattr(windows, name) for name in ("gather_rows", "scatter_rows_", "rank_windows", "flat_rows")}
-    monkeypatch.setattr(torch, "topk", lambda *_, **__: pytest.fail("the oracle ranks"))
+    for owner, name in ((torch, "topk"), (native, "score_and_rank")):
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("the oracle scores or ranks"))
     x = torch.randn(1, 3, img_size, img_size)
     with torch.inference_mode(), oracle():
         assert model(x).isfinite().all()

@@ -16,7 +16,6 @@ from torch import nn
 
 from sparsevit_cli import windows
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.kernels import rows_of
 from sparsevit_cli.models import supported_models
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import (
@@ -102,7 +101,7 @@ class _ForceGather:
         (x,) = args
         index = token_index_of(block, x)
         order = torch.stack([torch.randperm(index.shape[0]) for _ in range(x.shape[0])])
-        return args, {"keep_indices": order, "rows": rows_of(order, index, x.shape[1] * x.shape[2])}
+        return args, {"keep_indices": order, "rows": windows.rows_of(order, index, x.shape[1] * x.shape[2])}
 
 
 def token_index_of(block: Any, x: torch.Tensor) -> torch.Tensor:
@@ -351,3 +350,23 @@ def test_later_generations_pickle_compile_export_and_give_features(name: str) ->
         torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
         exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         torch.testing.assert_close(exported.module()(x[:1]), model(x[:1]), atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_of_one_stage_may_have_other_windows() -> None:
+    torch.manual_seed(0)
+    model = sparsify_(small_swin("swin_tiny_patch4_window7_224", img_size=112, window_size=7))
+    block: Any = model.layers[0].blocks[1]
+    block.set_input_size((28, 28), (4, 4))
+    set_sparsity(model, 0.5)
+    counts = []
+
+    def record(block: Any, args: tuple, kwargs: dict) -> None:
+        counts.append((block.window_size, kwargs["keep_indices"].shape[1], kwargs["rows"].shape[2]))
+
+    record.keeps_nothing = True  # type: ignore[attr-defined]
+    for block in model.layers[0].blocks[:2]:
+        block.register_forward_pre_hook(record, with_kwargs=True)
+    for way in (nullcontext, without_kernels):
+        with torch.no_grad(), way():
+            model(torch.randn(1, 3, 112, 112))
+    assert counts == [((7, 7), 8, 49), ((4, 4), 24, 16)] * 2

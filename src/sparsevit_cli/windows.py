@@ -5,7 +5,7 @@ Shapes: B images, H x W tokens, C channels, n windows of N tokens, K kept window
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -172,6 +172,33 @@ def flat_rows(token_index: Tensor, keep_indices: Tensor, num_tokens: int, *, scr
     if not scratch_row:
         return rows + offset
     return torch.where(rows == num_tokens, batch * num_tokens, rows + offset)
+
+
+def score_and_rank(
+    x: Tensor, token_indices: Sequence[Tensor], count: int, importance: Importance
+) -> list[tuple[Tensor, Tensor]]:
+    """Windows kept of maps x (B, H, W, C), and the rows of their tokens, for one or two partitions.
+
+    Each of `token_indices` (n, N) is of `window_token_index`, all of one shape. Returns for each of them indices
+    (B, count), best first, and rows (B, count, N) in 0 ... B*H*W. Only `mean_abs_l2` and `l2`.
+    """
+    magnitude = token_magnitude(x, importance)
+    scores = (window_scores(magnitude, index) for index in token_indices)
+    return rank(scores, token_indices, count, x.shape[1] * x.shape[2])
+
+
+def rank(
+    scores: Iterable[Tensor], token_indices: Sequence[Tensor], count: int, num_tokens: int
+) -> list[tuple[Tensor, Tensor]]:
+    """The same from scores (B, n) of each partition, for maps of `num_tokens` tokens."""
+    kept = [rank_windows(values, count) for values in scores]
+    return [(keep, rows_of(keep, index, num_tokens)) for keep, index in zip(kept, token_indices, strict=True)]
+
+
+def rows_of(keep_indices: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
+    """Rows (B, K, N) of the tokens of windows `keep_indices` (B, K); padding, where there is any, stands at B*H*W."""
+    padded = token_index.numel() != num_tokens
+    return flat_rows(token_index, keep_indices, num_tokens, scratch_row=padded)
 
 
 def flatten_map(x: Tensor, *, scratch_row: bool) -> Tensor:

@@ -20,7 +20,6 @@ from .choice import (
 from .embedding import EmbeddingWeights
 from .linear import Affine, LinearOps, TorchLinear, linear_ops
 from .merging import MergingWeights
-from .ranking import rank, rows_of, score_and_rank
 from .windowed import BlockWeights, Norm, run_windows_
 
 VERSION = 4
@@ -47,9 +46,6 @@ __all__ = [
     "chosen_ranking",
     "explained",
     "linear_ops",
-    "rank",
-    "rows_of",
     "run_windows_",
     "running",
-    "score_and_rank",
 ]

@@ -1,4 +1,4 @@
-"""Which engine computes the kept windows of a block: the portable one, ours in C++ or Triton's where they fit."""
+"""Which engine computes the parts of a model: the portable one, ours in C++ or Triton's where they fit."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from sparsevit_cli.windows import Importance
+from sparsevit_cli import windows
 
 from . import windowed
 from .embedding import EmbeddingWeights
 from .merging import MergingWeights, merge_patches
-from .ranking import score_and_rank
 from .windowed import BlockWeights
 
 Kernels = Literal["auto", "portable", "native", "triton"]
@@ -50,17 +49,17 @@ class EmbedPatches(Protocol):
 
 
 class ScoreAndRank(Protocol):
-    """`ranking.score_and_rank`, or what stands for it."""
+    """`windows.score_and_rank`, or what stands for it."""
 
     def __call__(
-        self, x: Tensor, token_indices: Sequence[Tensor], count: int, importance: Importance
+        self, x: Tensor, token_indices: Sequence[Tensor], count: int, importance: windows.Importance
     ) -> list[tuple[Tensor, Tensor]]: ...
 
 
 def chosen_ranking(kernels: str, device: torch.device) -> ScoreAndRank:
     """The function that scores and ranks the windows of a map."""
     engine, _ = _engine(_named(kernels, device), device.type)
-    return getattr(engine, "score_and_rank", score_and_rank)
+    return getattr(engine, "score_and_rank", windows.score_and_rank)
 
 
 def chosen(kernels: str, block: BlockWeights, device: torch.device) -> RunWindows:

@@ -93,7 +93,7 @@ def _key(compiler: str) -> str:
     """What the library depends on: the source, the flags, and all that the compiler knows of itself and this CPU."""
     try:
         known = _said_by(compiler, *FLAGS, "-x", "c++", "-dM", "-E", os.devnull)
-        sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
+        sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.[ch]pp"))]
     except (OSError, subprocess.SubprocessError) as error:
         raise RuntimeError(f"{compiler} does not run ({error})") from error
     return hashlib.sha256("\0".join((*sources, *FLAGS, known)).encode()).hexdigest()[:16]

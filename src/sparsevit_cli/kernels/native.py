@@ -1,4 +1,7 @@
-"""Blocks and patch mergings in C++, on a CPU: some tokens stay in its cache for all steps. `cpp/` does the work."""
+"""Blocks, patch merging, patch embedding and scores in C++, on a CPU: some tokens stay in its cache for all steps.
+
+`cpp/` does the work.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsevit_cli.windows import Importance
+from sparsevit_cli import windows
 
-from . import merging, ranking, windowed
+from . import merging, windowed
 from .compiled import is_measured, load, version
 from .embedding import EmbeddingWeights
 from .linear import Affine
@@ -27,6 +30,7 @@ LIMITS = (
 )
 MAX_HEAD = 32
 MIN_PATCH = 32
+"""Numbers: as many words in bfloat16 as the longest register has."""
 LINE = 64
 """Bytes of a cache line."""
 
@@ -146,14 +150,16 @@ def embed_patches(x: Tensor, weights: EmbeddingWeights) -> Tensor | None:
 
 
 def score_and_rank(
-    x: Tensor, token_indices: Sequence[Tensor], count: int, importance: Importance
+    x: Tensor, token_indices: Sequence[Tensor], count: int, importance: windows.Importance
 ) -> list[tuple[Tensor, Tensor]]:
-    """As `ranking.score_and_rank`."""
+    """As `windows.score_and_rank`."""
     batch, height, width, channels = x.shape
     if not _is_plain(x) or not _are_supported([x], channels):
-        return ranking.score_and_rank(x, token_indices, count, importance)
+        return windows.score_and_rank(x, token_indices, count, importance)
     plain, shifted = token_indices[0], token_indices[1] if len(token_indices) > 1 else None
     num_windows, area = plain.shape
+    assert len(token_indices) <= 2, "a stage has windows and shifted windows"
+    assert shifted is None or shifted.shape == plain.shape
     magnitude = x.new_empty(batch, height * width, dtype=torch.float32)
     scores = x.new_empty(len(token_indices), batch, num_windows, dtype=torch.float32)
     call = _Scoring(
@@ -162,14 +168,16 @@ def score_and_rank(
         area=area, is_l2=importance == "l2", threads=torch.get_num_threads(),
     )  # fmt: skip
     load().run_scoring(ctypes.byref(call), x.dtype == torch.bfloat16)
-    return ranking.rank(scores, token_indices, count, height * width)
+    return windows.rank(scores, token_indices, count, height * width)
 
 
 def supports(block: BlockWeights) -> bool:
     """True for what `LIMITS` says."""
     channels, hidden = block.qkv.weight.shape[1], len(block.fc1.weight)
-    if channels % block.num_heads:
-        return False
+    layers = ((block.qkv, 3 * channels, channels), (block.proj, channels, channels), (block.fc1, hidden, channels),
+              (block.fc2, channels, hidden))  # fmt: skip
+    if channels % block.num_heads or not _have_shapes((block.norm1, block.norm2), channels, *layers):
+        return False  # heads may be of another width than a share of the channels
     head = channels // block.num_heads
     return head <= MAX_HEAD and head % 2 == 0 and _are_supported(block.tensors(), channels, hidden)
 
@@ -177,14 +185,29 @@ def supports(block: BlockWeights) -> bool:
 def supports_merging(weights: MergingWeights) -> bool:
     """True for what `LIMITS` says of channels and types."""
     columns, inner = weights.reduction.weight.shape
-    return _are_supported(weights.tensors(), columns, inner // 4)
+    layer, norm_width = (weights.reduction, columns, inner), inner if weights.norm_first else columns
+    return _have_shapes((weights.norm,), norm_width, layer) and _are_supported(weights.tensors(), columns, inner // 4)
 
 
 def supports_embedding(weights: EmbeddingWeights) -> bool:
-    """True for what `LIMITS` says of channels and types, and patches of at least 32 numbers."""
+    """True for what `LIMITS` says of channels and types, and patches of at least `MIN_PATCH` numbers."""
     weight = weights.proj.weight
-    depth = weight[0].numel()
-    return depth >= MIN_PATCH and depth % 2 == 0 and _are_supported(weights.tensors(), len(weight))
+    depth, columns = weight[0].numel(), len(weight)
+    norms = () if weights.norm is None else (weights.norm,)
+    if depth < MIN_PATCH or depth % 2 or not _have_shapes(norms, columns, (weights.proj, *weight.shape)):
+        return False
+    return _are_supported(weights.tensors(), columns)
+
+
+def _have_shapes(norms: tuple[Norm, ...], width: int, *layers: Any) -> bool:
+    """True where norms are of `width`, and each of `layers` (layer, out, in, ...) has the shapes that it says."""
+    for norm in norms:
+        if norm.weight is None or norm.bias is None or not norm.weight.shape == norm.bias.shape == (width,):
+            return False
+    for layer, *shape in layers:
+        if layer.weight.shape != tuple(shape) or (layer.bias is not None and layer.bias.shape != tuple(shape[:1])):
+            return False
+    return True
 
 
 def _are_supported(tensors: list[Tensor] | None, *widths: int) -> bool:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsevit_cli.windows import Importance
+from sparsevit_cli import windows
 
 from .linear import Affine
 from .windowed import BlockWeights, Norm
@@ -74,9 +74,9 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def score_and_rank(
-    x: Tensor, token_indices: Sequence[Tensor], count: int, importance: Importance
+    x: Tensor, token_indices: Sequence[Tensor], count: int, importance: windows.Importance
 ) -> list[tuple[Tensor, Tensor]]:
-    """As `ranking.score_and_rank`, in two launches; of equal scores the first window comes first."""
+    """As `windows.score_and_rank`, in two launches; of equal scores the first window comes first."""
     batch, height, width, channels = x.shape
     plain, shifted = token_indices[0], token_indices[-1]
     assert len(token_indices) <= 2, "a stage has windows and shifted windows"

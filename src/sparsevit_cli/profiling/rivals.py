@@ -14,11 +14,11 @@ import torch
 from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
 from torch import Tensor, nn
 
-from sparsevit_cli import windows
+from sparsevit_cli import kernels, windows
 from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.swin import SparseSwinTransformerStage, sparse_stages
 
-from .timeline import windows_replaced
+from .timeline import replaced
 
 Compile = Callable[[nn.Module], Any]
 
@@ -167,5 +167,6 @@ def oracle() -> Iterator[None]:
         "gather_rows": read,
         "scatter_rows_": write,
     }
-    with windows_replaced(functions):
+    ranking = {"chosen_ranking": lambda name, device: windows.score_and_rank}  # which calls those above
+    with replaced(windows, functions), replaced(kernels, ranking):
         yield

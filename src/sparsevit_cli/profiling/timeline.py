@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .latency import Clock
 
 Label = tuple[Any, ...]
 GATHER_SCATTER = ("flat_rows", "flatten_map", "gather_rows", "scatter_rows", "scatter_rows_", "unflatten_map")
-"""Functions of `windows` that move rows, called by the sparse block."""
+"""Functions of `windows` that move rows, called by the sparse block, and by the stage for what its blocks share."""
 
 
 class Timeline:
@@ -108,22 +109,22 @@ def hooked(model: nn.Module, timeline: Timeline) -> Iterator[None]:
 
 @contextmanager
 def moves_labelled(timeline: Timeline) -> Iterator[None]:
-    """Charge gather and scatter to `("moves", s)`, s being the stage whose block is running."""
-    with windows_replaced({name: partial(_moving, timeline, getattr(windows, name)) for name in GATHER_SCATTER}):
+    """Charge gather and scatter to `("moves", s)`, s being the stage that is running."""
+    with replaced(windows, {name: partial(_moving, timeline, getattr(windows, name)) for name in GATHER_SCATTER}):
         yield
 
 
 @contextmanager
-def windows_replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Other functions in the place of those of `windows` with their names."""
-    before = {name: getattr(windows, name) for name in functions}
+def replaced(module: ModuleType, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Other functions in the place of those of `module` with their names."""
+    before = {name: getattr(module, name) for name in functions}
     for name, function in functions.items():
-        setattr(windows, name, function)
+        setattr(module, name, function)
     try:
         yield
     finally:
         for name, function in before.items():
-            setattr(windows, name, function)
+            setattr(module, name, function)
 
 
 def _labelled_modules(model: nn.Module) -> Iterator[tuple[nn.Module, Label]]:

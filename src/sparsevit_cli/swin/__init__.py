@@ -1,8 +1,8 @@
 """Window sparsity for timm's Swin: the only room that knows timm's Swin.
 
 `sparsify_` swaps the classes of stages, blocks, patch mergings and patch embeddings in place, so parameters keep their
-names and a dense model runs timm's own code. The one thing stored on the model is the setting: tenths per block pair,
-importance, kernels.
+names and a dense model runs timm's own code. What is stored on the model are settings: tenths per block pair,
+importance, kernels, and whether it must equal timm to the bit.
 
 A sparse model takes one of two ways, which agree to about 1e-5: in training, tracing and export timm's own modules
 between gather and scatter; at inference the functions of `kernels`, on a map that is changed in place.

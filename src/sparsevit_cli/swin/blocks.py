@@ -20,6 +20,13 @@ class PlainMerging(NamedTuple):
     merge_patches: kernels.MergePatches
 
 
+class PlainEmbedding(NamedTuple):
+    """The same of a patch embedding; the function may yet say no to its images, with None."""
+
+    weights: kernels.EmbeddingWeights
+    embed_patches: kernels.EmbedPatches
+
+
 class SparseMerging(nn.Module):
     """timm's patch merging; given its tensors, it takes the faster way."""
 
@@ -72,7 +79,7 @@ class SparseBlock(nn.Module):
         plain: PlainBlock | None = None,
     ) -> Tensor:
         """Map (B, H, W, C) to the same shape; `keep_indices` (B, K), and the `rows` (B, K, N) of their tokens, of
-        `kernels.ranking`. With `plain` the map itself is changed and returned.
+        `windows.rows_of`. With `plain` the map itself is changed and returned.
         """
         if keep_indices is None or rows is None:
             return super().forward(x)  # type: ignore[no-any-return]

@@ -22,12 +22,15 @@ class SparsePatchEmbed(PatchEmbed):
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to a map (B, H/side, W/side, out)."""
         plain = None if self.as_timm else plain_embedding(self, x)
-        embedded = None if plain is None else plain[1](x, plain[0])
+        embedded = None if plain is None else plain.embed_patches(x, plain.weights)
         return super().forward(x) if embedded is None else embedded
 
 
 def embeddings_of(model: nn.Module) -> list[Any]:
     """The patch embeddings, timm's own or sparse, of the Swins inside `model`."""
-    swins = (module for module in model.modules() if any(isinstance(part, STAGES) for part in module.modules()))
-    embeddings = {id(embed): embed for swin in swins if (embed := getattr(swin, "patch_embed", None)) is not None}
-    return [embed for embed in embeddings.values() if type(embed) in (PatchEmbed, SparsePatchEmbed)]
+    owners = [module for module in model.modules() if type(module._modules.get("patch_embed")) in _CLASSES]
+    swins = [module for module in owners if any(isinstance(part, STAGES) for part in module.modules())]
+    return [swin.patch_embed for swin in swins]
+
+
+_CLASSES = (PatchEmbed, SparsePatchEmbed)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sparsevit_cli import kernels, windows
 
-from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, PlainBlock, PlainMerging, PostNormBlock
+from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, PlainBlock, PlainEmbedding, PlainMerging, PostNormBlock
 from .timm_swin import v1, v2, v2cr
 
 _with_kernels: ContextVar[bool] = ContextVar("with_kernels", default=True)
@@ -34,9 +34,9 @@ def without_kernels() -> Iterator[None]:
         _with_kernels.reset(token)
 
 
-def is_inference(stage: nn.Module, device: torch.device) -> bool:
-    """True where a stage at rest may take the way through `kernels`."""
-    return not stage.training and is_unwatched(device)
+def is_inference(part: nn.Module, device: torch.device) -> bool:
+    """True where a part of a model at rest may take the way through `kernels`."""
+    return not part.training and is_unwatched(device)
 
 
 def is_unwatched(device: torch.device) -> bool:
@@ -67,9 +67,9 @@ def plain_merging(stage: Any, x: Tensor) -> PlainMerging | None:
     return PlainMerging(weights, kernels.chosen_merging(stage.kernels, weights, x.device))
 
 
-def plain_embedding(embed: Any, x: Tensor) -> tuple[kernels.EmbeddingWeights, kernels.EmbedPatches] | None:
-    """The tensors of timm's patch embedding for images `x`, and the function of `kernels` that embeds with them; None
-    where there is none, a part is not timm's own, or somebody hooked into it.
+def plain_embedding(embed: Any, x: Tensor) -> PlainEmbedding | None:
+    """timm's patch embedding for images `x`; None where no engine has its own way, a part is not timm's own, or
+    somebody hooked into it.
     """
     conv, norm = embed.proj, embed.norm
     norm_class = nn.LayerNorm if isinstance(norm, nn.LayerNorm) else nn.Identity
@@ -86,7 +86,7 @@ def plain_embedding(embed: Any, x: Tensor) -> tuple[kernels.EmbeddingWeights, ke
         kernels.Affine(conv.weight, conv.bias), _norm(norm) if isinstance(norm, nn.LayerNorm) else None
     )
     embed_patches = kernels.chosen_embedding(embed.kernels, weights, x.device)
-    return None if embed_patches is None else (weights, embed_patches)
+    return None if embed_patches is None else PlainEmbedding(weights, embed_patches)
 
 
 def plain_blocks(stage: Any, x: Tensor) -> list[PlainBlock] | None:

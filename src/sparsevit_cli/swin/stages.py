@@ -41,17 +41,16 @@ class SparseStage(nn.Module):
         plain = plain_blocks(self, x) if infers else None
         if plain is not None and merging is None:  # the caller's map, or a view of it, is not ours to change
             x = x.clone(memory_format=torch.contiguous_format)
-        score_and_rank = kernels.score_and_rank if plain is None else kernels.chosen_ranking(self.kernels, x.device)
+        score_and_rank = windows.score_and_rank if plain is None else kernels.chosen_ranking(self.kernels, x.device)
         ranking = _Ranking(self, x.shape[1], x.shape[2], score_and_rank)
         for number, block in enumerate(self.blocks):
             kept = ranking.keep(x, number)
-            run = partial(block, **kept)
             if plain is not None:
                 x = block(x, **(kept or ranking.keep_all(x, number)), plain=plain[number])
             elif self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(run, x, use_reentrant=False)
+                x = checkpoint(partial(block, **kept), x, use_reentrant=False)
             else:
-                x = run(x)
+                x = block(x, **kept)
         return x
 
 
@@ -105,7 +104,7 @@ class _Ranking:
         if partition not in self.all:
             index = self._token_index(partition, x.device)
             every = torch.arange(len(index), device=x.device).expand(x.shape[0], -1)
-            self.all[partition] = _kept(every, kernels.rows_of(every, index, self.height * self.width))
+            self.all[partition] = _kept(every, windows.rows_of(every, index, self.height * self.width))
         return self.all[partition]
 
     def _partition(self, number: int) -> _Partition:
@@ -122,15 +121,20 @@ class _Ranking:
 
     def _rank(self, x: Tensor, first: int) -> None:
         """Rank once for each partition that blocks from `first` on have: the first of them keeps most."""
-        partitions = list(dict.fromkeys(self._partition(number) for number in range(first, len(self.stage.blocks))))
-        indices = [self._token_index(partition, x.device) for partition in partitions]
-        count, num_windows = self._counts(first)
-        if self.stage.importance == "random":
-            scores = windows.random_scores(x.shape[0], num_windows, self.stage.stage_number, x.device)
-            ranked = kernels.rank([scores] * len(indices), indices, count, self.height * self.width)
-        else:
-            ranked = self.score_and_rank(x, indices, count, self.stage.importance)
-        self.ranked = {partition: _kept(*found) for partition, found in zip(partitions, ranked, strict=True)}
+        partitions: dict[_Partition, int] = {}
+        for number in range(first, len(self.stage.blocks)):
+            partitions.setdefault(self._partition(number), number)
+        for window in dict.fromkeys(window for window, _ in partitions):  # timm has one size in all blocks of a stage
+            same = {partition: number for partition, number in partitions.items() if partition[0] == window}
+            count, num_windows = self._counts(min(same.values()))
+            ranked = self._ranked(x, [self._token_index(partition, x.device) for partition in same], count, num_windows)
+            self.ranked |= {partition: _kept(*found) for partition, found in zip(same, ranked, strict=True)}
+
+    def _ranked(self, x: Tensor, indices: list[Tensor], count: int, num_windows: int) -> list[tuple[Tensor, Tensor]]:
+        if self.stage.importance != "random":
+            return self.score_and_rank(x, indices, count, self.stage.importance)
+        scores = windows.random_scores(x.shape[0], num_windows, self.stage.stage_number, x.device)
+        return windows.rank([scores] * len(indices), indices, count, self.height * self.width)
 
 
 def _kept(keep_indices: Tensor, rows: Tensor) -> dict[str, Tensor]:

@@ -253,8 +253,9 @@ void mlp_pass(const Block& call, Scratch<Real>& own, const Layer<Real>& fc1, con
 // What all threads share, laid out at the start of the workspace.
 template <class Real>
 struct Shared {
-    Real *qkv = nullptr, *proj = nullptr, *fc1 = nullptr, *fc2 = nullptr;  // panels, where they are packed once; the
-    Real* of_padding;                                                     // MLP's take the place of attention's
+    // Panels, where they are packed once; the MLP's take the place of attention's.
+    Real *qkv = nullptr, *proj = nullptr, *fc1 = nullptr, *fc2 = nullptr;
+    Real* of_padding;
     int64_t* rows;
 
     char* lay_out(const Block& call, char* at) {

@@ -1,4 +1,4 @@
-// What blocks and patch mergings share: their layers, and room for what they compute.
+// What blocks and projections share: their layers, and room for what they compute.
 #pragma once
 #include "products.hpp"
 

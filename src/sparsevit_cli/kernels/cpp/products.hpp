@@ -71,6 +71,7 @@ void in_strips(long rows, Strip&& strip) {
 // column on.
 template <class Real, class PanelAt, class End>
 void multiply(long rows, long depth, long columns, const Real* a, long stride, PanelAt&& panel_at, End&& end) {
+    if (!rows) return;  // no panel need be packed
     alignas(64) float sums[TALL * PANEL];
     for (long column = 0; column < columns; column += PANEL) {
         const Real* panel = panel_at(column);

@@ -67,7 +67,7 @@ struct Gathered {
         const Taker take{at};
         stride = call.depth + SLACK;
         take(rows, Tiles::MOST * stride);
-        take(panel, call.depth * PANEL);
+        take(panel, packs_once(call.rows, call.threads) ? 0 : call.depth * PANEL);
         take(left, call.norm_of == RESULTS ? Tiles::MOST * call.columns : 0);
         return at;
     }

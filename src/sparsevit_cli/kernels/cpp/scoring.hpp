@@ -1,6 +1,6 @@
 // Scores of windows, for one or two partitions of the same maps; `windows.py` says what they are.
 #pragma once
-#include "layers.hpp"
+#include "vectors.hpp"
 
 struct Scoring {  // the same fields in native.py
     const void* tokens;             // (batch, num_tokens, channels)
