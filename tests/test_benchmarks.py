@@ -58,3 +58,14 @@ def test_every_run_is_kept_and_the_table_tells_their_median_and_range(collect: M
     assert "| 1.80x [1.70, 1.90] |" in text
     assert "| 0.76 |" in text  # memory against timm's
     assert "oracle" not in text
+
+
+@pytest.mark.parametrize(("speedup", "told"), [(1.8, "(goal 1.7)"), (1.6, "(goal 1.7: missed)")])
+def test_goals_are_told_with_what_became_of_them(
+    speedup: float, told: str, collect: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "GOALS", {("swin", "672x672", 1, "fp32"): {"ours, config 2": 1.7}})
+    collect.keep(run_of(tmp_path / "run", speedup))
+    collect.write_readme()
+    text = (tmp_path / "README.md").read_text()
+    assert f"| swin, 672x672, batch 1, fp32 | 1 | 700 | - | {speedup:.2f}x [0.90, 1.10] {told} | - | 0.76 |" in text
