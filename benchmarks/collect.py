@@ -82,7 +82,7 @@ def _summary(cells: dict[Cell, list[dict[str, Any]]]) -> list[str]:
         model, size, batch, precision = where
         gains = (_told_gain(where, found, label) for label in SUMMED_UP)
         ms = median(run["best"]["latency_ms"] for run in found)
-        cell, memory = f"{model}, {size}, batch {batch}, {precision}", _memory(found, SUMMED_UP[1])
+        cell, memory = f"{model}, {size}, batch {batch}, {precision}", _memory(found, SUMMED_UP[0])
         lines.append(f"| {' | '.join((cell, str(len(found)), f'{ms:.0f}', *gains, memory))} |")
     return lines
 
