@@ -113,10 +113,7 @@ def run_windows_(
         threads=torch.get_num_threads(), scale=block.scale, norm1=_norm(block.norm1), norm2=_norm(block.norm2),
         qkv=_affine(block.qkv), proj=_affine(block.proj), fc1=_affine(block.fc1), fc2=_affine(block.fc2),
     )  # fmt: skip
-    is_bfloat = tokens.dtype == torch.bfloat16
-    workspace = _workspace(load().block_workspace(ctypes.byref(call), is_bfloat))
-    call.workspace = workspace.data_ptr()
-    load().run_block(ctypes.byref(call), is_bfloat)
+    _run(load().run_block, call, load().block_workspace, call, tokens.dtype)
 
 
 def merge_patches(x: Tensor, weights: MergingWeights) -> Tensor:
@@ -127,7 +124,7 @@ def merge_patches(x: Tensor, weights: MergingWeights) -> Tensor:
     merged = x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, len(weights.reduction.weight))
     projection = _projection(merged, weights.reduction, weights.norm, _ROWS if weights.norm_first else _RESULTS)
     call = _Merging(tokens=x.data_ptr(), height=height, width=width, channels=channels, projection=projection)
-    _run_projection(load().run_merging, call, x.dtype)
+    _run(load().run_merging, call, load().projection_workspace, call.projection, x.dtype)
     return merged
 
 
@@ -145,7 +142,7 @@ def embed_patches(x: Tensor, weights: EmbeddingWeights) -> Tensor | None:
     call = _Embedding(
         images=x.data_ptr(), height=height, width=width, channels=channels, side=side, projection=projection
     )
-    _run_projection(load().run_embedding, call, x.dtype)
+    _run(load().run_embedding, call, load().projection_workspace, call.projection, x.dtype)
     return embedded
 
 
@@ -241,10 +238,11 @@ def _projection(results: Tensor, layer: Affine, norm: Norm | None, norm_of: int)
     )  # fmt: skip
 
 
-def _run_projection(function: Any, call: Any, dtype: torch.dtype) -> None:
+def _run(function: Any, call: Any, workspace_bytes: Any, part: Any, dtype: torch.dtype) -> None:
+    """Call the C++ function with a workspace of the size that `part` of the call (or all of it) wants."""
     is_bfloat = dtype == torch.bfloat16
-    workspace = _workspace(load().projection_workspace(ctypes.byref(call.projection), is_bfloat))
-    call.projection.workspace = workspace.data_ptr()
+    workspace = _workspace(workspace_bytes(ctypes.byref(part), is_bfloat))
+    part.workspace = workspace.data_ptr()
     function(ctypes.byref(call), is_bfloat)
 
 

@@ -23,6 +23,8 @@ struct Block {  // the same fields in native.py
 
 namespace {
 
+bool packs_once(const Block& call) { return packs_once(call.num_windows * call.area, call.threads); }
+
 // Scratch space of one thread.
 template <class Real>
 struct Scratch {
@@ -32,11 +34,6 @@ struct Scratch {
     const Real** tokens;
     long entered_stride, wide_stride;  // not powers of two, whose rows would meet in one set of the cache
     Ints lane;
-
-    static long bytes(const Block& call) {
-        Scratch<Real> none;
-        return none.lay_out(call, nullptr) - static_cast<char*>(nullptr);
-    }
 
     char* lay_out(const Block& call, char* at) {
         const long tile = std::max(Tiles::MOST, (long)call.area), width = rounded_up(call.area, PANEL);
@@ -50,7 +47,7 @@ struct Scratch {
         take(values, HEAD * width);
         take(shares, call.area * width);
         take(zeros, 3 * call.channels + SLACK);
-        take(panel, packs_once(call.num_windows * call.area, call.threads) ? 0 : std::max(call.channels, call.hidden) * PANEL);
+        take(panel, packs_once(call) ? 0 : std::max(call.channels, call.hidden) * PANEL);
         take(scores, call.area * width);
         take(left, call.norm_first ? 0 : tile * call.channels);
         take(factor, rounded_up(call.area, LANES));
@@ -261,7 +258,7 @@ struct Shared {
     char* lay_out(const Block& call, char* at) {
         const long channels = call.channels;
         const Taker take{at};
-        if (packs_once(call.num_windows * call.area, call.threads)) {
+        if (packs_once(call)) {
             const long width = rounded_up(channels, PANEL), wide = rounded_up(3 * channels, PANEL);
             const long hidden = rounded_up(call.hidden, PANEL);
             take(qkv, std::max((wide + width) * channels, hidden * channels + width * call.hidden));
@@ -280,7 +277,7 @@ void run_block(const Block& call) {
     const long channels = call.channels, hidden = call.hidden, threads = call.threads;
     Shared<Real> shared;
     char* scratch = shared.lay_out(call, static_cast<char*>(call.workspace));
-    const long each = Scratch<Real>::bytes(call);
+    const long each = bytes_of<Scratch<Real>>(call);
     const Layer<Real> qkv(call.qkv, 3 * channels, channels, shared.qkv), proj(call.proj, channels, channels, shared.proj);
     const Layer<Real> fc1(call.fc1, hidden, channels, shared.fc1), fc2(call.fc2, channels, hidden, shared.fc2);
     long count = 0;
@@ -314,8 +311,7 @@ void run_block(const Block& call) {
 
 template <class Real>
 int64_t workspace_of(const Block& call) {
-    Shared<Real> shared;
-    return shared.lay_out(call, nullptr) - static_cast<char*>(nullptr) + call.threads * Scratch<Real>::bytes(call);
+    return bytes_of<Shared<Real>>(call) + call.threads * bytes_of<Scratch<Real>>(call);
 }
 
 }  // namespace

@@ -93,4 +93,11 @@ struct Taker {
     }
 };
 
+// Bytes that a layout takes from the start of a cache line on.
+template <class Layout, class Call>
+long bytes_of(const Call& call) {
+    Layout layout;
+    return layout.lay_out(call, nullptr) - static_cast<char*>(nullptr);
+}
+
 }  // namespace

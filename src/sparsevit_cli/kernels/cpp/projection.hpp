@@ -97,23 +97,26 @@ void project(const Call& whole, Gathered<Real>& own, const Layer<Real>& layer, l
 
 // All panels, or null where each thread packs its own; laid out at the start of the workspace.
 template <class Real>
-char* lay_out_panels(const Projection& call, Real*& panels, char* at) {
-    panels = nullptr;
-    if (packs_once(call.rows, call.threads)) Taker{at}(panels, rounded_up(call.columns, PANEL) * call.depth);
-    return at;
-}
+struct Panels {
+    Real* all = nullptr;
+
+    char* lay_out(const Projection& call, char* at) {
+        if (packs_once(call.rows, call.threads)) Taker{at}(all, rounded_up(call.columns, PANEL) * call.depth);
+        return at;
+    }
+};
 
 template <class Real, class Call>
 void run_projection(const Call& whole) {
     const Projection& call = whole.projection;
-    Real* panels;
-    char* scratch = lay_out_panels(call, panels, static_cast<char*>(call.workspace));
-    const Layer<Real> layer(call.layer, call.columns, call.depth, panels);
+    Panels<Real> panels;
+    char* scratch = panels.lay_out(call, static_cast<char*>(call.workspace));
+    const long each = bytes_of<Gathered<Real>>(call);
+    const Layer<Real> layer(call.layer, call.columns, call.depth, panels.all);
     const Tiles tiles(call.rows, call.threads);
 #pragma omp parallel num_threads(call.threads)
     {
         Gathered<Real> own;
-        const long each = own.lay_out(call, nullptr) - static_cast<char*>(nullptr);
         own.lay_out(call, scratch + thread_number() * each);
         layer.matrix.pack();
 #pragma omp for schedule(dynamic)
@@ -124,11 +127,7 @@ void run_projection(const Call& whole) {
 
 template <class Real>
 int64_t workspace_of(const Projection& call) {
-    Real* panels;
-    Gathered<Real> own;
-    const char* start = nullptr;
-    const long shared = lay_out_panels(call, panels, nullptr) - start;
-    return shared + call.threads * (own.lay_out(call, nullptr) - start);
+    return bytes_of<Panels<Real>>(call) + call.threads * bytes_of<Gathered<Real>>(call);
 }
 
 }  // namespace
