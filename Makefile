@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests docs benchmarks
 
-.PHONY: demo install test test-slow test-gpu bench quality style docs clean
+.PHONY: demo install test test-slow test-gpu bench bench-gpu quality style docs clean
 
 install: $(VENV)/.installed
 
@@ -32,12 +32,18 @@ BENCH_CELLS ?= 672:1 672:4 256x704:6
 BENCH_PRECISIONS ?= fp32 bf16
 BENCH_ROUNDS ?= 15
 BENCH_RUNS ?= 3
+BENCH_KERNELS ?= auto
 bench: install
 	for run in $$(seq $(BENCH_RUNS)); do for precision in $(BENCH_PRECISIONS); do for cell in $(BENCH_CELLS); do \
 	  $(BIN)/sparsevit profile --rivals --model $(BENCH_MODEL) --img-size $${cell%%:*} --output benchmarks/runs --fresh \
 	    --set "profile.batch_sizes=[$${cell##*:}]" --set profile.precision=$$precision --set profile.rounds=$(BENCH_ROUNDS) \
-	    --set profile.seconds=1 && $(BIN)/python benchmarks/collect.py benchmarks/runs/$(BENCH_MODEL)/rivals || exit; \
+	    --set profile.seconds=1 --set kernels=$(BENCH_KERNELS) && $(BIN)/python benchmarks/collect.py benchmarks/runs/$(BENCH_MODEL)/rivals || exit; \
 	done; done; done
+
+# On a machine with a GPU: every kernel is tested there first, then both engines are measured.
+bench-gpu: test-gpu
+	$(MAKE) bench BENCH_KERNELS=portable
+	$(MAKE) bench BENCH_KERNELS=triton
 
 quality: install
 	$(BIN)/ruff check $(SOURCES)

@@ -20,15 +20,24 @@ README = HERE.parent / "README.md"
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 SHOWN = re.compile(r"ours, |timm at .*|authors' flow|timm compile, frozen")
 SUMMED_UP = ("ours, ratio 0", "ours, config 2", "ours, 60% everywhere")
+SWIN_T = "swin_tiny_patch4_window7_224"
+ON_CPU_FP32 = {"ours, config 2": 1.7, "ours, 60% everywhere": 2.9}
+ON_CPU_BF16 = {"ours, config 2": 1.6, "ours, 60% everywhere": 2.5}
 GOALS = {
-    ("swin_tiny_patch4_window7_224", "672x672", 1, "fp32"): {"ours, config 2": 1.7, "ours, 60% everywhere": 2.9},
-    ("swin_tiny_patch4_window7_224", "672x672", 1, "bf16"): {"ours, config 2": 1.6, "ours, 60% everywhere": 2.5},
-    ("swin_tiny_patch4_window7_224", "256x704", 6, "fp32"): {"ours, ratio 0": 1.2},
+    ("cpu", SWIN_T, "672x672", 1, "fp32"): ON_CPU_FP32,
+    ("cpu", SWIN_T, "672x672", 4, "fp32"): ON_CPU_FP32,
+    ("cpu", SWIN_T, "672x672", 1, "bf16"): ON_CPU_BF16,
+    ("cpu", SWIN_T, "672x672", 4, "bf16"): ON_CPU_BF16,
+    ("cpu", SWIN_T, "256x704", 6, "fp32"): {"ours, ratio 0": 1.2},
+    ("cpu", SWIN_T, "256x704", 6, "bf16"): {"ours, ratio 0": 1.2},
+    ("cuda", SWIN_T, "672x672", 1, "bf16"): {"ours, config 3": 3.0},
+    ("cuda", SWIN_T, "672x672", 4, "bf16"): {"ours, config 1": 1.7, "ours, config 3": 2.1, "ours, 60% everywhere": 2.6},
+    ("cuda", SWIN_T, "256x704", 6, "bf16"): {"ours, ratio 0": 1.4},
 }
-"""Gains on a CPU of two cores that the engine was built for: model, size, batch, precision -> row -> gain."""
+"""Gains that the engine is built for: type of device, model, size, batch, precision -> row -> gain."""
 
 Cell = tuple[Any, ...]
-"""Model, size, batch, precision."""
+"""Type of device, model, size, batch, precision, kernels."""
 
 
 def keep(folder: Path) -> Path:
@@ -58,7 +67,9 @@ def table(path: Path) -> str:
         for cell in run["cells"]:
             rows = {row["label"]: row for row in cell["rows"]}
             best = rows[cell["best_dense"]]
-            where = (run["model"], f"{best['image_size'][0]}x{best['image_size'][1]}", best["batch"], best["dtype"])
+            size = f"{best['image_size'][0]}x{best['image_size'][1]}"
+            engine = run["settings"]["kernels"].split()[0].rstrip(",")
+            where = (run["device"]["type"], run["model"], size, best["batch"], best["dtype"], engine)
             cells.setdefault(where, []).append({"best": best, "rows": rows})
     versions, device = runs[0]["versions"], runs[0]["device"]
     lines = [
@@ -70,7 +81,7 @@ def table(path: Path) -> str:
         *_summary(cells),
     ]
     for where, found in cells.items():
-        lines += ["", _heading(where, found), "", *_cell_table(found)]
+        lines += ["", _heading(where, found), "", *_cell_table(where, found)]
     return "\n".join(lines)
 
 
@@ -79,18 +90,22 @@ def _summary(cells: dict[Cell, list[dict[str, Any]]]) -> list[str]:
     lines = [f"| gain over the best dense timm | runs | its ms | {names} | peak memory / timm eager's |"]
     lines.append("|" + "---|" * (4 + len(SUMMED_UP)))
     for where, found in cells.items():
-        model, size, batch, precision = where
         gains = (_told_gain(where, found, label) for label in SUMMED_UP)
         ms = median(run["best"]["latency_ms"] for run in found)
-        cell, memory = f"{model}, {size}, batch {batch}, {precision}", _memory(found, SUMMED_UP[0])
-        lines.append(f"| {' | '.join((cell, str(len(found)), f'{ms:.0f}', *gains, memory))} |")
+        memory = _memory(found, SUMMED_UP[0])
+        lines.append(f"| {' | '.join((_named(where), str(len(found)), f'{ms:.0f}', *gains, memory))} |")
     return lines
+
+
+def _named(where: Cell) -> str:
+    _, model, size, batch, precision, engine = where
+    return f"{model}, {size}, batch {batch}, {precision}, {engine}"
 
 
 def _told_gain(where: Cell, found: list[dict[str, Any]], label: str) -> str:
     """A gain, and the goal for it where there is one."""
     rows = [run["rows"][label] for run in found if label in run["rows"]]
-    goal = GOALS.get(where, {}).get(label)
+    goal = GOALS.get(where[:-1], {}).get(label)
     if not rows or goal is None:
         return _gain(rows) if rows else "-"
     reached = median(row["speedup"] for row in rows) >= goal
@@ -103,35 +118,40 @@ def _versions(run: dict[str, Any]) -> dict[str, str]:
 
 
 def _heading(where: tuple[Any, ...], found: list[dict[str, Any]]) -> str:
-    model, size, batch, precision = where
     won = Counter(run["best"]["label"] for run in found).most_common()
     best = ", ".join(label if len(won) == 1 else f"{label} ({count}x)" for label, count in won)
     ms = median(run["best"]["latency_ms"] for run in found)
-    return (
-        f"**{model}, {size}, batch {batch}, {precision}**; {len(found)} run{'s' * (len(found) > 1)}; "
-        f"best dense: {best}, {ms:.0f} ms"
-    )
+    return f"**{_named(where)}**; {len(found)} run{'s' * (len(found) > 1)}; best dense: {best}, {ms:.0f} ms"
 
 
-def _cell_table(found: list[dict[str, Any]]) -> list[str]:
+def _cell_table(where: Cell, found: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| contestant | GMACs | ms | gain | realised | tax | peak memory / timm eager's |",
-        "|---|---|---|---|---|---|---|",
+        "| contestant | GMACs | ms | gain | realised | tax | roofline | peak memory / timm eager's |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for label in (label for label in found[-1]["rows"] if SHOWN.match(label)):
         rows = [run["rows"][label] for run in found if label in run["rows"]]
-        lines.append(
-            f"| {label} | {rows[-1]['gmacs']:.1f} | {median(row['latency_ms'] for row in rows):.0f} | {_gain(rows)} "
-            f"| {_median(rows, 'realised', '.2f')} | {_median(rows, 'tax', '+.1%')} | {_memory(found, label)} |"
-        )
+        columns = (
+            label, f"{rows[-1]['gmacs']:.1f}", f"{median(row['latency_ms'] for row in rows):.0f}",
+            _told_gain(where, found, label), _interval(rows, "realised", ".2f"), _interval(rows, "tax", "+.1%"),
+            _median(rows, "roofline", ".0%"), _memory(found, label),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(columns)} |")
     return lines
 
 
 def _gain(rows: list[dict[str, Any]]) -> str:
     """Of the same contestant in all runs of a cell."""
-    ratios = [row["speedup"] for row in rows]
-    low, high = (min(ratios), max(ratios)) if len(rows) > 1 else (rows[0]["speedup_low"], rows[0]["speedup_high"])
-    return f"{median(ratios):.2f}x [{low:.2f}, {high:.2f}]{'*' * sum(not row['stable'] for row in rows)}"
+    return f"{_interval(rows, 'speedup', '.2f', 'x')}{'*' * sum(not row['stable'] for row in rows)}"
+
+
+def _interval(rows: list[dict[str, Any]], name: str, form: str, unit: str = "") -> str:
+    """The median of the runs with the lowest and highest; of a single run its 95 % interval."""
+    values = [row[name] for row in rows if row[name] is not None]
+    if not values:
+        return "-"
+    low, high = (min(values), max(values)) if len(values) > 1 else (rows[0][f"{name}_low"], rows[0][f"{name}_high"])
+    return f"{median(values):{form}}{unit} [{low:{form}}, {high:{form}}]"
 
 
 def _memory(found: list[dict[str, Any]], label: str) -> str:

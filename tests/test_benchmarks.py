@@ -26,16 +26,18 @@ def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def run_of(folder: Path, speedup: float) -> Path:
+def run_of(folder: Path, speedup: float, kernels: str = "portable, 4") -> Path:
     def row(label: str, **fields: Any) -> dict[str, Any]:
         base = {"image_size": [672, 672], "batch": 1, "dtype": "fp32", "gmacs": 40.0, "latency_ms": 700.0,
                 "speedup": 1.0, "speedup_low": 0.9, "speedup_high": 1.1, "stable": True,
-                "realised": None, "tax": None, "peak_memory_mb": 250.0}  # fmt: skip
+                "realised": None, "tax": None, "roofline": None, "peak_memory_mb": 250.0}  # fmt: skip
         return {"label": label, **base, **fields}
 
-    ours = row("ours, config 2", speedup=speedup, latency_ms=700 / speedup, realised=1.1, tax=0.05, peak_memory_mb=190)
+    ours = row("ours, config 2", speedup=speedup, latency_ms=700 / speedup, realised=1.1, realised_low=1.0,
+               realised_high=1.2, tax=0.05, tax_low=-0.01, tax_high=0.1, peak_memory_mb=190)  # fmt: skip
     report = {
-        "device": {"name": "A CPU (R)", "cores": 2}, "versions": {"torch": "2.15.0", "timm": "1.0.31"}, "model": "swin",
+        "device": {"name": "A CPU (R)", "cores": 2, "type": "cpu"}, "model": "swin",
+        "versions": {"torch": "2.15.0", "timm": "1.0.31"}, "settings": {"kernels": kernels},
         "cells": [{"best_dense": "timm eager", "rows": [row("timm eager"), ours, row("oracle, config 2")]}],
     }  # fmt: skip
     folder.mkdir()
@@ -55,8 +57,7 @@ def test_every_run_is_kept_and_the_table_tells_their_median_and_range(collect: M
     assert text.endswith("after\n")
     assert "old" not in text
     assert "3 runs; best dense: timm eager, 700 ms" in text
-    assert "| 1.80x [1.70, 1.90] |" in text
-    assert "| 0.76 |" in text  # memory against timm's
+    assert "| 1.80x [1.70, 1.90] | 1.10 [1.10, 1.10] | +5.0% [+5.0%, +5.0%] | - | 0.76 |" in text
     assert "oracle" not in text
 
 
@@ -64,8 +65,19 @@ def test_every_run_is_kept_and_the_table_tells_their_median_and_range(collect: M
 def test_goals_are_told_with_what_became_of_them(
     speedup: float, told: str, collect: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collect, "GOALS", {("swin", "672x672", 1, "fp32"): {"ours, config 2": 1.7}})
+    monkeypatch.setattr(collect, "GOALS", {("cpu", "swin", "672x672", 1, "fp32"): {"ours, config 2": 1.7}})
     collect.keep(run_of(tmp_path / "run", speedup))
     collect.write_readme()
     text = (tmp_path / "README.md").read_text()
-    assert f"| swin, 672x672, batch 1, fp32 | 1 | 700 | - | {speedup:.2f}x [0.90, 1.10] {told} | - | - |" in text
+    gain = f"{speedup:.2f}x [0.90, 1.10] {told}"
+    assert f"| swin, 672x672, batch 1, fp32, portable | 1 | 700 | - | {gain} | - | - |" in text
+    assert f"| {gain} | 1.10 [1.00, 1.20] | +5.0% [-1.0%, +10.0%] |" in text
+
+
+def test_engines_are_cells_of_their_own(collect: ModuleType, tmp_path: Path) -> None:
+    for kernels, speedup in (("portable, 4", 1.5), ("triton 3.9.0, 4", 2.0)):
+        collect.keep(run_of(tmp_path / kernels, speedup, kernels))
+    collect.write_readme()
+    text = (tmp_path / "README.md").read_text()
+    assert "**swin, 672x672, batch 1, fp32, portable**; 1 run" in text
+    assert "**swin, 672x672, batch 1, fp32, triton**; 1 run" in text

@@ -47,8 +47,9 @@ def test_the_variants_give_timms_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     assert any(module.fused_attn for module in with_fused_attention(model, True).modules() if hasattr(module, "qkv"))
 
 
-@pytest.mark.parametrize("kernels", ["auto", "portable"])
-@pytest.mark.parametrize("img_size", [224, 248])
+@pytest.mark.parametrize(
+    ("kernels", "img_size"), [("auto", 224), ("auto", 248), ("portable", 224), ("portable", 248), ("triton", 64)]
+)
 def test_the_oracle_skips_moves_and_ranking_and_leaves_all_as_it_was(
     kernels: Kernels, img_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,8 +73,9 @@ def test_a_benchmark_names_the_best_dense_and_compares_with_it(tmp_path: Path, m
     assert rows[cell.best_dense].speedup == 1
     assert {row.kind for row in cell.rows} == {"B0", "B1", "B2", "B2f", "B3", "ours", "O"}
     assert rows["ours, [[0.2], [0.4]]"].gmacs < rows["ours, ratio 0"].gmacs == rows["timm eager"].gmacs
-    assert rows["ours, 60% everywhere"].tax is not None
-    assert rows["ours, 60% everywhere"].realised is not None
+    sparse = rows["ours, 60% everywhere"]
+    assert sparse.tax_low <= sparse.tax <= sparse.tax_high  # type: ignore[operator]
+    assert sparse.realised_low <= sparse.realised <= sparse.realised_high  # type: ignore[operator]
     folder = tmp_path / "tiny" / "rivals"
     assert (folder / "rivals.json").exists()
     assert (folder / "rivals.png").read_bytes()[:4] == b"\x89PNG"

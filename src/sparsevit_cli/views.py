@@ -90,6 +90,13 @@ def show_profile(report: ProfileReport) -> None:
     print_lines(f"written: {report.folder.path / 'profile.json'}")
 
 
+def _told(middle: float | None, low: float | None, high: float | None, form: str) -> str:
+    """A ratio with its interval."""
+    if middle is None:
+        return "-"
+    return f"{middle:{form}} [{low:{form}}, {high:{form}}]"
+
+
 def show_rivals(report: RivalReport) -> None:
     """One table per cell; slower than the best dense is marked and said."""
     columns = ("contestant", "kind", "GMACs", "ms per batch [95 %]", "best dense / this [95 %]", "realised", "tax",
@@ -101,8 +108,8 @@ def show_rivals(report: RivalReport) -> None:
                 f"{row.latency_ms:.1f} [{row.latency_ms_low:.1f}, {row.latency_ms_high:.1f}]"
                 f"{'' if row.stable else ' unsteady'}",
                 f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
-                "-" if row.realised is None else f"{row.realised:.2f}",
-                "-" if row.tax is None else f"{row.tax:+.1%}",
+                _told(row.realised, row.realised_low, row.realised_high, ".2f"),
+                _told(row.tax, row.tax_low, row.tax_high, "+.1%"),
                 "-" if row.roofline is None else f"{row.roofline:.0%}",
                 "-" if row.peak_memory_mb is None else f"{row.peak_memory_mb:.0f}",
             )

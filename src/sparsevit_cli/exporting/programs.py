@@ -92,7 +92,10 @@ def save_onnx(
 
 
 def onnx_runner(path: Path) -> Runner:
-    """The file in onnxruntime on the CPU, with torch's number of threads."""
+    """The file in onnxruntime on the CPU, with torch's number of threads.
+
+    They do not spin once a run has ended, so that a program that is measured next has all cores to itself.
+    """
     import onnx
     import onnxruntime
 
@@ -100,6 +103,7 @@ def onnx_runner(path: Path) -> Runner:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(output) for output in session.run(None, {INPUT: images.numpy()})]
 

@@ -2,10 +2,10 @@
 
 `count_macs` traces the model with fvcore and is what reports show. `analytic_macs` reckons from the modules' shapes
 and the set ratios, runs nothing, and serves the search through `macs_cost`. `flopcounter_macs` is torch's own counter.
-All count matrix products and convolutions, at the rows that are really computed: attention runs on padded windows;
-the MLP on the map's tokens where a block is dense, and on all tokens of the kept windows where it is sparse. The small
-networks behind the position bias of V2 and V2-CR run once per forward: at a batch above 1 the two that trace share them
-out among the images, `analytic_macs` does not.
+All count matrix products and convolutions of timm's modules: attention runs on padded windows; the MLP on the map's
+tokens where a block is dense, and on all tokens of the kept windows where it is sparse. What kernels leave out of that
+is `padding_macs`. The small networks behind the position bias of V2 and V2-CR run once per forward: at a batch above 1
+the two that trace share them out among the images, `analytic_macs` does not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsevit_cli.errors import ConfigError
@@ -81,6 +81,34 @@ def count_macs(model: nn.Module, input_size: InputSize = 224, *, batch_size: int
     parts["head"] = total - sum(parts.values())
     uncounted = {op: count for op, count in sorted(unsupported.items()) if op not in _ELEMENTWISE}
     return MacsReport(total, parts, "fvcore", uncounted)
+
+
+def padding_macs(model: nn.Module, x: Tensor) -> float:
+    """Multiply-adds per image that `count_macs` counts and `kernels` leave out: those of padding, for images `x`.
+
+    Which windows are kept decides how much that is, so one forward pass runs. Zero where maps need no padding or
+    timm's own modules run.
+    """
+    left_out = 0
+
+    def count(block: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal left_out
+        if kwargs.get("plain") is not None:
+            rows, (batch, height, width, _) = kwargs["rows"], args[0].shape
+            grid = window_grid(height, width, block.window_size)
+            padding = int((rows == batch * height * width).sum())
+            left_out += padding * _row_macs(block, with_mlp=rows.shape[1] < math.prod(grid))
+
+    count.keeps_nothing = True  # type: ignore[attr-defined]
+    blocks = [block for _, stage in named_stages(model) for block in stage.blocks]
+    hooks = [block.register_forward_pre_hook(count, with_kwargs=True) for block in blocks]
+    try:
+        with evaluating(model), memory_errors(f"forward of {tuple(x.shape)}"):
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return left_out / len(x)
 
 
 def flopcounter_macs(model: nn.Module, input_size: InputSize = 224, *, batch_size: int = 1) -> MacsReport:
@@ -175,10 +203,15 @@ def block_macs(block: Block, height: int, width: int, tenths: int) -> int:
     num_windows, area = rows * cols, block.window_area
     kept = num_keep(num_windows, tenths)
     mlp_rows = kept * area if kept < num_windows else height * width
-    attention = 2 * area * block.attn.proj.in_features  # per token: q @ k and attn @ v over all heads
-    projections = weights_in(block.attn.qkv) + weights_in(block.attn.proj)
-    windowed = kept * area * (projections + attention) + mlp_rows * weights_in(block.mlp)
+    windowed = kept * area * _row_macs(block, with_mlp=False) + mlp_rows * weights_in(block.mlp)
     return int(windowed + _position_macs(block.attn))
+
+
+def _row_macs(block: Block, *, with_mlp: bool) -> int:
+    """Multiply-adds of one token of a window."""
+    attention = 2 * block.window_area * block.attn.proj.in_features  # q @ k and attn @ v over all heads
+    projections = weights_in(block.attn.qkv) + weights_in(block.attn.proj)
+    return int(projections + attention + with_mlp * weights_in(block.mlp))
 
 
 def _position_macs(attn: Any) -> int:

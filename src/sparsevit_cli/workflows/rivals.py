@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,9 +15,9 @@ from sparsevit_cli import kernels
 from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.atomic import write_json
 from sparsevit_cli.profiling.device import device_identity
-from sparsevit_cli.profiling.inputs import TORCH_DTYPE, evaluating, example_input
+from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
-from sparsevit_cli.profiling.macs import count_macs
+from sparsevit_cli.profiling.macs import count_macs, padding_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
 from sparsevit_cli.profiling.rivals import (
     authors_flow,
@@ -53,9 +53,10 @@ class RivalRow:
     """One contestant of one cell. `speedup` is the best dense timm's time over this one's, in the same rounds.
 
     `kind` is B1 (timm as installed), B2 (its variants), B2f (compiled and frozen), B0 (the authors' flow), B3 (dense at
-    a lower resolution), ours or O (the oracle). `realised` is the share of latency saved over the share of
-    multiply-adds saved, against our own dense; `tax` what the sparse model takes longer than its oracle; `roofline` the
-    share of its time that the device would need at best, where the device's peaks are known.
+    a lower resolution), ours or O (the oracle). `gmacs` are without padding where our kernels leave it out. `realised`
+    is the share of latency saved over the share of multiply-adds saved, against our own dense; `tax` what the sparse
+    model takes longer than its oracle; both from the same rounds, with 95 % intervals. `roofline` is the share of its
+    time that the device would need at best, where the device's peaks are known.
     """
 
     label: str
@@ -74,7 +75,11 @@ class RivalRow:
     stable: bool
     peak_memory_mb: float | None = None
     realised: float | None = None
+    realised_low: float | None = None
+    realised_high: float | None = None
     tax: float | None = None
+    tax_low: float | None = None
+    tax_high: float | None = None
     roofline: float | None = None
 
 
@@ -165,7 +170,7 @@ def _cell(session: Session, size: tuple[int, int], batch: int, typed: Mapping[st
         label: _row(session, label, contestant, batch, latencies[label], latencies[best])
         for label, contestant in contestants.items()
     }
-    return RivalCell(best, tuple(_compared(row, rows) for row in rows.values()))
+    return RivalCell(best, tuple(_compared(row, rows, latencies) for row in rows.values()))
 
 
 def _contestants(
@@ -192,11 +197,10 @@ def _contestants(
         sparse = session.sparsified_(with_fused_attention(dense, fused=False))
         set_sparsity(sparse, config)
         found[f"ours, {label}"] = _Contestant("ours", partial(_fastest(sparse), x), sparse, config, size)
-        if session.config.kernels != "triton":  # the oracle replaces what ranks and moves outside of it
-            found[f"oracle, {label}"] = _Contestant("O", partial(_as_oracle, _fastest(sparse), x), sparse, config, size)
+        found[f"oracle, {label}"] = _Contestant("O", partial(_as_oracle, _fastest(sparse), x), sparse, config, size)
         theirs = authors_flow(sparse) if label in ("config 3", "60% everywhere") else None
         if theirs is not None:
-            found[f"authors' flow, {label}"] = _Contestant("B0", partial(theirs, x), theirs, config, size)
+            found[f"authors' flow, {label}"] = _Contestant("B0", partial(_fastest(theirs), x), theirs, config, size)
     middle = found["ours, config 2" if "config 2" in configs else "ours, 60% everywhere"]
     found |= _smaller(session, size, batch, middle)
     return found
@@ -213,12 +217,12 @@ def _as_oracle(model: nn.Module, x: Tensor) -> None:
 
 
 def _smaller(session: Session, size: tuple[int, int], batch: int, ours: _Contestant) -> dict[str, _Contestant]:
-    """B3: the dense model, compiled and with fused attention, at the side whose eager latency is nearest to `ours`."""
+    """B3: the dense model, compiled and with fused attention, at the side that takes nearest to ours uncompiled."""
     dtype = TORCH_DTYPE[session.config.profile.precision]
     sides = {_rounded(size, share) for share in SMALLER_SHARES}
     models = {s: with_fused_attention(built(session, s).to(session.device, dtype), fused=True) for s in sides}
     calls: dict[str, Any] = {"ours": ours.run}
-    calls |= {str(s): partial(model, _input(session, model, s, batch)) for s, model in models.items()}
+    calls |= {str(s): partial(_fastest(model), _input(session, model, s, batch)) for s, model in models.items()}
     quick = measure_interleaved(calls, device=session.device, seconds=0.01, rounds=3, strict=False, retries=0)
     nearest = min(sides, key=lambda s: abs(quick[str(s)].median_ms - quick["ours"].median_ms))
     model, x = models[nearest], _input(session, models[nearest], nearest, batch)
@@ -226,7 +230,7 @@ def _smaller(session: Session, size: tuple[int, int], batch: int, ours: _Contest
     label = f"timm at {nearest[0]}x{nearest[1]}{fused}"
     compiled: Any = torch.compile(model, dynamic=False, mode="reduce-overhead" if x.is_cuda else None)
     return {
-        label: _Contestant("B3", partial(model, x), model, None, nearest),
+        label: _Contestant("B3", partial(_fastest(model), x), model, None, nearest),
         f"{label}, compiled": _Contestant("B3", partial(compiled, x), model, None, nearest),
     }
 
@@ -247,12 +251,12 @@ def _row(
     session: Session, label: str, contestant: _Contestant, batch: int, latency: Latency, best: Latency
 ) -> RivalRow:
     x = _input(session, contestant.model, contestant.size, batch)
-    eager = contestant.kind != "O" and "compile" not in label and "autotune" not in label
+    eager = contestant.kind != "O" and not any(word in label for word in ("compile", "autotune", "graph"))
     precision, image = session.config.profile.precision, (session.config.model.in_chans, *contestant.size)
     device_peak = known_peak(str(device_identity(session.device).get("name")), precision)
     least_ms = None if device_peak is None else roofline_ms(contestant.model, image, batch, device_peak, precision)
-    with evaluating(contestant.model):
-        peak = peak_memory_mb(contestant.model, x) if eager else None
+    ours = contestant.kind in ("ours", "O")
+    gmacs = count_macs(contestant.model, image).gmacs - (padding_macs(contestant.model, x) / 1e9 if ours else 0)
     return RivalRow(
         label=label,
         kind=contestant.kind,
@@ -260,19 +264,33 @@ def _row(
         batch=batch,
         image_size=contestant.size,
         dtype=precision,
-        gmacs=count_macs(contestant.model, image).gmacs,
+        gmacs=gmacs,
         **Latency.from_samples(latency.samples_ms, best.samples_ms).as_row(),
         stable=latency.stable,
-        peak_memory_mb=peak,
+        peak_memory_mb=peak_memory_mb(contestant.model, x) if eager else None,
         roofline=None if least_ms is None else least_ms / latency.median_ms,
     )
 
 
-def _compared(row: RivalRow, rows: Mapping[str, RivalRow]) -> RivalRow:
+def _compared(row: RivalRow, rows: Mapping[str, RivalRow], latencies: Mapping[str, Latency]) -> RivalRow:
     """The row with its realised efficiency and its tax, where they have a meaning."""
     if row.kind != "ours" or row.label == "ours, ratio 0":
         return row
-    dense, perfect = rows["ours, ratio 0"], rows.get(f"oracle, {row.label.removeprefix('ours, ')}")
+    samples, dense = latencies[row.label].samples_ms, rows["ours, ratio 0"]
     saved = 1 - row.gmacs / dense.gmacs
-    realised = (1 - row.latency_ms / dense.latency_ms) / saved if saved else None
-    return replace(row, realised=realised, tax=None if perfect is None else row.latency_ms / perfect.latency_ms - 1)
+    if saved:
+        middle, low, high = _time_shares(samples, latencies[dense.label].samples_ms)
+        row = replace(
+            row, realised=(1 - middle) / saved, realised_low=(1 - high) / saved, realised_high=(1 - low) / saved
+        )
+    perfect = latencies.get(f"oracle, {row.label.removeprefix('ours, ')}")
+    if perfect is None:
+        return row
+    middle, low, high = _time_shares(samples, perfect.samples_ms)
+    return replace(row, tax=middle - 1, tax_low=low - 1, tax_high=high - 1)
+
+
+def _time_shares(samples_ms: Sequence[float], reference_ms: Sequence[float]) -> tuple[float, float, float]:
+    """Time over the reference's in the same rounds: the median, and its 95 % interval."""
+    compared = Latency.from_samples(reference_ms, samples_ms)
+    return compared.speedup, compared.speedup_low, compared.speedup_high
