@@ -96,6 +96,11 @@ def test_weights_without_a_classifier_cannot_be_exported(tmp_path: Path) -> None
         export_winner(session_in(tmp_path), weights=str(path), ratios=RATIOS)
 
 
+def test_graphs_on_a_cpu_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"profile\.mode.*no CUDA graphs"):
+        profile_model(session_in(tmp_path, profile={"mode": "graph"}), ratios=RATIOS)
+
+
 def test_another_model_than_was_trained_is_told(runs: Path) -> None:
     session = session_in(runs, model={"importance": "l2"})
     evaluate_checkpoint(session, weights="pretrain")

@@ -300,7 +300,9 @@ class ProfileSection(Section):
         (), description="Input sizes in pixels, numbers or [height, width]; empty takes model.img_size."
     )
     precision: Precision = Field("fp32", description="Precision of model and input.")
-    mode: Literal["eager", "compile"] = Field("eager", description="Plain PyTorch, or torch.compile for all rows.")
+    mode: Literal["eager", "compile", "graph"] = Field(
+        "eager", description="Plain PyTorch, torch.compile for all rows, or on a GPU a captured CUDA graph for all rows."
+    )
     ratios: StageRatios | Ratio | None = Field(
         None, description="Configuration to profile: per stage and pair, or one number; null takes the winner."
     )

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from sparsevit_cli import kernels
+from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.atomic import write_atomic, write_json
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.config.schema import ModelSection
@@ -133,6 +134,9 @@ def profile_target(
         named = {"experiment": model, "model": _named_model(model)}
         session = session.replaced(config=session.config.model_copy(update=named))
     section = session.config.profile
+    if section.mode == "graph" and session.device.type != "cuda":
+        got = f"graph, but {session.device} has no CUDA graphs"
+        raise ConfigError("profile.mode", got, "Choose eager or compile, or give --device cuda.")
     sizes = parse_sizes(img_size) if img_size is not None else tuple(map(as_pair, section.image_sizes))
     sizes = sizes or (session.img_size,)
     depths = model_depths(built(session, sizes[0]))
@@ -264,6 +268,8 @@ def _cell(
         torch._dynamo.reset()  # each cell is compiled anew; past a limit torch would fall back to eager in silence
         session.reporter.say(f"profile: compiling at batch {batch}, {size[0]}x{size[1]}")
         runnable = {label: torch.compile(model, dynamic=False) for label, model in models.items()}
+    elif section.mode == "graph":
+        runnable = {label: accelerate_(copy.deepcopy(model)) for label, model in models.items()}
     latencies = measure_interleaved(
         {label: partial(model, x) for label, model in runnable.items()},
         device=session.device,
