@@ -301,7 +301,7 @@ class ProfileSection(Section):
     )
     precision: Precision = Field("fp32", description="Precision of model and input.")
     mode: Literal["eager", "compile", "graph"] = Field(
-        "eager", description="Plain PyTorch, torch.compile for all rows, or on a GPU a captured CUDA graph for all rows."
+        "eager", description="Plain PyTorch, torch.compile for all rows, or (on a GPU) a CUDA graph for all."
     )
     ratios: StageRatios | Ratio | None = Field(
         None, description="Configuration to profile: per stage and pair, or one number; null takes the winner."
