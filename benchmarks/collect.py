@@ -1,4 +1,5 @@
-"""Keep a `sparsevit profile --rivals` in benchmarks/results/<device>.json, and write the README's table from all kept.
+"""Keep a `sparsevit profile --rivals` in benchmarks/results/<device>.json, and write the README's tables and its plot
+from all kept.
 
 usage: python benchmarks/collect.py FOLDER_OF_RIVALS...
 """
@@ -14,9 +15,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from sparsevit_cli.reporting import SilentReporter
+from sparsevit_cli.workflows.plots import plot_rivals
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
+PLOT = HERE.parent / "docs" / "benchmark.png"
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 SHOWN = re.compile(r"ours, |timm at .*|authors' flow|timm compile, frozen")
 SUMMED_UP = ("ours, ratio 0", "ours, config 2", "ours, 60% everywhere")
@@ -35,6 +40,8 @@ GOALS = {
     ("cuda", SWIN_T, "256x704", 6, "bf16"): {"ours, ratio 0": 1.4},
 }
 """Gains that the engine is built for: type of device, model, size, batch, precision -> row -> gain."""
+
+PLOTTED = ("cpu", SWIN_T, "672x672", 1, "fp32")
 
 Cell = tuple[Any, ...]
 """Type of device, model, size, batch, precision, kernels."""
@@ -66,11 +73,7 @@ def table(path: Path) -> str:
     for run in runs:
         for cell in run["cells"]:
             rows = {row["label"]: row for row in cell["rows"]}
-            best = rows[cell["best_dense"]]
-            size = f"{best['image_size'][0]}x{best['image_size'][1]}"
-            engine = run["settings"]["kernels"].split()[0].rstrip(",")
-            where = (run["device"]["type"], run["model"], size, best["batch"], best["dtype"], engine)
-            cells.setdefault(where, []).append({"best": best, "rows": rows})
+            cells.setdefault(_cell_of(run, cell), []).append({"best": rows[cell["best_dense"]], "rows": rows})
     versions, device = runs[0]["versions"], runs[0]["device"]
     lines = [
         f"{device['name']}, {device['cores']} cores, torch {versions['torch']}, timm {versions['timm']}, "
@@ -83,6 +86,12 @@ def table(path: Path) -> str:
     for where, found in cells.items():
         lines += ["", _heading(where, found), "", *_cell_table(where, found)]
     return "\n".join(lines)
+
+
+def _cell_of(run: dict[str, Any], cell: dict[str, Any]) -> Cell:
+    row, engine = cell["rows"][0], run["settings"].get("kernels", "portable").split()[0].rstrip(",")
+    size = f"{row['image_size'][0]}x{row['image_size'][1]}"
+    return run["device"]["type"], run["model"], size, row["batch"], row["dtype"], engine
 
 
 def _summary(cells: dict[Cell, list[dict[str, Any]]]) -> list[str]:
@@ -174,7 +183,17 @@ def write_readme() -> None:
     README.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
+def draw_plot() -> None:
+    """The last run of the cell that the README shows."""
+    files = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json")))
+    runs = [run for file in files for run in file["runs"]]
+    cells = [cell["rows"] for run in runs for cell in run["cells"] if _cell_of(run, cell)[:-1] == PLOTTED]
+    if cells:
+        plot_rivals(PLOT, cells[-1:], SilentReporter())
+
+
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         sys.stdout.write(f"kept in {keep(Path(argument))}\n")
     write_readme()
+    draw_plot()

@@ -22,13 +22,15 @@ def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(module, "README", tmp_path / "README.md")
+    monkeypatch.setattr(module, "PLOT", tmp_path / "benchmark.png")
     (tmp_path / "README.md").write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
     return module
 
 
 def run_of(folder: Path, speedup: float, kernels: str = "portable, 4") -> Path:
     def row(label: str, **fields: Any) -> dict[str, Any]:
-        base = {"image_size": [672, 672], "batch": 1, "dtype": "fp32", "gmacs": 40.0, "latency_ms": 700.0,
+        kind = "ours" if label.startswith("ours") else "B1"
+        base = {"kind": kind, "image_size": [672, 672], "batch": 1, "dtype": "fp32", "gmacs": 40.0, "latency_ms": 700.0,
                 "speedup": 1.0, "speedup_low": 0.9, "speedup_high": 1.1, "stable": True,
                 "realised": None, "tax": None, "roofline": None, "peak_memory_mb": 250.0}  # fmt: skip
         return {"label": label, **base, **fields}
@@ -81,3 +83,14 @@ def test_engines_are_cells_of_their_own(collect: ModuleType, tmp_path: Path) -> 
     text = (tmp_path / "README.md").read_text()
     assert "**swin, 672x672, batch 1, fp32, portable**; 1 run" in text
     assert "**swin, 672x672, batch 1, fp32, triton**; 1 run" in text
+
+
+def test_the_plot_shows_the_last_run_of_one_cell(
+    collect: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect.keep(run_of(tmp_path / "run", 1.5))
+    collect.draw_plot()
+    assert not collect.PLOT.exists()  # another cell
+    monkeypatch.setattr(collect, "PLOTTED", ("cpu", "swin", "672x672", 1, "fp32"))
+    collect.draw_plot()
+    assert collect.PLOT.read_bytes()[:4] == b"\x89PNG"

@@ -64,12 +64,19 @@ def plot_training(path: Path, rows: Sequence[Mapping[str, float]], reporter: Rep
     _save(figure, path)
 
 
-def plot_rivals(path: Path, rows: Sequence[Mapping[str, Any]], reporter: Reporter) -> None:
-    """Latency against multiply-adds, ours and the rivals, with the line of an ideal sparse model; a PNG."""
-    figure = _figure(path, reporter)
+def plot_rivals(path: Path, cells: Sequence[Sequence[Mapping[str, Any]]], reporter: Reporter) -> None:
+    """Latency against multiply-adds, ours and the rivals, with the line of an ideal sparse model; a PNG, side by side
+    for all cells.
+    """
+    figure = _figure(path, reporter, plots=len(cells))
     if figure is None:
         return
-    axes = figure.add_subplot()
+    for number, rows in enumerate(cells):
+        _plot_cell(figure.add_subplot(1, len(cells), number + 1), rows)
+    _save(figure, path)
+
+
+def _plot_cell(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     dense = min((row for row in rows if row["kind"] in ("B1", "B2")), key=lambda row: row["latency_ms"])
     axes.plot([0, dense["gmacs"]], [0, dense["latency_ms"]], "--", color="#9aa5b1", label="best dense, scaled")
     styles = {
@@ -87,23 +94,23 @@ def plot_rivals(path: Path, rows: Sequence[Mapping[str, Any]], reporter: Reporte
             [row["gmacs"] for row in points], [row["latency_ms"] for row in points], marker, color=color, ms=6,
             ls="none", label=name,
         )  # fmt: skip
+    height, width = rows[0]["image_size"]
     axes.set_xlabel("multiply-adds per image, G")
-    axes.set_ylabel(f"ms per batch of {rows[0]['batch']}, {rows[0]['dtype']}")
+    axes.set_ylabel(f"ms per batch of {rows[0]['batch']}, {height}x{width}, {rows[0]['dtype']}")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    _save(figure, path)
 
 
-def _figure(path: Path, reporter: Reporter) -> Any:
-    """An empty figure; None, and a warning, without matplotlib."""
+def _figure(path: Path, reporter: Reporter, plots: int = 1) -> Any:
+    """An empty figure for so many plots side by side; None, and a warning, without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         reporter.warn(f"{path.name} is left out: matplotlib is not installed (pip install 'sparsevit-cli[plot]')")
         return None
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(7, 4.5), layout="constrained")
+    return Figure(figsize=(7 * plots, 4.5), layout="constrained")
 
 
 def _save(figure: Any, path: Path) -> None:
