@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
 from sparsevit_cli.checkpoints import latest_checkpoint
+from sparsevit_cli.cli import app
 from sparsevit_cli.console import ConsoleReporter
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder
@@ -33,6 +36,14 @@ def sparsevit(*arguments: object, cwd: Path, check: int | None = 0, **env: str) 
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **env},
     )  # fmt: skip
     assert check is None or done.returncode == check, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def refused(*arguments: object, cwd: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> Result:
+    """Run a command that ends early with exit `code`, in this process: importing torch anew takes longer than it."""
+    monkeypatch.chdir(cwd)
+    done = CliRunner().invoke(app, list(map(str, arguments)), prog_name="sparsevit")
+    assert done.exit_code == code, done.output
     return done
 
 
@@ -110,10 +121,13 @@ def test_run_again_repeats_no_step_and_gives_the_same_table(finished: Path) -> N
         (["profile", "--model", "swin_tiny_patch4_window7", "--ratios", "0.5"], 2, "swin_tiny_patch4_window7_224"),
     ],
 )
-def test_what_does_not_fit_is_told(finished: Path, tmp_path: Path, command: list[str], code: int, told: str) -> None:
+def test_what_does_not_fit_is_told(
+    finished: Path, tmp_path: Path, command: list[str], code: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
     before = set(tmp_path.rglob("*.old-*"))
-    done = sparsevit(*command, "--config", finished / "tiny.yaml", cwd=tmp_path, check=code)
+    config = ("--config", finished / "tiny.yaml")
+    done = refused(*command, *config, cwd=tmp_path, code=code, monkeypatch=monkeypatch)
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert set(tmp_path.rglob("*.old-*")) == before, "nothing is set aside for what cannot run"
@@ -242,8 +256,10 @@ def test_a_budget_above_dense_returns_dense_and_says_so(finished: Path) -> None:
         ("export", "pretrain"),
     ],
 )
-def test_a_missing_result_names_the_command_to_type(tmp_path: Path, command: str, needed: str) -> None:
-    done = sparsevit(command, "--config", write_tiny(tmp_path), cwd=tmp_path, check=4)
+def test_a_missing_result_names_the_command_to_type(
+    tmp_path: Path, command: str, needed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = refused(command, "--config", write_tiny(tmp_path), cwd=tmp_path, code=4, monkeypatch=monkeypatch)
     assert f"Type: sparsevit {needed}" in done.stderr
     assert done.stdout == ""
 
