@@ -214,9 +214,12 @@ def test_a_second_budget_reuses_the_ledger(finished: Path) -> None:
         (["--set", "serach.population=3"], 2, "search"),
     ],
 )
-def test_an_impossible_search_says_what_is_possible(finished: Path, arguments: list[str], code: int, told: str) -> None:
+def test_an_impossible_search_says_what_is_possible(
+    finished: Path, arguments: list[str], code: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     winner = (finished / "runs" / "tiny" / "search" / "winner.yaml").read_bytes()
-    done = sparsevit("search", "--config", finished / "tiny.yaml", *arguments, cwd=finished, check=code)
+    command = ("search", "--config", finished / "tiny.yaml", *arguments)
+    done = refused(*command, cwd=finished, code=code, monkeypatch=monkeypatch)
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
