@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ from sparsevit_cli.swin import bias, remembered_tensors, set_sparsity, sparse_st
 from sparsevit_cli.windows import shift_mask
 
 TOLERANCE = 1e-5
+IS_ASYNCHRONOUS = (windows, "is_asynchronous", lambda device: True)
+"""For monkeypatch.setattr: the CPU is treated as a device that the host must not wait for."""
 OF_EACH = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224")
 
 
@@ -284,31 +287,65 @@ def _of_position_bias(model: nn.Module) -> list[nn.Parameter]:
 def test_bias_is_made_once_and_again_for_what_changed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = swin(name, img_size=128)
     set_sparsity(model, 0.5)
+    blocks, blocks_made = _makers_of_bias(model, monkeypatch)
+    x = torch.randn(1, 3, 128, 128)
+    assert blocks_made(model, x) == blocks
+    assert blocks_made(model, x) == []
+    assert blocks_made(model, torch.cat((x, x))) == []
+    _of_position_bias(model)[0].data.add_(1.0)
+    assert blocks_made(model, x) == blocks[:1]
+    copied = copy.deepcopy(model)  # remembers nothing of the model that it was made of
+    assert len(blocks_made(copied, x)) == len(blocks)
+    model.to(torch.bfloat16)
+    assert blocks_made(model, x.to(torch.bfloat16)) == blocks
+
+
+def _makers_of_bias(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[nn.Module], Callable[[nn.Module, Tensor], list[nn.Module]]]:
+    """The blocks of `model`, and which blocks of such a model make their bias in a forward."""
     blocks = [block for stage in sparse_stages(model) for block in stage.blocks]
     made: list[nn.Module] = []
     for kind in {type(block) for block in blocks}:
         make = kind._position_bias
         monkeypatch.setattr(kind, "_position_bias", lambda self, make=make: made.append(self) or make(self))
 
-    def blocks_made(x: Tensor) -> list[nn.Module]:
+    def blocks_made(model: nn.Module, x: Tensor) -> list[nn.Module]:
         made.clear()
         with torch.inference_mode():
             model(x)
         return made.copy()
 
-    x = torch.randn(1, 3, 128, 128)
-    assert blocks_made(x) == blocks
-    assert blocks_made(x) == []
-    assert blocks_made(torch.cat((x, x))) == []
-    _of_position_bias(model)[0].data.add_(1.0)
-    assert blocks_made(x) == blocks[:1]
-    copied = copy.deepcopy(model)  # remembers nothing of the model that it was made of
-    made.clear()
+    return blocks, blocks_made
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+def test_a_device_remembers_bias_by_torchs_count_of_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*IS_ASYNCHRONOUS)
+    model, x = swin(name, img_size=64, depths=(2, 2), num_heads=(1, 2), window_size=4), torch.randn(1, 3, 64, 64)
+    set_sparsity(model, 0.5)
+    blocks, blocks_made = _makers_of_bias(model, monkeypatch)
+    assert blocks_made(model, x) == blocks
+    assert blocks_made(model, x) == []
+    assert len(list(remembered_tensors(model))) == len(blocks), "sources are not copied"
+    weights = _of_position_bias(model)
+    with torch.no_grad():
+        weights[0].add_(1.0)
+    assert blocks_made(model, x) == blocks[:1]
+    assert_same(model, x)
+    weights[0].data = weights[0] + 1.0  # moved
+    assert blocks_made(model, x) == blocks[:1]
+    model.load_state_dict(model.state_dict())
+    assert blocks_made(model, x) == blocks
+    optimizer = torch.optim.AdamW(weights, lr=1.0, fused=True)  # which torch does not count
+    model(x).sum().backward()
+    optimizer.step()
+    assert blocks_made(model.eval(), x) == []
+    assert blocks_made(model.train().eval(), x) == blocks
+    assert_same(model, x)
     with torch.inference_mode():
-        copied(x)
-    assert len(made) == len(blocks)
-    model.to(torch.bfloat16)
-    assert blocks_made(x.to(torch.bfloat16)) == blocks
+        model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+    assert blocks_made(model, x) == blocks_made(model, x) == blocks, "tensors of inference mode have no count"
 
 
 def test_bias_is_forgotten_with_its_block() -> None:

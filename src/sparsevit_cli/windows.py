@@ -53,6 +53,16 @@ def token_index_of(
     return _made_once(window_token_index, height, width, window_size, shift_size, device)  # type: ignore[no-any-return]
 
 
+def is_asynchronous(device: torch.device) -> bool:
+    """True where work is queued, and the host would wait to see a value: no shape or branch may depend on one."""
+    return device.type != "cpu"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """True while work for `device` is recorded into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @contextmanager
 def held_indices() -> Iterator[dict[Any, Any]]:
     """What is made once inside the block stays in the dict that this gives: a captured graph reads it ever after."""
@@ -76,7 +86,7 @@ def _made_once(make: Callable[..., Any], *partition: Any) -> Any:
         if (make, partition) not in held:
             held[make, partition] = make(*partition)
         return held[make, partition]
-    if partition[-1].type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_capturing(partition[-1]):
         return make(*partition)
     return _remembered(make, *partition)
 

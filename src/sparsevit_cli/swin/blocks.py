@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from sparsevit_cli import kernels, windows
 
-from .bias import remembered_bias
+from .bias import forget_bias, remembered_bias
 from .timm_swin import v1, v2, v2cr
 
 
@@ -97,6 +97,12 @@ class SparseBlock(nn.Module):
         tokens = windows.scatter_rows(tokens, rows, kept_tokens.view(-1, channels))
         return self._on_whole_map(windows.unflatten_map(tokens, (batch, height, width), scratch_row=padded))
 
+    def train(self, mode: bool = True) -> Self:
+        """As torch's; a change of mode forgets the position bias."""
+        if mode != self.training:
+            forget_bias(self)
+        return super().train(mode)
+
     def _residuals(self, tokens: Tensor, is_token: Tensor | None, mask: Tensor | None) -> Tensor:
         """Both residual branches on kept windows (B, K, N, C); `is_token` (B, K, N, 1) is False for padding."""
         raise NotImplementedError
@@ -131,7 +137,8 @@ class SparseBlock(nn.Module):
             bias = self._position_bias().to(x.dtype)
             return bias if masks is None else bias + masks[:, None].to(x.dtype)
 
-        return remembered_bias(self, (*partition, x.dtype), self._bias_sources(), make), class_of
+        key = (self.window_size, self.shift_size, x.device, x.dtype)
+        return remembered_bias(self, key, self._bias_sources(), make), class_of
 
     def _kept_mask(self, x: Tensor, keep_indices: Tensor) -> Tensor | None:
         """Shifted-window attention mask of the kept windows: (B*K, N, N), or None without a shift."""
