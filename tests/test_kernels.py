@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernel_cases
 from sparsevit_cli import windows
 from sparsevit_cli.kernels import Affine, Kernels, TorchLinear, linear_ops, native, windowed
 from sparsevit_cli.models import supported_models
@@ -73,10 +75,11 @@ def test_both_ways_agree_for_every_name(name: str, ratios: float, monkeypatch: p
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6), height=st.integers(4, 60), width=st.integers(4, 60), window=st.sampled_from([4, 7, 8]),
-    batch=st.integers(1, 3), name=st.sampled_from(OF_EACH), kernels=st.sampled_from(["auto", "portable"]),
+    batch=st.integers(1, 3), name=st.sampled_from(OF_EACH),
+    kernels=st.sampled_from(["auto", "portable"]), asynchronous=st.booleans(),
 )  # fmt: skip
 def test_both_ways_agree_at_any_size_and_sparsity(
-    seed: int, height: int, width: int, window: int, batch: int, name: str, kernels: Kernels
+    seed: int, height: int, width: int, window: int, batch: int, name: str, kernels: Kernels, asynchronous: bool
 ) -> None:
     from random import Random
 
@@ -84,7 +87,80 @@ def test_both_ways_agree_at_any_size_and_sparsity(
     options = {"window_size": window, "depths": (2, 3, 2, 1), "always_partition": bool(seed % 2)}
     model = swin(name, img_size=size, kernels=kernels, **options)
     set_sparsity(model, SearchSpace((2, 3, 2, 1)).sample(Random(seed)), exact=False)
-    assert_same(model, torch.randn(batch, 3, *size))
+    with pytest.MonkeyPatch.context() as patch:
+        if asynchronous:
+            patch.setattr(*IS_ASYNCHRONOUS)
+        assert_same(model, torch.randn(batch, 3, *size))
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that a model calls, which takes the way that it takes unwatched."""
+
+    sees_kernels = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+@pytest.mark.parametrize("ratios", [0.0, 0.5])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_device_is_not_waited_for(name: str, ratios: float, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"window_size": 7, "depths": (2, 2, 2, 2), "always_partition": True}  # the last map is 5 x 7
+    model = swin(name, img_size=(136, 200), kernels="portable", **options)
+    set_sparsity(model, ratios, exact=False)
+    monkeypatch.setattr(*IS_ASYNCHRONOUS)
+    x = torch.randn(batch, 3, 136, 200)
+    assert_same(model, x)
+    with torch.inference_mode(), Operators() as operators:
+        model(x)
+    waiting = {"nonzero", "item", "_local_scalar_dense", "is_nonzero", "masked_select", "equal", "_to_copy", "unique"}
+    assert "index_copy_" in operators.names
+    assert not operators.names & waiting
+    if ratios == 0.0:
+        assert not operators.names & {"arange", "sort", "where", "masked_fill"}, "rows are made once, padding left out"
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize(("size", "batch"), [((15, 30), 1), ((9, 20), 3), ((5, 4), 2)])
+def test_padding_that_is_masked_equals_padding_that_is_left_out(
+    size: tuple[int, int], batch: int, shifted: bool, norm_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def masked(*args: Any, **kwargs: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(*IS_ASYNCHRONOUS)
+            windowed.run_windows_(*args, **kwargs)
+
+    tokens, rows, bias, bias_class = kernel_cases.case(16, 2, 7, size, batch=batch, shifted=shifted)
+    for with_bias in (True, False):
+        weights = kernel_cases.block(16, 2, with_bias=with_bias, norm_first=norm_first)
+        kernel_cases.assert_equal_to_portable(masked, tokens, rows, weights, bias, bias_class, TOLERANCE)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_of_all_windows_true_tokens_alone_are_computed(norm_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = windows.all_windows(9, 20, (7, 7), (3, 3), 2, torch.device("cpu"))
+    tokens, rows, bias = torch.randn(2 * 9 * 20, 16), every.rows.flatten(0, 1), torch.randn(1, 2, 49, 49)
+    weights, expected = kernel_cases.block(16, 2, norm_first=norm_first), tokens.clone()
+    windowed.run_windows_(expected, rows, weights, bias, None, padded=True)
+    computed = []
+
+    class Counted(TorchLinear):
+        def linear(self, x: Tensor, layer: Affine) -> Tensor:
+            computed.append(len(x))
+            return super().linear(x, layer)
+
+    monkeypatch.setattr(*IS_ASYNCHRONOUS)
+    monkeypatch.setattr(windowed, "linear_ops", lambda x: Counted())
+    windowed.run_windows_(tokens, rows, weights, bias, None, padded=every.places)
+    assert computed == [len(tokens)] * 4
+    assert (tokens - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
 @pytest.mark.parametrize("area", [49, 64, 144])

@@ -76,15 +76,17 @@ class SparseBlock(nn.Module):
         x: Tensor,
         keep_indices: Tensor | None = None,
         rows: Tensor | None = None,
+        places: windows.TokenPlaces | None = None,
         plain: PlainBlock | None = None,
     ) -> Tensor:
         """Map (B, H, W, C) to the same shape; `keep_indices` (B, K), and the `rows` (B, K, N) of their tokens, of
-        `windows.rows_of`. With `plain` the map itself is changed and returned.
+        `windows.rows_of`, and the `places` of `windows.AllWindows`. With `plain` the map itself is changed and
+        returned.
         """
         if keep_indices is None or rows is None:
             return super().forward(x)  # type: ignore[no-any-return]
         if plain is not None:
-            return self._on_whole_map(self._run_(x, keep_indices, rows, plain))
+            return self._on_whole_map(self._run_(x, keep_indices, rows, places, plain))
         batch, height, width, channels = x.shape
         kept, area = keep_indices.shape[1], self.window_area
         padded = windows.has_padding(height, width, self.window_size)
@@ -119,9 +121,11 @@ class SparseBlock(nn.Module):
         """What timm does with the whole map after its windows."""
         return x
 
-    def _run_(self, x: Tensor, keep_indices: Tensor, rows: Tensor, plain: PlainBlock) -> Tensor:
+    def _run_(
+        self, x: Tensor, keep_indices: Tensor, rows: Tensor, places: windows.TokenPlaces | None, plain: PlainBlock
+    ) -> Tensor:
         _, height, width, channels = x.shape
-        padded = windows.has_padding(height, width, self.window_size)
+        padded = places or windows.has_padding(height, width, self.window_size)
         bias, class_of = self._attention_bias(x)
         bias_class = None if class_of is None else class_of[keep_indices.flatten()]
         tokens = x.view(-1, channels)  # shares the map's memory
