@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from sparsevit_cli import acceleration, windows
 from sparsevit_cli.acceleration import Recording, accelerate_
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.swin import is_unwatched, set_sparsity, sparsify_
+from sparsevit_cli.swin import blocks, held_biases, is_unwatched, set_sparsity, sparsify_
 
 
 def small_swin(device: str = "cpu") -> nn.Module:
@@ -25,15 +26,23 @@ def small_swin(device: str = "cpu") -> nn.Module:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of all recordings; a recording runs the model at every replay into the same memory, as a graph does."""
+    """Shapes of all recordings; a recording runs the model at every replay into the same memory, as a graph does, with
+    the position biases that it met.
+    """
     shapes: list[tuple[int, ...]] = []
 
     def record(model: nn.Module, x: Tensor) -> Recording:
         shapes.append(tuple(x.shape))
         entered = x.clone()
-        with torch.inference_mode(torch.is_inference_mode_enabled()):
+        with held_biases() as biases:
             left = type(model).forward(model, entered)
-        return Recording(entered, left, lambda: left.copy_(type(model).forward(model, entered)), None)
+
+        def replay() -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(blocks, "remembered_bias", lambda block, *_: biases[block].bias)
+                left.copy_(type(model).forward(model, entered))
+
+        return Recording(entered, left, replay, None, biases)
 
     monkeypatch.setattr(acceleration, "record", record)
     monkeypatch.setattr(acceleration, "is_replayable", lambda x: is_unwatched(x.device))
@@ -69,6 +78,37 @@ def test_ratios_and_moved_weights_are_recorded_anew(recorded: list[tuple[int, ..
     model.head.fc.bias.zero_()
     assert not torch.allclose(model(x), sparse)
     assert len(recorded) == 3
+
+
+def test_a_changed_position_bias_is_recorded_anew(
+    recorded: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "is_asynchronous", lambda device: True)
+    model, x = small_swin(), torch.randn(2, 3, 56, 56)
+    table = model.layers[0].blocks[0].attn.relative_position_bias_table
+
+    def change(*, counted: bool = True) -> None:
+        (table if counted else table.data).mul_(-50.0)
+
+    def seen() -> Tensor:
+        found, _ = (model(images) for images in (x, x[:1]))
+        torch.testing.assert_close(found, type(model).forward(model, x))
+        return found
+
+    with torch.no_grad():
+        accelerate_(model, x)
+        found = [seen()]
+        model.head.fc.bias.add_(1.0)  # read where it stands
+        found.append(seen())
+        assert [shape[0] for shape in recorded] == [2, 2, 1], "one in inference mode"
+        change()
+        found.append(seen())
+        assert len(recorded) == 5
+        change(counted=False)
+        model.train().eval()
+        found.append(seen())
+        assert len(recorded) == 7
+    assert all(not torch.allclose(one, other) for one, other in itertools.pairwise(found))
 
 
 def test_what_no_graph_holds_runs_as_before(recorded: list[tuple[int, ...]]) -> None:
@@ -131,12 +171,16 @@ def test_held_indices_outlive_the_common_memory() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["portable", "triton"])
 @pytest.mark.parametrize("size", [56, 72])  # without and with padding
-@torch.inference_mode()
-def test_a_graph_equals_the_model(kernels: str, size: int) -> None:
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_graph_equals_the_model(kernels: str, size: int, ratio: float) -> None:
     model = sparsify_(small_swin("cuda"), kernels=kernels)  # type: ignore[arg-type]
     model.set_input_size((size, size), window_size=7)
-    inputs = torch.randn(3, 2, 3, size, size, device="cuda")
-    expected = [model(x) for x in inputs]
-    accelerate_(model, inputs[0])
-    for x, one in zip(inputs, expected, strict=True):
-        torch.testing.assert_close(model(x), one, atol=1e-5, rtol=1e-5)
+    set_sparsity(model, ratio, exact=False)
+    plain, inputs = copy.deepcopy(model), torch.randn(3, 2, 3, size, size, device="cuda")
+    with torch.inference_mode():
+        accelerate_(model, inputs[0])
+        for x in inputs:
+            torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
+            for either in (model, plain):  # the position bias too counts at once
+                for parameter in either.parameters():
+                    parameter.mul_(1.1)

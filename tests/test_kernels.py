@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernel_cases
 from sparsevit_cli import windows
 from sparsevit_cli.kernels import Affine, Kernels, TorchLinear, linear_ops, native, windowed
 from sparsevit_cli.models import supported_models
@@ -26,6 +29,8 @@ from sparsevit_cli.swin import bias, remembered_tensors, set_sparsity, sparse_st
 from sparsevit_cli.windows import shift_mask
 
 TOLERANCE = 1e-5
+IS_ASYNCHRONOUS = (windows, "is_asynchronous", lambda device: True)
+"""For monkeypatch.setattr: the CPU is treated as a device that the host must not wait for."""
 OF_EACH = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224")
 
 
@@ -70,10 +75,11 @@ def test_both_ways_agree_for_every_name(name: str, ratios: float, monkeypatch: p
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6), height=st.integers(4, 60), width=st.integers(4, 60), window=st.sampled_from([4, 7, 8]),
-    batch=st.integers(1, 3), name=st.sampled_from(OF_EACH), kernels=st.sampled_from(["auto", "portable"]),
+    batch=st.integers(1, 3), name=st.sampled_from(OF_EACH),
+    kernels=st.sampled_from(["auto", "portable"]), asynchronous=st.booleans(),
 )  # fmt: skip
 def test_both_ways_agree_at_any_size_and_sparsity(
-    seed: int, height: int, width: int, window: int, batch: int, name: str, kernels: Kernels
+    seed: int, height: int, width: int, window: int, batch: int, name: str, kernels: Kernels, asynchronous: bool
 ) -> None:
     from random import Random
 
@@ -81,7 +87,80 @@ def test_both_ways_agree_at_any_size_and_sparsity(
     options = {"window_size": window, "depths": (2, 3, 2, 1), "always_partition": bool(seed % 2)}
     model = swin(name, img_size=size, kernels=kernels, **options)
     set_sparsity(model, SearchSpace((2, 3, 2, 1)).sample(Random(seed)), exact=False)
-    assert_same(model, torch.randn(batch, 3, *size))
+    with pytest.MonkeyPatch.context() as patch:
+        if asynchronous:
+            patch.setattr(*IS_ASYNCHRONOUS)
+        assert_same(model, torch.randn(batch, 3, *size))
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that a model calls, which takes the way that it takes unwatched."""
+
+    sees_kernels = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+@pytest.mark.parametrize("ratios", [0.0, 0.5])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_device_is_not_waited_for(name: str, ratios: float, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"window_size": 7, "depths": (2, 2, 2, 2), "always_partition": True}  # the last map is 5 x 7
+    model = swin(name, img_size=(136, 200), kernels="portable", **options)
+    set_sparsity(model, ratios, exact=False)
+    monkeypatch.setattr(*IS_ASYNCHRONOUS)
+    x = torch.randn(batch, 3, 136, 200)
+    assert_same(model, x)
+    with torch.inference_mode(), Operators() as operators:
+        model(x)
+    waiting = {"nonzero", "item", "_local_scalar_dense", "is_nonzero", "masked_select", "equal", "_to_copy", "unique"}
+    assert "index_copy_" in operators.names
+    assert not operators.names & waiting
+    if ratios == 0.0:
+        assert not operators.names & {"arange", "sort", "where", "masked_fill"}, "rows are made once, padding left out"
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize(("size", "batch"), [((15, 30), 1), ((9, 20), 3), ((5, 4), 2)])
+def test_padding_that_is_masked_equals_padding_that_is_left_out(
+    size: tuple[int, int], batch: int, shifted: bool, norm_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def masked(*args: Any, **kwargs: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(*IS_ASYNCHRONOUS)
+            windowed.run_windows_(*args, **kwargs)
+
+    tokens, rows, bias, bias_class = kernel_cases.case(16, 2, 7, size, batch=batch, shifted=shifted)
+    for with_bias in (True, False):
+        weights = kernel_cases.block(16, 2, with_bias=with_bias, norm_first=norm_first)
+        kernel_cases.assert_equal_to_portable(masked, tokens, rows, weights, bias, bias_class, TOLERANCE)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_of_all_windows_true_tokens_alone_are_computed(norm_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = windows.all_windows(9, 20, (7, 7), (3, 3), 2, torch.device("cpu"))
+    tokens, rows, bias = torch.randn(2 * 9 * 20, 16), every.rows.flatten(0, 1), torch.randn(1, 2, 49, 49)
+    weights, expected = kernel_cases.block(16, 2, norm_first=norm_first), tokens.clone()
+    windowed.run_windows_(expected, rows, weights, bias, None, padded=True)
+    computed = []
+
+    class Counted(TorchLinear):
+        def linear(self, x: Tensor, layer: Affine) -> Tensor:
+            computed.append(len(x))
+            return super().linear(x, layer)
+
+    monkeypatch.setattr(*IS_ASYNCHRONOUS)
+    monkeypatch.setattr(windowed, "linear_ops", lambda x: Counted())
+    windowed.run_windows_(tokens, rows, weights, bias, None, padded=every.places)
+    assert computed == [len(tokens)] * 4
+    assert (tokens - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
 @pytest.mark.parametrize("area", [49, 64, 144])
@@ -284,31 +363,65 @@ def _of_position_bias(model: nn.Module) -> list[nn.Parameter]:
 def test_bias_is_made_once_and_again_for_what_changed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = swin(name, img_size=128)
     set_sparsity(model, 0.5)
+    blocks, blocks_made = _makers_of_bias(model, monkeypatch)
+    x = torch.randn(1, 3, 128, 128)
+    assert blocks_made(model, x) == blocks
+    assert blocks_made(model, x) == []
+    assert blocks_made(model, torch.cat((x, x))) == []
+    _of_position_bias(model)[0].data.add_(1.0)
+    assert blocks_made(model, x) == blocks[:1]
+    copied = copy.deepcopy(model)  # remembers nothing of the model that it was made of
+    assert len(blocks_made(copied, x)) == len(blocks)
+    model.to(torch.bfloat16)
+    assert blocks_made(model, x.to(torch.bfloat16)) == blocks
+
+
+def _makers_of_bias(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[nn.Module], Callable[[nn.Module, Tensor], list[nn.Module]]]:
+    """The blocks of `model`, and which blocks of such a model make their bias in a forward."""
     blocks = [block for stage in sparse_stages(model) for block in stage.blocks]
     made: list[nn.Module] = []
     for kind in {type(block) for block in blocks}:
         make = kind._position_bias
         monkeypatch.setattr(kind, "_position_bias", lambda self, make=make: made.append(self) or make(self))
 
-    def blocks_made(x: Tensor) -> list[nn.Module]:
+    def blocks_made(model: nn.Module, x: Tensor) -> list[nn.Module]:
         made.clear()
         with torch.inference_mode():
             model(x)
         return made.copy()
 
-    x = torch.randn(1, 3, 128, 128)
-    assert blocks_made(x) == blocks
-    assert blocks_made(x) == []
-    assert blocks_made(torch.cat((x, x))) == []
-    _of_position_bias(model)[0].data.add_(1.0)
-    assert blocks_made(x) == blocks[:1]
-    copied = copy.deepcopy(model)  # remembers nothing of the model that it was made of
-    made.clear()
+    return blocks, blocks_made
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+def test_a_device_remembers_bias_by_torchs_count_of_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*IS_ASYNCHRONOUS)
+    model, x = swin(name, img_size=64, depths=(2, 2), num_heads=(1, 2), window_size=4), torch.randn(1, 3, 64, 64)
+    set_sparsity(model, 0.5)
+    blocks, blocks_made = _makers_of_bias(model, monkeypatch)
+    assert blocks_made(model, x) == blocks
+    assert blocks_made(model, x) == []
+    assert len(list(remembered_tensors(model))) == len(blocks), "sources are not copied"
+    weights = _of_position_bias(model)
+    with torch.no_grad():
+        weights[0].add_(1.0)
+    assert blocks_made(model, x) == blocks[:1]
+    assert_same(model, x)
+    weights[0].data = weights[0] + 1.0  # moved
+    assert blocks_made(model, x) == blocks[:1]
+    model.load_state_dict(model.state_dict())
+    assert blocks_made(model, x) == blocks
+    optimizer = torch.optim.AdamW(weights, lr=1.0, fused=True)  # which torch does not count
+    model(x).sum().backward()
+    optimizer.step()
+    assert blocks_made(model.eval(), x) == []
+    assert blocks_made(model.train().eval(), x) == blocks
+    assert_same(model, x)
     with torch.inference_mode():
-        copied(x)
-    assert len(made) == len(blocks)
-    model.to(torch.bfloat16)
-    assert blocks_made(x.to(torch.bfloat16)) == blocks
+        model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+    assert blocks_made(model, x) == blocks_made(model, x) == blocks, "tensors of inference mode have no count"
 
 
 def test_bias_is_forgotten_with_its_block() -> None:

@@ -38,6 +38,13 @@ def test_token_index_is_roll_pad_partition(height: int, width: int, window: tupl
     assert torch.equal((index + 1) % (height * width + 1), expected)
     assert windows.has_padding(height, width, window) == bool((index == height * width).any())
 
+    every = windows.all_windows(height, width, window, shift, 2, torch.device("cpu"))
+    assert torch.equal(every.keep_indices, torch.arange(len(index)).expand(2, -1))
+    assert torch.equal(every.rows, windows.rows_of(every.keep_indices, index, height * width))
+    assert (every.places is not None) == windows.has_padding(height, width, window)
+    if every.places is not None:
+        assert torch.equal(every.rows.flatten()[every.places.places], torch.arange(2 * height * width))
+
 
 @given(batch=st.integers(1, 3), side=st.integers(2, 12), seed=st.integers(0, 99))
 def test_scores_are_norms_of_the_window(batch: int, side: int, seed: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from sparsevit_cli import windows
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.swin import SparseStage, is_unwatched
+from sparsevit_cli.swin import RememberedBias, SparseStage, are_current, held_biases, is_unwatched
 
 MAX_GRAPHS = 8
 """Shapes replayed at a time; each keeps the memory of one forward. The one used longest ago goes first."""
@@ -26,8 +26,10 @@ def accelerate_(model: nn.Module, example: Tensor | None = None) -> nn.Module:
 
     The first forward of every input shape, type, ratio and window size captures a graph; `example` (B, C, H, W) is
     captured at once, for `torch.inference_mode`, if the model is in evaluation mode. Graphs read the weights where they
-    stand: changes in place count, moved ones are noticed. Whatever else is exchanged afterwards (`sparsify_`,
-    `load_state_dict(assign=True)`, modules, attributes, global precision settings) needs `accelerate_` again.
+    stand: changes in place count, moved ones are noticed. The position bias is made of its weights beforehand: where
+    torch counted a change of those, or the model's mode changed, graphs are captured anew (see `swin.bias`). Whatever
+    else is exchanged afterwards (`sparsify_`, `load_state_dict(assign=True)`, modules, attributes, global precision
+    settings) needs `accelerate_` again.
 
     Training, gradients, autocast, observers of operators and calls with anything but one CUDA tensor run as before.
     Hooks inside the model are called at capture only. Calls wait for each other, and are meant for one stream. The
@@ -54,6 +56,8 @@ class Recording:
     replay: Callable[[], None]
     keeps: object
     """What the graph reads and nobody else may hold."""
+    biases: Mapping[nn.Module, RememberedBias]
+    """The position biases that the graph reads, by block."""
 
 
 class GraphedForward:
@@ -77,7 +81,7 @@ class GraphedForward:
             self._look_at_model()
         key = (x.shape, x.dtype, x.device, torch.is_inference_mode_enabled(), *map(_settings, self._stages))
         recording = self._recordings.pop(key, None)
-        if recording is None:
+        if recording is None or not are_current(recording.biases):
             recording = record(self.model, x)
         self._recordings[key] = recording  # the newest stands last
         if len(self._recordings) > MAX_GRAPHS:
@@ -115,7 +119,7 @@ def is_replayable(x: object) -> bool:
 def record(model: nn.Module, x: Tensor) -> Recording:
     """Capture the forward of `model` for inputs like `x`, after some passes that allocate and compile."""
     entered, forward = x.clone(), type(model).forward
-    with torch.cuda.device(x.device), windows.held_indices() as held:
+    with torch.cuda.device(x.device), windows.held_indices() as held, held_biases() as biases:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -125,4 +129,4 @@ def record(model: nn.Module, x: Tensor) -> Recording:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             left = forward(model, entered)
-    return Recording(entered, left, graph.replay, (graph, held))
+    return Recording(entered, left, graph.replay, (graph, held), biases)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -53,6 +53,70 @@ def token_index_of(
     return _made_once(window_token_index, height, width, window_size, shift_size, device)  # type: ignore[no-any-return]
 
 
+class TokenPlaces(NamedTuple):
+    """Where every token of a batch of maps stands among the slots of all its windows."""
+
+    places: Tensor
+    """(B*H*W,) int64 in 0 ... B*n*N - 1."""
+
+
+Padded = bool | TokenPlaces
+"""Whether windows may hold padding; places where they may, and all windows are computed in order."""
+
+
+class AllWindows(NamedTuple):
+    """What computing all windows of a batch needs, as `rank` gives it for some of them."""
+
+    keep_indices: Tensor
+    """(B, n)"""
+    rows: Tensor
+    """(B, n, N)"""
+    places: TokenPlaces | None
+    """None where there is no padding."""
+
+
+def all_windows(
+    height: int,
+    width: int,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int],
+    batch: int,
+    device: torch.device,
+) -> AllWindows:
+    """All windows of `batch` maps, in order."""
+    index = token_index_of(height, width, window_size, shift_size, device)  # n, N
+    every = torch.arange(len(index), device=device).repeat(batch, 1)
+    rows = rows_of(every, index, height * width)
+    if not has_padding(height, width, window_size):
+        return AllWindows(every, rows, None)
+    return AllWindows(every, rows, TokenPlaces(rows.flatten().argsort()[: batch * height * width]))  # padding is last
+
+
+def all_windows_of(
+    height: int,
+    width: int,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int],
+    batch: int,
+    device: torch.device,
+) -> AllWindows:
+    """`all_windows`, made once per map size, batch and device."""
+    found: AllWindows = _made_once(
+        all_windows, height, width, window_size, shift_size, batch, device, remembered=_remembered_batch
+    )
+    return found
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """True where work is queued, and the host would wait to see a value: no shape or branch may depend on one."""
+    return device.type != "cpu"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """True while work for `device` is recorded into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @contextmanager
 def held_indices() -> Iterator[dict[Any, Any]]:
     """What is made once inside the block stays in the dict that this gives: a captured graph reads it ever after."""
@@ -67,7 +131,17 @@ def held_indices() -> Iterator[dict[Any, Any]]:
 _held: ContextVar[dict[Any, Any] | None] = ContextVar("held_indices", default=None)
 
 
-def _made_once(make: Callable[..., Any], *partition: Any) -> Any:
+def _made(make: Callable[..., Any], *partition: Any) -> Any:
+    with torch.inference_mode(False):  # a tensor made in inference mode could not serve a training step later
+        return make(*partition)
+
+
+_remembered = lru_cache(maxsize=128)(_made)
+_remembered_batch = lru_cache(maxsize=16)(_made)
+"""For what grows with the batch."""
+
+
+def _made_once(make: Callable[..., Any], *partition: Any, remembered: Callable[..., Any] = _remembered) -> Any:
     """`make(*partition)`; while a graph is traced or captured it is part of the graph, unless held before."""
     if torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
         return make(*partition)
@@ -76,15 +150,9 @@ def _made_once(make: Callable[..., Any], *partition: Any) -> Any:
         if (make, partition) not in held:
             held[make, partition] = make(*partition)
         return held[make, partition]
-    if partition[-1].type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_capturing(partition[-1]):
         return make(*partition)
-    return _remembered(make, *partition)
-
-
-@lru_cache(maxsize=128)
-def _remembered(make: Callable[..., Any], *partition: Any) -> Any:
-    with torch.inference_mode(False):  # a tensor made in inference mode could not serve a training step later
-        return make(*partition)
+    return remembered(make, *partition)
 
 
 def shift_mask(

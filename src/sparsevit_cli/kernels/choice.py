@@ -32,7 +32,7 @@ class RunWindows(Protocol):
         bias: Tensor,
         bias_class: Tensor | None,
         *,
-        padded: bool,
+        padded: windows.Padded,
     ) -> None: ...
 
 

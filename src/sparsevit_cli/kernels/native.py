@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsevit_cli import windows
+from sparsevit_cli.windows import Padded
 
 from . import merging, windowed
 from .compiled import is_measured, load, version
@@ -97,7 +98,7 @@ class _Scoring(ctypes.Structure):
 
 
 def run_windows_(
-    tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, *, padded: bool
+    tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, *, padded: Padded
 ) -> None:
     """As `windowed.run_windows_`, for blocks that `supports` says yes to; other maps than theirs go there."""
     if not _fits(tokens, block.qkv.weight, tokens.shape[1]) or tokens.dtype != bias.dtype:

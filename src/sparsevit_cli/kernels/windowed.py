@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsevit_cli import windows
+from sparsevit_cli.windows import Padded
 
 from .linear import Affine, LinearOps, linear_ops, onednn_takes
 
@@ -59,36 +60,61 @@ def tensors_of(norms: tuple[Norm, ...], layers: tuple[Affine, ...]) -> list[Tens
 
 
 def run_windows_(
-    tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, *, padded: bool
+    tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, *, padded: Padded
 ) -> None:
     """Replace the tokens of M windows by what `block` makes of them, in place.
 
     `tokens` (T, C) are the rows of all maps; `rows` (M, N) says where each window's tokens stand, T for padding.
-    `padded` says whether there may be any. Padding enters attention as timm has it (zeros, so keys and values are
-    the qkv bias), and nothing else is computed for it. `bias` (classes, h, N, N) is added to the
-    attention scores, `bias_class` (M,) chooses; None takes the only one for all. For inference: nothing here can be
+    `padded` says whether there may be any, and where all windows of all maps are here, where it is not. Padding enters
+    attention as timm has it (zeros, so keys and values are the qkv bias). Nothing else is computed for it, except where
+    the host would have to wait to learn how much of it there is. `bias` (classes, h, N, N) is added to the attention
+    scores, `bias_class` (M,) chooses; None takes the only one for all. For inference: nothing here can be
     differentiated.
     """
     area = rows.shape[1]
-    step = max(1, CHUNK_TOKENS // area if tokens.device.type == "cpu" else len(rows))
+    asynchronous = windows.is_asynchronous(tokens.device)
+    step = max(1, len(rows) if asynchronous else CHUNK_TOKENS // area)
     ops = linear_ops(tokens)
-    bias = bias if tokens.device.type == "cpu" else in_steps_of_8(bias)
+    bias = in_steps_of_8(bias) if asynchronous else bias
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
         chosen = bias if bias_class is None else bias.index_select(0, bias_class[part])
-        chosen = chosen[..., :area]
-        _run_(ops, tokens, rows[part], block, chosen, padded)
+        _run_(ops, tokens, _slots(tokens, rows[part], padded), block, chosen[..., :area])
 
 
-def _run_(ops: LinearOps, tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, padded: bool) -> None:
-    shape = rows.shape
-    flat = rows.reshape(-1)  # M*N
-    places = None
-    if padded:  # padding has no row; how many tokens are left is known on a CPU without waiting
+class _Slots(NamedTuple):
+    """What is computed for the slots of M windows: R rows, of true tokens and, where there is `padding`, of others."""
+
+    shape: torch.Size
+    """(M, N)"""
+    rows: Tensor | None
+    """(R,) of the tokens; None for all of them as they stand."""
+    places: Tensor | None = None
+    """(R,) among M*N; None for all in order."""
+    padding: Tensor | None = None
+    """(M, N, 1), True for padding that has a row all the same: that of the first token of its window."""
+
+
+def _slots(tokens: Tensor, rows: Tensor, padded: Padded) -> _Slots:
+    flat, shape = rows.reshape(-1), rows.shape
+    if not padded:
+        return _Slots(shape, flat)
+    if not windows.is_asynchronous(tokens.device):
         places = (flat < len(tokens)).nonzero().squeeze(1)
-        flat = flat.index_select(0, places)
-    kept = windows.gather_rows(tokens, flat)  # true tokens, C
-    qkv = ops.linear(layer_norm(kept, block.norm1) if block.norm_first else kept, block.qkv)
+        return _Slots(shape, flat.index_select(0, places), places)
+    if isinstance(padded, windows.TokenPlaces):
+        return _Slots(shape, None, padded.places)
+    padding = rows == len(tokens)  # never the first of a window: maps are padded at the bottom and right
+    return _Slots(shape, torch.where(padding, rows[:, :1], rows).reshape(-1), padding=padding.unsqueeze(-1))
+
+
+def _run_(ops: LinearOps, tokens: Tensor, slots: _Slots, block: BlockWeights, bias: Tensor) -> None:
+    shape, rows, places, padding = slots
+    kept = tokens if rows is None else windows.gather_rows(tokens, rows)  # R, C
+    entering = layer_norm(kept, block.norm1) if block.norm_first else kept
+    if padding is not None:
+        entering = entering.masked_fill(padding.reshape(-1, 1), 0)
+    qkv = ops.linear(entering, block.qkv)
     if places is not None:
         qkv = _with_padding(qkv, places, block.qkv.bias, shape.numel())
     attended = _attention(qkv.view(*shape, -1), block, bias)
@@ -102,7 +128,13 @@ def _run_(ops: LinearOps, tokens: Tensor, rows: Tensor, block: BlockWeights, bia
         kept = kept + layer_norm(ops.linear(attended, block.proj), block.norm1)
         hidden = ops.linear_gelu(kept, block.fc1)
         kept = layer_norm(ops.linear(hidden, block.fc2), block.norm2).add_(kept)
-    windows.scatter_rows_(tokens, flat, kept)
+    if padding is not None:  # a token that is written more than once gets the same bits every time: no race
+        each = kept.view(*shape, -1)
+        kept = torch.where(padding, each[:, :1], each).reshape(kept.shape)
+    if rows is None:
+        tokens.copy_(kept)
+    else:
+        windows.scatter_rows_(tokens, rows, kept)
 
 
 def in_steps_of_8(bias: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.kernels import KERNELS, Kernels
 from sparsevit_cli.sparsity import Ratios, SparsityConfig
 
-from .bias import remembered_tensors
+from .bias import RememberedBias, are_current, held_biases, remembered_tensors
 from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, SparseBlock
 from .embedding import SparsePatchEmbed, embeddings_of
 from .inference import is_unwatched, without_kernels
@@ -28,11 +28,14 @@ __all__ = [
     "GENERATIONS",
     "STAGES",
     "Block",
+    "RememberedBias",
     "SparseBlock",
     "SparseStage",
     "SparseSwinTransformerStage",
     "Stage",
+    "are_current",
     "get_sparsity",
+    "held_biases",
     "is_unwatched",
     "model_depths",
     "remembered_tensors",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from sparsevit_cli import kernels, windows
 
-from .bias import remembered_bias
+from .bias import forget_bias, remembered_bias
 from .timm_swin import v1, v2, v2cr
 
 
@@ -76,15 +76,17 @@ class SparseBlock(nn.Module):
         x: Tensor,
         keep_indices: Tensor | None = None,
         rows: Tensor | None = None,
+        places: windows.TokenPlaces | None = None,
         plain: PlainBlock | None = None,
     ) -> Tensor:
         """Map (B, H, W, C) to the same shape; `keep_indices` (B, K), and the `rows` (B, K, N) of their tokens, of
-        `windows.rows_of`. With `plain` the map itself is changed and returned.
+        `windows.rows_of`, and the `places` of `windows.AllWindows`. With `plain` the map itself is changed and
+        returned.
         """
         if keep_indices is None or rows is None:
             return super().forward(x)  # type: ignore[no-any-return]
         if plain is not None:
-            return self._on_whole_map(self._run_(x, keep_indices, rows, plain))
+            return self._on_whole_map(self._run_(x, keep_indices, rows, places, plain))
         batch, height, width, channels = x.shape
         kept, area = keep_indices.shape[1], self.window_area
         padded = windows.has_padding(height, width, self.window_size)
@@ -96,6 +98,12 @@ class SparseBlock(nn.Module):
         kept_tokens = self._residuals(kept_tokens, is_token, self._kept_mask(x, keep_indices))
         tokens = windows.scatter_rows(tokens, rows, kept_tokens.view(-1, channels))
         return self._on_whole_map(windows.unflatten_map(tokens, (batch, height, width), scratch_row=padded))
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's; a change of mode forgets the position bias."""
+        if mode != self.training:
+            forget_bias(self)
+        return super().train(mode)
 
     def _residuals(self, tokens: Tensor, is_token: Tensor | None, mask: Tensor | None) -> Tensor:
         """Both residual branches on kept windows (B, K, N, C); `is_token` (B, K, N, 1) is False for padding."""
@@ -113,9 +121,11 @@ class SparseBlock(nn.Module):
         """What timm does with the whole map after its windows."""
         return x
 
-    def _run_(self, x: Tensor, keep_indices: Tensor, rows: Tensor, plain: PlainBlock) -> Tensor:
+    def _run_(
+        self, x: Tensor, keep_indices: Tensor, rows: Tensor, places: windows.TokenPlaces | None, plain: PlainBlock
+    ) -> Tensor:
         _, height, width, channels = x.shape
-        padded = windows.has_padding(height, width, self.window_size)
+        padded = places or windows.has_padding(height, width, self.window_size)
         bias, class_of = self._attention_bias(x)
         bias_class = None if class_of is None else class_of[keep_indices.flatten()]
         tokens = x.view(-1, channels)  # shares the map's memory
@@ -131,7 +141,8 @@ class SparseBlock(nn.Module):
             bias = self._position_bias().to(x.dtype)
             return bias if masks is None else bias + masks[:, None].to(x.dtype)
 
-        return remembered_bias(self, (*partition, x.dtype), self._bias_sources(), make), class_of
+        key = (self.window_size, self.shift_size, x.device, x.dtype)
+        return remembered_bias(self, key, self._bias_sources(), make), class_of
 
     def _kept_mask(self, x: Tensor, keep_indices: Tensor) -> Tensor | None:
         """Shifted-window attention mask of the kept windows: (B*K, N, N), or None without a shift."""

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from sparsevit_cli import kernels, windows
+from sparsevit_cli import kernels
 
 from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, PlainBlock, PlainEmbedding, PlainMerging, PostNormBlock
 from .timm_swin import v1, v2, v2cr
@@ -96,11 +96,7 @@ def plain_blocks(stage: Any, x: Tensor) -> list[PlainBlock] | None:
         weights = _plain_weights(block)
         if weights is None:
             return None
-        run_windows_ = kernels.chosen(stage.kernels, weights, x.device)
-        padded = windows.has_padding(x.shape[1], x.shape[2], block.window_size)
-        if padded and x.device.type != "cpu" and run_windows_ is kernels.run_windows_:
-            return None  # leaving padding out would wait for the device
-        found.append(PlainBlock(weights, run_windows_))
+        found.append(PlainBlock(weights, kernels.chosen(stage.kernels, weights, x.device)))
     return found
 
 

@@ -46,7 +46,7 @@ class SparseStage(nn.Module):
         for number, block in enumerate(self.blocks):
             kept = ranking.keep(x, number)
             if plain is not None:
-                x = block(x, **(kept or ranking.keep_all(x, number)), plain=plain[number])
+                x = block(x, **(kept or ranking.all_windows(x, number)), plain=plain[number])
             elif self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(partial(block, **kept), x, use_reentrant=False)
             else:
@@ -87,7 +87,6 @@ class _Ranking:
         self.stage, self.height, self.width = stage, height, width
         self.score_and_rank = score_and_rank
         self.ranked: dict[_Partition, dict[str, Tensor]] = {}
-        self.all: dict[_Partition, dict[str, Tensor]] = {}
 
     def keep(self, x: Tensor, number: int) -> dict[str, Tensor]:
         """Arguments that make block `number` compute the windows it keeps of its map `x`; none where it keeps all."""
@@ -98,14 +97,10 @@ class _Ranking:
             self._rank(x, number)
         return {name: value[:, :count] for name, value in self.ranked[self._partition(number)].items()}
 
-    def keep_all(self, x: Tensor, number: int) -> dict[str, Tensor]:
+    def all_windows(self, x: Tensor, number: int) -> dict[str, Any]:
         """Arguments that make block `number` compute all windows."""
         partition = self._partition(number)
-        if partition not in self.all:
-            index = self._token_index(partition, x.device)
-            every = torch.arange(len(index), device=x.device).expand(x.shape[0], -1)
-            self.all[partition] = _kept(every, windows.rows_of(every, index, self.height * self.width))
-        return self.all[partition]
+        return windows.all_windows_of(self.height, self.width, *partition, x.shape[0], x.device)._asdict()
 
     def _partition(self, number: int) -> _Partition:
         block = self.stage.blocks[number]
