@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparsevit_cli import windows
-from sparsevit_cli.kernels import Affine, BlockWeights, Norm, triton_windows
+from sparsevit_cli.kernels import Affine, BlockWeights, Norm, triton_code, triton_windows
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
 COMPUTE_CAPABILITY = 80
@@ -80,8 +80,8 @@ def launch_all(channels: int, dtype: torch.dtype) -> None:
 
 if __name__ == "__main__":
     for step in ("project", "attention", "mlp", "norm_add", "score", "rank"):
-        name = f"_{step}_kernel"
-        setattr(triton_windows, name, Compiled(getattr(triton_windows, name)))
+        name = f"{step}_kernel"
+        setattr(triton_code, name, Compiled(getattr(triton_code, name)))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         launch_all(96, dtype)
     launch_all(192, torch.float16)  # the widest that fuses the MLP in 16 bits
