@@ -16,14 +16,41 @@ def _gelu(x):
 
 
 @triton.jit
-def _place_of(r, rows, count, num_rows, INDEXED: tl.constexpr):
-    """Row that each of `r` stands for, and whether there is one: padding, and what is past `count`, has none."""
+def count_kernel(rows, counts, num_slots, num_tokens, BLOCK: tl.constexpr):
+    """Counts the tokens among every BLOCK slots: rows that are none of padding."""
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows + slot, mask=slot < num_slots, other=num_tokens)
+    tl.store(counts + tl.program_id(0), tl.sum((row < num_tokens).to(tl.int32), 0))
+
+
+@triton.jit
+def compact_kernel(
+    rows, counts, true_rows, true_count, places, num_slots, num_tokens, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """Moves the rows of tokens to the front, in order; `places` says where each slot went, -1 for padding."""
+    program = tl.program_id(0)
+    before = tl.zeros((BLOCK_P,), tl.int32)
+    for first in range(0, program, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        before += tl.load(counts + p, mask=p < program, other=0)
+    start = tl.sum(before, 0)
+    slot = program * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows + slot, mask=slot < num_slots, other=num_tokens)
+    is_token = row < num_tokens
+    place = start + tl.cumsum(is_token.to(tl.int32), 0) - 1
+    tl.store(true_rows + place, row, mask=is_token)
+    tl.store(places + slot, tl.where(is_token, place, -1), mask=slot < num_slots)
+    if program == tl.num_programs(0) - 1:
+        tl.store(true_count, start + tl.sum(is_token.to(tl.int32), 0))
+
+
+@triton.jit
+def _indexed(r, rows, is_row, INDEXED: tl.constexpr):
+    """The row that each of `r` stands for."""
     place = r
-    is_row = r < count
     if INDEXED:
-        place = tl.load(rows + r, mask=is_row, other=num_rows)
-        is_row = place < num_rows
-    return place, is_row
+        place = tl.load(rows + r, mask=is_row, other=0)
+    return place
 
 
 @triton.jit
@@ -47,26 +74,31 @@ def _unit(rows):
 
 @triton.jit
 def project_kernel(
-    x, rows, norm_weight, norm_bias, weight, bias, residual, residual_rows, out, out_rows,
-    count, num_tokens, num_residual, num_out, in_features, out_features, eps,
-    GATHER: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATHER_RESIDUAL: tl.constexpr, SCATTER: tl.constexpr, PRECISION: tl.constexpr,
+    x, rows, norm_weight, norm_bias, weight, bias, residual, out, true_count,
+    count, in_features, out_features, eps,
+    PADDED: tl.constexpr, GATHER: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATHER_RESIDUAL: tl.constexpr, SCATTER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
+    if PADDED:  # how many tokens there are is known on the device alone: programs past them have nothing to do
+        count = tl.load(true_count)
+        if tl.program_id(0) * BLOCK_R >= count:
+            return
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tl.arange(0, BLOCK_I)
-    source, is_token = _place_of(r, rows, count, num_tokens, GATHER)  # padding enters as zeros, after the norm
+    is_row = r < count
+    source = _indexed(r, rows, is_row, GATHER)
     place = x + source[:, None] * in_features + i[None, :]
     mean = tl.zeros((BLOCK_R,), tl.float32)
     rstd = tl.zeros((BLOCK_R,), tl.float32)
     if NORM:
         for first in range(0, in_features, BLOCK_I):
-            inside = is_token[:, None] & (first + i < in_features)[None, :]
+            inside = is_row[:, None] & (first + i < in_features)[None, :]
             mean += tl.sum(tl.load(place + first, mask=inside, other=0.0).to(tl.float32), 1)
         mean = mean / in_features
         for first in range(0, in_features, BLOCK_I):
-            inside = is_token[:, None] & (first + i < in_features)[None, :]
+            inside = is_row[:, None] & (first + i < in_features)[None, :]
             value = tl.load(place + first, mask=inside, other=0.0).to(tl.float32)
             centred = tl.where(inside, value - mean[:, None], 0.0)
             rstd += tl.sum(centred * centred, 1)
@@ -74,7 +106,7 @@ def project_kernel(
     total = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
     for first in range(0, in_features, BLOCK_I):
         is_in = first + i < in_features
-        inside = is_token[:, None] & is_in[None, :]
+        inside = is_row[:, None] & is_in[None, :]
         value = tl.load(place + first, mask=inside, other=0.0)
         if NORM:
             gain = tl.load(norm_weight + first + i, mask=is_in, other=0.0).to(tl.float32)
@@ -90,28 +122,42 @@ def project_kernel(
     if GELU:
         total = _gelu(total)
     if RESIDUAL:
-        beside, is_beside = _place_of(r, residual_rows, count, num_residual, GATHER_RESIDUAL)
+        beside = _indexed(r, rows, is_row, GATHER_RESIDUAL)
         place = residual + beside[:, None] * out_features + o[None, :]
-        total += tl.load(place, mask=is_beside[:, None] & is_out[None, :], other=0.0).to(tl.float32)
-    target, is_target = _place_of(r, out_rows, count, num_out, SCATTER)
+        total += tl.load(place, mask=is_row[:, None] & is_out[None, :], other=0.0).to(tl.float32)
+    target = _indexed(r, rows, is_row, SCATTER)
     place = out + target[:, None] * out_features + o[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=is_target[:, None] & is_out[None, :])
+    tl.store(place, total.to(out.dtype.element_ty), mask=is_row[:, None] & is_out[None, :])
+
+
+@triton.jit
+def _place_of(slot, places, is_slot, PADDED: tl.constexpr):
+    """The row of a token of a window, and whether there is one: padding has none."""
+    place = slot
+    if PADDED:
+        place = tl.load(places + slot, mask=is_slot, other=-1).to(tl.int64)
+        is_slot = place >= 0
+    return place, is_slot
 
 
 @triton.jit
 def attention_kernel(
-    qkv, bias, bias_class, cosine_scale, out, scale, area, num_heads, head_dim,
-    HAS_CLASS: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    qkv, places, qkv_bias, bias, bias_class, cosine_scale, out, scale, area, num_heads, head_dim,
+    PADDED: tl.constexpr, QKV_BIAS: tl.constexpr, HAS_CLASS: tl.constexpr, COSINE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     window = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     channels = num_heads * head_dim
     i = tl.program_id(2) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
-    is_query, is_dim = i < area, d < head_dim
-    start = qkv + window * area * 3 * channels + head * head_dim
-    q = tl.load(start + i[:, None] * 3 * channels + d[None, :], mask=is_query[:, None] & is_dim[None, :], other=0.0)
+    is_dim = d < head_dim
+    query, is_query = _place_of(window * area + i, places, i < area, PADDED)
+    if PADDED:  # noqa: SIM102 - what is compiled in stands alone, and is gone where it is not
+        if tl.max(is_query.to(tl.int32), 0) == 0:
+            return
+    of_head = qkv + head * head_dim + d[None, :]
+    q = tl.load(of_head + query[:, None] * 3 * channels, mask=is_query[:, None] & is_dim[None, :], other=0.0)
     if COSINE:
         scale = scale * tl.load(cosine_scale + head).to(tl.float32)
         q = _unit(q).to(qkv.dtype.element_ty)
@@ -124,10 +170,17 @@ def attention_kernel(
     for first in range(0, area, BLOCK_K):  # one step where a window has at most 64 tokens
         j = first + tl.arange(0, BLOCK_K)
         is_key = j < area
-        place = start + j[:, None] * 3 * channels + d[None, :]
-        inside = is_key[:, None] & is_dim[None, :]
+        key, is_token = _place_of(window * area + j, places, is_key, PADDED)
+        place = of_head + key[:, None] * 3 * channels
+        inside = is_token[:, None] & is_dim[None, :]
         k = tl.load(place + channels, mask=inside, other=0.0)
         v = tl.load(place + 2 * channels, mask=inside, other=0.0)
+        if PADDED and QKV_BIAS:  # padding is zero before the qkv layer
+            of_padding = qkv_bias + channels + head * head_dim + d
+            padded_k = tl.load(of_padding, mask=is_dim, other=0.0).to(k.dtype)
+            padded_v = tl.load(of_padding + channels, mask=is_dim, other=0.0).to(v.dtype)
+            k = tl.where(is_token[:, None], k, padded_k[None, :])
+            v = tl.where(is_token[:, None], v, padded_v[None, :])
         if COSINE:
             k = _unit(k).to(qkv.dtype.element_ty)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -140,23 +193,26 @@ def attention_kernel(
         weights = weights * shrink + tl.sum(share, 1)
         total = tl.dot(share.to(v.dtype), v, total * shrink[:, None], input_precision=PRECISION)
         largest = top
-    place = out + (window * area + i)[:, None] * channels + head * head_dim + d[None, :]
+    place = out + query[:, None] * channels + head * head_dim + d[None, :]
     value = total / weights[:, None]
     tl.store(place, value.to(out.dtype.element_ty), mask=is_query[:, None] & is_dim[None, :])
 
 
 @triton.jit
 def mlp_kernel(
-    kept, rows, norm_weight, norm_bias, weight1, bias1, weight2, bias2, tokens,
-    count, num_tokens, channels, hidden, eps,
-    BIAS1: tl.constexpr, BIAS2: tl.constexpr, PRECISION: tl.constexpr,
+    kept, rows, norm_weight, norm_bias, weight1, bias1, weight2, bias2, tokens, true_count,
+    count, channels, hidden, eps,
+    PADDED: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    if PADDED:  # how many tokens there are is known on the device alone: programs past them have nothing to do
+        count = tl.load(true_count)
+        if tl.program_id(0) * BLOCK_R >= count:
+            return
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     is_channel = c < channels
-    target, is_token = _place_of(r, rows, count, num_tokens, True)
-    inside = is_token[:, None] & is_channel[None, :]
+    inside = (r < count)[:, None] & is_channel[None, :]
     entered = tl.load(kept + r[:, None] * channels + c[None, :], mask=inside, other=0.0)
     value = entered.to(tl.float32)
     normed = _normalised(value, inside, norm_weight, norm_bias, c, channels, eps).to(entered.dtype)
@@ -176,26 +232,32 @@ def mlp_kernel(
     if BIAS2:
         total += tl.load(bias2 + c, mask=is_channel, other=0.0).to(tl.float32)[None, :]
     total += value
+    target = tl.load(rows + r, mask=r < count, other=0)
     tl.store(tokens + target[:, None] * channels + c[None, :], total.to(tokens.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def norm_add_kernel(
-    x, norm_weight, norm_bias, residual, residual_rows, out, out_rows,
-    count, num_residual, num_out, channels, eps,
-    GATHER_RESIDUAL: tl.constexpr, SCATTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, norm_weight, norm_bias, residual, rows, out, true_count,
+    count, channels, eps,
+    PADDED: tl.constexpr, GATHER_RESIDUAL: tl.constexpr, SCATTER: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    if PADDED:  # how many tokens there are is known on the device alone: programs past them have nothing to do
+        count = tl.load(true_count)
+        if tl.program_id(0) * BLOCK_R >= count:
+            return
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     inside = (r < count)[:, None] & (c < channels)[None, :]
     value = tl.load(x + r[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
     total = _normalised(value, inside, norm_weight, norm_bias, c, channels, eps)
-    beside, is_beside = _place_of(r, residual_rows, count, num_residual, GATHER_RESIDUAL)
+    beside = _indexed(r, rows, r < count, GATHER_RESIDUAL)
     place = residual + beside[:, None] * channels + c[None, :]
-    total += tl.load(place, mask=inside & is_beside[:, None], other=0.0).to(tl.float32)
-    target, is_target = _place_of(r, out_rows, count, num_out, SCATTER)
+    total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    target = _indexed(r, rows, r < count, SCATTER)
     place = out + target[:, None] * channels + c[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=inside & is_target[:, None])
+    tl.store(place, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

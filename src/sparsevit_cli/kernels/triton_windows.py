@@ -3,16 +3,18 @@
 A block that normalises first (V1) takes four launches, five where a fused MLP would not fit: gather, norm and qkv;
 window attention; projection and residual; norm, MLP, residual and scatter. One that normalises after (V2, V2-CR) takes
 seven: gather and qkv; window attention of cosines; projection; norm and residual; the MLP in two; norm, residual and
-scatter. Imported only where Triton is there; with TRITON_INTERPRET=1 set
-beforehand, everything runs on a CPU, slowly.
+scatter. On a padded map one or two more come first, which find the tokens among the slots of the windows: nothing is
+computed for padding. Imported only where Triton is there; with TRITON_INTERPRET=1 set beforehand, everything runs on a
+CPU, slowly.
 
-Shapes: R = M*N rows of M kept windows of N tokens, C channels, h heads of D, T rows of all maps; a row T is padding.
+Shapes: R = M*N slots of M kept windows of N tokens, C channels, h heads of D, T rows of all maps; a row T is padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,26 +32,30 @@ MAX_FUSED_BYTES = 512
 channels of 16 bits, 128 of 32 bits.
 """
 
+BLOCK_SLOTS = 4096
+"""Tokens of windows that one program compacts."""
+
 
 def run_windows_(
     tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, *, padded: bool
 ) -> None:
     """As `windowed.run_windows_`, for blocks that `supports` says yes to."""
-    flat, area = rows.reshape(-1), rows.shape[1]
+    area = rows.shape[1]
     with _on_device_of(tokens):
-        qkv = _project(tokens, block.qkv, rows=flat, norm=block.norm1 if block.norm_first else None)
-        attended = _attend(qkv, block, bias, bias_class, area)
+        kept = _true_slots(rows.reshape(-1), len(tokens)) if padded else _Kept(rows.reshape(-1))
+        qkv = _project(tokens, block.qkv, kept, gather=True, norm=block.norm1 if block.norm_first else None)
+        attended = _attend(qkv, block, bias, bias_class, kept, area)
         if not block.norm_first:
-            kept = _norm_add(_project(attended, block.proj), block.norm1, tokens, residual_rows=flat)
-            hidden = _project(kept, block.fc1, gelu=True)
-            _norm_add(_project(hidden, block.fc2), block.norm2, kept, out=tokens, out_rows=flat)
+            x = _norm_add(_project(attended, block.proj, kept), block.norm1, kept, tokens, gather_residual=True)
+            hidden = _project(x, block.fc1, kept, gelu=True)
+            _norm_add(_project(hidden, block.fc2, kept), block.norm2, kept, x, into=tokens)
             return
-        kept = _project(attended, block.proj, residual=tokens, residual_rows=flat)
+        x = _project(attended, block.proj, kept, residual=tokens, gather_residual=True)
         if _power(tokens.shape[1]) * tokens.element_size() <= MAX_FUSED_BYTES:
-            _mlp_(tokens, flat, kept, block)
+            _mlp_(tokens, x, block, kept)
         else:
-            hidden = _project(kept, block.fc1, norm=block.norm2, gelu=True)
-            _project(hidden, block.fc2, residual=kept, out=tokens, out_rows=flat)
+            hidden = _project(x, block.fc1, kept, norm=block.norm2, gelu=True)
+            _project(hidden, block.fc2, kept, residual=x, into=tokens)
 
 
 def supports(block: BlockWeights) -> bool:
@@ -104,46 +110,78 @@ def score_and_rank(
 # -- launches ---------------------------------------------------------------------------------------------------
 
 
+class _Kept(NamedTuple):
+    """The rows of the map that a block computes, and which of them each token of a window is.
+
+    rows (R,). With padding only the first `true_count` (1,) of them are true, the other ones are undefined, and `places`
+    (R,) says where among them each token of each window stands, -1 for padding; without, they stand as they are.
+    """
+
+    rows: Tensor
+    true_count: Tensor | None = None
+    places: Tensor | None = None
+
+
+def _true_slots(rows: Tensor, num_tokens: int) -> _Kept:
+    """`rows` (R,) without those of padding, which are `num_tokens`: without waiting for how many there are.
+
+    Two launches, one where all fit a single program. No program waits for another, so the order is always the same.
+    """
+    programs = triton.cdiv(len(rows), BLOCK_SLOTS)
+    counts, places = rows.new_empty(programs, dtype=torch.int32), torch.empty_like(rows, dtype=torch.int32)
+    kept = _Kept(torch.empty_like(rows), rows.new_empty(1, dtype=torch.int32), places)
+    if programs > 1:
+        code.count_kernel[(programs,)](rows, counts, len(rows), num_tokens, BLOCK=BLOCK_SLOTS, num_warps=8)
+    code.compact_kernel[(programs,)](
+        rows, counts, kept.rows, kept.true_count, places, len(rows), num_tokens,
+        BLOCK=BLOCK_SLOTS, BLOCK_P=128, num_warps=8,
+    )  # fmt: skip
+    return kept
+
+
 def _project(
     x: Tensor,
     layer: Affine,
+    kept: _Kept,
     *,
-    rows: Tensor | None = None,
+    gather: bool = False,
     norm: Norm | None = None,
     gelu: bool = False,
     residual: Tensor | None = None,
-    residual_rows: Tensor | None = None,
-    out: Tensor | None = None,
-    out_rows: Tensor | None = None,
+    gather_residual: bool = False,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer on (gathered, normalised) rows of `x`, then GELU, (gathered) residual and (scattered) store."""
-    count = len(x) if rows is None else len(rows)
+    """A linear layer on (gathered, normalised) rows of `x`, then GELU and (gathered) residual: (R, out), or `into` a
+    map.
+    """
     weight, bias = layer
     out_features, in_features = weight.shape
-    result = x.new_empty(count, out_features) if out is None else out
+    out = x.new_empty(len(kept.rows), out_features) if into is None else into
     block_r, block_o, block_i = 64, _power(out_features, 64), _power(in_features, 32)
-    code.project_kernel[(triton.cdiv(count, block_r), triton.cdiv(out_features, block_o))](
-        x, _or(rows, x), _or(norm and norm.weight, x), _or(norm and norm.bias, x), weight, _or(bias, x),
-        _or(residual, x), _or(residual_rows, x), result, _or(out_rows, x),
-        count, len(x), 0 if residual is None else len(residual), len(result), in_features, out_features,
-        norm.eps if norm else 0.0,
-        GATHER=rows is not None, NORM=norm is not None, BIAS=bias is not None, GELU=gelu,
-        RESIDUAL=residual is not None, GATHER_RESIDUAL=residual_rows is not None, SCATTER=out_rows is not None,
+    code.project_kernel[(triton.cdiv(len(kept.rows), block_r), triton.cdiv(out_features, block_o))](
+        x, kept.rows, _or(norm and norm.weight, x), _or(norm and norm.bias, x), weight, _or(bias, x),
+        _or(residual, x), out, _or(kept.true_count, x), len(kept.rows), in_features, out_features, norm.eps if norm else 0.0,
+        PADDED=kept.true_count is not None, GATHER=gather, NORM=norm is not None, BIAS=bias is not None, GELU=gelu,
+        RESIDUAL=residual is not None, GATHER_RESIDUAL=gather_residual, SCATTER=into is not None,
         PRECISION=_precision(x), BLOCK_R=block_r, BLOCK_O=block_o, BLOCK_I=block_i,
     )  # fmt: skip
-    return result
+    return out
 
 
-def _attend(qkv: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, area: int) -> Tensor:
+def _attend(
+    qkv: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, kept: _Kept, area: int
+) -> Tensor:
     """(R, 3C) to (R, C); `bias` (classes, h, N, N), `bias_class` (M,) or None for the first of all."""
     count, channels = len(qkv) // area, qkv.shape[1] // 3
     head_dim = channels // block.num_heads
     out = qkv.new_empty(len(qkv), channels)
     block_q = _power(area, 64)
     code.attention_kernel[(count, block.num_heads, triton.cdiv(area, block_q))](
-        qkv, bias.contiguous(), _or(bias_class, qkv), _or(block.cosine_scale, qkv), out, block.scale, area,
-        block.num_heads, head_dim, HAS_CLASS=bias_class is not None, COSINE=block.cosine_scale is not None,
-        PRECISION=_precision(qkv), BLOCK_Q=block_q, BLOCK_K=block_q, BLOCK_D=_power(head_dim),
+        qkv, _or(kept.places, qkv), _or(block.qkv.bias, qkv), bias.contiguous(), _or(bias_class, qkv),
+        _or(block.cosine_scale, qkv), out, block.scale, area, block.num_heads, head_dim,
+        PADDED=kept.places is not None, QKV_BIAS=block.qkv.bias is not None, HAS_CLASS=bias_class is not None,
+        COSINE=block.cosine_scale is not None, PRECISION=_precision(qkv),
+        BLOCK_Q=block_q, BLOCK_K=block_q, BLOCK_D=_power(head_dim),
     )  # fmt: skip
     return out
 
@@ -151,36 +189,37 @@ def _attend(qkv: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor |
 def _norm_add(
     x: Tensor,
     norm: Norm,
+    kept: _Kept,
     residual: Tensor,
     *,
-    residual_rows: Tensor | None = None,
-    out: Tensor | None = None,
-    out_rows: Tensor | None = None,
+    gather_residual: bool = False,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """Rows of `x` (R, C) normalised, plus (gathered) residual, with a (scattered) store."""
+    """Rows of `x` (R, C) normalised, plus (gathered) residual: (R, C), or `into` a map."""
     count, channels = x.shape
-    result = torch.empty_like(x) if out is None else out
+    out = torch.empty_like(x) if into is None else into
     block_c = _power(channels)
     block_r = max(1, 4096 // block_c)
     code.norm_add_kernel[(triton.cdiv(count, block_r),)](
-        x, norm.weight, norm.bias, residual, _or(residual_rows, x), result, _or(out_rows, x),
-        count, len(residual), len(result), channels, norm.eps,
-        GATHER_RESIDUAL=residual_rows is not None, SCATTER=out_rows is not None, BLOCK_R=block_r, BLOCK_C=block_c,
+        x, norm.weight, norm.bias, residual, kept.rows, out, _or(kept.true_count, x), count, channels, norm.eps,
+        PADDED=kept.true_count is not None, GATHER_RESIDUAL=gather_residual, SCATTER=into is not None,
+        BLOCK_R=block_r, BLOCK_C=block_c,
     )  # fmt: skip
-    return result
+    return out
 
 
-def _mlp_(tokens: Tensor, rows: Tensor, kept: Tensor, block: BlockWeights) -> None:
-    """kept (R, C) through norm2, MLP and residual, into `tokens` at `rows`."""
-    count, channels = kept.shape
+def _mlp_(tokens: Tensor, x: Tensor, block: BlockWeights, kept: _Kept) -> None:
+    """x (R, C) through norm2, MLP and residual, into `tokens`."""
+    count, channels = x.shape
     hidden = block.fc1.weight.shape[0]
     block_c = _power(channels)
-    block_r = 64 if block_c * kept.element_size() <= MAX_FUSED_BYTES // 2 else 32
+    block_r = 64 if block_c * x.element_size() <= MAX_FUSED_BYTES // 2 else 32
     code.mlp_kernel[(triton.cdiv(count, block_r),)](
-        kept, rows, block.norm2.weight, block.norm2.bias, block.fc1.weight, _or(block.fc1.bias, kept),
-        block.fc2.weight, _or(block.fc2.bias, kept), tokens, count, len(tokens), channels, hidden, block.norm2.eps,
-        BIAS1=block.fc1.bias is not None, BIAS2=block.fc2.bias is not None, PRECISION=_precision(kept),
-        BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_H=32, num_warps=8 if block_c > 128 else 4, num_stages=2,
+        x, kept.rows, block.norm2.weight, block.norm2.bias, block.fc1.weight, _or(block.fc1.bias, x),
+        block.fc2.weight, _or(block.fc2.bias, x), tokens, _or(kept.true_count, x), count, channels, hidden, block.norm2.eps,
+        PADDED=kept.true_count is not None, BIAS1=block.fc1.bias is not None, BIAS2=block.fc2.bias is not None,
+        PRECISION=_precision(x), BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_H=32,
+        num_warps=8 if block_c > 128 else 4, num_stages=2,
     )  # fmt: skip
 
 
