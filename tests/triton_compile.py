@@ -15,9 +15,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparsevit_cli import windows
-from sparsevit_cli.kernels import Affine, BlockWeights, Norm, triton_windows
+from sparsevit_cli.kernels import Affine, BlockWeights, Norm, triton_code, triton_windows
 
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+TYPES |= {torch.int64: "*i64", torch.int32: "*i32"}
 COMPUTE_CAPABILITY = 80
 
 
@@ -73,15 +74,17 @@ def launch_all(channels: int, dtype: torch.dtype) -> None:
     bias_class = torch.zeros(len(index), dtype=torch.int64)
     assert triton_windows.supports(block)
     after = block._replace(norm_first=False, scale=1.0, cosine_scale=torch.ones(heads, 1, 1, dtype=dtype))
+    many = index.expand(20, *index.shape).flatten(0, 1)  # more than one program compacts
     for one in (block, after):
-        triton_windows.run_windows_(tokens, index, one, bias, bias_class, padded=True)
+        for padded in (False, True):
+            triton_windows.run_windows_(tokens, many, one, bias, bias_class, padded=padded)
     triton_windows.score_and_rank(tokens.view(1, 20, 20, channels), [index, index], 5, "mean_abs_l2")
 
 
 if __name__ == "__main__":
-    for step in ("project", "attention", "mlp", "norm_add", "score", "rank"):
-        name = f"_{step}_kernel"
-        setattr(triton_windows, name, Compiled(getattr(triton_windows, name)))
+    for step in ("count", "compact", "project", "attention", "mlp", "norm_add", "score", "rank"):
+        name = f"{step}_kernel"
+        setattr(triton_code, name, Compiled(getattr(triton_code, name)))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         launch_all(96, dtype)
     launch_all(192, torch.float16)  # the widest that fuses the MLP in 16 bits
