@@ -1,11 +1,14 @@
 """Compile every Triton kernel for a GPU that need not be there; prints one JSON line per compiled kernel.
 
+    python triton_compile.py COMPUTE_CAPABILITY [few]
+
 Run by test_triton.py in a process of its own, without Triton's interpreter: that one looks at neither types nor memory.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import torch
@@ -17,25 +20,30 @@ from triton.compiler import ASTSource
 from sparsevit_cli import windows
 from sparsevit_cli.kernels import Affine, BlockWeights, Norm, triton_code, triton_windows
 
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-TYPES |= {torch.int64: "*i64", torch.int32: "*i32"}
-COMPUTE_CAPABILITY = 80
+FLOATS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+TYPES = FLOATS | {torch.int64: "*i64", torch.int32: "*i32"}
+ALIGNED = [["tt.divisibility", 16]]
 
 
 class Compiled:
-    """Stands for a kernel: instead of launching, compiles it for the arguments of the launch."""
+    """Stands for a kernel: instead of launching, compiles it for the arguments of the launch.
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.seen = kernel, set[str]()
+    As at a launch, integers that are 1 become constants, and what is a multiple of 16 is known to be one.
+    """
+
+    def __init__(self, kernel: Any, compute_capability: int) -> None:
+        self.kernel, self.target, self.seen = kernel, GPUTarget("cuda", compute_capability, 32), set[str]()
 
     def __getitem__(self, grid: object) -> Any:
         return self.compile
 
     def compile(self, *args: object, num_warps: int = 4, num_stages: int = 3, **constants: object) -> None:
         names = self.kernel.arg_names
-        signature = {name: _type(value) for name, value in zip(names, args, strict=False)}
-        signature |= dict.fromkeys(constants, "constexpr")
-        what = json.dumps([signature, constants, num_warps, num_stages])
+        given = dict(zip(names, args, strict=False))
+        constants |= {name: 1 for name, value in given.items() if type(value) is int and value == 1}
+        signature = {name: _type(value) for name, value in given.items()} | dict.fromkeys(constants, "constexpr")
+        aligned = [name for name, value in given.items() if _is_aligned(value)]
+        what = json.dumps([signature, aligned, constants, num_warps, num_stages])
         if what in self.seen:
             return
         self.seen.add(what)
@@ -43,10 +51,11 @@ class Compiled:
             fn=self.kernel,
             signature={name: signature[name] for name in names},
             constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={(names.index(name),): ALIGNED for name in aligned},
         )
         options = {"num_warps": num_warps, "num_stages": num_stages}
-        compiled = triton.compile(source, target=GPUTarget("cuda", COMPUTE_CAPABILITY, 32), options=options)
-        pointers = sorted({kind for kind in signature.values() if kind in ("*fp32", "*fp16", "*bf16")})
+        compiled = triton.compile(source, target=self.target, options=options)
+        pointers = sorted({kind for kind in signature.values() if kind in FLOATS.values()})
         told = {"kernel": self.kernel.__name__, "types": pointers, "shared": compiled.metadata.shared}
         print(json.dumps(told), flush=True)
 
@@ -57,8 +66,12 @@ def _type(value: object) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def launch_all(channels: int, dtype: torch.dtype) -> None:
-    """Every launch of padded, shifted blocks of V1 and V2, and of scoring and ranking."""
+def _is_aligned(value: object) -> bool:
+    return isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
+
+
+def launch(channels: int, dtype: torch.dtype, *, norm_first: bool = True, padded: bool = True) -> None:
+    """A shifted block of V1 or V2, on more windows than one program compacts."""
 
     def affine(inner: int, outer: int) -> Affine:
         return Affine(torch.zeros(outer, inner, dtype=dtype), torch.zeros(outer, dtype=dtype))
@@ -67,25 +80,46 @@ def launch_all(channels: int, dtype: torch.dtype) -> None:
     heads = channels // 32
     block = BlockWeights(
         norm1=norm, qkv=affine(channels, 3 * channels), proj=affine(channels, channels), norm2=norm,
-        fc1=affine(channels, 4 * channels), fc2=affine(4 * channels, channels), num_heads=heads, scale=32**-0.5,
+        fc1=affine(channels, 4 * channels), fc2=affine(4 * channels, channels), num_heads=heads,
+        scale=32**-0.5 if norm_first else 1.0, norm_first=norm_first,
+        cosine_scale=None if norm_first else torch.ones(heads, 1, 1, dtype=dtype),
     )  # fmt: skip
-    index = windows.window_token_index(20, 20, (7, 7), (3, 3), torch.device("cpu"))
+    assert triton_windows.supports(block)
+    index = windows.window_token_index(20, 20, (7, 7), (3, 3), torch.device("cpu")).repeat(20, 1)
     tokens, bias = torch.zeros(400, channels, dtype=dtype), torch.zeros(4, heads, 49, 49, dtype=dtype)
     bias_class = torch.zeros(len(index), dtype=torch.int64)
-    assert triton_windows.supports(block)
-    after = block._replace(norm_first=False, scale=1.0, cosine_scale=torch.ones(heads, 1, 1, dtype=dtype))
-    many = index.expand(20, *index.shape).flatten(0, 1)  # more than one program compacts
-    for one in (block, after):
-        for padded in (False, True):
-            triton_windows.run_windows_(tokens, many, one, bias, bias_class, padded=padded)
-    triton_windows.score_and_rank(tokens.view(1, 20, 20, channels), [index, index], 5, "mean_abs_l2")
+    triton_windows.run_windows_(tokens, index, block, bias, bias_class, padded=padded)
+
+
+def rank(batch: int, count: int, dtype: torch.dtype) -> None:
+    index = windows.window_token_index(20, 20, (7, 7), (3, 3), torch.device("cpu"))
+    x = torch.zeros(batch, 20, 20, 96, dtype=dtype)
+    triton_windows.score_and_rank(x, [index, index], count, "mean_abs_l2")
+
+
+def launch_few() -> None:
+    """Every kernel, in the types that matter most."""
+    launch(96, torch.bfloat16)
+    launch(96, torch.bfloat16, norm_first=False, padded=False)
+    launch(384, torch.bfloat16, padded=False)  # does not fuse the MLP
+    launch(96, torch.float32)
+    for batch, count in ((2, 3), (1, 1)):
+        rank(batch, count, torch.bfloat16)
+
+
+def launch_all() -> None:
+    for dtype in FLOATS:
+        for channels in (32, 96, 256 * 2 // dtype.itemsize, 768):  # one head; the narrowest, widest that fuse the MLP
+            for norm_first in (True, False):
+                for padded in (True, False):
+                    launch(channels, dtype, norm_first=norm_first, padded=padded)
+        for batch, count in ((2, 3), (1, 1)):
+            rank(batch, count, dtype)
 
 
 if __name__ == "__main__":
-    for step in ("count", "compact", "project", "attention", "mlp", "norm_add", "score", "rank"):
-        name = f"{step}_kernel"
-        setattr(triton_code, name, Compiled(getattr(triton_code, name)))
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        launch_all(96, dtype)
-    launch_all(192, torch.float16)  # the widest that fuses the MLP in 16 bits
-    launch_all(384, torch.float32)  # one that does not
+    capability, *only_few = sys.argv[1:]
+    for name, kernel in list(vars(triton_code).items()):
+        if name.endswith("_kernel"):
+            setattr(triton_code, name, Compiled(kernel, int(capability)))
+    launch_few() if only_few else launch_all()

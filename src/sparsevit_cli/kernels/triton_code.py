@@ -54,15 +54,21 @@ def _indexed(r, rows, is_row, INDEXED: tl.constexpr):
 
 
 @triton.jit
-def _normalised(value, inside, norm_weight, norm_bias, c, channels, eps):
-    """LayerNorm of whole rows `value` (rows, channels) in float32; zero outside."""
-    is_channel = c < channels
+def _moments(value, inside, channels, eps):
+    """Mean and 1 / deviation of whole rows `value` (rows, channels) in float32; zero outside."""
     mean = tl.sum(value, 1) / channels
     centred = tl.where(inside, value - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
+    return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
+
+
+@triton.jit
+def _normalised(value, inside, mean, rstd, norm_weight, norm_bias, c, channels):
+    """LayerNorm of `value` (rows, some channels c) in float32; zero outside."""
+    is_channel = c < channels
     gain = tl.load(norm_weight + c, mask=is_channel, other=0.0).to(tl.float32)
     shift = tl.load(norm_bias + c, mask=is_channel, other=0.0).to(tl.float32)
-    return centred * rstd[:, None] * gain[None, :] + shift[None, :]
+    normed = (value - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
+    return tl.where(inside, normed, 0.0)
 
 
 @triton.jit
@@ -73,12 +79,32 @@ def _unit(rows):
 
 
 @triton.jit
+def statistics_kernel(
+    x, rows, statistics, true_count, count, channels, eps,
+    PADDED: tl.constexpr, GATHER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    if PADDED:
+        count = tl.load(true_count)
+        if tl.program_id(0) * BLOCK_R >= count:
+            return
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    inside = (r < count)[:, None] & (c < channels)[None, :]
+    source = _indexed(r, rows, r < count, GATHER)
+    value = tl.load(x + source[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    mean, rstd = _moments(value, inside, channels, eps)
+    tl.store(statistics + 2 * r, mean, mask=r < count)
+    tl.store(statistics + 2 * r + 1, rstd, mask=r < count)
+
+
+@triton.jit
 def project_kernel(
-    x, rows, norm_weight, norm_bias, weight, bias, residual, out, true_count,
+    x, rows, norm_weight, norm_bias, weight, bias, residual, out, statistics, true_count,
     count, in_features, out_features, eps,
-    PADDED: tl.constexpr, GATHER: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATHER_RESIDUAL: tl.constexpr, SCATTER: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    PADDED: tl.constexpr, GATHER: tl.constexpr, NORM: tl.constexpr, STATISTICS: tl.constexpr, BIAS: tl.constexpr,
+    GELU: tl.constexpr, RESIDUAL: tl.constexpr, GATHER_RESIDUAL: tl.constexpr, SCATTER: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     if PADDED:  # how many tokens there are is known on the device alone: programs past them have nothing to do
         count = tl.load(true_count)
@@ -92,27 +118,23 @@ def project_kernel(
     place = x + source[:, None] * in_features + i[None, :]
     mean = tl.zeros((BLOCK_R,), tl.float32)
     rstd = tl.zeros((BLOCK_R,), tl.float32)
-    if NORM:
-        for first in range(0, in_features, BLOCK_I):
-            inside = is_row[:, None] & (first + i < in_features)[None, :]
-            mean += tl.sum(tl.load(place + first, mask=inside, other=0.0).to(tl.float32), 1)
-        mean = mean / in_features
-        for first in range(0, in_features, BLOCK_I):
-            inside = is_row[:, None] & (first + i < in_features)[None, :]
-            value = tl.load(place + first, mask=inside, other=0.0).to(tl.float32)
-            centred = tl.where(inside, value - mean[:, None], 0.0)
-            rstd += tl.sum(centred * centred, 1)
-        rstd = 1.0 / tl.sqrt(rstd / in_features + eps)
+    if STATISTICS:
+        mean = tl.load(statistics + 2 * r, mask=is_row, other=0.0)
+        rstd = tl.load(statistics + 2 * r + 1, mask=is_row, other=0.0)
+    elif NORM:  # rows so short that a program takes them at one stroke, and finds them in its cache after that
+        c = tl.arange(0, BLOCK_C)
+        within = is_row[:, None] & (c < in_features)[None, :]
+        whole = tl.load(x + source[:, None] * in_features + c[None, :], mask=within, other=0.0).to(tl.float32)
+        mean, rstd = _moments(whole, within, in_features, eps)
     total = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
     for first in range(0, in_features, BLOCK_I):
         is_in = first + i < in_features
         inside = is_row[:, None] & is_in[None, :]
         value = tl.load(place + first, mask=inside, other=0.0)
         if NORM:
-            gain = tl.load(norm_weight + first + i, mask=is_in, other=0.0).to(tl.float32)
-            shift = tl.load(norm_bias + first + i, mask=is_in, other=0.0).to(tl.float32)
-            normed = (value.to(tl.float32) - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
-            value = tl.where(inside, normed, 0.0).to(value.dtype)
+            entered = value.to(tl.float32)
+            normed = _normalised(entered, inside, mean, rstd, norm_weight, norm_bias, first + i, in_features)
+            value = normed.to(value.dtype)
         columns = weight + o[None, :] * in_features + (first + i)[:, None]
         factor = tl.load(columns, mask=is_in[:, None] & (o < out_features)[None, :], other=0.0)
         total = tl.dot(value, factor, total, input_precision=PRECISION)
@@ -215,7 +237,8 @@ def mlp_kernel(
     inside = (r < count)[:, None] & is_channel[None, :]
     entered = tl.load(kept + r[:, None] * channels + c[None, :], mask=inside, other=0.0)
     value = entered.to(tl.float32)
-    normed = _normalised(value, inside, norm_weight, norm_bias, c, channels, eps).to(entered.dtype)
+    mean, rstd = _moments(value, inside, channels, eps)
+    normed = _normalised(value, inside, mean, rstd, norm_weight, norm_bias, c, channels).to(entered.dtype)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for first in range(0, hidden, BLOCK_H):  # the hidden map is never stored
         h = first + tl.arange(0, BLOCK_H)
@@ -251,7 +274,8 @@ def norm_add_kernel(
     c = tl.arange(0, BLOCK_C)
     inside = (r < count)[:, None] & (c < channels)[None, :]
     value = tl.load(x + r[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    total = _normalised(value, inside, norm_weight, norm_bias, c, channels, eps)
+    mean, rstd = _moments(value, inside, channels, eps)
+    total = _normalised(value, inside, mean, rstd, norm_weight, norm_bias, c, channels)
     beside = _indexed(r, rows, r < count, GATHER_RESIDUAL)
     place = residual + beside[:, None] * channels + c[None, :]
     total += tl.load(place, mask=inside, other=0.0).to(tl.float32)

@@ -51,7 +51,7 @@ def run_windows_(
             _norm_add(_project(hidden, block.fc2, kept), block.norm2, kept, x, into=tokens)
             return
         x = _project(attended, block.proj, kept, residual=tokens, gather_residual=True)
-        if _power(tokens.shape[1]) * tokens.element_size() <= MAX_FUSED_BYTES:
+        if _is_held_whole(tokens):
             _mlp_(tokens, x, block, kept)
         else:
             hidden = _project(x, block.fc1, kept, norm=block.norm2, gelu=True)
@@ -113,8 +113,9 @@ def score_and_rank(
 class _Kept(NamedTuple):
     """The rows of the map that a block computes, and which of them each token of a window is.
 
-    rows (R,). With padding only the first `true_count` (1,) of them are true, the other ones are undefined, and `places`
-    (R,) says where among them each token of each window stands, -1 for padding; without, they stand as they are.
+    rows (R,). With padding only the first `true_count` (1,) of them are true, the other ones are undefined, and
+    `places` (R,) says where among them each token of each window stands, -1 for padding; without, they stand as they
+    are.
     """
 
     rows: Tensor
@@ -157,15 +158,36 @@ def _project(
     weight, bias = layer
     out_features, in_features = weight.shape
     out = x.new_empty(len(kept.rows), out_features) if into is None else into
-    block_r, block_o, block_i = 64, _power(out_features, 64), _power(in_features, 32)
+    statistics = None if norm is None or _is_held_whole(x) else _statistics(x, norm, kept, gather=gather)
+    block_r, block_o = 64, _power(out_features, 64)
     code.project_kernel[(triton.cdiv(len(kept.rows), block_r), triton.cdiv(out_features, block_o))](
         x, kept.rows, _or(norm and norm.weight, x), _or(norm and norm.bias, x), weight, _or(bias, x),
-        _or(residual, x), out, _or(kept.true_count, x), len(kept.rows), in_features, out_features, norm.eps if norm else 0.0,
-        PADDED=kept.true_count is not None, GATHER=gather, NORM=norm is not None, BIAS=bias is not None, GELU=gelu,
+        _or(residual, x), out, _or(statistics, x), _or(kept.true_count, x), len(kept.rows), in_features, out_features,
+        norm.eps if norm else 0.0, PADDED=kept.true_count is not None, GATHER=gather, NORM=norm is not None,
+        STATISTICS=statistics is not None, BIAS=bias is not None, GELU=gelu,
         RESIDUAL=residual is not None, GATHER_RESIDUAL=gather_residual, SCATTER=into is not None,
-        PRECISION=_precision(x), BLOCK_R=block_r, BLOCK_O=block_o, BLOCK_I=block_i,
+        PRECISION=_precision(x), BLOCK_R=block_r, BLOCK_O=block_o, BLOCK_I=_power(in_features, 32),
+        BLOCK_C=_power(in_features) if norm and statistics is None else 16,
     )  # fmt: skip
     return out
+
+
+def _statistics(x: Tensor, norm: Norm, kept: _Kept, *, gather: bool) -> Tensor:
+    """Mean of each (gathered) row of `x` and what its deviation is divided by: (R, 2) float32."""
+    count, channels = len(kept.rows), x.shape[1]
+    out = x.new_empty(count, 2, dtype=torch.float32)
+    block_c = _power(channels)
+    block_r = max(1, 4096 // block_c)
+    code.statistics_kernel[(triton.cdiv(count, block_r),)](
+        x, kept.rows, out, _or(kept.true_count, x), count, channels, norm.eps,
+        PADDED=kept.true_count is not None, GATHER=gather, BLOCK_R=block_r, BLOCK_C=block_c,
+    )  # fmt: skip
+    return out
+
+
+def _is_held_whole(x: Tensor) -> bool:
+    """True where one program can hold rows as wide as those of `x`, and so norm them without another launch."""
+    return _power(x.shape[1]) * x.element_size() <= MAX_FUSED_BYTES
 
 
 def _attend(
@@ -216,9 +238,9 @@ def _mlp_(tokens: Tensor, x: Tensor, block: BlockWeights, kept: _Kept) -> None:
     block_r = 64 if block_c * x.element_size() <= MAX_FUSED_BYTES // 2 else 32
     code.mlp_kernel[(triton.cdiv(count, block_r),)](
         x, kept.rows, block.norm2.weight, block.norm2.bias, block.fc1.weight, _or(block.fc1.bias, x),
-        block.fc2.weight, _or(block.fc2.bias, x), tokens, _or(kept.true_count, x), count, channels, hidden, block.norm2.eps,
-        PADDED=kept.true_count is not None, BIAS1=block.fc1.bias is not None, BIAS2=block.fc2.bias is not None,
-        PRECISION=_precision(x), BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_H=32,
+        block.fc2.weight, _or(block.fc2.bias, x), tokens, _or(kept.true_count, x), count, channels, hidden,
+        block.norm2.eps, PADDED=kept.true_count is not None, BIAS1=block.fc1.bias is not None,
+        BIAS2=block.fc2.bias is not None, PRECISION=_precision(x), BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_H=32,
         num_warps=8 if block_c > 128 else 4, num_stages=2,
     )  # fmt: skip
 
