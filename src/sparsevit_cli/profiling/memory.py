@@ -54,7 +54,7 @@ def peak_memory_mb(model: nn.Module, x: Tensor) -> float:
             model(x)
             synchronize(x.device)
             grown = torch.cuda.max_memory_allocated(x.device) - before
-            return float(grown + _bytes(own)) / BYTES_PER_MB
+            return float(grown + _bytes((*own, *remembered_tensors(model)))) / BYTES_PER_MB
         model = uncompiled(model)
         model(x)  # the first pass also makes what the model remembers
         with _LiveBytes() as live:
