@@ -67,8 +67,7 @@ def table(path: Path) -> str:
 
     A single run shows its own 95 % interval.
     """
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-    runs = [run for run in runs if _versions(run) == _versions(runs[-1])]
+    runs = _newest(path)
     cells: dict[Cell, list[dict[str, Any]]] = {}
     for run in runs:
         for cell in run["cells"]:
@@ -86,6 +85,12 @@ def table(path: Path) -> str:
     for where, found in cells.items():
         lines += ["", _heading(where, found), "", *_cell_table(where, found)]
     return "\n".join(lines)
+
+
+def _newest(path: Path) -> list[dict[str, Any]]:
+    """The runs of the newest revision."""
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    return [run for run in runs if _versions(run) == _versions(runs[-1])]
 
 
 def _cell_of(run: dict[str, Any], cell: dict[str, Any]) -> Cell:
@@ -156,10 +161,14 @@ def _gain(rows: list[dict[str, Any]]) -> str:
 
 def _interval(rows: list[dict[str, Any]], name: str, form: str, unit: str = "") -> str:
     """The median of the runs with the lowest and highest; of a single run its 95 % interval."""
-    values = [row[name] for row in rows if row[name] is not None]
+    rows = [row for row in rows if row[name] is not None]
+    values = [row[name] for row in rows]
     if not values:
         return "-"
-    low, high = (min(values), max(values)) if len(values) > 1 else (rows[0][f"{name}_low"], rows[0][f"{name}_high"])
+    if len(values) > 1:
+        low, high = min(values), max(values)
+    else:
+        low, high = (rows[0].get(f"{name}_{end}", values[0]) for end in ("low", "high"))
     return f"{median(values):{form}}{unit} [{low:{form}}, {high:{form}}]"
 
 
@@ -185,8 +194,7 @@ def write_readme() -> None:
 
 def draw_plot() -> None:
     """The last run of the cell that the README shows."""
-    files = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json")))
-    runs = [run for file in files for run in file["runs"]]
+    runs = [run for path in sorted(RESULTS.glob("*.json")) for run in _newest(path)]
     cells = [cell["rows"] for run in runs for cell in run["cells"] if _cell_of(run, cell)[:-1] == PLOTTED]
     if cells:
         plot_rivals(PLOT, cells[-1:], SilentReporter())

@@ -3,8 +3,8 @@
 usage: python benchmarks/latency_table.py [--img-size 448] [--configs 200] [--rounds 10] [--device cpu]
 
 Measures a table, sets its scale by a dozen configurations as the search does, and then measures random ones in one
-interleaved run. Printed are the seconds that the table took, and its mean and largest error; beside them the error of a
-second, equal run of the first ten, which no table could undercut.
+interleaved run. Printed are the seconds that the table took, and its mean and largest error; beside them by how
+much the first ten differ when they are measured once more: the noise of the clock itself.
 """
 
 from __future__ import annotations

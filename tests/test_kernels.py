@@ -34,6 +34,11 @@ IS_ASYNCHRONOUS = (windows, "is_asynchronous", lambda device: True)
 OF_EACH = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224")
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_cases, "DEVICE", "cpu")
+
+
 def swin(name: str = "swin_tiny_patch4_window7_224", *, kernels: Kernels = "auto", **options: object) -> nn.Module:
     torch.manual_seed(0)
     small = {"embed_dim": 16, "depths": (2, 2, 4, 2), "num_heads": (1, 2, 4, 8), "num_classes": 5}
@@ -145,7 +150,9 @@ def test_padding_that_is_masked_equals_padding_that_is_left_out(
 
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_of_all_windows_true_tokens_alone_are_computed(norm_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = windows.all_windows(9, 20, (7, 7), (3, 3), 2, torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(*IS_ASYNCHRONOUS)
+        every = windows.all_windows(9, 20, (7, 7), (3, 3), 2, torch.device("cpu"))
     tokens, rows, bias = torch.randn(2 * 9 * 20, 16), every.rows.flatten(0, 1), torch.randn(1, 2, 49, 49)
     weights, expected = kernel_cases.block(16, 2, norm_first=norm_first), tokens.clone()
     windowed.run_windows_(expected, rows, weights, bias, None, padded=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.profiling import macs
 from sparsevit_cli.profiling.macs import analytic_macs, count_macs, flopcounter_macs, macs_cost, padding_macs
 from sparsevit_cli.sparsity import Ratios, SearchSpace, SparsityConfig
 from sparsevit_cli.swin import get_sparsity, set_sparsity, sparse_stages, sparsify_
@@ -107,21 +108,25 @@ def test_one_sparse_block_by_hand() -> None:
     assert analytic_macs(model, 112).parts["stage 0"] == 16 * 49 * (weights + 2 * 49 * 16)
 
 
-def test_padding_by_hand() -> None:
+def test_padding_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 128 pixels maps of 32, 16 and 8 tokens a side are padded to 35, 21 and 14; that of 4 is one window."""
     model, x = tiny_swin(128).eval(), torch.randn(2, 3, 128, 128)
     rows = {16: 35**2 - 32**2, 32: 21**2 - 16**2, 64: 3 * (14**2 - 8**2)}  # of all blocks, by their width
     set_sparsity(model, 0, exact=False)
-    assert padding_macs(model, x) == sum(count * (4 * c * c + 2 * 49 * c) for c, count in rows.items())
+    assert padding_macs(model, x) == sum(count * 4 * c * c for c, count in rows.items())
     set_sparsity(model, 0)
     assert padding_macs(model, x) == 0  # timm's own forward
     for stage in sparse_stages(model):
         stage.importance = "random"
     set_sparsity(model, [[0.6], [0], [0, 0], [0]])
-    dense_stages = sum(rows[c] * (4 * c * c + 2 * 49 * c) for c in (32, 64))
-    kept_padding, rest = divmod(2 * (padding_macs(model, x) - dense_stages), 12 * 16 * 16 + 2 * 49 * 16)
+    dense_stages = sum(rows[c] * 4 * c * c for c in (32, 64))
+    kept_padding, rest = divmod(2 * (padding_macs(model, x) - dense_stages), 12 * 16 * 16)
     assert rest == 0
     assert 0 < kept_padding < 2 * rows[16]
+    for stage in sparse_stages(model):
+        stage.kernels = "portable"
+    monkeypatch.setattr(macs, "is_asynchronous", lambda device: True)
+    assert padding_macs(model, x) == dense_stages  # in stage 0 it is masked
 
 
 def test_only_pruned_stages_change() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsevit_cli import windows
-from sparsevit_cli.kernels import Kernels, native
+from sparsevit_cli.kernels import Kernels, native, windowed
 from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, oracle, with_fused_attention
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import set_sparsity, sparsify_, without_kernels
@@ -58,10 +59,36 @@ def test_the_oracle_skips_moves_and_ranking_and_leaves_all_as_it_was(
     before = {name: getattr(windows, name) for name in ("gather_rows", "scatter_rows_", "rank_windows", "flat_rows")}
     for owner, name in ((torch, "topk"), (native, "score_and_rank")):
         monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("the oracle scores or ranks"))
-    x = torch.randn(1, 3, img_size, img_size)
-    with torch.inference_mode(), oracle():
-        assert model(x).isfinite().all()
+    x, memory = torch.randn(1, 3, img_size, img_size), dict[Any, Any]()
+    for _ in range(2):
+        with torch.inference_mode(), oracle(memory):
+            assert model(x).isfinite().all()
     assert {name: getattr(windows, name) for name in before} == before
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("ratios", [0.2, [[0.5], [0], [0.2, 0.4], [0]]])
+def test_the_oracle_computes_as_much_as_ours_and_leaves_nothing_behind(
+    ratios: object, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "is_asynchronous", lambda device: asynchronous)
+    model, x = sparsify_(swin(img_size=248), kernels="portable", importance="random"), torch.randn(2, 3, 248, 248)
+    set_sparsity(model, ratios)  # type: ignore[arg-type]
+    windows._remembered_batch.cache_clear()
+    rows = list[int]()
+    linear = windowed.layer_norm
+    monkeypatch.setattr(windowed, "layer_norm", lambda y, norm: rows.append(len(y)) or linear(y, norm))
+    with torch.inference_mode(), oracle({}):
+        model(x)
+    perfect, rows[:] = sum(rows), []
+    with torch.inference_mode():
+        first = model(x)
+    assert sum(rows) == pytest.approx(perfect, rel=0.03)
+    with torch.inference_mode(), oracle({}):
+        model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), first)
+    windows._remembered_batch.cache_clear()
 
 
 def test_a_benchmark_names_the_best_dense_and_compares_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

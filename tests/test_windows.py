@@ -38,7 +38,10 @@ def test_token_index_is_roll_pad_partition(height: int, width: int, window: tupl
     assert torch.equal((index + 1) % (height * width + 1), expected)
     assert windows.has_padding(height, width, window) == bool((index == height * width).any())
 
-    every = windows.all_windows(height, width, window, shift, 2, torch.device("cpu"))
+    assert windows.all_windows(height, width, window, shift, 2, torch.device("cpu")).places is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "is_asynchronous", lambda device: True)
+        every = windows.all_windows(height, width, window, shift, 2, torch.device("cpu"))
     assert torch.equal(every.keep_indices, torch.arange(len(index)).expand(2, -1))
     assert torch.equal(every.rows, windows.rows_of(every.keep_indices, index, height * width))
     assert (every.places is not None) == windows.has_padding(height, width, window)

@@ -72,7 +72,7 @@ class AllWindows(NamedTuple):
     rows: Tensor
     """(B, n, N)"""
     places: TokenPlaces | None
-    """None where there is no padding."""
+    """None where there is no padding, or nobody asks."""
 
 
 def all_windows(
@@ -83,28 +83,29 @@ def all_windows(
     batch: int,
     device: torch.device,
 ) -> AllWindows:
-    """All windows of `batch` maps, in order."""
-    index = token_index_of(height, width, window_size, shift_size, device)  # n, N
-    every = torch.arange(len(index), device=device).repeat(batch, 1)
-    rows = rows_of(every, index, height * width)
-    if not has_padding(height, width, window_size):
+    """All windows of `batch` maps, in order; made once per map size, batch and device where launches cost time.
+
+    On a CPU they are not worth the memory, and the places of tokens are not asked for.
+    """
+    partition = (height, width, window_size, shift_size, batch, device)
+    if not is_asynchronous(device):
+        return AllWindows(*_all_rows(*partition), None)
+    return _made_once(_all_windows, *partition, remembered=_remembered_batch)  # type: ignore[no-any-return]
+
+
+def _all_rows(height: int, width: int, *partition: Any) -> tuple[Tensor, Tensor]:
+    *window, batch, device = partition
+    index = token_index_of(height, width, *window, device)  # n, N
+    every = torch.arange(len(index), device=device).expand(batch, -1)
+    return every, rows_of(every, index, height * width)
+
+
+def _all_windows(height: int, width: int, *partition: Any) -> AllWindows:
+    every, rows = _all_rows(height, width, *partition)
+    tokens = len(rows) * height * width
+    if rows.numel() == tokens:
         return AllWindows(every, rows, None)
-    return AllWindows(every, rows, TokenPlaces(rows.flatten().argsort()[: batch * height * width]))  # padding is last
-
-
-def all_windows_of(
-    height: int,
-    width: int,
-    window_size: tuple[int, int],
-    shift_size: tuple[int, int],
-    batch: int,
-    device: torch.device,
-) -> AllWindows:
-    """`all_windows`, made once per map size, batch and device."""
-    found: AllWindows = _made_once(
-        all_windows, height, width, window_size, shift_size, batch, device, remembered=_remembered_batch
-    )
-    return found
+    return AllWindows(every, rows, TokenPlaces(rows.flatten().argsort()[:tokens]))  # padding is last
 
 
 def is_asynchronous(device: torch.device) -> bool:
@@ -118,9 +119,9 @@ def is_capturing(device: torch.device) -> bool:
 
 
 @contextmanager
-def held_indices() -> Iterator[dict[Any, Any]]:
+def held_indices(held: dict[Any, Any] | None = None) -> Iterator[dict[Any, Any]]:
     """What is made once inside the block stays in the dict that this gives: a captured graph reads it ever after."""
-    held: dict[Any, Any] = {}
+    held = {} if held is None else held
     token = _held.set(held)
     try:
         yield held
@@ -138,7 +139,7 @@ def _made(make: Callable[..., Any], *partition: Any) -> Any:
 
 _remembered = lru_cache(maxsize=128)(_made)
 _remembered_batch = lru_cache(maxsize=16)(_made)
-"""For what grows with the batch."""
+"""For what grows with the batch: the partitions of one model at two shapes."""
 
 
 def _made_once(make: Callable[..., Any], *partition: Any, remembered: Callable[..., Any] = _remembered) -> Any:

@@ -22,10 +22,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsevit_cli import kernels
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
 from sparsevit_cli.swin import Block
-from sparsevit_cli.windows import num_keep, window_grid
+from sparsevit_cli.windows import is_asynchronous, num_keep, window_grid
 
 from .inputs import InputSize, Measured, evaluating, example_input, image_shape, named_stages, stem_name, uncompiled
 from .memory import memory_errors
@@ -86,18 +87,22 @@ def count_macs(model: nn.Module, input_size: InputSize = 224, *, batch_size: int
 def padding_macs(model: nn.Module, x: Tensor) -> float:
     """Multiply-adds per image that `count_macs` counts and `kernels` leave out: those of padding, for images `x`.
 
-    Which windows are kept decides how much that is, so one forward pass runs. Zero where maps need no padding or
-    timm's own modules run.
+    Left out are linear layers; attention, a few percent of a block, is counted for whole windows. Which windows are
+    kept decides how much that is, so one forward pass runs. Zero where maps need no padding, where timm's own modules
+    run, and where padding is masked instead.
     """
     left_out = 0
 
     def count(block: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         nonlocal left_out
-        if kwargs.get("plain") is not None:
-            rows, (batch, height, width, _) = kwargs["rows"], args[0].shape
-            grid = window_grid(height, width, block.window_size)
-            padding = int((rows == batch * height * width).sum())
-            left_out += padding * _row_macs(block, with_mlp=rows.shape[1] < math.prod(grid))
+        if kwargs.get("plain") is None:
+            return
+        rows, (batch, height, width, _) = kwargs["rows"], args[0].shape
+        skips = rows.shape[1] < math.prod(window_grid(height, width, block.window_size))
+        if skips and kwargs["plain"].run_windows_ is kernels.run_windows_ and is_asynchronous(x.device):
+            return
+        layers = (block.attn.qkv, block.attn.proj, *((block.mlp,) if skips else ()))
+        left_out += int((rows == batch * height * width).sum()) * sum(map(weights_in, layers))
 
     count.keeps_nothing = True  # type: ignore[attr-defined]
     blocks = [block for _, stage in named_stages(model) for block in stage.blocks]
@@ -203,15 +208,10 @@ def block_macs(block: Block, height: int, width: int, tenths: int) -> int:
     num_windows, area = rows * cols, block.window_area
     kept = num_keep(num_windows, tenths)
     mlp_rows = kept * area if kept < num_windows else height * width
-    windowed = kept * area * _row_macs(block, with_mlp=False) + mlp_rows * weights_in(block.mlp)
-    return int(windowed + _position_macs(block.attn))
-
-
-def _row_macs(block: Block, *, with_mlp: bool) -> int:
-    """Multiply-adds of one token of a window."""
-    attention = 2 * block.window_area * block.attn.proj.in_features  # q @ k and attn @ v over all heads
+    attention = 2 * area * block.attn.proj.in_features  # per token: q @ k and attn @ v over all heads
     projections = weights_in(block.attn.qkv) + weights_in(block.attn.proj)
-    return int(projections + attention + with_mlp * weights_in(block.mlp))
+    windowed = kept * area * (projections + attention) + mlp_rows * weights_in(block.mlp)
+    return int(windowed + _position_macs(block.attn))
 
 
 def _position_macs(attn: Any) -> int:

@@ -136,37 +136,51 @@ def authors_flow(model: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def oracle() -> Iterator[None]:
-    """O: our kernels on equally many windows that lie together, without scores and ranking.
+def oracle(memory: dict[Any, Any]) -> Iterator[None]:
+    """O: our kernels on equally many windows, whose rows follow each other, without scores and ranking.
 
     Instead of gather and scatter a chunk is read where it stands, and written back by one plain copy; kernels that move
-    rows themselves get rows that follow each other. The outputs mean nothing. What a sparse model takes longer than
-    this is the sparsity tax.
+    rows themselves get rows that follow each other. Windows are spread over the map, so that as many as in earnest have
+    padding, and keep it. The outputs mean nothing. What a sparse model takes longer than this is the sparsity tax.
+    `memory` keeps what is the same in every forward of one model and shape.
     """
     place = [0]
 
     def read(tokens: Tensor, rows: Tensor) -> Tensor:
+        if len(rows) > len(tokens):  # with padding that is computed
+            return tokens.index_select(0, rows)
         place[0] = place[0] if place[0] + len(rows) <= len(tokens) else 0
         return tokens.narrow(0, place[0], len(rows))
 
     def write(tokens: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+        if len(rows) > len(tokens):
+            return tokens.index_copy_(0, rows, values)
         tokens.narrow(0, place[0], len(rows)).copy_(values)
         place[0] += len(rows)
         return tokens
 
     def in_order(token_index: Tensor, keep_indices: Tensor, num_tokens: int, *, scratch_row: bool) -> Tensor:
-        batch, kept = keep_indices.shape
-        rows = torch.arange(batch * kept * token_index.shape[1], device=keep_indices.device)
-        return rows.clamp_(max=batch * num_tokens).view(batch, kept, -1)  # past the map it is padding
+        key = ("rows", num_tokens, token_index.shape, keep_indices.shape)
+        if key not in memory:
+            is_token = token_index[keep_indices] != num_tokens  # B, K, N
+            order = is_token.flatten().cumsum(0).view_as(is_token) - 1
+            memory[key] = torch.where(is_token, order, len(keep_indices) * num_tokens)
+        return memory[key]  # type: ignore[no-any-return]
+
+    def spread(scores: Tensor, count: int) -> Tensor:
+        key = ("windows", scores.shape)
+        if key not in memory:  # every prefix is spread, for multiples of the golden ratio are
+            memory[key] = (torch.arange(scores.shape[1], device=scores.device) * 0.618034 % 1).argsort()
+        return memory[key][:count].expand(len(scores), -1)  # type: ignore[no-any-return]
 
     functions: dict[str, Callable[..., Any]] = {
         "token_magnitude": lambda x, importance: x.new_zeros(x.shape[0], x.shape[1] * x.shape[2]),
         "window_scores": lambda magnitude, index: magnitude[:, : len(index)],
-        "rank_windows": lambda scores, count: torch.arange(count, device=scores.device).expand(len(scores), -1),
+        "rank_windows": spread,
         "flat_rows": in_order,
         "gather_rows": read,
         "scatter_rows_": write,
     }
     ranking = {"chosen_ranking": lambda name, device: windows.score_and_rank}  # which calls those above
-    with replaced(windows, functions), replaced(kernels, ranking):
+    with windows.held_indices(memory), replaced(windows, functions), replaced(kernels, ranking):
         yield

@@ -31,8 +31,8 @@ PEAKS = {
     "NVIDIA A100-SXM4-80GB": Peak({"bf16": 255.0, "fp16": 255.0}, 1.8),
     "NVIDIA RTX A6000": Peak({"bf16": 155.0, "fp16": 155.0}, 0.77),
 }
-"""By the beginning of a device's name; matrix units on dense operands, as sustained rather than as printed:
-about 0.81 of the arithmetic and 0.9 of the memory bandwidth that the data sheets name.
+"""By the beginning of a device's name; matrix units on dense operands, as sustained rather than as printed. H200 and
+A100 by their data sheets, at the H100's shares: 0.81 of the arithmetic, 0.9 of the memory bandwidth.
 """
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -87,6 +87,7 @@ class _Ranking:
         self.stage, self.height, self.width = stage, height, width
         self.score_and_rank = score_and_rank
         self.ranked: dict[_Partition, dict[str, Tensor]] = {}
+        self.all: dict[_Partition, dict[str, Any]] = {}
 
     def keep(self, x: Tensor, number: int) -> dict[str, Tensor]:
         """Arguments that make block `number` compute the windows it keeps of its map `x`; none where it keeps all."""
@@ -100,7 +101,10 @@ class _Ranking:
     def all_windows(self, x: Tensor, number: int) -> dict[str, Any]:
         """Arguments that make block `number` compute all windows."""
         partition = self._partition(number)
-        return windows.all_windows_of(self.height, self.width, *partition, x.shape[0], x.device)._asdict()
+        if partition not in self.all:
+            every = windows.all_windows(self.height, self.width, *partition, x.shape[0], x.device)
+            self.all[partition] = every._asdict()
+        return self.all[partition]
 
     def _partition(self, number: int) -> _Partition:
         block = self.stage.blocks[number]

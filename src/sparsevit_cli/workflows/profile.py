@@ -53,7 +53,10 @@ MACS_TOLERANCE = 0.005
 
 @dataclass(frozen=True)
 class ProfileRow:
-    """One measured cell. Latency is milliseconds per batch: median and 95 % interval; speed-up is against dense."""
+    """One measured cell. Latency is milliseconds per batch: median and 95 % interval; speed-up is against dense.
+
+    Peak memory is that of plain PyTorch in every mode.
+    """
 
     label: str
     ratios: tuple[tuple[float, ...], ...] | None
@@ -134,9 +137,6 @@ def profile_target(
         named = {"experiment": model, "model": _named_model(model)}
         session = session.replaced(config=session.config.model_copy(update=named))
     section = session.config.profile
-    if section.mode == "graph" and session.device.type != "cuda":
-        got = f"graph, but {session.device} has no CUDA graphs"
-        raise ConfigError("profile.mode", got, "Choose eager or compile, or give --device cuda.")
     sizes = parse_sizes(img_size) if img_size is not None else tuple(map(as_pair, section.image_sizes))
     sizes = sizes or (session.img_size,)
     depths = model_depths(built(session, sizes[0]))
@@ -157,6 +157,9 @@ def profile_model(
     measured `retries` times more, and then marked in its rows. Raises CheckpointError where there is no winner and no
     ratios are given.
     """
+    if session.config.profile.mode == "graph" and session.device.type != "cuda":
+        got = f"graph, but {session.device} has no CUDA graphs"
+        raise ConfigError("profile.mode", got, "Choose eager or compile, or give --device cuda.")
     target = profile_target(session, model=model, img_size=img_size, ratios=ratios)
     session, sizes, config = target.session, target.sizes, target.config
     section = session.config.profile
