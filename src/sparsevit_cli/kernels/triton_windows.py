@@ -1,11 +1,11 @@
 """Triton kernels for a Swin block on some of its windows, and for scoring and ranking them.
 
-A block that normalises first (V1) takes four launches, five where a fused MLP would not fit: gather, norm and qkv;
-window attention; projection and residual; norm, MLP, residual and scatter. One that normalises after (V2, V2-CR) takes
-seven: gather and qkv; window attention of cosines; projection; norm and residual; the MLP in two; norm, residual and
-scatter. On a padded map one or two more come first, which find the tokens among the slots of the windows: nothing is
-computed for padding. Imported only where Triton is there; with TRITON_INTERPRET=1 set beforehand, everything runs on a
-CPU, slowly.
+A block that normalises first (V1) takes four launches: gather, norm and qkv; window attention; projection and residual;
+norm, MLP, residual and scatter. Where rows are wide it takes seven: the statistics of each norm come first, and the
+MLP takes two. One that normalises after (V2, V2-CR) takes seven: gather and qkv; window attention of cosines;
+projection; norm and residual; the MLP in two; norm, residual and scatter. On a padded map one or two more come first,
+which find the tokens among the slots of the windows: nothing is computed for padding. Imported only where Triton is
+there; with TRITON_INTERPRET=1 set beforehand, everything runs on a CPU, slowly.
 
 Shapes: R = M*N slots of M kept windows of N tokens, C channels, h heads of D, T rows of all maps; a row T is padding.
 """
