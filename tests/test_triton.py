@@ -29,6 +29,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 compute_bfloat16_as_a_gpu = pytest.importorskip("interpreted").compute_bfloat16_as_a_gpu
 triton_code = pytest.importorskip("sparsevit_cli.kernels.triton_code")
+triton_tuning = pytest.importorskip("sparsevit_cli.kernels.triton_tuning")
 triton_windows = pytest.importorskip("sparsevit_cli.kernels.triton_windows")
 
 
@@ -224,6 +225,66 @@ def test_equal_scores_and_nan_fill_every_place() -> None:
     x[0, :14] = float("nan")
     ((keep, _),) = triton_windows.score_and_rank(x, [index], 12, "l2")
     assert sorted(keep[0].tolist()) == list(range(12))
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_launch_may_be_repeated(norm_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuning does it: no kernel reads what it writes."""
+    arguments = arranged(32, 1, 7, (8, 9), True, 1, norm_first=norm_first)
+    launch, launched = triton_windows._launch, []
+
+    def thrice(name: str, *rest: Any, **more: Any) -> None:
+        launched.append(name)
+        for _ in range(3):
+            launch(name, *rest, **more)
+
+    monkeypatch.setattr(triton_windows, "_launch", thrice)
+    assert_equal_to_portable(triton_windows.run_windows_, *arguments, 2e-6)
+    assert launched[:2] == ["project_kernel", "attention_kernel"]
+
+
+def test_the_fastest_candidate_is_found_once_per_class_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate of every kernel computes the same; a timer that prefers the last one decides."""
+    runs = []
+
+    def measure(run: Any, quantiles: tuple[float, ...]) -> list[float]:
+        run()
+        runs.append(run)
+        return [1 / len(runs)] * len(quantiles)
+
+    tuners = {
+        name: triton_tuning.tuned(getattr(triton_code, name), tunable, measure)
+        for name, tunable in triton_tuning.TUNABLE.items()
+    }
+    monkeypatch.setattr(triton_tuning, "is_on", lambda: True)
+    monkeypatch.setattr(triton_windows, "_tuned", lambda name, _: tuners[name])
+    assert triton_windows.version() == f"{triton.__version__}, tuned"
+    arguments = arranged(32, 1, 7, (8, 9), True, 1)
+    for _ in range(2):
+        assert_equal_to_portable(triton_windows.run_windows_, *arguments, 2e-6)
+    sizes = {name: len(tunable.candidates) for name, tunable in triton_tuning.TUNABLE.items()}
+    assert len(runs) == 2 * sizes["project_kernel"] + sizes["attention_kernel"] + sizes["mlp_kernel"]
+    for name, tuner in tuners.items():
+        last = triton_tuning.TUNABLE[name].candidates[-1]
+        assert all(last.items() <= chosen.all_kwargs().items() for chosen in tuner.cache.values())
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = [object(), object()]
+    assert triton_tuning._first_in_capture(candidates, {}) == candidates
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert triton_tuning._first_in_capture(candidates, {}) == candidates[:1]
+
+
+def test_tuning_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(triton_tuning.VARIABLE, raising=False)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert not triton_tuning.is_on()
+    monkeypatch.setenv(triton_tuning.VARIABLE, "1")
+    assert triton_tuning.is_on()
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    assert not triton_tuning.is_on()
 
 
 def test_what_the_kernels_do_not_take_is_told() -> None:

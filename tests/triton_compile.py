@@ -70,23 +70,32 @@ def _is_aligned(value: object) -> bool:
     return isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
 
 
-def launch(channels: int, dtype: torch.dtype, *, norm_first: bool = True, padded: bool = True) -> None:
+def launch(
+    channels: int,
+    dtype: torch.dtype,
+    *,
+    norm_first: bool = True,
+    padded: bool = True,
+    side: int = 7,
+    head_dim: int = 32,
+) -> None:
     """A shifted block of V1 or V2, on more windows than one program compacts."""
 
     def affine(inner: int, outer: int) -> Affine:
         return Affine(torch.zeros(outer, inner, dtype=dtype), torch.zeros(outer, dtype=dtype))
 
     norm = Norm(torch.ones(channels, dtype=dtype), torch.zeros(channels, dtype=dtype), 1e-5)
-    heads = channels // 32
+    heads = channels // head_dim
     block = BlockWeights(
         norm1=norm, qkv=affine(channels, 3 * channels), proj=affine(channels, channels), norm2=norm,
         fc1=affine(channels, 4 * channels), fc2=affine(4 * channels, channels), num_heads=heads,
-        scale=32**-0.5 if norm_first else 1.0, norm_first=norm_first,
+        scale=head_dim**-0.5 if norm_first else 1.0, norm_first=norm_first,
         cosine_scale=None if norm_first else torch.ones(heads, 1, 1, dtype=dtype),
     )  # fmt: skip
     assert triton_windows.supports(block)
-    index = windows.window_token_index(20, 20, (7, 7), (3, 3), torch.device("cpu")).repeat(20, 1)
-    tokens, bias = torch.zeros(400, channels, dtype=dtype), torch.zeros(4, heads, 49, 49, dtype=dtype)
+    window, shift = (side, side), (side // 2, side // 2)
+    index = windows.window_token_index(20, 20, window, shift, torch.device("cpu")).repeat(20, 1)
+    tokens, bias = torch.zeros(400, channels, dtype=dtype), torch.zeros(4, heads, side**2, side**2, dtype=dtype)
     bias_class = torch.zeros(len(index), dtype=torch.int64)
     triton_windows.run_windows_(tokens, index, block, bias, bias_class, padded=padded)
 
@@ -102,7 +111,7 @@ def launch_few() -> None:
     launch(96, torch.bfloat16)
     launch(96, torch.bfloat16, norm_first=False, padded=False)
     launch(384, torch.bfloat16, padded=False)  # does not fuse the MLP
-    launch(96, torch.float32)
+    launch(176, torch.float32, head_dim=44)
     for batch, count in ((2, 3), (1, 1)):
         rank(batch, count, torch.bfloat16)
 
@@ -113,6 +122,8 @@ def launch_all() -> None:
             for norm_first in (True, False):
                 for padded in (True, False):
                     launch(channels, dtype, norm_first=norm_first, padded=padded)
+        for side, head_dim in ((12, 32), (7, 44)):
+            launch(4 * head_dim, dtype, norm_first=False, side=side, head_dim=head_dim)
         for batch, count in ((2, 3), (1, 1)):
             rank(batch, count, dtype)
 

@@ -1,7 +1,8 @@
 """The code of Triton's kernels: what one program does with a block of rows, or a head of a window.
 
-Pointers first, then sizes, then what is compiled in. Rows are contiguous, in one of three types of floating point;
-matrix products, norms and scores are summed up in float32. No kernel reads what it writes: a launch may be repeated.
+Pointers first, then sizes, then what is compiled in; `size_class` is what tuned settings are chosen by. Rows are
+contiguous, in one of three types of floating point; matrix products, norms and scores are summed up in float32. No
+kernel reads what it writes: a launch may be repeated.
 """
 
 from __future__ import annotations
@@ -97,10 +98,10 @@ def statistics_kernel(
     tl.store(statistics + 2 * r + 1, rstd, mask=r < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size_class"])
 def project_kernel(
     x, rows, norm_weight, norm_bias, weight, bias, residual, out, statistics, true_count,
-    count, in_features, out_features, eps,
+    count, size_class, in_features, out_features, eps,
     PADDED: tl.constexpr, GATHER: tl.constexpr, NORM: tl.constexpr, STATISTICS: tl.constexpr, BIAS: tl.constexpr,
     GELU: tl.constexpr, RESIDUAL: tl.constexpr, GATHER_RESIDUAL: tl.constexpr, SCATTER: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -162,9 +163,9 @@ def _place_of(slot, places, is_slot, PADDED: tl.constexpr):
     return place, is_slot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size_class"])
 def attention_kernel(
-    qkv, places, qkv_bias, bias, bias_class, cosine_scale, out, scale, area, num_heads, head_dim,
+    qkv, places, qkv_bias, bias, bias_class, cosine_scale, out, scale, size_class, area, num_heads, head_dim,
     PADDED: tl.constexpr, QKV_BIAS: tl.constexpr, HAS_CLASS: tl.constexpr, COSINE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -220,10 +221,10 @@ def attention_kernel(
     tl.store(place, value.to(out.dtype.element_ty), mask=is_query[:, None] & is_dim[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size_class"])
 def mlp_kernel(
     kept, rows, norm_weight, norm_bias, weight1, bias1, weight2, bias2, tokens, true_count,
-    count, channels, hidden, eps,
+    count, size_class, channels, hidden, eps,
     PADDED: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip

@@ -1,20 +1,21 @@
 """Triton kernels for a Swin block on some of its windows, and for scoring and ranking them.
 
-A block that normalises first (V1) takes four launches, five where a fused MLP would not fit: gather, norm and qkv;
-window attention; projection and residual; norm, MLP, residual and scatter. One that normalises after (V2, V2-CR) takes
-seven: gather and qkv; window attention of cosines; projection; norm and residual; the MLP in two; norm, residual and
-scatter. On a padded map one or two more come first, which find the tokens among the slots of the windows: nothing is
-computed for padding. Imported only where Triton is there; with TRITON_INTERPRET=1 set beforehand, everything runs on a
-CPU, slowly.
+A block that normalises first (V1) takes four launches: gather, norm and qkv; window attention; projection and residual;
+norm, MLP, residual and scatter. Where rows are wide it takes seven: the statistics of each norm come first, and the
+MLP takes two. One that normalises after (V2, V2-CR) takes seven: gather and qkv; window attention of cosines;
+projection; norm and residual; the MLP in two; norm, residual and scatter. On a padded map one or two more come first,
+which find the tokens among the slots of the windows: nothing is computed for padding. Imported only where Triton is
+there; with TRITON_INTERPRET=1 set beforehand, everything runs on a CPU, slowly.
 
 Shapes: R = M*N slots of M kept windows of N tokens, C channels, h heads of D, T rows of all maps; a row T is padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,6 +24,7 @@ from torch import Tensor
 from sparsevit_cli import windows
 
 from . import triton_code as code
+from . import triton_tuning
 from .linear import Affine
 from .windowed import BlockWeights, Norm
 
@@ -67,8 +69,8 @@ def supports(block: BlockWeights) -> bool:
 
 
 def version() -> str:
-    """Of Triton: what is compiled depends on it."""
-    return str(triton.__version__)
+    """Of Triton, on which what is compiled depends, and whether launches are tuned."""
+    return f"{triton.__version__}{', tuned' if triton_tuning.is_on() else ''}"
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -159,14 +161,19 @@ def _project(
     out_features, in_features = weight.shape
     out = x.new_empty(len(kept.rows), out_features) if into is None else into
     statistics = None if norm is None or _is_held_whole(x) else _statistics(x, norm, kept, gather=gather)
-    block_r, block_o = 64, _power(out_features, 64)
-    code.project_kernel[(triton.cdiv(len(kept.rows), block_r), triton.cdiv(out_features, block_o))](
+    settings = {"BLOCK_R": 64, "BLOCK_O": _power(out_features, 64), "BLOCK_I": _power(in_features, 32)}
+
+    def grid(chosen: Mapping[str, int]) -> tuple[int, ...]:
+        return triton.cdiv(len(kept.rows), chosen["BLOCK_R"]), triton.cdiv(out_features, chosen["BLOCK_O"])
+
+    _launch(
+        "project_kernel", grid, settings | {"num_warps": 4, "num_stages": 3},
         x, kept.rows, _or(norm and norm.weight, x), _or(norm and norm.bias, x), weight, _or(bias, x),
-        _or(residual, x), out, _or(statistics, x), _or(kept.true_count, x), len(kept.rows), in_features, out_features,
-        norm.eps if norm else 0.0, PADDED=kept.true_count is not None, GATHER=gather, NORM=norm is not None,
-        STATISTICS=statistics is not None, BIAS=bias is not None, GELU=gelu,
-        RESIDUAL=residual is not None, GATHER_RESIDUAL=gather_residual, SCATTER=into is not None,
-        PRECISION=_precision(x), BLOCK_R=block_r, BLOCK_O=block_o, BLOCK_I=_power(in_features, 32),
+        _or(residual, x), out, _or(statistics, x), _or(kept.true_count, x), len(kept.rows),
+        triton_tuning.size_class(len(kept.rows)), in_features, out_features, norm.eps if norm else 0.0,
+        PADDED=kept.true_count is not None, GATHER=gather, NORM=norm is not None, STATISTICS=statistics is not None,
+        BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None, GATHER_RESIDUAL=gather_residual,
+        SCATTER=into is not None, PRECISION=_precision(x),
         BLOCK_C=_power(in_features) if norm and statistics is None else 16,
     )  # fmt: skip
     return out
@@ -198,12 +205,19 @@ def _attend(
     head_dim = channels // block.num_heads
     out = qkv.new_empty(len(qkv), channels)
     block_q = _power(area, 64)
-    code.attention_kernel[(count, block.num_heads, triton.cdiv(area, block_q))](
+    stages = 1 if area <= block_q else 2  # with one step there is nothing to overlap, and memory to save
+    settings = {"BLOCK_Q": block_q, "BLOCK_K": block_q, "num_warps": 4, "num_stages": stages}
+
+    def grid(chosen: Mapping[str, int]) -> tuple[int, ...]:
+        return count, block.num_heads, triton.cdiv(area, chosen["BLOCK_Q"])
+
+    _launch(
+        "attention_kernel", grid, settings,
         qkv, _or(kept.places, qkv), _or(block.qkv.bias, qkv), bias.contiguous(), _or(bias_class, qkv),
-        _or(block.cosine_scale, qkv), out, block.scale, area, block.num_heads, head_dim,
-        PADDED=kept.places is not None, QKV_BIAS=block.qkv.bias is not None, HAS_CLASS=bias_class is not None,
-        COSINE=block.cosine_scale is not None, PRECISION=_precision(qkv),
-        BLOCK_Q=block_q, BLOCK_K=block_q, BLOCK_D=_power(head_dim),
+        _or(block.cosine_scale, qkv), out, block.scale, triton_tuning.size_class(count), area, block.num_heads,
+        head_dim, PADDED=kept.places is not None, QKV_BIAS=block.qkv.bias is not None,
+        HAS_CLASS=bias_class is not None, COSINE=block.cosine_scale is not None, PRECISION=_precision(qkv),
+        BLOCK_D=_power(head_dim),
     )  # fmt: skip
     return out
 
@@ -235,14 +249,39 @@ def _mlp_(tokens: Tensor, x: Tensor, block: BlockWeights, kept: _Kept) -> None:
     count, channels = x.shape
     hidden = block.fc1.weight.shape[0]
     block_c = _power(channels)
-    block_r = 64 if block_c * x.element_size() <= MAX_FUSED_BYTES // 2 else 32
-    code.mlp_kernel[(triton.cdiv(count, block_r),)](
+    settings = {"BLOCK_R": 64 if block_c * x.element_size() <= MAX_FUSED_BYTES // 2 else 32, "BLOCK_H": 32}
+
+    def grid(chosen: Mapping[str, int]) -> tuple[int, ...]:
+        return (triton.cdiv(count, chosen["BLOCK_R"]),)
+
+    _launch(
+        "mlp_kernel", grid, settings | {"num_warps": 8 if block_c > 128 else 4, "num_stages": 2},
         x, kept.rows, block.norm2.weight, block.norm2.bias, block.fc1.weight, _or(block.fc1.bias, x),
-        block.fc2.weight, _or(block.fc2.bias, x), tokens, _or(kept.true_count, x), count, channels, hidden,
-        block.norm2.eps, PADDED=kept.true_count is not None, BIAS1=block.fc1.bias is not None,
-        BIAS2=block.fc2.bias is not None, PRECISION=_precision(x), BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_H=32,
-        num_warps=8 if block_c > 128 else 4, num_stages=2,
+        block.fc2.weight, _or(block.fc2.bias, x), tokens, _or(kept.true_count, x), count,
+        triton_tuning.size_class(count), channels, hidden, block.norm2.eps, PADDED=kept.true_count is not None,
+        BIAS1=block.fc1.bias is not None, BIAS2=block.fc2.bias is not None, PRECISION=_precision(x), BLOCK_C=block_c,
     )  # fmt: skip
+
+
+def _launch(
+    name: str,
+    grid: Callable[[Mapping[str, int]], tuple[int, ...]],
+    settings: Mapping[str, int],
+    x: Tensor,
+    *arguments: object,
+    **compiled_in: object,
+) -> None:
+    """Launch a kernel with `settings`, or with those measured to be best where that was asked for."""
+    if triton_tuning.is_on():
+        _tuned(name, x.device)[grid](x, *arguments, **compiled_in)
+    else:
+        getattr(code, name)[grid](x, *arguments, **compiled_in, **settings)
+
+
+@lru_cache
+def _tuned(name: str, device: torch.device) -> Any:
+    """Of each GPU its own: another one wants other settings."""
+    return triton_tuning.tuned(getattr(code, name), triton_tuning.TUNABLE[name])
 
 
 def _power(size: int, most: int | None = None) -> int:
