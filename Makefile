@@ -40,10 +40,10 @@ bench: install
 	    --set profile.seconds=1 --set kernels=$(BENCH_KERNELS) && $(BIN)/python benchmarks/collect.py benchmarks/runs/$(BENCH_MODEL)/rivals || exit; \
 	done; done; done
 
-# On a machine with a GPU: every kernel is tested there first, then both engines are measured.
+# On a machine with a GPU: every kernel is tested there, then both engines are measured, Triton's with tuned launches.
 bench-gpu: test-gpu
 	$(MAKE) bench BENCH_KERNELS=portable
-	$(MAKE) bench BENCH_KERNELS=triton
+	SPARSEVIT_TUNE=1 $(MAKE) bench BENCH_KERNELS=triton
 
 quality: install
 	$(BIN)/ruff check $(SOURCES)

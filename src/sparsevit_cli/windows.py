@@ -89,23 +89,29 @@ def all_windows(
     """
     partition = (height, width, window_size, shift_size, batch, device)
     if not is_asynchronous(device):
-        return AllWindows(*_all_rows(*partition), None)
-    return _made_once(_all_windows, *partition, remembered=_remembered_batch)  # type: ignore[no-any-return]
+        return _all_windows(*partition)
+    return _made_once(_all_windows_and_places, *partition, remembered=_remembered_batch)  # type: ignore[no-any-return]
 
 
-def _all_rows(height: int, width: int, *partition: Any) -> tuple[Tensor, Tensor]:
-    *window, batch, device = partition
-    index = token_index_of(height, width, *window, device)  # n, N
+def _all_windows(
+    height: int,
+    width: int,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int],
+    batch: int,
+    device: torch.device,
+) -> AllWindows:
+    index = token_index_of(height, width, window_size, shift_size, device)  # n, N
     every = torch.arange(len(index), device=device).expand(batch, -1)
-    return every, rows_of(every, index, height * width)
+    return AllWindows(every, rows_of(every, index, height * width), None)
 
 
-def _all_windows(height: int, width: int, *partition: Any) -> AllWindows:
-    every, rows = _all_rows(height, width, *partition)
-    tokens = len(rows) * height * width
-    if rows.numel() == tokens:
-        return AllWindows(every, rows, None)
-    return AllWindows(every, rows, TokenPlaces(rows.flatten().argsort()[:tokens]))  # padding is last
+def _all_windows_and_places(height: int, width: int, *partition: Any) -> AllWindows:
+    found = _all_windows(height, width, *partition)
+    tokens = len(found.rows) * height * width
+    if found.rows.numel() == tokens:
+        return found
+    return found._replace(places=TokenPlaces(found.rows.flatten().argsort()[:tokens]))  # padding is last
 
 
 def is_asynchronous(device: torch.device) -> bool:
