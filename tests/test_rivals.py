@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -13,7 +12,7 @@ from torch import nn
 
 from sparsevit_cli import windows
 from sparsevit_cli.kernels import Kernels, native, windowed
-from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, oracle, with_fused_attention
+from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, foreseen, oracle, with_fused_attention
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import set_sparsity, sparsify_, without_kernels
 from sparsevit_cli.workflows.rivals import measure_rivals
@@ -56,10 +55,11 @@ def test_the_oracle_skips_moves_and_ranking_and_leaves_all_as_it_was(
 ) -> None:
     model = sparsify_(swin(img_size=img_size), kernels=kernels)
     set_sparsity(model, 0.5)
+    x = torch.randn(1, 3, img_size, img_size)
+    memory = foreseen(model, x)
     before = {name: getattr(windows, name) for name in ("gather_rows", "scatter_rows_", "rank_windows", "flat_rows")}
     for owner, name in ((torch, "topk"), (native, "score_and_rank")):
         monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("the oracle scores or ranks"))
-    x, memory = torch.randn(1, 3, img_size, img_size), dict[Any, Any]()
     for _ in range(2):
         with torch.inference_mode(), oracle(memory):
             assert model(x).isfinite().all()
@@ -72,19 +72,20 @@ def test_the_oracle_computes_as_much_as_ours_and_leaves_nothing_behind(
     ratios: object, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(windows, "is_asynchronous", lambda device: asynchronous)
-    model, x = sparsify_(swin(img_size=248), kernels="portable", importance="random"), torch.randn(2, 3, 248, 248)
+    model, x = sparsify_(swin(img_size=248), kernels="portable"), torch.randn(2, 3, 248, 248)
     set_sparsity(model, ratios)  # type: ignore[arg-type]
     windows._remembered_batch.cache_clear()
     rows = list[int]()
     linear = windowed.layer_norm
     monkeypatch.setattr(windowed, "layer_norm", lambda y, norm: rows.append(len(y)) or linear(y, norm))
-    with torch.inference_mode(), oracle({}):
+    memory = foreseen(model, x)
+    expected, rows[:] = list(rows), []
+    with torch.inference_mode(), oracle(memory):
         model(x)
-    perfect, rows[:] = sum(rows), []
+    assert rows == expected
     with torch.inference_mode():
         first = model(x)
-    assert sum(rows) == pytest.approx(perfect, rel=0.03)
-    with torch.inference_mode(), oracle({}):
+    with torch.inference_mode(), oracle(memory):
         model(x)
     with torch.inference_mode():
         assert torch.equal(model(x), first)

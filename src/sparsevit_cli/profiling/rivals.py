@@ -18,6 +18,7 @@ from sparsevit_cli import kernels, windows
 from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.swin import SparseSwinTransformerStage, sparse_stages
 
+from .inputs import evaluating
 from .timeline import replaced
 
 Compile = Callable[[nn.Module], Any]
@@ -135,16 +136,38 @@ def authors_flow(model: nn.Module) -> nn.Module | None:
     return clone
 
 
+Memory = dict[Any, Any]
+"""What an oracle knows of one model and one batch of images."""
+
+
+def foreseen(model: nn.Module, x: Tensor) -> Memory:
+    """What `oracle` needs: the windows that `model` keeps of images `x`, found in one forward."""
+    memory: Memory = {}
+    real = kernels.chosen_ranking
+
+    def watched(name: str, device: torch.device) -> kernels.ScoreAndRank:
+        def score_and_rank(x: Tensor, token_indices: Any, count: int, importance: Any) -> list[tuple[Tensor, Tensor]]:
+            found = real(name, device)(x, token_indices, count, importance)
+            num_rows = x.shape[0] * x.shape[1] * x.shape[2]
+            memory[_ranking_key(x, count)] = [(keep, _following(rows, num_rows)) for keep, rows in found]
+            return found
+
+        return score_and_rank
+
+    with evaluating(model), replaced(kernels, {"chosen_ranking": watched}):
+        model(x)
+    return memory
+
+
 @contextmanager
-def oracle(memory: dict[Any, Any]) -> Iterator[None]:
-    """O: our kernels on equally many windows, whose rows follow each other, without scores and ranking.
+def oracle(memory: Memory) -> Iterator[None]:
+    """O: our kernels on equally many windows and tokens, whose rows follow each other, without scores and ranking.
 
     Instead of gather and scatter a chunk is read where it stands, and written back by one plain copy; kernels that move
-    rows themselves get rows that follow each other. Windows are spread over the map, so that as many as in earnest have
-    padding, and keep it. The outputs mean nothing. What a sparse model takes longer than this is the sparsity tax.
-    `memory` keeps what is the same in every forward of one model and shape.
+    rows themselves get rows that follow each other. The outputs mean nothing. What a sparse model takes longer than
+    this is the sparsity tax. `memory` is what was `foreseen` for this model and shape.
     """
-    place = [0]
+    place, flat_rows = [0], windows.flat_rows
 
     def read(tokens: Tensor, rows: Tensor) -> Tensor:
         if len(rows) > len(tokens):  # with padding that is computed
@@ -159,28 +182,27 @@ def oracle(memory: dict[Any, Any]) -> Iterator[None]:
         place[0] += len(rows)
         return tokens
 
-    def in_order(token_index: Tensor, keep_indices: Tensor, num_tokens: int, *, scratch_row: bool) -> Tensor:
-        key = ("rows", num_tokens, token_index.shape, keep_indices.shape)
+    def all_following(token_index: Tensor, keep_indices: Tensor, num_tokens: int, *, scratch_row: bool) -> Tensor:
+        key = (token_index.shape, keep_indices.shape, num_tokens)
         if key not in memory:
-            is_token = token_index[keep_indices] != num_tokens  # B, K, N
-            order = is_token.flatten().cumsum(0).view_as(is_token) - 1
-            memory[key] = torch.where(is_token, order, len(keep_indices) * num_tokens)
+            rows = flat_rows(token_index, keep_indices, num_tokens, scratch_row=scratch_row)
+            memory[key] = _following(rows, len(keep_indices) * num_tokens)
         return memory[key]  # type: ignore[no-any-return]
 
-    def spread(scores: Tensor, count: int) -> Tensor:
-        key = ("windows", scores.shape)
-        if key not in memory:  # every prefix is spread, for multiples of the golden ratio are
-            memory[key] = (torch.arange(scores.shape[1], device=scores.device) * 0.618034 % 1).argsort()
-        return memory[key][:count].expand(len(scores), -1)  # type: ignore[no-any-return]
+    def known(x: Tensor, token_indices: Any, count: int, importance: Any) -> list[tuple[Tensor, Tensor]]:
+        return memory[_ranking_key(x, count)]  # type: ignore[no-any-return]
 
-    functions: dict[str, Callable[..., Any]] = {
-        "token_magnitude": lambda x, importance: x.new_zeros(x.shape[0], x.shape[1] * x.shape[2]),
-        "window_scores": lambda magnitude, index: magnitude[:, : len(index)],
-        "rank_windows": spread,
-        "flat_rows": in_order,
-        "gather_rows": read,
-        "scatter_rows_": write,
-    }
-    ranking = {"chosen_ranking": lambda name, device: windows.score_and_rank}  # which calls those above
-    with windows.held_indices(memory), replaced(windows, functions), replaced(kernels, ranking):
+    moves: dict[str, Callable[..., Any]] = {"flat_rows": all_following, "gather_rows": read, "scatter_rows_": write}
+    ranking: dict[str, Callable[..., Any]] = {"chosen_ranking": lambda name, device: known}
+    with windows.held_indices(memory), replaced(windows, moves), replaced(kernels, ranking):
         yield
+
+
+def _ranking_key(x: Tensor, count: int) -> Any:
+    return x.shape, count
+
+
+def _following(rows: Tensor, padding: int) -> Tensor:
+    """Rows (B, K, N) that follow each other, `padding` where it was."""
+    is_token = rows != padding
+    return torch.where(is_token, is_token.flatten().cumsum(0).view_as(rows) - 1, padding)

@@ -20,8 +20,10 @@ from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import count_macs, padding_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
 from sparsevit_cli.profiling.rivals import (
+    Memory,
     authors_flow,
     dense_variants,
+    foreseen,
     frozen_variant,
     has_fused_attention,
     oracle,
@@ -197,7 +199,8 @@ def _contestants(
         sparse = session.sparsified_(with_fused_attention(dense, fused=False))
         set_sparsity(sparse, config)
         found[f"ours, {label}"] = _Contestant("ours", partial(_fastest(sparse), x), sparse, config, size)
-        found[f"oracle, {label}"] = _Contestant("O", partial(_as_oracle, _fastest(sparse), x, {}), sparse, config, size)
+        perfect = partial(_as_oracle, _fastest(sparse), x, foreseen(sparse, x))
+        found[f"oracle, {label}"] = _Contestant("O", perfect, sparse, config, size)
         theirs = authors_flow(sparse) if label in ("config 3", "60% everywhere") else None
         if theirs is not None:
             found[f"authors' flow, {label}"] = _Contestant("B0", partial(_fastest(theirs), x), theirs, config, size)
@@ -211,7 +214,7 @@ def _fastest(model: nn.Module) -> nn.Module:
     return accelerate_(copy.deepcopy(model)) if next(model.parameters()).is_cuda else model
 
 
-def _as_oracle(model: nn.Module, x: Tensor, memory: dict[Any, Any]) -> None:
+def _as_oracle(model: nn.Module, x: Tensor, memory: Memory) -> None:
     with oracle(memory):
         model(x)
 
