@@ -93,14 +93,8 @@ def all_windows(
     return _made_once(_all_windows_and_places, *partition, remembered=_remembered_batch)  # type: ignore[no-any-return]
 
 
-def _all_windows(
-    height: int,
-    width: int,
-    window_size: tuple[int, int],
-    shift_size: tuple[int, int],
-    batch: int,
-    device: torch.device,
-) -> AllWindows:
+def _all_windows(height: int, width: int, *partition: Any) -> AllWindows:
+    window_size, shift_size, batch, device = partition
     index = token_index_of(height, width, window_size, shift_size, device)  # n, N
     every = torch.arange(len(index), device=device).expand(batch, -1)
     return AllWindows(every, rows_of(every, index, height * width), None)
