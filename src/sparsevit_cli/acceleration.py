@@ -80,10 +80,12 @@ class GraphedForward:
         if not self._recordings or any(tensor.data_ptr() != place for tensor, place in self._weights):
             self._look_at_model()
         key = (x.shape, x.dtype, x.device, torch.is_inference_mode_enabled(), *map(_settings, self._stages))
-        stale = [key for key, recording in self._recordings.items() if not are_current(recording.biases)]
-        for old in stale:  # before another one takes memory
-            del self._recordings[old]
-        recording = self._recordings.pop(key, None) or record(self.model, x)
+        recording = self._recordings.pop(key, None)
+        if recording is None or not are_current(recording.biases):
+            recording = None  # stale graphs go before another one takes memory; a replay asks of its own alone
+            current = ((other, kept) for other, kept in self._recordings.items() if are_current(kept.biases))
+            self._recordings = OrderedDict(current)
+            recording = record(self.model, x)
         self._recordings[key] = recording  # the newest stands last
         if len(self._recordings) > MAX_GRAPHS:
             self._recordings.popitem(last=False)
