@@ -91,9 +91,10 @@ class _Scoring(ctypes.Structure):
     """`Scoring` of cpp/scoring.hpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("tokens", "plain", "shifted", "magnitude", "scores")),
+        *((name, ctypes.c_void_p) for name in (
+            "tokens", "plain", "shifted", "magnitude", "scores", "ranking", "rows")),
         *((name, ctypes.c_int64) for name in (
-            "batch", "num_tokens", "channels", "num_windows", "area", "is_l2", "threads")),
+            "batch", "num_tokens", "channels", "num_windows", "area", "count", "is_l2", "threads")),
     )  # fmt: skip
 
 
@@ -150,7 +151,7 @@ def embed_patches(x: Tensor, weights: EmbeddingWeights) -> Tensor | None:
 def score_and_rank(
     x: Tensor, token_indices: Sequence[Tensor], count: int, importance: windows.Importance
 ) -> list[tuple[Tensor, Tensor]]:
-    """As `windows.score_and_rank`."""
+    """As `windows.score_and_rank`; of equal scores the first window comes first."""
     batch, height, width, channels = x.shape
     if not _is_plain(x) or not _are_supported([x], channels):
         return windows.score_and_rank(x, token_indices, count, importance)
@@ -158,15 +159,18 @@ def score_and_rank(
     num_windows, area = plain.shape
     assert len(token_indices) <= 2, "a stage has windows and shifted windows"
     assert shifted is None or shifted.shape == plain.shape
-    magnitude = x.new_empty(batch, height * width, dtype=torch.float32)
-    scores = x.new_empty(len(token_indices), batch, num_windows, dtype=torch.float32)
+    magnitude = torch.empty(batch, height * width)
+    scores = torch.empty(len(token_indices), batch, num_windows)
+    ranking = torch.empty(scores.shape, dtype=torch.int64)
+    rows = torch.empty(len(token_indices), batch, count, area, dtype=torch.int64)
     call = _Scoring(
         tokens=x.data_ptr(), plain=plain.data_ptr(), shifted=_address(shifted), magnitude=magnitude.data_ptr(),
-        scores=scores.data_ptr(), batch=batch, num_tokens=height * width, channels=channels, num_windows=num_windows,
-        area=area, is_l2=importance == "l2", threads=torch.get_num_threads(),
+        scores=scores.data_ptr(), ranking=ranking.data_ptr(), rows=rows.data_ptr(), batch=batch,
+        num_tokens=height * width, channels=channels, num_windows=num_windows, area=area, count=count,
+        is_l2=importance == "l2", threads=torch.get_num_threads(),
     )  # fmt: skip
     load().run_scoring(ctypes.byref(call), x.dtype == torch.bfloat16)
-    return windows.rank(scores, token_indices, count, height * width)
+    return list(zip(ranking[:, :, :count], rows, strict=True))
 
 
 def supports(block: BlockWeights) -> bool:
@@ -250,8 +254,7 @@ def _run(function: Any, call: Any, workspace_bytes: Any, part: Any, dtype: torch
 def _workspace(nbytes: int) -> Tensor:
     """(nbytes,) from the start of a cache line on."""
     space = torch.empty(nbytes + LINE, dtype=torch.uint8, device="cpu")
-    start = -space.data_ptr() % LINE
-    return space[start : start + nbytes]
+    return space.narrow(0, -space.data_ptr() % LINE, nbytes)
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -86,12 +86,13 @@ class _Ranking:
     def __init__(self, stage: SparseStage, height: int, width: int, score_and_rank: kernels.ScoreAndRank) -> None:
         self.stage, self.height, self.width = stage, height, width
         self.score_and_rank = score_and_rank
+        self.counts = [self._counts(number) for number in range(len(stage.blocks))]
         self.ranked: dict[_Partition, dict[str, Tensor]] = {}
         self.all: dict[_Partition, dict[str, Any]] = {}
 
     def keep(self, x: Tensor, number: int) -> dict[str, Tensor]:
         """Arguments that make block `number` compute the windows it keeps of its map `x`; none where it keeps all."""
-        count, all_windows = self._counts(number)
+        count, all_windows = self.counts[number]
         if count == all_windows:
             return {}
         if not self.ranked:
@@ -125,7 +126,7 @@ class _Ranking:
             partitions.setdefault(self._partition(number), number)
         for window in dict.fromkeys(window for window, _ in partitions):  # timm has one size in all blocks of a stage
             same = {partition: number for partition, number in partitions.items() if partition[0] == window}
-            count, num_windows = self._counts(min(same.values()))
+            count, num_windows = self.counts[min(same.values())]
             ranked = self._ranked(x, [self._token_index(partition, x.device) for partition in same], count, num_windows)
             self.ranked |= {partition: _kept(*found) for partition, found in zip(same, ranked, strict=True)}
 

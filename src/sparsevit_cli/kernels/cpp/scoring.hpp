@@ -1,13 +1,15 @@
-// Scores of windows, for one or two partitions of the same maps; `windows.py` says what they are.
+// Scores of windows and their ranking, for one or two partitions of the same maps; `windows.py` says what they are.
 #pragma once
 #include "vectors.hpp"
 
 struct Scoring {  // the same fields in native.py
-    const void* tokens;             // (batch, num_tokens, channels)
+    const void* tokens;              // (batch, num_tokens, channels)
     const int64_t *plain, *shifted;  // (num_windows, area), num_tokens for padding; `shifted` may be null
-    float* magnitude;               // (batch, num_tokens)
-    float* scores;                  // (one or two partitions, batch, num_windows)
-    int64_t batch, num_tokens, channels, num_windows, area, is_l2, threads;
+    float* magnitude;                // (batch, num_tokens)
+    float* scores;                   // (one or two partitions, batch, num_windows)
+    int64_t* ranking;                // the same shape: windows, the `count` best ones first
+    int64_t* rows;                   // (partitions, batch, count, area), batch * num_tokens for padding
+    int64_t batch, num_tokens, channels, num_windows, area, count, is_l2, threads;
 };
 
 namespace {
@@ -23,10 +25,22 @@ float magnitude_of(const Real* token, const Scoring& call) {
     return call.is_l2 ? std::sqrt(sum(total)) : sum(total) / call.channels;
 }
 
+// Windows by falling score, NaN before all, and of equal scores the first one first.
+void rank(const float* scores, int64_t* ranking, const Scoring& call) {
+    std::iota(ranking, ranking + call.num_windows, 0);
+    std::partial_sort(ranking, ranking + call.count, ranking + call.num_windows, [&](int64_t one, int64_t other) {
+        const bool is_nan = scores[one] != scores[one], other_is_nan = scores[other] != scores[other];
+        if (is_nan != other_is_nan) return is_nan;
+        if (is_nan || scores[one] == scores[other]) return one < other;
+        return scores[one] > scores[other];
+    });
+}
+
 template <class Real>
 void run_scoring(const Scoring& call) {
     const long tokens = call.batch * call.num_tokens, windows = call.batch * call.num_windows;
     const long partitions = call.shifted ? 2 : 1;
+    const auto places_of = [&](long partition) { return partition ? call.shifted : call.plain; };
 #pragma omp parallel num_threads(call.threads)
     {
 #pragma omp for schedule(static)
@@ -34,8 +48,7 @@ void run_scoring(const Scoring& call) {
             call.magnitude[token] = magnitude_of(static_cast<const Real*>(call.tokens) + token * call.channels, call);
 #pragma omp for schedule(static)
         for (long number = 0; number < partitions * windows; ++number) {
-            const int64_t* places = number < windows ? call.plain : call.shifted;
-            places += number % call.num_windows * call.area;
+            const int64_t* places = places_of(number / windows) + number % call.num_windows * call.area;
             const float* magnitude = call.magnitude + number % windows / call.num_windows * call.num_tokens;
             float total = 0;
             for (long slot = 0; slot < call.area; ++slot) {
@@ -43,6 +56,20 @@ void run_scoring(const Scoring& call) {
                 total += share * share;
             }
             call.scores[number] = std::sqrt(total);
+        }
+#pragma omp for schedule(static)
+        for (long map = 0; map < partitions * call.batch; ++map)
+            rank(call.scores + map * call.num_windows, call.ranking + map * call.num_windows, call);
+#pragma omp for schedule(static)
+        for (long number = 0; number < partitions * call.batch * call.count; ++number) {
+            const long map = number / call.count, image = map % call.batch;
+            const int64_t window = call.ranking[map * call.num_windows + number % call.count];
+            const int64_t* places = places_of(map / call.batch) + window * call.area;
+            for (long slot = 0; slot < call.area; ++slot) {
+                const bool is_token = places[slot] < call.num_tokens;
+                call.rows[number * call.area + slot] = call.num_tokens * (is_token ? image : call.batch) +
+                                                       (is_token ? places[slot] : 0);
+            }
         }
     }
 }
