@@ -373,6 +373,18 @@ def check_scores_and_ranks(importance: windows.Importance, dtype: torch.dtype, s
                        windows.score_and_rank(x, indices, 9, importance)[0][0])  # fmt: skip
 
 
+def test_equal_scores_rank_in_order_and_nan_before_all() -> None:
+    x = torch.ones(2, 21, 28, 64)
+    x[:, :7, 14:21] = 2.0  # window 2 of 12
+    x[1, 7:14, :7] = torch.nan  # window 4 of the second image
+    index = windows.window_token_index(21, 28, (7, 7), (0, 0), CPU)
+    ((keep, _),) = native.score_and_rank(x, [index], 5, "l2")
+    assert keep.tolist() == [[2, 0, 1, 3, 4], [4, 2, 0, 1, 3]]
+    ((every, rows),) = native.score_and_rank(x, [index], 12, "l2")
+    assert every[0].tolist() == [2, 0, 1, *range(3, 12)]
+    assert torch.equal(rows, windows.rows_of(every, index, 21 * 28))
+
+
 def test_maps_of_other_widths_are_refused_as_torch_refuses_them() -> None:
     tokens, rows, weights, bias, _ = arranged(64, 2, 7, (14, 14), False, 1)
     with pytest.raises(RuntimeError):
