@@ -159,10 +159,10 @@ def score_and_rank(
     num_windows, area = plain.shape
     assert len(token_indices) <= 2, "a stage has windows and shifted windows"
     assert shifted is None or shifted.shape == plain.shape
-    magnitude = torch.empty(batch, height * width)
-    scores = torch.empty(len(token_indices), batch, num_windows)
-    ranking = torch.empty(scores.shape, dtype=torch.int64)
-    rows = torch.empty(len(token_indices), batch, count, area, dtype=torch.int64)
+    magnitude = x.new_empty(batch, height * width, dtype=torch.float32)
+    scores = x.new_empty(len(token_indices), batch, num_windows, dtype=torch.float32)
+    ranking = plain.new_empty(scores.shape)
+    rows = plain.new_empty(len(token_indices), batch, count, area)
     call = _Scoring(
         tokens=x.data_ptr(), plain=plain.data_ptr(), shifted=_address(shifted), magnitude=magnitude.data_ptr(),
         scores=scores.data_ptr(), ranking=ranking.data_ptr(), rows=rows.data_ptr(), batch=batch,
