@@ -221,7 +221,7 @@ def _are_supported(tensors: list[Tensor] | None, *widths: int) -> bool:
     multiple = 16 if dtype == torch.float32 else 32
     if any(width % multiple for width in widths):
         return False
-    return all(tensor.is_contiguous() and tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
+    return all(tensor.is_contiguous() and tensor.dtype == dtype and tensor.is_cpu for tensor in tensors)
 
 
 def _is_plain(x: Tensor) -> bool:

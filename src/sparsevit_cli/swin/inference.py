@@ -20,7 +20,6 @@ from sparsevit_cli import kernels
 
 from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, PlainBlock, PlainEmbedding, PlainMerging, PostNormBlock
 from .timm_swin import v1, v2, v2cr
-from .unchanged import remembered
 
 _with_kernels: ContextVar[bool] = ContextVar("with_kernels", default=True)
 
@@ -61,15 +60,11 @@ def plain_merging(stage: Any, x: Tensor) -> PlainMerging | None:
     merging = stage.downsample
     if type(merging) not in SPARSE_MERGINGS.values():
         return None
-    return remembered(merging, (stage.kernels, x.device), lambda: _plain_merging(merging, stage.kernels, x.device))
-
-
-def _plain_merging(merging: Any, name: str, device: torch.device) -> PlainMerging | None:
     if not _is_plain((merging, type(merging)), (merging.norm, nn.LayerNorm), (merging.reduction, nn.Linear)):
         return None
     norm_first = not isinstance(merging, v2.PatchMerging)
     weights = kernels.MergingWeights(_norm(merging.norm), _affine(merging.reduction), norm_first)
-    return PlainMerging(weights, kernels.chosen_merging(name, weights, device))
+    return PlainMerging(weights, kernels.chosen_merging(stage.kernels, weights, x.device))
 
 
 def plain_embedding(embed: Any, x: Tensor) -> PlainEmbedding | None:
@@ -98,21 +93,11 @@ def plain_blocks(stage: Any, x: Tensor) -> list[PlainBlock] | None:
     """All blocks of a stage for its map `x` (B, H, W, C); None where one of them is not plain timm."""
     found = []
     for block in stage.blocks:
-        plain = _plain_block(block, stage.kernels, x.device)
-        if plain is None:
-            return None
-        found.append(plain)
-    return found
-
-
-def _plain_block(block: Any, name: str, device: torch.device) -> PlainBlock | None:
-    def find() -> PlainBlock | None:
         weights = _plain_weights(block)
-        return None if weights is None else PlainBlock(weights, kernels.chosen(name, weights, device))
-
-    if type(block.attn) is not v1.WindowAttention:
-        return find()  # the later ones compute with what is computed from parameters
-    return remembered(block, (name, device), find)
+        if weights is None:
+            return None
+        found.append(PlainBlock(weights, kernels.chosen(stage.kernels, weights, x.device)))
+    return found
 
 
 def _plain_weights(block: Any) -> kernels.BlockWeights | None:
@@ -182,18 +167,24 @@ def _cosine_scale(logit_scale: Tensor) -> Tensor:
 
 
 def _is_plain(*parts: tuple[nn.Module, type[nn.Module]]) -> bool:
-    """True where every part is of its very class, at rest, with plain tensors, and nobody changed or hooked into it."""
+    """True where every part is of its very class, at rest, with plain tensors, and nobody changed or hooked into it.
+
+    Asked in every forward of every block, so it looks into the modules' own dicts.
+    """
     for part, kind in parts:
-        if type(part) is not kind or part.training or part._compiled_call_impl is not None:
+        if type(part) is not kind:
             return False
-        if "forward" in part.__dict__ or any(type(p) not in _PLAIN for p in part._parameters.values()):
+        own = part.__dict__
+        if own["training"] or "forward" in own or own.get("_compiled_call_impl") is not None:
             return False
-        if (part._forward_hooks or part._forward_pre_hooks) and not _keep_nothing(part):
+        if own["_parameters"] and not _PLAIN.issuperset(map(type, own["_parameters"].values())):
+            return False
+        if (own["_forward_hooks"] or own["_forward_pre_hooks"]) and not _keep_nothing(part):
             return False
     return True
 
 
-_PLAIN = (Tensor, nn.Parameter, type(None))
+_PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
 def _keep_nothing(module: nn.Module) -> bool:
