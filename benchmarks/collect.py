@@ -78,7 +78,7 @@ def table(path: Path) -> str:
         f"{device['name']}, {device['cores']} cores, torch {versions['torch']}, timm {versions['timm']}, "
         f"revision {versions.get('git', 'unknown')}, {', '.join(sorted({run['date'] for run in runs}))}. "
         "Gain is the best dense timm's time over this one's in the same rounds: the median of the runs, [lowest, "
-        "highest], or of a single run its 95 % interval; * marks a run that was not steady.",
+        "highest], or of a single run its 95 % interval; each * is a run in which it or the best dense was unsteady.",
         "",
         *_summary(cells),
     ]
@@ -118,12 +118,12 @@ def _named(where: Cell) -> str:
 
 def _told_gain(where: Cell, found: list[dict[str, Any]], label: str) -> str:
     """A gain, and the goal for it where there is one."""
-    rows = [run["rows"][label] for run in found if label in run["rows"]]
+    runs = [run for run in found if label in run["rows"]]
     goal = GOALS.get(where[:-1], {}).get(label)
-    if not rows or goal is None:
-        return _gain(rows) if rows else "-"
-    reached = median(row["speedup"] for row in rows) >= goal
-    return f"{_gain(rows)} (goal {goal}{'' if reached else ': missed'})"
+    if not runs or goal is None:
+        return _gain(runs, label) if runs else "-"
+    reached = median(run["rows"][label]["speedup"] for run in runs) >= goal
+    return f"{_gain(runs, label)} (goal {goal}{'' if reached else ': missed'})"
 
 
 def _versions(run: dict[str, Any]) -> dict[str, str]:
@@ -143,10 +143,11 @@ def _cell_table(where: Cell, found: list[dict[str, Any]]) -> list[str]:
         "| contestant | GMACs | ms | gain | realised | tax | roofline | peak memory / timm eager's |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for label in (label for label in found[-1]["rows"] if SHOWN.match(label)):
+    for label in dict.fromkeys(label for run in found for label in run["rows"] if SHOWN.match(label)):
         rows = [run["rows"][label] for run in found if label in run["rows"]]
+        seldom = f" ({len(rows)} of {len(found)} runs)" if len(rows) < len(found) else ""
         columns = (
-            label, f"{rows[-1]['gmacs']:.1f}", f"{median(row['latency_ms'] for row in rows):.0f}",
+            label + seldom, f"{rows[-1]['gmacs']:.1f}", f"{median(row['latency_ms'] for row in rows):.0f}",
             _told_gain(where, found, label), _interval(rows, "realised", ".2f"), _interval(rows, "tax", "+.1%"),
             _median(rows, "roofline", ".0%"), _memory(found, label),
         )  # fmt: skip
@@ -154,9 +155,10 @@ def _cell_table(where: Cell, found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _gain(rows: list[dict[str, Any]]) -> str:
-    """Of the same contestant in all runs of a cell."""
-    return f"{_interval(rows, 'speedup', '.2f', 'x')}{'*' * sum(not row['stable'] for row in rows)}"
+def _gain(runs: list[dict[str, Any]], label: str) -> str:
+    """Of the same contestant in all runs of a cell that have it."""
+    unsteady = sum(not (run["rows"][label]["stable"] and run["best"]["stable"]) for run in runs)
+    return f"{_interval([run['rows'][label] for run in runs], 'speedup', '.2f', 'x')}{'*' * unsteady}"
 
 
 def _interval(rows: list[dict[str, Any]], name: str, form: str, unit: str = "") -> str:
@@ -174,8 +176,8 @@ def _interval(rows: list[dict[str, Any]], name: str, form: str, unit: str = "") 
 
 def _memory(found: list[dict[str, Any]], label: str) -> str:
     """Peak memory, which is the same in all runs, over that of timm as installed."""
-    rows = found[-1]["rows"]
-    memory = rows[label]["peak_memory_mb"] if label in rows else None
+    rows = next((run["rows"] for run in found if label in run["rows"]), {})
+    memory = rows[label]["peak_memory_mb"] if rows else None
     return f"{memory / rows['timm eager']['peak_memory_mb']:.2f}" if memory else "-"
 
 

@@ -170,6 +170,21 @@ def test_held_indices_outlive_the_common_memory() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["portable", "triton"])
+@pytest.mark.parametrize("size", [56, 72])
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_gpu_gives_the_numbers_of_a_cpu(kernels: str, size: int, ratio: float) -> None:
+    model = sparsify_(small_swin("cpu"), kernels="portable")
+    model.set_input_size((size, size), window_size=7)
+    set_sparsity(model, ratio, exact=False)
+    x = torch.randn(2, 3, size, size)
+    with torch.inference_mode():
+        expected = model(x)
+        there = sparsify_(model, kernels=kernels).cuda()  # type: ignore[arg-type]
+        torch.testing.assert_close(there(x.cuda()).cpu(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["portable", "triton"])
 @pytest.mark.parametrize("size", [56, 72])  # without and with padding
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_a_graph_equals_the_model(kernels: str, size: int, ratio: float) -> None:

@@ -27,7 +27,9 @@ def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def run_of(folder: Path, speedup: float, kernels: str = "portable, 4") -> Path:
+def run_of(
+    folder: Path, speedup: float, kernels: str = "portable, 4", *, steady: bool = True, smaller: str | None = None
+) -> Path:
     def row(label: str, **fields: Any) -> dict[str, Any]:
         kind = "ours" if label.startswith("ours") else "B1"
         base = {"kind": kind, "image_size": [672, 672], "batch": 1, "dtype": "fp32", "gmacs": 40.0, "latency_ms": 700.0,
@@ -40,7 +42,8 @@ def run_of(folder: Path, speedup: float, kernels: str = "portable, 4") -> Path:
     report = {
         "device": {"name": "A CPU (R)", "cores": 2, "type": "cpu"}, "model": "swin",
         "versions": {"torch": "2.15.0", "timm": "1.0.31"}, "settings": {"kernels": kernels},
-        "cells": [{"best_dense": "timm eager", "rows": [row("timm eager"), ours, row("oracle, config 2")]}],
+        "cells": [{"best_dense": "timm eager", "rows": [
+            row("timm eager", stable=steady), ours, row("oracle, config 2"), *([row(smaller)] if smaller else [])]}],
     }  # fmt: skip
     folder.mkdir()
     (folder / "rivals.json").write_text(json.dumps(report))
@@ -74,6 +77,16 @@ def test_goals_are_told_with_what_became_of_them(
     gain = f"{speedup:.2f}x [0.90, 1.10] {told}"
     assert f"| swin, 672x672, batch 1, fp32, portable | 1 | 700 | - | {gain} | - | - |" in text
     assert f"| {gain} | 1.10 [1.00, 1.20] | +5.0% [-1.0%, +10.0%] |" in text
+
+
+def test_a_run_is_as_steady_as_its_best_dense_and_its_own_rows_are_shown(collect: ModuleType, tmp_path: Path) -> None:
+    collect.keep(run_of(tmp_path / "first", 1.9, steady=False, smaller="timm at 416x416, fused"))
+    collect.keep(run_of(tmp_path / "second", 1.7, smaller="timm at 448x448, fused"))
+    collect.write_readme()
+    text = (tmp_path / "README.md").read_text()
+    assert "| ours, config 2 | 40.0 | 390 | 1.80x [1.70, 1.90]* |" in text
+    assert "| timm at 416x416, fused (1 of 2 runs) | 40.0 | 700 | 1.00x [0.90, 1.10]* |" in text
+    assert "| timm at 448x448, fused (1 of 2 runs) | 40.0 | 700 | 1.00x [0.90, 1.10] |" in text
 
 
 def test_engines_are_cells_of_their_own(collect: ModuleType, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from sparsevit_cli import windows
+from sparsevit_cli.errors import MeasurementError
 from sparsevit_cli.kernels import Kernels, native, windowed
 from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, foreseen, oracle, with_fused_attention
 from sparsevit_cli.reporting import SilentReporter
@@ -104,6 +106,9 @@ def test_a_benchmark_names_the_best_dense_and_compares_with_it(tmp_path: Path, m
     sparse = rows["ours, 60% everywhere"]
     assert sparse.tax_low <= sparse.tax <= sparse.tax_high  # type: ignore[operator]
     assert sparse.realised_low <= sparse.realised <= sparse.realised_high  # type: ignore[operator]
+    unsteady = replace(report, cells=(replace(cell, rows=(replace(cell.rows[0], stable=False), *cell.rows[1:])),))
+    with pytest.raises(MeasurementError, match=f"of {len(rows)} rows did not settle"):
+        unsteady.refuse_unsteady()
     folder = tmp_path / "tiny" / "rivals"
     assert (folder / "rivals.json").exists()
     assert (folder / "rivals.png").read_bytes()[:4] == b"\x89PNG"

@@ -246,12 +246,10 @@ def profile(
 
         return profile_model(session, model=model, img_size=img_size, ratios=ratios)
 
-    command, show = ("rivals", show_rivals) if rivals else ("profile", show_profile)
-
     def refuse(report: Any) -> None:
-        if not rivals:
-            report.refuse_unsteady()
+        report.refuse_unsteady()
 
+    command, show = ("rivals", show_rivals) if rivals else ("profile", show_profile)
     _run(command, options, work, show, refuse=refuse, model=model, img_size=img_size, ratios=ratios)
 
 

@@ -6,7 +6,7 @@ import copy
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -99,12 +99,8 @@ class ProfileReport:
     settings: Mapping[str, object]
 
     def refuse_unsteady(self) -> None:
-        """Raise MeasurementError where a row did not settle: it is written and shown, but not to be relied on."""
-        unsteady = [row for row in self.rows if not row.stable]
-        if unsteady:
-            got = f"{len(unsteady)} of {len(self.rows)} rows did not settle, even when measured again; they are marked"
-            do = "Close other programs, raise profile.seconds, or accept more with profile.max_spread."
-            raise MeasurementError("profile", got, do)
+        """As the function of that name."""
+        refuse_unsteady([row.stable for row in self.rows])
 
     def document(self) -> dict[str, object]:
         """The JSON document of `sparsevit profile --json`."""
@@ -333,6 +329,15 @@ def _stage_times(
     x = example_input(models[DENSE], image, batch, device=session.device, dtype=dtype)
     labels = (DENSE, OURS_SPARSE)
     return {label: time_stages(models[label], x, total_ms=latencies[label].median_ms) for label in labels}
+
+
+def refuse_unsteady(stable: Sequence[bool]) -> None:
+    """Raise MeasurementError where a row did not settle: it is written and shown, but not to be relied on."""
+    unsteady = stable.count(False)
+    if unsteady:
+        got = f"{unsteady} of {len(stable)} rows did not settle; they are marked"
+        do = "Close other programs, raise profile.seconds, or accept more with profile.max_spread."
+        raise MeasurementError("profile", got, do)
 
 
 @contextmanager

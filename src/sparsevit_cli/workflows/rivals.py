@@ -35,7 +35,7 @@ from sparsevit_cli.sparsity import Ratios, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
 
 from .plots import plot_rivals
-from .profile import built, profile_target, threads_set
+from .profile import built, profile_target, refuse_unsteady, threads_set
 from .session import Session
 
 PUBLISHED: Mapping[str, Ratios] = {
@@ -109,6 +109,10 @@ class RivalReport:
             "schema_version": 1, **self.environment, "model": self.model, "settings": self.settings,
             "cells": [asdict(cell) for cell in self.cells],
         }  # fmt: skip
+
+    def refuse_unsteady(self) -> None:
+        """As `profile.refuse_unsteady`."""
+        refuse_unsteady([row.stable for cell in self.cells for row in cell.rows])
 
 
 @dataclass(frozen=True)
