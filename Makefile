@@ -38,7 +38,8 @@ bench: install
 	for run in $$(seq $(BENCH_RUNS)); do for precision in $(BENCH_PRECISIONS); do for cell in $(BENCH_CELLS); do \
 	  { $(BIN)/sparsevit profile --rivals --model $(BENCH_MODEL) --img-size $${cell%%:*} --output benchmarks/runs --fresh \
 	    --set "profile.batch_sizes=[$${cell##*:}]" --set profile.precision=$$precision --set profile.rounds=$(BENCH_ROUNDS) \
-	    --set profile.seconds=1 --set kernels=$(BENCH_KERNELS) --set profile.max_autotune=$(BENCH_AUTOTUNE) || test $$? = 8; } && $(BIN)/python benchmarks/collect.py benchmarks/runs/$(BENCH_MODEL)/rivals || exit; \
+	    --set profile.seconds=1 --set kernels=$(BENCH_KERNELS) --set profile.max_autotune=$(BENCH_AUTOTUNE) \
+	    || test $$? = 8; } && $(BIN)/python benchmarks/collect.py benchmarks/runs/$(BENCH_MODEL)/rivals || exit; \
 	done; done; done
 
 # On a machine with a GPU: every kernel is tested there, then both engines are measured, Triton's with tuned launches;

@@ -42,16 +42,14 @@ def main() -> None:
     model = sparsify_(timm.create_model(args.model, img_size=args.img_size).eval())
     device, dtype = resolve_device(args.device), TORCH_DTYPE[args.precision]
     space, rng = SearchSpace(model_depths(model)), Random(0)
-    dense_ms: list[float] = []
 
     def measured(configs: list[SparsityConfig]) -> list[tuple[SparsityConfig, float]]:
-        """Milliseconds of each by its ratio to dense in the same rounds and one time of dense, as the search has."""
+        """Latency of each as a share of dense's in the same rounds: the machine is faster or slower in others."""
         found = measure_configs(
             model, [space.dense, *configs], args.img_size, device=device, dtype=dtype, seconds=0.01,
             rounds=args.rounds, retries=0,
         )  # fmt: skip
-        dense_ms.append(found[space.dense].median_ms)  # the first counts: the machine is faster or slower later
-        return [(config, dense_ms[0] / found[config].speedup) for config in configs]
+        return [(config, 1 / found[config].speedup) for config in configs]
 
     began = time.perf_counter()
     table = measure_latency_table(model, args.img_size, device=device, dtype=dtype, seconds=args.seconds)

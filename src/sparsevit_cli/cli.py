@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -246,10 +247,8 @@ def profile(
 
         return profile_model(session, model=model, img_size=img_size, ratios=ratios)
 
-    def refuse(report: Any) -> None:
-        report.refuse_unsteady()
-
     command, show = ("rivals", show_rivals) if rivals else ("profile", show_profile)
+    refuse = methodcaller("refuse_unsteady")
     _run(command, options, work, show, refuse=refuse, model=model, img_size=img_size, ratios=ratios)
 
 

@@ -67,8 +67,8 @@ void run_scoring(const Scoring& call) {
             const int64_t* places = places_of(map / call.batch) + window * call.area;
             for (long slot = 0; slot < call.area; ++slot) {
                 const bool is_token = places[slot] < call.num_tokens;
-                call.rows[number * call.area + slot] = call.num_tokens * (is_token ? image : call.batch) +
-                                                       (is_token ? places[slot] : 0);
+                call.rows[number * call.area + slot] =
+                    is_token ? image * call.num_tokens + places[slot] : call.batch * call.num_tokens;
             }
         }
     }
