@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+from sparsevit_cli.profiling import neighbours
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anybody imports Triton
@@ -18,3 +21,22 @@ settings.load_profile("sparsevit")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _unwatched() -> Iterator[None]:
+    """Tests run beside anything; `watched` looks at the machine again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "machine_watch", lambda device: neighbours.UNWATCHED.watch)
+        patch.setattr(neighbours, "GLANCE_SECONDS", 0.0)
+        yield
+
+
+MACHINE_WATCH, GLANCE_SECONDS = neighbours.machine_watch, neighbours.GLANCE_SECONDS
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else runs on this machine counts."""
+    monkeypatch.setattr(neighbours, "machine_watch", MACHINE_WATCH)
+    monkeypatch.setattr(neighbours, "GLANCE_SECONDS", GLANCE_SECONDS)

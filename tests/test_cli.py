@@ -19,6 +19,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from noise import beside
 from sparsevit_cli.checkpoints import latest_checkpoint
 from sparsevit_cli.cli import app
 from sparsevit_cli.console import ConsoleReporter
@@ -54,6 +55,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_tiny(folder)
     sparsevit("run", "--config", config, cwd=folder)
     return folder
+
+
+ANYWHERE = ("--set", "clock.max_neighbour=1000.0", "--set", "clock.wait=0")
+"""Tests run beside anything."""
+CAREFUL = ("--set", "clock.max_neighbour=null", "--set", "clock.wait=0.5")
 
 
 def document(folder: Path, *path: str) -> dict[str, Any]:
@@ -271,7 +277,7 @@ def test_profile_needs_neither_data_nor_training(tmp_path: Path) -> None:
     done = sparsevit(
         "profile", "--model", "swin_tiny_patch4_window7_224", "--img-size", "64x96", "--ratios", "0.6", "--json",
         "--set", "profile.batch_sizes=[1]", "--set", "profile.seconds=0.01", "--set", "profile.rounds=6",
-        "--set", "profile.max_spread=100.0", cwd=tmp_path,
+        "--set", "profile.max_spread=100.0", *ANYWHERE, cwd=tmp_path,
     )  # fmt: skip
     report = json.loads(done.stdout)
     assert report["rows"][-1]["image_size"] == [64, 96]
@@ -284,12 +290,45 @@ def test_a_profile_that_does_not_settle_is_shown_and_refused(tmp_path: Path) -> 
     done = sparsevit(
         "profile", "--model", "swin_tiny_patch4_window7_224", "--img-size", "64", "--ratios", "0.6", "--json",
         "--set", "profile.batch_sizes=[1]", "--set", "profile.seconds=0.01", "--set", "profile.rounds=6",
-        "--set", "profile.max_spread=1e-9", cwd=tmp_path, check=8,
+        "--set", "profile.max_spread=1e-9", *ANYWHERE, cwd=tmp_path, check=8,
     )  # fmt: skip
-    assert "did not settle" in done.stderr
+    assert "3 of 3 rows are not steady (dense (timm), batch 1: its samples spread by" in done.stderr
     kept = tmp_path / "runs" / "swin_tiny_patch4_window7_224" / "profile" / "profile.json"
     for report in (json.loads(done.stdout), json.loads(kept.read_text())):
         assert not any(row["stable"] for row in report["rows"])
+
+
+@pytest.mark.usefixtures("watched")
+def test_a_latency_budget_beside_a_busy_process_ends_with_8_and_never_with_5(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    winner = (finished / "runs" / "tiny" / "search" / "winner.yaml").read_bytes()
+    command = ("search", "--config", finished / "tiny.yaml", "--set", "search.batch_size=2", *CAREFUL)
+    with beside("one core"):
+        for budget in ("1e-9ms", "70%"):
+            done = refused(*command, "--budget-latency", budget, cwd=finished, code=8, monkeypatch=monkeypatch)
+            assert "waiting for that to end" in done.stderr
+            assert "reachable" not in done.stderr
+    assert (finished / "runs" / "tiny" / "search" / "winner.yaml").read_bytes() == winner
+    assert not (finished / "runs" / "tiny" / "search" / "latency_table.json").exists()
+
+
+@pytest.mark.usefixtures("watched")
+def test_run_goes_on_beside_a_busy_process_and_prints_no_speed(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    both = ("--set", "search.budget_latency=70%", "--set", "search.budget_macs=70%")
+    command = ("run", "--config", tmp_path / "tiny.yaml", *both, "--set", "search.batch_size=2", *CAREFUL)
+    with beside("one core"):
+        done = refused(*command, cwd=tmp_path, code=0, monkeypatch=monkeypatch)
+    assert "the budget of multiply-adds decides alone: 70%" in done.stderr
+    assert done.stdout.count("not steady") > 2
+    assert "as fast as timm" not in done.stdout
+    assert "of the multiply-adds gone" in done.stdout
+    for row in document(tmp_path, "run", "metrics.json")["rows"]:
+        assert {row[name] for name in row if name.startswith(("latency", "speedup"))} == {None}
+    assert document(tmp_path, "search", "metrics.json")["latency_ms"] is None
 
 
 def images_in(folder: Path, classes: Sequence[str], count: int = 12) -> Path:

@@ -450,13 +450,3 @@ def test_a_database_that_may_not_grow_is_a_full_disk(path):
     with Ledger.open(path, SCOPE) as ledger:
         assert ledger.known() == known
         ledger.put(SPACE.sparsest, 2.0, 1.0)
-
-
-def test_latencies_of_one_identity_are_forgotten_together(tmp_path: Path) -> None:
-    config, record = SparsityConfig(((1,),)), LatencyRecord(2.0, 1.9, 2.1)
-    with Ledger.open(tmp_path / "ledger.sqlite", SCOPE) as ledger:
-        for device in ({"name": "a"}, {"name": "a", "unsteady": "x"}):
-            ledger.put_latency(device, config, record)
-        ledger.forget_latencies({"name": "a", "unsteady": "x"})
-        assert ledger.get_latency({"name": "a", "unsteady": "x"}, config) is None
-        assert ledger.get_latency({"name": "a"}, config) == record

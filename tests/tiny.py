@@ -24,6 +24,7 @@ TINY: dict[str, Any] = {
         "seconds": 0.01, "holdout": 2,
     },
     "profile": {"batch_sizes": [1, 2], "seconds": 0.02, "rounds": 6, "max_spread": 100.0},
+    "clock": {"wait": 0, "max_neighbour": 1000.0, "max_spread": 1000.0},
     "export": {"formats": ["pt2"], "latency": False},
 }  # fmt: skip
 

@@ -64,6 +64,10 @@ class MeasurementError(SparseViTError):
     exit_code = 8
 
 
+class UnsteadyError(MeasurementError):
+    """A clock that cannot be trusted now: something else runs, or the samples spread. It decides nothing."""
+
+
 class StoppedError(SparseViTError):
     """SIGTERM (75) or Ctrl-C (130) arrived; what could be saved was saved."""
 

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from .workflows.search import SearchSummary
     from .workflows.training import TrainingSummary
 
+NOT_STEADY = "not steady"
 NEXT = {"pretrain": "adapt", "adapt": "search --budget-latency 70%", "search": "finetune", "finetune": "profile"}
+
+
+def _told(middle: float | None, low: float | None, high: float | None, form: str, absent: str = "-") -> str:
+    """A number with its interval, or what stands for none."""
+    return absent if middle is None else f"{middle:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def show_models(models: Sequence[SupportedModel]) -> None:
@@ -44,8 +50,8 @@ def show_search(summary: SearchSummary) -> None:
         (
             str(f.config), f"{f.top1:.2f}", f"{f.gmacs:.3f}",
             "-" if f.predicted_ms is None else f"{f.predicted_ms:.2f}",
-            f"{f.latency_ms:.2f} [{f.latency_ms_low:.2f}, {f.latency_ms_high:.2f}]{'' if f.stable else ' unsteady'}",
-            f"{f.speedup:.2f}x",
+            _told(f.latency_ms, f.latency_ms_low, f.latency_ms_high, ".2f", NOT_STEADY),
+            "-" if f.speedup is None else f"{f.speedup:.2f}x",
             "winner" if f is summary.winner else ("yes" if f.within_budget else "no"),
         )
         for f in summary.finalists
@@ -81,20 +87,13 @@ def show_profile(report: ProfileReport) -> None:
     losing = [number for number, row in enumerate(report.rows) if row.losing]
     print_table(f"{report.model} at {report.config}", COLUMNS, [row_values(row) for row in report.rows], losing=losing)
     for label, times in report.stages.items():
-        print_table(f"Where the time goes: {label}, first size and batch", STAGE_COLUMNS, stage_rows(times))
+        print_table(f"Where the time goes: {label}, first steady size", STAGE_COLUMNS, stage_rows(times))
     for number in losing:
         row = report.rows[number]
         print_lines(
             f"sparse LOSES at batch {row.batch}, {row.image_size[0]}x{row.image_size[1]}: {row.speedup:.2f}x of dense"
         )
     print_lines(f"written: {report.folder.path / 'profile.json'}")
-
-
-def _told(middle: float | None, low: float | None, high: float | None, form: str) -> str:
-    """A ratio with its interval."""
-    if middle is None:
-        return "-"
-    return f"{middle:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def show_rivals(report: RivalReport) -> None:
@@ -106,16 +105,18 @@ def show_rivals(report: RivalReport) -> None:
             (
                 row.label, row.kind, f"{row.gmacs:.2f}",
                 f"{row.latency_ms:.1f} [{row.latency_ms_low:.1f}, {row.latency_ms_high:.1f}]"
-                f"{'' if row.stable else ' unsteady'}",
-                f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
-                _told(row.realised, row.realised_low, row.realised_high, ".2f"),
-                _told(row.tax, row.tax_low, row.tax_high, "+.1%"),
-                "-" if row.roofline is None else f"{row.roofline:.0%}",
+                if row.stable else NOT_STEADY,
+                f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]" if row.compares else "-",
+                _told(row.realised, row.realised_low, row.realised_high, ".2f") if row.stable else "-",
+                _told(row.tax, row.tax_low, row.tax_high, "+.1%") if row.stable else "-",
+                "-" if row.roofline is None or not row.stable else f"{row.roofline:.0%}",
                 "-" if row.peak_memory_mb is None else f"{row.peak_memory_mb:.0f}",
             )
             for row in cell.rows
         ]  # fmt: skip
-        losing = [number for number, row in enumerate(cell.rows) if row.kind == "ours" and row.speedup < 1]
+        losing = [
+            number for number, row in enumerate(cell.rows) if row.kind == "ours" and row.compares and row.speedup < 1
+        ]
         first = cell.rows[0]
         title = f"{report.model}, batch {first.batch}, {first.image_size[0]}x{first.image_size[1]}, {first.dtype}"
         print_table(title, columns, rows, losing=losing)
@@ -138,8 +139,11 @@ def show_export(summary: ExportSummary) -> None:
     )
     if report.dense_latency is not None and report.sparse_latency is not None:
         dense, sparse = report.dense_latency, report.sparse_latency
+        shaky = dense.unsteady or sparse.unsteady
         print_lines(
-            f"onnxruntime, batch 1: dense {dense.median_ms:.2f} ms, sparse {sparse.median_ms:.2f} ms, "
+            f"onnxruntime, batch 1: not steady ({shaky})"
+            if shaky
+            else f"onnxruntime, batch 1: dense {dense.median_ms:.2f} ms, sparse {sparse.median_ms:.2f} ms, "
             f"speed-up {dense.median_ms / sparse.median_ms:.2f}x"
         )
     print_lines(
@@ -155,19 +159,22 @@ def show_pipeline(summary: PipelineSummary) -> None:
     rows = [
         (
             row.label, f"{row.top1:.2f}", f"{row.gmacs:.3f}",
-            f"{row.latency_ms:.2f} [{row.latency_ms_low:.2f}, {row.latency_ms_high:.2f}]",
-            f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
+            _told(row.latency_ms, row.latency_ms_low, row.latency_ms_high, ".2f", NOT_STEADY),
+            _told(row.speedup, row.speedup_low, row.speedup_high, ".2f"),
         )
         for row in summary.rows
     ]  # fmt: skip
-    losing = [number for number, row in enumerate(summary.rows) if number and row.speedup < 1]
+    losing = [number for number, row in enumerate(summary.rows) if number and (row.speedup or 1) < 1]
     title = f"Dense against sparse: {name}, batch {summary.batch}, {summary.count} validation images"
     print_table(title, ("model", "top-1 %", "GMACs", "ms per batch [95 %]", "speed-up [95 %]"), rows, losing=losing)
     dense, ours, winner = summary.rows[0], summary.rows[1], summary.rows[-1]
+    speed = "" if winner.speedup is None else f"{winner.speedup:.2f}x as fast as timm, "
+    if winner.latency_ms is not None and ours.latency_ms is not None:
+        speed += f"{ours.latency_ms / winner.latency_ms:.2f}x as our own dense, "
     print_lines(
         f"winner {winner.ratios}: {1 - winner.gmacs / dense.gmacs:.0%} of the multiply-adds gone, "
-        f"{winner.speedup:.2f}x as fast as timm, {ours.latency_ms / winner.latency_ms:.2f}x as our own dense, "
-        f"{winner.top1 - dense.top1:+.2f} points of top-1",
+        f"{speed}{winner.top1 - dense.top1:+.2f} points of top-1",
+        *([] if summary.clock is None else [f"not steady: {summary.clock}. Type the command again for latencies."]),
         "written:",
         *(f"  {path}" for path in summary.written),
     )

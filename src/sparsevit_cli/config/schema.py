@@ -319,6 +319,28 @@ class ProfileSection(Section):
     )
 
 
+class ClockSection(Section):
+    """When a latency may be relied on: a neighbour's work would be measured too, so it is waited for."""
+
+    wait: Annotated[float, Field(ge=0, le=86400)] = Field(
+        60.0,
+        description="Seconds that a command waits in all for other processes to leave the CPU, or the GPU, alone; "
+        "then what needs the clock ends with exit 8.",
+    )
+    max_neighbour: Positive | None = Field(
+        None,
+        description="CPU cores that other processes may take beside a steady measurement; "
+        "null is 0.05, or 2 % of all cores where that is more.",
+    )
+    max_spread: Positive = Field(
+        0.10,
+        description="Largest accepted interquartile range over median in `search` and `run`; `profile` has its own.",
+    )
+    retries: Annotated[int, Field(ge=0, le=100)] = Field(
+        2, description="Times that a latency whose samples spread too far or drift is measured again."
+    )
+
+
 class ExportSection(Section):
     """Files for other runtimes, each checked against eager before it is called good (`sparsevit export`)."""
 
@@ -357,6 +379,7 @@ class ExperimentConfig(Section):
     search: SearchSection = Field(SearchSection(), description="Search under a budget.")
     finetune: FinetuneSection = Field(FinetuneSection(), description="Finetuning of the winner.")
     profile: ProfileSection = Field(ProfileSection(), description="Measurement.")
+    clock: ClockSection = Field(ClockSection(), description="When a latency may be relied on.")
     export: ExportSection = Field(ExportSection(), description="Files for other runtimes.")
 
     @model_validator(mode="after")

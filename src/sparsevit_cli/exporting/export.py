@@ -21,6 +21,7 @@ from sparsevit_cli.profiling.device import device_identity
 from sparsevit_cli.profiling.inputs import InputSize, image_shape, uncompiled
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.memory import memory_errors
+from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.reporting import Reporter, SilentReporter
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import get_sparsity, set_sparsity, sparse_stages
@@ -104,6 +105,7 @@ def export_model(
     seed: int = 0,
     info: ModelInfo | None = None,
     reporter: Reporter | None = None,
+    patience: Patience | None = None,
     before_step: Callable[[], None] = lambda: None,
 ) -> ExportReport:
     """Export a sparsified float32 model at its present ratios to `output_dir`; the model itself is not touched.
@@ -145,7 +147,9 @@ def export_model(
         dense_latency = sparse_latency = None
         before_step()
         if measure_ms and "onnx" in formats:
-            dense_latency, sparse_latency = _measure(model, staging, shape, opset=opset, seed=seed, reporter=reporter)
+            dense_latency, sparse_latency = _measure(
+                model, staging, shape, opset=opset, seed=seed, reporter=reporter, patience=patience
+            )
         elif measure_ms:
             reporter.warn("export: latency is measured on the ONNX file only, and `onnx` is not among the formats")
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in _weights(model)}
@@ -203,7 +207,14 @@ def _inference_copy(model: nn.Module) -> nn.Module:
 
 
 def _measure(
-    model: nn.Module, staging: Path, shape: tuple[int, int, int], *, opset: int, seed: int, reporter: Reporter
+    model: nn.Module,
+    staging: Path,
+    shape: tuple[int, int, int],
+    *,
+    opset: int,
+    seed: int,
+    reporter: Reporter,
+    patience: Patience | None,
 ) -> tuple[Latency, Latency]:
     """onnxruntime latency of the dense and the sparse program at batch 1. Leaves `model` at ratio 0."""
     sparse = onnx_runner(staging / FILES["onnx"])
@@ -225,6 +236,7 @@ def _measure(
         rounds=_LATENCY_ROUNDS,
         retries=1,
         strict=False,
+        patience=patience,
         seed=seed,
     )
     unsteady = [name for name, latency in latencies.items() if not latency.stable]
@@ -275,7 +287,7 @@ def _manifest(report: ExportReport, files: Mapping[str, object]) -> dict[str, ob
 
 
 def _latency_json(latency: Latency) -> dict[str, object]:
-    keys = ("median_ms", "low_ms", "high_ms", "rounds", "speedup", "speedup_low", "speedup_high", "stable")
+    keys = ("median_ms", "low_ms", "high_ms", "rounds", "speedup", "speedup_low", "speedup_high", "stable", "unsteady")
     return {key: getattr(latency, key) for key in keys}
 
 

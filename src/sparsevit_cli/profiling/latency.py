@@ -1,15 +1,17 @@
 """Latency: interleaved blocks of calls, medians with an interval, speed-ups from the same rounds.
 
-One round times one block of every candidate, in random order, so that a drift of the machine or a busy neighbour
-meets all of them. A block is as many calls as fill `block_ms`; a sample is the time per call of one block.
+One round times one block of every candidate, in random order, so that a drift of the machine meets all of them. A
+block is as many calls as fill `block_ms`; a sample is the time per call of one block. Rounds beside a busy neighbour
+are taken again (`neighbours`).
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,11 +21,12 @@ from statistics import median
 import torch
 from torch import nn
 
-from sparsevit_cli.errors import ConfigError, MeasurementError
+from sparsevit_cli.errors import ConfigError
 
 from .device import synchronize
 from .inputs import InputSize, Measured, evaluating, prepared
 from .memory import memory_errors
+from .neighbours import UNWATCHED, Disturbed, Patience, Vigil, unsteady
 
 Candidate = Callable[[], object]
 Clock = Callable[[], int]
@@ -36,6 +39,10 @@ WARMUP_ROUNDS = 10
 WARMUP_DRIFT = 0.02
 WARMUP_CAP = 3.0
 DRIFT_SHARE = 0.3
+ROUNDS_OF_A_LOOK = 3
+"""Rounds beside a neighbour that does not leave: numbers to show as unsteady, and nothing more."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Latency(Measured):
     """Milliseconds per call (one batch) of one candidate. `low` and `high` bound the median at 95 %.
 
     `speedup` is the reference's time over this one's, the median of the rounds' own ratios. Outliers are counted,
-    never removed. `stable` is False where the spread or the drift stayed above what was allowed.
+    never removed. `unsteady` says why the numbers are not to be relied on: a neighbour, the spread, a drift; else "".
     """
 
     median_ms: float
@@ -58,10 +65,15 @@ class Latency(Measured):
     speedup_low: float = 1.0
     speedup_high: float = 1.0
     calls_per_sample: int = 1
-    stable: bool = True
+    unsteady: str = ""
 
     def __float__(self) -> float:
         return self.median_ms
+
+    @property
+    def stable(self) -> bool:
+        """True where the numbers may decide something."""
+        return not self.unsteady
 
     @property
     def spread(self) -> float:
@@ -145,12 +157,14 @@ def measure_latency(
     strict: bool = False,
     seed: int = 0,
     clock: Clock | None = None,
+    patience: Patience | None = None,
 ) -> Latency:
     """Milliseconds per batch of `model` in evaluation mode, on its own or another device and in another dtype.
 
     `input_size` is a side, (H, W), (C, H, W) or an example batch (then `batch_size` is not used). The model is
-    not changed: another device or dtype works on a copy. An unstable measurement is returned with `stable=False`,
-    or raises MeasurementError where `strict`. Raises ConfigError, ResourceError.
+    not changed: another device or dtype works on a copy. An unsteady measurement is returned with `stable` False,
+    or raises MeasurementError where `strict`. Other settings as in `measure_interleaved`. Raises ConfigError,
+    ResourceError.
     """
     model, x = prepared(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
     with evaluating(model):
@@ -164,6 +178,7 @@ def measure_latency(
             retries=retries,
             strict=strict,
             clock=clock,
+            patience=patience,
         )["model"]
 
 
@@ -180,34 +195,71 @@ def measure_interleaved(
     warmup_seconds: float | None = None,
     block_ms: float = 10.0,
     clock: Clock | None = None,
+    patience: Patience | None = None,
+    together: bool = False,
     before_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Latency]:
     """Latency of every candidate, measured in turns; the first candidate is the reference of `speedup`.
 
     Each gets at least `rounds` samples and `seconds` of measuring. Before that all warm up together, for
-    `warmup_seconds` (default: `seconds`) and until their times settle, or three times as long. Where a spread
-    (interquartile range over median) is above `max_spread`, or the reference drifted, the whole session is
-    repeated, `retries` times at most; then MeasurementError where `strict`, else the steadiest session, with
-    the unsteady candidates marked. Time is read from `clock`; None takes CUDA events on a GPU, and
-    `time.perf_counter_ns` elsewhere. `before_round` may raise, to stop early. Raises ConfigError, ResourceError.
+    `warmup_seconds` (default: `seconds`) and until their times settle, or three times as long. Rounds beside a busy
+    neighbour are taken again once it has left, within `patience` (default: a minute; none beside a `clock` that is
+    handed in). Candidates whose spread (interquartile range over median) is above `max_spread`, or all where the
+    reference drifted, are measured again beside the reference, `retries` times at most; `together` repeats all of them,
+    for those that compare the samples of two candidates. What is unsteady then raises UnsteadyError where `strict`;
+    else it is returned with `unsteady` set: the last repetition, or a short look beside a neighbour that stays.
+
+    Time is read from `clock`; None takes CUDA events on a GPU, and `time.perf_counter_ns` elsewhere. `before_round` may
+    raise, to stop early. Raises ConfigError, ResourceError.
     """
     if not candidates or seconds <= 0 or rounds < 1 or max_spread <= 0 or retries < 0 or block_ms <= 0:
         got = f"{len(candidates)} candidates, {seconds=}, {rounds=}, {max_spread=}, {retries=}, {block_ms=}"
         raise ConfigError("measurement", got, "Give a candidate and positive settings.")
-    rng, stopwatch = Random(seed), stopwatch_of(device, clock)
-    names = list(candidates)
+    reference = next(iter(candidates))
+    vigil = Vigil(patience or (Patience() if clock is None else UNWATCHED), device, before_round)
+    turns = _Turns(candidates, stopwatch_of(device, clock), Random(seed), before_round)
+    latest: dict[str, Latency] = {}
+    steady: set[str] = set()
     with torch.inference_mode(), _no_garbage_collection():
-        calls = {name: _calls_per_block(name, candidates[name], stopwatch, block_ms) for name in names}
-        turn = _Session(candidates, calls, stopwatch, rng, before_round)
-        _warm_up(turn, rounds, (seconds if warmup_seconds is None else warmup_seconds) * 1000)
-        sessions = []
-        for _ in range(retries + 1):
-            sessions.append(_judged(turn.run(rounds, seconds * 1000), names[0], calls, max_spread))
-            if all(latency.stable for latency in sessions[-1].values()):
-                return sessions[-1]
-    if strict:
-        raise _unstable(sessions[-1], max_spread, retries)
-    return min(sessions, key=_unsteadiness)
+        try:
+            vigil.until_quiet()
+            turns.fill_blocks(block_ms)
+            vigil.collect(turns.round_ms, _warm(rounds, (seconds if warmup_seconds is None else warmup_seconds) * 1000))
+            for number in range(retries + 1):
+                done = set() if together else steady - {reference}
+                turns.names = [name for name in candidates if name not in done]
+                taken = vigil.collect(turns.round_ms, _enough(rounds, seconds * 1000))
+                found = _judged(turns.samples_ms(taken), reference, turns.calls, max_spread)
+                latest |= {name: latency for name, latency in found.items() if together or name not in steady}
+                steady = {name for name, latency in latest.items() if latency.stable}
+                if len(steady) == len(candidates):
+                    break
+                if number < retries:
+                    log.warning("not steady: %s: %s; measuring again, %d of %d", *_shaky(latest), number + 1, retries)
+        except Disturbed as neighbour:
+            retries = 0
+            if strict and not latest:
+                raise unsteady(_names(candidates), str(neighbour)) from None
+            if not latest:  # numbers to be shown as unsteady, and for nothing more
+                _cold, *taken = [turns.round_ms() for _ in range(1 + ROUNDS_OF_A_LOOK)]
+                latest = _judged(turns.samples_ms(taken), reference, turns.calls, max_spread)
+            latest |= {name: replace(latest[name], unsteady=str(neighbour)) for name in latest if name not in steady}
+    if strict and len(steady) < len(candidates):
+        what, why = _shaky(latest)
+        raise unsteady(what, f"{why}, after {retries} repetitions" if retries else why)
+    return latest
+
+
+def _shaky(latest: Mapping[str, Latency]) -> tuple[str, str]:
+    """Which latencies are unsteady, and what is wrong with the worst."""
+    names = [name for name, latency in latest.items() if not latency.stable]
+    worst = max(names, key=lambda name: latest[name].spread)
+    return _names(names), latest[worst].unsteady
+
+
+def _names(candidates: Iterable[str]) -> str:
+    first, *others = candidates
+    return f"latency of {first}" + (f" and {len(others)} more" if others else "")
 
 
 def stopwatch_of(device: torch.device, clock: Clock | None = None) -> Stopwatch:
@@ -249,24 +301,37 @@ def _calls_per_block(name: str, candidate: Candidate, stopwatch: Stopwatch, bloc
     return calls
 
 
-class _Session:
-    """Rounds of blocks: every candidate once per round, in an order drawn anew."""
+Round = Mapping[str, float]
+"""Milliseconds of one block of every candidate."""
+
+
+class _Turns:
+    """Every candidate once per round, in an order drawn anew."""
 
     def __init__(
         self,
         candidates: Mapping[str, Candidate],
-        calls: Mapping[str, int],
         stopwatch: Stopwatch,
         rng: Random,
         before_round: Callable[[], None],
     ) -> None:
-        self.candidates, self.calls, self.stopwatch, self.rng = candidates, calls, stopwatch, rng
-        self.before_round = before_round
+        self.candidates, self.stopwatch, self.rng, self.before_round = candidates, stopwatch, rng, before_round
+        self.names = list(candidates)
+        """Those that take part."""
+        self.calls = dict.fromkeys(candidates, 1)
+        """Calls of a candidate in one block."""
 
-    def round_ms(self) -> dict[str, float]:
-        """Milliseconds per block of every candidate."""
+    def fill_blocks(self, block_ms: float) -> None:
+        """Find how many calls fill a block of each."""
+        self.calls = {
+            name: _calls_per_block(name, candidate, self.stopwatch, block_ms)
+            for name, candidate in self.candidates.items()
+        }
+
+    def round_ms(self) -> Round:
+        """One block of every candidate."""
         self.before_round()
-        order = list(self.candidates)
+        order = list(self.names)
         self.rng.shuffle(order)
         times = {}
         for name in order:
@@ -274,44 +339,45 @@ class _Session:
                 times[name] = self.stopwatch(self.candidates[name], self.calls[name])
         return times
 
-    def run(self, rounds: int, budget_ms: float) -> dict[str, list[float]]:
-        """Samples (ms per call) of all candidates: at least `rounds` of them and `budget_ms` each."""
-        samples: dict[str, list[float]] = {name: [] for name in self.candidates}
-        spent_ms = dict.fromkeys(self.candidates, 0.0)
-        done = 0
-        while done < rounds or min(spent_ms.values()) < budget_ms:
-            for name, block_ms in self.round_ms().items():
-                samples[name].append(block_ms / self.calls[name])
-                spent_ms[name] += block_ms
-            done += 1
-        return samples
+    def samples_ms(self, rounds: Sequence[Round]) -> dict[str, list[float]]:
+        """Milliseconds per call."""
+        return {name: [times[name] / self.calls[name] for times in rounds] for name in self.names}
 
 
-def _warm_up(session: _Session, rounds: int, budget_ms: float) -> None:
-    """Rounds until their total settles: the last five's median within 2 % of the five before."""
+def _enough(rounds: int, budget_ms: float) -> Callable[[Sequence[Round]], bool]:
+    """True of `rounds` rounds at least, in which every candidate ran for `budget_ms`."""
+
+    def enough(taken: Sequence[Round]) -> bool:
+        return len(taken) >= rounds and min(sum(times[name] for times in taken) for name in taken[0]) >= budget_ms
+
+    return enough
+
+
+def _warm(rounds: int, budget_ms: float) -> Callable[[Sequence[Round]], bool]:
+    """True once a round's total has settled: the last five's median within 2 % of the five before."""
     half = max(1, min(WARMUP_ROUNDS, rounds) // 2)
-    totals: list[float] = []
-    spent_ms = 0.0
-    while True:
-        totals.append(sum(session.round_ms().values()))
-        spent_ms += totals[-1]
-        if len(totals) < 2 * half or spent_ms < budget_ms:
-            continue
+
+    def warm(taken: Sequence[Round]) -> bool:
+        totals = [sum(times.values()) for times in taken]
+        if len(totals) < 2 * half or sum(totals) < budget_ms:
+            return False
         before, last = median(totals[-2 * half : -half]), median(totals[-half:])
-        if abs(last - before) <= WARMUP_DRIFT * before or spent_ms >= WARMUP_CAP * budget_ms:
-            return
+        return abs(last - before) <= WARMUP_DRIFT * before or sum(totals) >= WARMUP_CAP * budget_ms
+
+    return warm
 
 
 def _judged(
     samples: Mapping[str, Sequence[float]], reference: str, calls: Mapping[str, int], max_spread: float
 ) -> dict[str, Latency]:
     """Statistics of a session. A drift of the reference spoils all of it, a spread the candidate's own row."""
-    drifted = has_drift(samples[reference], DRIFT_SHARE * max_spread)
+    drift = "the reference's time drifted" if has_drift(samples[reference], DRIFT_SHARE * max_spread) else ""
     result = {}
     for name, sample in samples.items():
         latency = Latency.from_samples(sample, samples[reference])
-        stable = not drifted and latency.spread <= max_spread
-        result[name] = replace(latency, calls_per_sample=calls[name], stable=stable)
+        spread = f"its samples spread by {latency.spread:.0%} of the median ({max_spread:.0%} allowed)"
+        why = spread if latency.spread > max_spread else drift
+        result[name] = replace(latency, calls_per_sample=calls[name], unsteady=why)
     return result
 
 
@@ -324,23 +390,6 @@ def has_drift(samples_ms: Sequence[float], limit: float) -> bool:
     (low, high), (other_low, other_high) = median_interval(first), median_interval(second)
     apart = high < other_low or other_high < low
     return apart and abs(median(second) - median(first)) > limit * median(first)
-
-
-def _unsteadiness(session: Mapping[str, Latency]) -> tuple[int, float]:
-    rows = session.values()
-    return sum(not latency.stable for latency in rows), max(latency.spread for latency in rows)
-
-
-def _unstable(session: Mapping[str, Latency], max_spread: float, retries: int) -> MeasurementError:
-    worst = max(session, key=lambda name: session[name].spread)
-    got = f"its samples spread by {session[worst].spread:.0%} of the median ({max_spread:.0%} allowed)"
-    if session[worst].spread <= max_spread:
-        got = "the reference's time drifted during the session"
-    return MeasurementError(
-        f"latency of {worst}",
-        f"{got}, after {retries} repetitions",
-        "Stop other work on this machine, measure longer (seconds), or allow more (max_spread).",
-    )
 
 
 @contextmanager

@@ -7,9 +7,10 @@ order, and the unmarked ones set the table's scale, which the marks and the sum 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from statistics import fmean, median
@@ -27,9 +28,14 @@ from .device import describe_versions, device_identity
 from .inputs import InputSize, evaluating, prepared
 from .latency import Clock, Latency, measure_interleaved, stopwatch_of
 from .memory import memory_errors
+from .neighbours import UNWATCHED, Disturbed, Patience, Vigil, unsteady
 from .timeline import Label, Timeline, hooked, timed_forward
 
 WARMUP_ROUNDS = 2
+PROTOCOL = 2
+"""Version of how latencies are taken; earlier ones may have been taken beside a neighbour."""
+
+log = logging.getLogger(__name__)
 
 
 def measure_latency_table(
@@ -44,32 +50,51 @@ def measure_latency_table(
     rounds: int = 10,
     seed: int = 0,
     clock: Clock | None = None,
-    on_round: Callable[[float], None] | None = None,
+    patience: Patience | None = None,
+    max_spread: float = 0.10,
+    retries: int = 3,
+    on_round: Callable[[float], None] = lambda share: None,
 ) -> LatencyTable:
     """The latency table of a sparsified `model` on this device, for ratios of 0 to `max_tenths` tenths.
 
     `seconds` is the measuring time per entry: rounds are taken until the marked passes have lasted `seconds` times
-    the number of entries, and at least `rounds` of them. `on_round` is told the share done after each. Device, dtype
-    and `clock` as in `measure_latency`. The model and its ratios are left as they were. Raises ConfigError,
-    ResourceError.
+    the number of entries, and at least `rounds` of them. Rounds beside a busy neighbour are taken again; where the
+    medians of their first and second half are further apart than the share `max_spread`, all of them are, `retries`
+    times at most. `on_round` is told the share done after each, and may raise. Device, dtype, `clock` and `patience` as
+    in `measure_latency`. The model and its ratios are left as they were. Raises ConfigError, ResourceError, and
+    MeasurementError where the times stay unsteady.
     """
     model, x = prepared(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
     pairs = get_sparsity(model).pairs
     uniform = [SparsityConfig(tuple((t,) * n for n in pairs)) for t in range(max_tenths + 1)]
     session = _TableSession(model, x, uniform, Random(seed), clock)
     budget_ms = seconds * 1000 * sum(pairs) * len(uniform)
+
+    def enough(taken: Sequence[_Round]) -> bool:
+        share = min(len(taken) / rounds, sum(one.spent_ms for one in taken) / budget_ms)
+        on_round(min(share, 1))
+        return share >= 1
+
+    vigil = Vigil(patience or (Patience() if clock is None else UNWATCHED), x.device)
     with evaluating(model), _sparsity_kept(model), memory_errors(f"latency table at batch {len(x)}"):
-        for _ in range(WARMUP_ROUNDS):
-            session.round()
-        session.clear()
-        done = 0
-        while done < rounds or session.spent_ms < budget_ms:
-            session.round()
-            done += 1
-            if on_round is not None:
-                on_round(min(done / rounds, session.spent_ms / budget_ms))
+        try:
+            vigil.until_quiet()
+            vigil.collect(session.round, lambda taken: len(taken) >= WARMUP_ROUNDS)
+            for number in range(retries + 1):
+                taken = vigil.collect(session.round, enough)
+                change = max(_change(_whole_ms(taken, t)) for t in session.anchors)
+                if change <= max_spread:
+                    break
+                told = f"times changed by {change:.0%} while they were measured ({max_spread:.0%} allowed)"
+                if number == retries:
+                    raise unsteady("latency table", f"{told}, after {retries} repetitions")
+                log.warning(
+                    "not steady: latency table, %s; measuring again, %d of %d at most", told, number + 1, retries
+                )
+        except Disturbed as neighbour:
+            raise unsteady("latency table", str(neighbour)) from None
         kept = _kept_windows(model, x, max_tenths)
-    return _scaled_to_whole(_table(session, kept, table_identity(model, x)), session)
+    return _scaled_to_whole(_table(taken, uniform, kept, table_identity(model, x)), taken, uniform)
 
 
 def measure_configs(
@@ -87,6 +112,7 @@ def measure_configs(
     retries: int = 3,
     strict: bool = False,
     clock: Clock | None = None,
+    patience: Patience | None = None,
     before_round: Callable[[], None] = lambda: None,
 ) -> dict[SparsityConfig, Latency]:
     """Latency of the whole model at each configuration, interleaved; the first is the reference of `speedup`.
@@ -109,6 +135,7 @@ def measure_configs(
             retries=retries,
             strict=strict,
             clock=clock,
+            patience=patience,
             before_round=before_round,
         )
     return {by_name[name]: latency for name, latency in result.items()}
@@ -124,6 +151,7 @@ def table_identity(model: nn.Module, x: Tensor) -> dict[str, object]:
         "image_size": list(x.shape[2:]),
         "dtype": str(x.dtype).removeprefix("torch."),
         "mode": "eager",
+        "protocol": PROTOCOL,
         "kernels": " ".join(
             (kernels.running(stages[0].kernels, x.device), type(kernels.linear_ops(x)).__name__, str(kernels.VERSION))
         ),
@@ -138,8 +166,21 @@ def table_identity(model: nn.Module, x: Tensor) -> dict[str, object]:
     }
 
 
+@dataclass(frozen=True)
+class _Round:
+    """Milliseconds: `parts[tenths][label]` of one marked pass per ratio, `whole[tenths]` of unmarked ones."""
+
+    parts_ms: Mapping[int, Mapping[Label, float]]
+    whole_ms: Mapping[int, float]
+
+    @property
+    def spent_ms(self) -> float:
+        """Time of the marked passes."""
+        return sum(sum(times.values()) for times in self.parts_ms.values())
+
+
 class _TableSession:
-    """Samples in milliseconds: `parts[tenths][label]` of marked passes, `whole[tenths]` of unmarked ones."""
+    """Takes rounds of a model at uniform ratios; `anchors` are the ratios of its unmarked passes, in tenths."""
 
     def __init__(
         self, model: nn.Module, x: Tensor, uniform: list[SparsityConfig], rng: Random, clock: Clock | None
@@ -147,58 +188,67 @@ class _TableSession:
         self.model, self.x, self.uniform, self.rng = model, x, uniform, rng
         self.timeline, self.stopwatch = Timeline(x.device, clock), stopwatch_of(x.device, clock)
         self.anchors = sorted({0, len(uniform) // 2, len(uniform) - 1})
-        self.clear()
 
-    def clear(self) -> None:
-        self.parts_ms: list[dict[Label, list[float]]] = [{} for _ in self.uniform]
-        self.whole_ms: dict[int, list[float]] = {t: [] for t in self.anchors}
-        self.spent_ms = 0.0
-
-    def round(self) -> None:
+    def round(self) -> _Round:
         """One marked pass at each ratio and one unmarked pass at each anchor, in random order."""
         jobs = [(True, t) for t in range(len(self.uniform))] + [(False, t) for t in self.anchors]
         self.rng.shuffle(jobs)
+        parts_ms: dict[int, Mapping[Label, float]] = {}
+        whole_ms: dict[int, float] = {}
         for marked, tenths in jobs:
             set_sparsity(self.model, self.uniform[tenths], exact=False)  # as the dense stages of a sparse model
-            if not marked:
-                self.whole_ms[tenths].append(self.stopwatch(lambda: self.model(self.x), 1))
-                continue
-            with hooked(self.model, self.timeline):
-                times = timed_forward(self.model, self.x, self.timeline)
-            self.spent_ms += sum(times.values())
-            for label, ms in times.items():
-                self.parts_ms[tenths].setdefault(label, []).append(ms)
+            if marked:
+                with hooked(self.model, self.timeline):
+                    parts_ms[tenths] = timed_forward(self.model, self.x, self.timeline)
+            else:
+                whole_ms[tenths] = self.stopwatch(lambda: self.model(self.x), 1)
+        return _Round(parts_ms, whole_ms)
 
 
-def _table(session: _TableSession, kept: list[list[int]], identity: Mapping[str, object]) -> LatencyTable:
-    """Medians of a session; `kept[stage][tenths]` windows. Ratios that keep equally many share their samples."""
-    parts_ms, num_tenths = session.parts_ms, len(session.uniform)
+def _whole_ms(taken: Sequence[_Round], tenths: int) -> list[float]:
+    return [one.whole_ms[tenths] for one in taken]
+
+
+def _change(samples_ms: Sequence[float]) -> float:
+    """How far the median of the second half is from that of the first, as a share."""
+    half = (len(samples_ms) + 1) // 2
+    first = median(samples_ms[:half])
+    return abs(median(samples_ms[-half:]) - first) / first
+
+
+def _table(
+    taken: Sequence[_Round], uniform: list[SparsityConfig], kept: list[list[int]], identity: Mapping[str, object]
+) -> LatencyTable:
+    """Medians of rounds; `kept[stage][tenths]` windows. Ratios that keep equally many share their samples."""
+    num_tenths = len(uniform)
+
+    def middle(label: Label, *tenths: int) -> float:
+        return median(one.parts_ms[t][label] for t in tenths for one in taken)
 
     def pooled(label: Label, stage: int, tenths: int) -> float:
-        same = [t for t in range(num_tenths) if kept[stage][t] == kept[stage][tenths]]
-        return median(ms for t in same for ms in parts_ms[t][label])
+        return middle(label, *(t for t in range(num_tenths) if kept[stage][t] == kept[stage][tenths]))
 
     pair_ms = tuple(
         tuple(tuple(pooled(("pair", stage, pair), stage, t) for t in range(num_tenths)) for pair in range(pairs))
-        for stage, pairs in enumerate(session.uniform[0].pairs)
+        for stage, pairs in enumerate(uniform[0].pairs)
     )
-    dense_ms = {label: median(samples) for label, samples in parts_ms[0].items()}
-    base_ms = sum(ms for label, ms in dense_ms.items() if label[0] != "pair")
+    base_ms = sum(middle(label, 0) for label in taken[0].parts_ms[0] if label[0] != "pair")
     overhead_ms = []
     for stage, counts in enumerate(kept):
         label = ("scoring", stage)
-        pruned = [median(parts_ms[t][label]) for t in range(num_tenths) if counts[t] < counts[0]]
-        overhead_ms.append(max(0.0, fmean(pruned) - dense_ms[label]) if pruned else 0.0)
+        pruned = [middle(label, t) for t in range(num_tenths) if counts[t] < counts[0]]
+        overhead_ms.append(max(0.0, fmean(pruned) - middle(label, 0)) if pruned else 0.0)
     return LatencyTable(base_ms, pair_ms, tuple(overhead_ms), identity)
 
 
-def _scaled_to_whole(table: LatencyTable, session: _TableSession) -> LatencyTable:
+def _scaled_to_whole(table: LatencyTable, taken: Sequence[_Round], uniform: list[SparsityConfig]) -> LatencyTable:
     """All entries by one factor, so that the unmarked passes are met on average.
 
     One factor and no offset: where noise is larger than what sparsity saves, a fitted slope could be anything.
     """
-    whole_ms = sum(median(samples) for samples in session.whole_ms.values())
-    factor = whole_ms / sum(table.predict(session.uniform[t]) for t in session.whole_ms)
+    anchors = taken[0].whole_ms
+    whole_ms = sum(median(_whole_ms(taken, t)) for t in anchors)
+    factor = whole_ms / sum(table.predict(uniform[t]) for t in anchors)
     return replace(
         table,
         base_ms=factor * table.base_ms,

@@ -166,11 +166,6 @@ class Ledger:
         """This ledger for metrics under other evaluation settings; it lives as long as this one."""
         return Ledger(self.path, replace(self.scope, settings=settings), self._database, self._lock)
 
-    def forget_latencies(self, device: Mapping[str, Any]) -> None:
-        """Drop what was measured under this very identity."""
-        with _translated(self.path), _transaction(self._database):
-            self._database.execute("DELETE FROM latencies WHERE device = ?", (_identity(device),))
-
     @property
     def _key(self) -> tuple[str, str, str]:
         return self.scope.checkpoint, self.scope.data, self.scope.settings

@@ -79,6 +79,7 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
             std=session.config.data.std if session.config.data.source != "digits" else None,
         ),
         reporter=session.reporter,
+        patience=session.patience,
         before_step=partial(session.stop.check, "export", "an earlier export is as it was"),
     )
     folder.write_result(

@@ -9,11 +9,11 @@ from random import Random
 from torch import nn
 
 from sparsevit_cli.atomic import write_atomic
-from sparsevit_cli.config.loading import section_hash
-from sparsevit_cli.errors import CheckpointError, MeasurementError
+from sparsevit_cli.errors import CheckpointError, MeasurementError, UnsteadyError
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
 from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
+from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.search.latency_table import LatencyTable, TableError
 from sparsevit_cli.search.ledger import LatencyRecord, Ledger
@@ -23,7 +23,7 @@ from .session import Session
 
 
 class SearchLatencies:
-    """What the clock of this device says of the model of a search, steady or not."""
+    """What the clock of this device says of the model of a search. An unsteady measurement says nothing."""
 
     def __init__(
         self, session: Session, folder: RunFolder, model: nn.Module, space: SearchSpace, ledger: Ledger
@@ -34,50 +34,47 @@ class SearchLatencies:
         self.dtype = TORCH_DTYPE[self.section.precision]
         x = example_input(model, self.image, self.section.batch_size, device=session.device, dtype=self.dtype)
         self._identity = table_identity(model, x)
-        self._provisional = {**self._identity, "unsteady": section_hash(session.config, "search", "seed")}
         self._measured: dict[SparsityConfig, LatencyRecord] = {}
-        self._unsteady: set[SparsityConfig] = set()
 
     @property
-    def dense_ms(self) -> float:
-        """Milliseconds per batch of the dense model, once measured."""
-        return self._measured[self.space.dense].latency_ms
-
-    def is_steady(self, config: SparsityConfig) -> bool:
-        """False where the machine was too busy when `config` was measured."""
-        return config not in self._unsteady
-
-    def forget_unsteady(self) -> None:
-        """Drop unsteady latencies from the ledger: the search that they decided is over."""
-        self.ledger.forget_latencies(self._provisional)
+    def dense_ms(self) -> float | None:
+        """Milliseconds per batch of the dense model, where the clock was steady."""
+        dense = self._measured.get(self.space.dense)
+        return None if dense is None else dense.latency_ms
 
     def measure(self, configs: Sequence[SparsityConfig]) -> dict[SparsityConfig, LatencyRecord]:
-        """Milliseconds per batch of each, by the ratio to dense in the same interleaved rounds.
+        """Milliseconds per batch of each and of dense, by the ratio to dense in the same interleaved rounds.
 
-        So a machine that slows down between two measurements does not spoil the comparison. What was measured
-        steadily once is in the ledger and not measured again; the rest is kept until this search is done, so that
-        it decides the same after a crash.
+        So a machine that slows down between two measurements does not spoil the comparison. What was measured once is
+        in the ledger and not measured again. Raises UnsteadyError where the clock cannot be trusted.
         """
-        dense = self.space.dense
-        for config in (dense, *configs):
-            if config in self._measured:
-                continue
-            steady = self.ledger.get_latency(self._identity, config)
-            record = steady or self.ledger.get_latency(self._provisional, config)
-            if record is not None:
+        return self._measure(configs, self.session.patience)
+
+    def look(self, configs: Sequence[SparsityConfig]) -> dict[SparsityConfig, LatencyRecord]:
+        """As `measure`, for a search that the clock does not decide: nothing is waited for, and unsteady is none."""
+        try:
+            return self._measure(configs, self.session.patience.without_waiting())
+        except UnsteadyError as error:
+            self.session.reporter.warn(f"latencies are left out: {error.got}")
+            return {}
+
+    def _measure(self, configs: Sequence[SparsityConfig], patience: Patience) -> dict[SparsityConfig, LatencyRecord]:
+        wanted = list(dict.fromkeys((self.space.dense, *configs)))
+        for config in wanted:
+            if config not in self._measured and (record := self.ledger.get_latency(self._identity, config)) is not None:
                 self._measured[config] = record
-                self._unsteady |= {config} if steady is None else set()
-        check = partial(self.session.stop.check, "search", "every evaluation so far is in the ledger")
-        missing = [config for config in dict.fromkeys((dense, *configs)) if config not in self._measured]
+        missing = [config for config in wanted if config not in self._measured]
         if missing:
             self.session.reporter.say(f"search: measuring {len(missing)} configurations on {self.session.device}")
             latencies = measure_configs(
-                self.model, list(dict.fromkeys((dense, *missing))), self.image,
+                self.model, list(dict.fromkeys((self.space.dense, *missing))), self.image,
                 batch_size=self.section.batch_size, device=self.session.device, dtype=self.dtype,
-                seconds=self.section.seconds, seed=self.session.config.seed, retries=1, before_round=check,
+                seconds=self.section.seconds, seed=self.session.config.seed, retries=self.session.config.clock.retries,
+                max_spread=self.session.config.clock.max_spread, strict=True, patience=patience,
+                before_round=partial(self.session.stop.check, "search", "every evaluation so far is in the ledger"),
             )  # fmt: skip
             self._remember(latencies)
-        return {config: self._measured[config] for config in configs}
+        return {config: self._measured[config] for config in wanted}
 
     def _remember(self, latencies: Mapping[SparsityConfig, Latency]) -> None:
         dense = latencies[self.space.dense]
@@ -88,13 +85,7 @@ class SearchLatencies:
                 self._measured[config] = LatencyRecord(
                     dense_ms / latency.speedup, dense_ms / latency.speedup_high, dense_ms / latency.speedup_low
                 )
-            steady = latency.stable and dense.stable
-            self.ledger.put_latency(self._identity if steady else self._provisional, config, self._measured[config])
-            self._unsteady |= set() if steady else {config}
-        unsteady = [latency.spread for latency in latencies.values() if not latency.stable]
-        if unsteady:
-            told = f"{len(unsteady)} of {len(latencies)} latencies are not steady: spread up to {max(unsteady):.0%}"
-            self.session.reporter.warn(told)
+            self.ledger.put_latency(self._identity, config, self._measured[config])
 
     def table(self, known: Sequence[tuple[SparsityConfig, float]]) -> tuple[LatencyTable, TableError]:
         """The table of this very device and model, its scale set by `known`, and its error on held-out configs."""
@@ -104,8 +95,9 @@ class SearchLatencies:
         except MeasurementError as noisy:
             self.session.reporter.warn(f"the latency table is used as measured: {noisy.got}")
         rng = Random(f"holdout:{self.session.config.seed}")
-        measured = self.measure([self.space.sample(rng) for _ in range(self.section.holdout)])
-        error = table.fit_error([(config, record.latency_ms) for config, record in measured.items()])
+        held_out = [self.space.sample(rng) for _ in range(self.section.holdout)]
+        measured = self.measure(held_out)
+        error = table.fit_error([(config, measured[config].latency_ms) for config in dict.fromkeys(held_out)])
         self.session.reporter.say(
             f"search: latency table against {error.n} held-out configurations: "
             f"mean error {error.mean:.1%}, largest {error.largest:.1%}"
@@ -130,13 +122,15 @@ class SearchLatencies:
             def on_round(share: float) -> None:
                 nonlocal told
                 self.session.stop.check("search", "the latency table is not saved yet")
-                bar.advance(round(100 * share) - told)
-                told = round(100 * share)
+                bar.advance(max(0, round(100 * share) - told))
+                told = max(told, round(100 * share))
 
             table = measure_latency_table(
                 self.model, self.image, batch_size=self.section.batch_size, device=self.session.device,
                 dtype=self.dtype, max_tenths=MAX_TENTHS, seconds=self.section.seconds,
-                seed=self.session.config.seed, on_round=on_round,
+                seed=self.session.config.seed, patience=self.session.patience,
+                retries=self.session.config.clock.retries, max_spread=self.session.config.clock.max_spread,
+                on_round=on_round,
             )  # fmt: skip
         write_atomic(path, table.to_json())
         return table

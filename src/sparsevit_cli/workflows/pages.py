@@ -17,19 +17,20 @@ COLUMNS = ("model", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [9
            "peak MB")  # fmt: skip
 STAGE_COLUMNS = ("part", "blocks", "scoring, ranking", "gather, scatter", "merging", "other", "ms")
 
+NOT_STEADY = "not steady"
+
 _STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.5em 0 2em}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left}tr.losing td{color:#b3261e}"""
 
 
 def row_values(row: ProfileRow) -> tuple[Any, ...]:
-    """Texts under COLUMNS."""
-    interval = f"[{row.latency_ms_low:.2f}, {row.latency_ms_high:.2f}]"
+    """Texts under COLUMNS; an unsteady number is none."""
     return (
         row.label, f"{row.image_size[0]}x{row.image_size[1]}", row.batch, f"{row.gmacs:.2f}",
-        f"{row.latency_ms:.2f} {interval}{'' if row.stable else ' unsteady'}",
-        f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
-        f"{row.throughput:.1f}", f"{row.peak_memory_mb:.0f}",
+        f"{row.latency_ms:.2f} [{row.latency_ms_low:.2f}, {row.latency_ms_high:.2f}]" if row.stable else NOT_STEADY,
+        f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]" if row.compares else "-",
+        f"{row.throughput:.1f}" if row.stable else "-", f"{row.peak_memory_mb:.0f}",
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsevit_cli.atomic import write_json
 from sparsevit_cli.data.build import DataBundle
+from sparsevit_cli.errors import UnsteadyError
 from sparsevit_cli.exporting import check_packages
 from sparsevit_cli.models import set_img_size
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input, placed
@@ -49,19 +50,22 @@ MOST_RIVALS = 9
 
 @dataclass(frozen=True)
 class PipelineRow:
-    """One model of the closing table; speed-up against dense in the same interleaved measurement."""
+    """One model of the closing table; speed-up against dense in the same interleaved measurement.
+
+    Latency is None where it is not steady, speed-up where it or dense's is not.
+    """
 
     label: str
     ratios: tuple[tuple[float, ...], ...] | None
     image_size: tuple[int, int]
     top1: float
     gmacs: float
-    latency_ms: float
-    latency_ms_low: float
-    latency_ms_high: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
+    latency_ms: float | None
+    latency_ms_low: float | None
+    latency_ms_high: float | None
+    speedup: float | None
+    speedup_low: float | None
+    speedup_high: float | None
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,15 @@ class PipelineSummary:
     seconds: Mapping[str, float]
     written: tuple[str, ...]
     environment: Mapping[str, object]
+    clock: str | None
+    """Why latencies are missing; None where all are steady."""
 
     def document(self) -> dict[str, Any]:
         """The JSON document of `sparsevit run --json`."""
         return {
             "schema_version": 1, **self.environment, "batch": self.batch, "validation_images": self.count,
-            "rows": [asdict(row) for row in self.rows], "seconds": self.seconds, "written": self.written,
+            "rows": [asdict(row) for row in self.rows], "clock": self.clock, "seconds": self.seconds,
+            "written": self.written,
         }  # fmt: skip
 
 
@@ -107,15 +114,14 @@ def run_pipeline(session: Session) -> PipelineSummary:
         seconds["pretrain"] = pretrain(session).seconds
     seconds["adapt"] = adapt(session).seconds
     if session.config.finetune.ratios is None and not is_searched(session):
-        search(session)
+        _search(session)
     seconds["finetune"] = finetune(session).seconds
     contenders = _contenders(session, seconds)
-    profile = partial(profile_model, retries=0)  # on a busy machine its rows are marked, and the table still comes
     tuned_at = [list(stage) for stage in contenders[-1].config.ratios]
     tuned = {"ratios": tuned_at, "weights_sha256": trained_weights(session, "finetune", "sparsevit run").sha256}
     steps: tuple[tuple[str, Callable[[Session], object], Mapping[str, object]], ...] = (
         ("evaluate", evaluate_checkpoint, tuned),
-        ("profile", profile, {"ratios": tuned_at, "settings": profile_settings(session)}),
+        ("profile", profile_model, {"ratios": tuned_at, "settings": profile_settings(session)}),
         ("export", export_winner, {**tuned, "settings": export_settings(session)}),
     )
     for command, step, wanted in steps:
@@ -123,6 +129,19 @@ def run_pipeline(session: Session) -> PipelineSummary:
         if session.fresh or any(found.get(name) != value for name, value in wanted.items()):
             step(session)
     return _summary(session, folder, contenders, seconds)
+
+
+def _search(session: Session) -> None:
+    """Search; by multiply-adds alone where the clock cannot be trusted and there is a budget of them."""
+    try:
+        search(session)
+    except UnsteadyError as error:
+        if session.config.search.budget_macs is None:
+            do = "Set search.budget_macs too, to go on without a clock, or type the command again on a quiet machine."
+            raise UnsteadyError(error.what, error.got, do) from error
+        session.reporter.warn(f"the clock cannot be trusted now ({error.got})")
+        session.reporter.warn(f"run: the budget of multiply-adds decides alone: {session.config.search.budget_macs}")
+        search(session, without_clock=True)
 
 
 def _check_settings(session: Session) -> None:
@@ -231,11 +250,16 @@ def _smaller_rival(
     calls: dict[str, Any] = {"winner": _call(session, tuned, session.img_size)}
     calls |= {f"{size[0]}x{size[1]}": _call(session, model, size) for size, model in models.items()}
     latencies = _measure(session, calls, rounds=10)
-    target = latencies["winner"].median_ms
-    size = min(models, key=lambda size: abs(latencies[f"{size[0]}x{size[1]}"].median_ms - target))
+    costs, cost, unit = {name: latency.median_ms for name, latency in latencies.items()}, "latency", "ms"
+    if not all(latency.stable for latency in latencies.values()):
+        shapes = {"winner": (tuned, session.img_size), **{f"{s[0]}x{s[1]}": (m, s) for s, m in models.items()}}
+        channels = session.config.model.in_chans
+        costs = {name: count_macs(model, (channels, *s)).gmacs for name, (model, s) in shapes.items()}
+        cost, unit = "multiply-adds, for latencies are not steady", "GMACs"
+    size = min(models, key=lambda size: abs(costs[f"{size[0]}x{size[1]}"] - costs["winner"]))
     session.reporter.say(
-        f"run: the dense rival of equal latency takes {size[0]}x{size[1]} pixels "
-        f"({latencies[f'{size[0]}x{size[1]}'].median_ms:.2f} ms, the winner {target:.2f} ms)"
+        f"run: the dense rival of equal {cost}, takes {size[0]}x{size[1]} pixels "
+        f"({costs[f'{size[0]}x{size[1]}']:.3g} {unit}, the winner {costs['winner']:.3g} {unit})"
     )
     write_json(chosen, {"img_size": size, "winner": str(winner)})
     return models[size], size
@@ -278,11 +302,12 @@ def _images(session: Session, model: nn.Module, size: tuple[int, int]) -> Tensor
 def _measure(session: Session, calls: Mapping[str, Any], rounds: int = 30) -> dict[str, Latency]:
     latencies = measure_interleaved(
         calls, device=session.device, seconds=session.config.search.seconds, rounds=rounds,
-        seed=session.config.seed, strict=False, retries=0, before_round=_check(session),
+        seed=session.config.seed, strict=False, max_spread=session.config.clock.max_spread,
+        retries=session.config.clock.retries, patience=session.patience, before_round=_check(session),
     )  # fmt: skip
-    unsteady = [name for name, latency in latencies.items() if not latency.stable]
-    if unsteady:
-        session.reporter.warn(f"not steady on this machine now: {', '.join(unsteady)}")
+    for name, latency in latencies.items():
+        if not latency.stable:
+            session.reporter.warn(f"not steady: latency of {name}, {latency.unsteady}")
     return latencies
 
 
@@ -292,6 +317,7 @@ def _summary(
     """Measure all contenders in one interleaved run, dense first: it is the reference."""
     calls = {c.label: _call(session, c.model, c.size) for c in contenders}
     latencies = _measure(session, calls)
+    reference = latencies[contenders[0].label]
     rows = []
     for contender in contenders:
         latency = latencies[contender.label]
@@ -303,7 +329,7 @@ def _summary(
                 image_size=contender.size,
                 top1=contender.accuracy.top1,
                 gmacs=count_macs(contender.model, image).gmacs,
-                **latency.as_row(),
+                **_facts(latency, reference),
             )
         )
     written = [
@@ -317,7 +343,15 @@ def _summary(
     summary = PipelineSummary(
         folder, session.config.search.batch_size, contenders[0].accuracy.count, tuple(rows), seconds,
         tuple(str(path) for path in written if path.exists() or path == folder.result), session.environment,
+        next((latency.unsteady for latency in latencies.values() if latency.unsteady), None),
     )  # fmt: skip
     folder.set_aside(["metrics.json"], session.reporter)
     folder.write_result(summary.document())
     return summary
+
+
+def _facts(latency: Latency, reference: Latency) -> dict[str, float | None]:
+    """The latency's columns; those that are not steady are None."""
+    known = {"latency_ms": latency.stable, "speedup": latency.stable and reference.stable}
+    return {name: value if known[name.removesuffix("_low").removesuffix("_high")] else None
+            for name, value in latency.as_row().items()}  # fmt: skip

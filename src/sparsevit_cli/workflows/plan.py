@@ -112,6 +112,7 @@ class _Plan:
         latency = measure_configs(
             self.model, [dense], (session.config.model.in_chans, *session.img_size), batch_size=section.batch_size,
             device=session.device, seconds=0.1, rounds=TIMED_STEPS, retries=0,
+            patience=session.patience.without_waiting(),
         )[dense]  # fmt: skip
         return images * latency.median_ms / section.batch_size / 1000
 

@@ -6,7 +6,7 @@ import copy
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,12 +23,13 @@ from sparsevit_cli.atomic import write_atomic, write_json
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.config.schema import ModelSection
 from sparsevit_cli.data.transforms import as_pair
-from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
+from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import build_model
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import analytic_macs, count_macs, flopcounter_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
+from sparsevit_cli.profiling.neighbours import unsteady
 from sparsevit_cli.profiling.stages import StageTimes, time_stages
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
@@ -43,8 +44,6 @@ Size = tuple[int, int]
 DENSE, OURS_DENSE, OURS_SPARSE = "dense (timm)", "ours at ratio 0", "ours sparse"
 TIMM_CLASSES = 1000
 """Outputs of a model that nothing is known of but its name: ImageNet's."""
-RETRIES = 1
-"""Times that a measurement that did not settle is repeated before the command ends with exit 8."""
 FILES = ("profile.json", "profile.html", "samples.npz", "layers.csv", "metrics.json")
 """What one profile writes; an earlier one's are set aside."""
 MACS_TOLERANCE = 0.005
@@ -78,11 +77,15 @@ class ProfileRow:
     rounds: int
     outliers: int
     stable: bool
+    unsteady: str
+    """Why the latency is not to be relied on; nothing where it is."""
+    compares: bool
+    """True where this row and the dense one are steady: then the speed-up is a fact."""
 
     @property
     def losing(self) -> bool:
         """True where ours, sparse, is slower than dense."""
-        return self.label == OURS_SPARSE and self.speedup < 1
+        return self.label == OURS_SPARSE and self.compares and self.speedup < 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class ProfileReport:
 
     def refuse_unsteady(self) -> None:
         """As the function of that name."""
-        refuse_unsteady([row.stable for row in self.rows])
+        refuse_unsteady({f"{row.label}, batch {row.batch}": row.unsteady for row in self.rows})
 
     def document(self) -> dict[str, object]:
         """The JSON document of `sparsevit profile --json`."""
@@ -145,13 +148,11 @@ def profile_model(
     model: str | None = None,
     img_size: str | None = None,
     ratios: str | None = None,
-    retries: int = RETRIES,
 ) -> ProfileReport:
     """Measure the configuration's model, or timm's `model`, at `ratios` as typed, else the configured or the winner's.
 
-    Weights do not matter to the clock: the architecture is built with random ones. A cell that does not settle is
-    measured `retries` times more, and then marked in its rows. Raises CheckpointError where there is no winner and no
-    ratios are given.
+    Weights do not matter to the clock: the architecture is built with random ones. Rows that stay unsteady are marked.
+    Raises CheckpointError where there is no winner and no ratios are given.
     """
     if session.config.profile.mode == "graph" and session.device.type != "cuda":
         got = f"graph, but {session.device} has no CUDA graphs"
@@ -173,10 +174,10 @@ def profile_model(
             if not macs_check:
                 macs_check = _macs_check(session, models[OURS_SPARSE], size)
             for batch in section.batch_sizes:
-                cell, latencies = _cell(session, models, config, size, batch, retries)
+                cell, latencies = _cell(session, models, config, size, batch)
                 rows += cell
                 samples |= {f"{label} b{batch} {size[0]}x{size[1]}": x.samples_ms for label, x in latencies.items()}
-                if not stages:
+                if not stages and latencies[DENSE].stable and latencies[OURS_SPARSE].stable:
                     stages = _stage_times(session, models, size, batch, latencies)
                 bar.advance()
         settings = {**section.model_dump(mode="json"), "threads": torch.get_num_threads()}
@@ -255,7 +256,7 @@ def _models(session: Session, size: Size, config: SparsityConfig) -> dict[str, n
 
 
 def _cell(
-    session: Session, models: Mapping[str, nn.Module], config: SparsityConfig, size: Size, batch: int, retries: int
+    session: Session, models: Mapping[str, nn.Module], config: SparsityConfig, size: Size, batch: int
 ) -> tuple[list[ProfileRow], dict[str, Latency]]:
     section, image = session.config.profile, (session.config.model.in_chans, *size)
     x = example_input(
@@ -277,7 +278,8 @@ def _cell(
         seed=session.config.seed,
         max_spread=section.max_spread,
         strict=False,
-        retries=retries,
+        retries=session.config.clock.retries,
+        patience=session.patience,
         before_round=partial(session.stop.check, "profile", "nothing of this profile is saved"),
     )
     rows = []
@@ -299,6 +301,8 @@ def _cell(
                 rounds=latency.rounds,
                 outliers=latency.outliers,
                 stable=latency.stable,
+                unsteady=latency.unsteady,
+                compares=latency.stable and latencies[DENSE].stable,
             )
         )
     return rows, latencies
@@ -331,13 +335,12 @@ def _stage_times(
     return {label: time_stages(models[label], x, total_ms=latencies[label].median_ms) for label in labels}
 
 
-def refuse_unsteady(stable: Sequence[bool]) -> None:
-    """Raise MeasurementError where a row did not settle: it is written and shown, but not to be relied on."""
-    unsteady = stable.count(False)
-    if unsteady:
-        got = f"{unsteady} of {len(stable)} rows did not settle; they are marked"
-        do = "Close other programs, raise profile.seconds, or accept more with profile.max_spread."
-        raise MeasurementError("profile", got, do)
+def refuse_unsteady(rows: Mapping[str, str]) -> None:
+    """Raise UnsteadyError where a row (label: why it is unsteady) did not settle: it is written, and marked."""
+    shaky = {label: why for label, why in rows.items() if why}
+    if shaky:
+        label, why = next(iter(shaky.items()))
+        raise unsteady("profile", f"{len(shaky)} of {len(rows)} rows are not steady ({label}: {why})")
 
 
 @contextmanager

@@ -75,6 +75,9 @@ class RivalRow:
     speedup_low: float
     speedup_high: float
     stable: bool
+    unsteady: str = ""
+    compares: bool = True
+    """True where this row and the best dense one are steady: then the speed-up is a fact."""
     peak_memory_mb: float | None = None
     realised: float | None = None
     realised_low: float | None = None
@@ -112,7 +115,8 @@ class RivalReport:
 
     def refuse_unsteady(self) -> None:
         """As `profile.refuse_unsteady`."""
-        refuse_unsteady([row.stable for cell in self.cells for row in cell.rows])
+        rows = [row for cell in self.cells for row in cell.rows]
+        refuse_unsteady({f"{row.label}, batch {row.batch}": row.unsteady for row in rows})
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,8 @@ def _cell(session: Session, size: tuple[int, int], batch: int, typed: Mapping[st
     latencies = measure_interleaved(
         {label: contestant.run for label, contestant in contestants.items()},
         device=session.device, seconds=section.seconds, rounds=section.rounds, seed=session.config.seed,
-        max_spread=section.max_spread, strict=False, retries=0,
+        max_spread=section.max_spread, strict=False, retries=session.config.clock.retries,
+        patience=session.patience, together=True,
         before_round=partial(session.stop.check, "rivals", "nothing of this cell is saved"),
     )  # fmt: skip
     dense = [label for label, contestant in contestants.items() if contestant.kind in ("B1", "B2")]
@@ -230,7 +235,10 @@ def _smaller(session: Session, size: tuple[int, int], batch: int, ours: _Contest
     models = {s: with_fused_attention(built(session, s).to(session.device, dtype), fused=True) for s in sides}
     calls: dict[str, Any] = {"ours": ours.run}
     calls |= {str(s): partial(_fastest(model), _input(session, model, s, batch)) for s, model in models.items()}
-    quick = measure_interleaved(calls, device=session.device, seconds=0.01, rounds=3, strict=False, retries=0)
+    quick = measure_interleaved(
+        calls, device=session.device, seconds=0.01, rounds=3, strict=False, retries=0, max_spread=1.0,
+        patience=session.patience,
+    )  # fmt: skip
     nearest = min(sides, key=lambda s: abs(quick[str(s)].median_ms - quick["ours"].median_ms))
     model, x = models[nearest], _input(session, models[nearest], nearest, batch)
     fused = ", fused" if has_fused_attention(model) else ""
@@ -274,6 +282,8 @@ def _row(
         gmacs=gmacs,
         **Latency.from_samples(latency.samples_ms, best.samples_ms).as_row(),
         stable=latency.stable,
+        unsteady=latency.unsteady,
+        compares=latency.stable and best.stable,
         peak_memory_mb=peak_memory_mb(contestant.model, x) if eager else None,
         roofline=None if least_ms is None else least_ms / latency.median_ms,
     )

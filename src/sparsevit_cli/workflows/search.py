@@ -15,7 +15,7 @@ from sparsevit_cli.atomic import write_atomic
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.data.splits import fixed_subset
-from sparsevit_cli.errors import BudgetError, CheckpointError, ConfigError, MeasurementError
+from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.search.budget import (
@@ -57,12 +57,11 @@ class Finalist:
     cost: float
     gmacs: float
     predicted_ms: float | None
-    latency_ms: float
-    latency_ms_low: float
-    latency_ms_high: float
-    speedup: float
-    stable: bool
-    """False where the machine was too busy for a steady latency."""
+    latency_ms: float | None
+    """None, as are the next three, where the clock was not steady and the budget does not need it."""
+    latency_ms_low: float | None
+    latency_ms_high: float | None
+    speedup: float | None
     within_budget: bool
 
 
@@ -73,7 +72,7 @@ class SearchSummary:
     folder: RunFolder
     winner: Finalist
     finalists: tuple[Finalist, ...]
-    dense_ms: float
+    dense_ms: float | None
     feasibility: tuple[Feasibility, ...]
     table_error: TableError | None
     asked: int
@@ -93,13 +92,17 @@ class _Costs:
     table_error: TableError | None
 
 
-def search(session: Session) -> SearchSummary:
+def search(session: Session, *, without_clock: bool = False) -> SearchSummary:
     """Find the configuration with the best accuracy on the search split within the budgets.
 
-    Raises BudgetError with the reachable range before anything is evaluated, MeasurementError where no finalist
-    meets the budget once measured, CheckpointError where there is nothing to search with.
+    `without_clock` leaves a latency budget out, where there is one of multiply-adds too. Raises BudgetError with the
+    reachable range before anything is evaluated, UnsteadyError where a latency is asked for and the clock cannot be
+    trusted, MeasurementError where no finalist meets the budget once measured, CheckpointError where there is nothing
+    to search with.
     """
     requests = budget_requests(session)
+    if without_clock:
+        requests = tuple(request for request in requests if request.metric == "macs")
     weights = trained_weights(session, "adapt", "sparsevit search")
     data = session.data(weights)
     if data.fingerprint != weights.result["data_fingerprint"]:
@@ -117,14 +120,9 @@ def search(session: Session) -> SearchSummary:
     scope = LedgerScope(weights.sha256, data.fingerprint, _ledger_settings(session, samples))
     with Ledger.open(folder.path / "ledger.sqlite", scope) as ledger:
         work = _Search(session, folder, data, model, weights, subset, ledger)
-        try:
-            costs = work.costs(requests)
-            result = work.run(costs)
-            finalists = work.finalists(costs, result)
-        except (BudgetError, MeasurementError):
-            work.latencies.forget_unsteady()  # a second try measures anew
-            raise
-        return work.finish(costs, result, finalists)
+        costs = work.costs(requests)
+        result = work.run(costs)
+        return work.finish(costs, result, work.finalists(costs, result))
 
 
 def _ledger_settings(session: Session, samples: str) -> str:
@@ -301,22 +299,23 @@ class _Search:
                 break
             self.session.reporter.warn("no finalist meets the budget on the clock; looking at the next ones")
         limit = next(row for row in costs.feasibility if row.metric == "latency_ms")
-        fastest = min(chosen, key=lambda finalist: finalist.latency_ms)
+        fastest_ms, predicted_ms = min((f.latency_ms, f.predicted_ms) for f in chosen if f.latency_ms is not None)
         got = (
-            f"the fastest of {len(chosen)} finalists takes {fastest.latency_ms:.3g} ms, predicted "
-            f"{fastest.predicted_ms:.3g} ms, the budget is {format_cost(limit.limit, 'latency_ms')}"
+            f"the fastest of {len(chosen)} finalists takes {fastest_ms:.3g} ms, predicted {predicted_ms:.3g} ms, "
+            f"the budget is {format_cost(limit.limit, 'latency_ms')}"
         )
         raise MeasurementError("search", got, "Search again on an idle machine, or raise search.margin.")
 
     def _judge(self, costs: _Costs, candidates: Sequence[Evaluation]) -> list[Finalist]:
-        records = self.latencies.measure([candidate.config for candidate in candidates])
-        dense_ms = self.latencies.dense_ms
         limits = [row.limit for row in costs.feasibility if row.metric == "latency_ms"]
+        clock = self.latencies.measure if limits else self.latencies.look
+        records = clock([candidate.config for candidate in candidates])
+        dense_ms = self.latencies.dense_ms or math.inf
         finalists = []
         whole = self.ledger.scoped(_ledger_settings(self.session, "all"))
         with self.session.reporter.progress("finalists", len(candidates)) as bar:
             for candidate in candidates:
-                config, record = candidate.config, records[candidate.config]
+                config, record = candidate.config, records.get(candidate.config)
                 finalists.append(
                     Finalist(
                         config=config,
@@ -325,12 +324,11 @@ class _Search:
                         cost=candidate.cost,
                         gmacs=self.macs(config) / 1e9,
                         predicted_ms=costs.table.predict(config) if costs.table else None,
-                        latency_ms=record.latency_ms,
-                        latency_ms_low=record.low_ms,
-                        latency_ms_high=record.high_ms,
-                        speedup=dense_ms / record.latency_ms,
-                        stable=self.latencies.is_steady(config),
-                        within_budget=all(record.latency_ms <= limit or limit >= dense_ms for limit in limits),
+                        latency_ms=record.latency_ms if record else None,
+                        latency_ms_low=record.low_ms if record else None,
+                        latency_ms_high=record.high_ms if record else None,
+                        speedup=dense_ms / record.latency_ms if record else None,
+                        within_budget=all(record and min(record.latency_ms, dense_ms) <= limit for limit in limits),
                     )
                 )
                 bar.advance()
@@ -363,7 +361,6 @@ class _Search:
         unit = "predicted ms per batch" if costs.table else "multiply-adds per image"
         plot_pareto(self.folder.path / "pareto.png", result.history, front, winner.config, unit, self.session.reporter)
         self._write_winner(summary, costs)
-        self.latencies.forget_unsteady()
         return summary
 
     def _csv(self, evaluations: Sequence[Evaluation]) -> str:
@@ -388,11 +385,10 @@ class _Search:
         }
         about = {
             "depths": list(self.space.depths),
-            **{name: round(value, 4) for name, value in numbers.items()},
+            **{name: None if value is None else round(value, 4) for name, value in numbers.items()},
             "budget": budgets,
             "measured_with": {"batch_size": self.section.batch_size, "image_size": list(self.session.img_size),
                               "precision": self.section.precision, "device": str(self.session.device)},
-            "latency_is_steady": winner.stable,
             "checkpoint_sha256": self.weights.sha256,
         }  # fmt: skip
         self.folder.write_result(

@@ -17,6 +17,7 @@ from sparsevit_cli.data.transforms import as_pair
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import build_model, load_state
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
+from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.reporting import Reporter
 from sparsevit_cli.runs import RunFolder, RunLocks, open_run
 from sparsevit_cli.sparsity import SearchSpace
@@ -57,6 +58,11 @@ class Session:
     argv: Sequence[str] = ()
     fresh: bool = False
     locks: RunLocks = field(default_factory=RunLocks)
+
+    @cached_property
+    def patience(self) -> Patience:
+        """How long neighbours are waited for, in all the measurements of the command."""
+        return Patience(self.config.clock.wait, self.config.clock.max_neighbour)
 
     @cached_property
     def device(self) -> torch.device:
@@ -139,5 +145,7 @@ class Session:
         return SearchSpace(model_depths(model), max_ratio)
 
     def replaced(self, **changes: Any) -> Session:
-        """This session with another configuration, reporter or flag."""
-        return replace(self, **changes)
+        """This session with another configuration, reporter or flag; what it has waited counts on."""
+        other = replace(self, **changes)
+        other.__dict__["patience"] = self.patience  # where cached_property keeps it
+        return other

@@ -1,0 +1,246 @@
+"""What else runs on this machine while something is timed, and waiting until it stops.
+
+A neighbour that is always there has no spread: beside one, every parallel region waits for a time slice, and a
+latency can be a hundred times too long with all its samples alike. So the machine is asked, not the samples.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import psutil
+import torch
+
+from sparsevit_cli.errors import UnsteadyError
+
+WAIT_SECONDS = 60.0
+MIN_CORES, SHARE_OF_CORES = 0.05, 0.02
+"""CPU cores that other processes may take: this many, or this share of all cores where that is more."""
+MAX_SWITCHES = 100.0
+"""Involuntary context switches in a second of CPU time; 25 to 35 are usual, 130 and more beside one busy process."""
+SLICE_SECONDS = 1.0
+GLANCE_SECONDS = 0.25
+TICK_SECONDS = 0.01
+"""Resolution of the system's count of busy time, per core."""
+TELL_EVERY_SECONDS = 15.0
+PRESSURE = Path("/proc/pressure/cpu")
+GPU_SLOWED = {
+    0x04: "power cap", 0x08: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}  # fmt: skip
+"""Bits of NVML's clocks throttle reasons (nvml.h) that make a GPU slower than it could be."""
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Counters of the machine at one moment, all in seconds but `switches`.
+
+    `busy` is the CPU time of all processes on the cores that this one may use, and of a hypervisor's other guests.
+    `own` is this process's CPU time. `waiting` is the time in which some thread had no core (PSI), None where the
+    system does not count it. `switches` are this process's involuntary context switches. `gpu` says what else the GPU
+    does, or nothing.
+    """
+
+    at: float
+    busy: float
+    own: float
+    waiting: float | None
+    switches: int
+    cores: int
+    gpu: str = ""
+
+
+class Watch(Protocol):
+    """Reads the counters; handed in, so that tests can make a machine up."""
+
+    def __call__(self) -> Moment:
+        """The counters now."""
+
+
+def machine_watch(device: torch.device) -> Watch:
+    """The counters of this machine, and of the GPU where `device` is one."""
+    gpu = _gpu_watch(device) if device.type == "cuda" else lambda: ""
+
+    def moment() -> Moment:
+        cpus = psutil.cpu_times(percpu=True)
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(cpus))
+        mine = [cpus[number] for number in allowed if number < len(cpus)] or cpus
+        # `guest` is part of `user` already
+        idle = ("idle", "iowait", "guest", "guest_nice")
+        busy = sum(value for cpu in mine for name, value in cpu._asdict().items() if name not in idle)
+        switches = psutil.Process().num_ctx_switches().involuntary
+        return Moment(time.monotonic(), busy, time.process_time(), _pressure(), switches, len(mine), gpu())
+
+    return moment
+
+
+def _pressure() -> float | None:
+    """Seconds in which some thread waited for a core, since boot; None where the kernel does not count them."""
+    try:
+        first = PRESSURE.read_text(encoding="ascii").partition("\n")[0]
+        return int(first.rpartition("total=")[2]) / 1e6
+    except (OSError, ValueError):
+        return None
+
+
+def _gpu_watch(device: torch.device) -> Callable[[], str]:
+    """Says which other processes compute on the GPU and what slows its clocks; nothing where NVML is not there."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        _gpu_state(pynvml, handle)
+    except Exception as error:  # NVML is optional, and its errors are its own
+        log.info("what else runs on %s is not known (%s)", device, type(error).__name__)
+        return lambda: ""
+    return lambda: _gpu_state(pynvml, handle)
+
+
+def _gpu_state(nvml: Any, handle: Any) -> str:
+    pids = {process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+    others = len(pids - {os.getpid()}) - (os.getpid() not in pids)  # in a container our own has another number
+    slowed = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+    told = [f"{others} other processes compute on the GPU"] if others > 0 else []
+    return "; ".join(told + [f"the GPU is slowed by its {name}" for bit, name in GPU_SLOWED.items() if slowed & bit])
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is accepted beside a measurement: CPU cores that other processes take, share of time that threads wait."""
+
+    cores: float
+    waiting: float
+
+
+def disturbance(before: Moment, after: Moment, limits: Limits) -> str:
+    """What took this machine from us between two moments, in words; nothing where that was within the limits.
+
+    Three counters, each enough: CPU time of others, share of time in which a thread waited for a core, and, where the
+    kernel does not count waiting, our involuntary context switches.
+    """
+    seconds = max(after.at - before.at, 1e-9)
+    own = after.own - before.own
+    others = (after.busy - before.busy - own) / seconds
+    if others - TICK_SECONDS * after.cores / seconds > limits.cores:
+        return f"other processes take {others:.2f} of {after.cores} cores"
+    if before.waiting is not None and after.waiting is not None:
+        waiting = (after.waiting - before.waiting) / seconds
+        if waiting > limits.waiting:
+            return f"threads wait for a core {min(waiting, 1):.0%} of the time"
+    else:
+        switches = (after.switches - before.switches) / max(own, SLICE_SECONDS)
+        if switches > MAX_SWITCHES and limits.waiting < 1:
+            return f"this process has to give way {switches:.0f} times a second"
+    return after.gpu or before.gpu
+
+
+class Disturbed(Exception):  # noqa: N818 - no error: it says why a measurement did not take place
+    """Neighbours did not leave within the time that there was to wait."""
+
+
+class Patience:
+    """Time to wait for neighbours, in all the measurements of one command: `seconds_left` falls while waiting.
+
+    `max_cores` is what other processes may take of the CPU; None is 0.05 cores, or 2 % of all where that is more.
+    """
+
+    def __init__(
+        self,
+        wait_seconds: float = WAIT_SECONDS,
+        max_cores: float | None = None,
+        *,
+        watch: Watch | None = None,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.seconds_left, self.max_cores = wait_seconds, max_cores
+        self.watch, self.now, self.sleep = watch, now, sleep
+        self._told_at = math.inf
+
+    def without_waiting(self) -> Patience:
+        """One that looks and never waits: for numbers that decide nothing."""
+        return Patience(0.0, self.max_cores, watch=self.watch, now=self.now, sleep=self.sleep)
+
+    def tell(self, found: str) -> None:
+        """One line about a neighbour and the wait for it, every 15 seconds of waiting."""
+        if self._told_at - self.seconds_left >= TELL_EVERY_SECONDS:
+            self._told_at = self.seconds_left
+            log.warning("not steady: %s; waiting for that to end, %.0f s at most", found, self.seconds_left)
+
+
+class Vigil:
+    """Watches one measurement on `device`: what was taken beside a neighbour is taken again, once that has left.
+
+    `check` may raise, to stop early.
+    """
+
+    def __init__(self, patience: Patience, device: torch.device, check: Callable[[], None] = lambda: None) -> None:
+        self.patience, self.check = patience, check
+        self.watch = patience.watch or machine_watch(device)
+        most = patience.max_cores
+        cores = max(MIN_CORES, SHARE_OF_CORES * self.watch().cores) if most is None else most
+        self.limits = Limits(cores, MIN_CORES if most is None else most)
+
+    def until_quiet(self) -> None:
+        """Return once nothing else runs. Raises Disturbed where that takes longer than there is to wait."""
+        self._wait(self._glance())
+
+    def _glance(self) -> str:
+        before = self.watch()
+        self.patience.sleep(GLANCE_SECONDS)
+        return disturbance(before, self.watch(), self.limits)
+
+    def _wait(self, found: str) -> None:
+        """Until a neighbour that was `found` has left."""
+        patience = self.patience
+        while found:
+            self.check()
+            if patience.seconds_left <= 0:
+                raise Disturbed(found)
+            patience.tell(found)
+            began = patience.now()
+            found = self._glance()
+            patience.seconds_left -= patience.now() - began
+
+    def collect(self, take: Callable[[], T], enough: Callable[[Sequence[T]], bool]) -> list[T]:
+        """What `take` returns, until that is `enough`; slices of about a second beside a neighbour are taken again.
+
+        Raises Disturbed, and what `take` raises.
+        """
+        kept: list[T] = []
+        while not enough(kept):
+            fresh: list[T] = []
+            began, before = self.patience.now(), self.watch()
+            while self.patience.now() - began < SLICE_SECONDS and not enough([*kept, *fresh]):
+                fresh.append(take())
+            found = disturbance(before, self.watch(), self.limits)
+            if found:
+                self.patience.seconds_left -= self.patience.now() - began
+                self._wait(found)
+            else:
+                kept += fresh
+        return kept
+
+
+UNWATCHED = Patience(0.0, math.inf, watch=lambda: Moment(0.0, 0.0, 0.0, None, 0, 1), sleep=lambda seconds: None)
+"""For clocks that are made up: nothing runs beside them."""
+
+
+def unsteady(what: str, why: str) -> UnsteadyError:
+    """The error that ends a measurement which cannot be trusted."""
+    do = (
+        "Stop other work on this machine. Or wait longer (clock.wait), measure longer (seconds), or accept more "
+        "(clock.max_neighbour, max_spread)."
+    )
+    return UnsteadyError(what, why, do)
