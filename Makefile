@@ -39,6 +39,7 @@ bench: install
 	  { $(BIN)/sparsevit profile --rivals --model $(BENCH_MODEL) --img-size $${cell%%:*} --output benchmarks/runs --fresh \
 	    --set "profile.batch_sizes=[$${cell##*:}]" --set profile.precision=$$precision --set profile.rounds=$(BENCH_ROUNDS) \
 	    --set profile.seconds=1 --set kernels=$(BENCH_KERNELS) --set profile.max_autotune=$(BENCH_AUTOTUNE) \
+	    --set clock.wait=600 --set clock.retries=0 \
 	    || test $$? = 8; } && $(BIN)/python benchmarks/collect.py benchmarks/runs/$(BENCH_MODEL)/rivals || exit; \
 	done; done; done
 

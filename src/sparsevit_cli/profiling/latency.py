@@ -39,7 +39,7 @@ WARMUP_ROUNDS = 10
 WARMUP_DRIFT = 0.02
 WARMUP_CAP = 3.0
 DRIFT_SHARE = 0.3
-ROUNDS_OF_A_LOOK = 3
+ROUNDS_OF_A_LOOK = 1
 """Rounds beside a neighbour that does not leave: numbers to show as unsteady, and nothing more."""
 
 log = logging.getLogger(__name__)

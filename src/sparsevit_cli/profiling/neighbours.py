@@ -194,9 +194,10 @@ class Vigil:
 
     def until_quiet(self) -> None:
         """Return once nothing else runs. Raises Disturbed where that takes longer than there is to wait."""
-        self._wait(self._glance())
+        self._wait(self.glance())
 
-    def _glance(self) -> str:
+    def glance(self) -> str:
+        """What else runs in the next quarter of a second, in words; nothing where that is nothing."""
         before = self.watch()
         self.patience.sleep(GLANCE_SECONDS)
         return disturbance(before, self.watch(), self.limits)
@@ -210,7 +211,7 @@ class Vigil:
                 raise Disturbed(found)
             patience.tell(found)
             began = patience.now()
-            found = self._glance()
+            found = self.glance()
             patience.seconds_left -= patience.now() - began
 
     def collect(self, take: Callable[[], T], enough: Callable[[Sequence[T]], bool]) -> list[T]:

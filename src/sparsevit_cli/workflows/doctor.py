@@ -6,6 +6,7 @@ import importlib.util
 
 from sparsevit_cli.kernels import explained
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
+from sparsevit_cli.profiling.neighbours import Patience, Vigil
 
 EXTRAS = {
     "demo": ("sklearn", "matplotlib"),
@@ -16,9 +17,10 @@ EXTRAS = {
 
 
 def examine() -> dict[str, object]:
-    """Device, versions, kernels, and for each extra what is missing and how to install it."""
+    """Device, versions, kernels, what else runs, and for each extra what is missing and how to install it."""
     device = resolve_device("auto")
     found: dict[str, object] = {**describe_versions(), **describe_device(device), "kernels": explained("auto", device)}
+    found["neighbours"] = Vigil(Patience(), device).glance() or "none: a latency would be steady now"
     for extra, packages in EXTRAS.items():
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         install = f"missing {', '.join(missing)}: pip install 'sparsevit-cli[{extra}]'"
