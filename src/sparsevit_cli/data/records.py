@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -15,16 +17,20 @@ from torch import Tensor
 
 from sparsevit_cli.errors import DataError
 
-from .images import UnreadableImageError
+from .images import UnreadableImageError, says_nothing_of_the_image
 from .seeding import derive_seed, seeded
 from .source import BadImages, ImageSize, shorten
 from .splits import Indices
-from .transforms import TransformSpec
+from .transforms import TransformSpec, failed_step
 
 NOT_A_FILE = -1
 """Size of what cannot be opened as a file: a link that leads nowhere, a pipe, a device."""
 
 R = TypeVar("R", bound="Records")
+
+_DRAWS = 4
+"""Times that the augmentation of one image is drawn before the image counts as unreadable."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,11 +127,28 @@ class RecordSource:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         record = self._record(index)
         image = self.records.read(record)
-        label = int(self.records.labels[record])
-        if self.spec.augment is None:
-            return self._transform(image), label
-        with seeded(derive_seed(self.seed, "augment", self.epoch, index)):
-            return self._transform(image), label
+        return self._transformed(image, index), int(self.records.labels[record])
+
+    def _transformed(self, image: Image.Image, index: int) -> Tensor:
+        """`image` as a tensor. A draw that fails is told and replaced by the next, so that no resume meets it again.
+
+        Raises UnreadableImageError where all of them fail.
+        """
+        augments = self.spec.augment is not None
+        name, reason = self.sample_name(index), ""
+        for draw in range(_DRAWS if augments else 1):
+            counters = (self.epoch, index, draw) if draw else (self.epoch, index)
+            try:
+                with seeded(derive_seed(self.seed, "augment", *counters)) if augments else nullcontext():
+                    return self._transform(image)
+            except Exception as error:
+                if says_nothing_of_the_image(error):
+                    raise
+                drawn = f" (seed {self.seed}, epoch {self.epoch}, sample {index}, draw {draw})" if augments else ""
+                reason = f"{failed_step(error)}{drawn}"
+                if augments:
+                    _log.warning("%s: %s. Its augmentation is drawn again.", name, reason)
+        raise UnreadableImageError(name, f"cannot be transformed: {reason}", "Remove it, or change data.augment.")
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -21,7 +21,7 @@ from timm.data import ImageDataset, create_dataset
 
 from sparsevit_cli.errors import DataError
 
-from .images import UnreadableImageError, decode_image, to_rgb
+from .images import UnreadableImageError, decode_image, says_nothing_of_the_image, to_rgb
 from .records import NOT_A_FILE, Records, check_classes
 from .source import shorten
 from .splits import Indices
@@ -45,6 +45,8 @@ class TimmRecords(Records):
             if isinstance(opened, Image.Image):
                 return to_rgb(opened)
         except Exception as error:  # each library fails in its own way
+            if says_nothing_of_the_image(error):
+                raise
             got = f"cannot be read ({type(error).__name__}: {error})"
             raise UnreadableImageError(name, got, "Repair the data set.") from error
         if isinstance(opened, Path):
@@ -160,6 +162,8 @@ def _open(dataset: str, root: str | None, split: str) -> Any:
             opened = create_dataset(dataset if slash else "", root=root, split=split)
         size = len(opened)
     except (Exception, SystemExit) as error:  # asserts, ImportError, RuntimeError, whatever the library raises
+        if says_nothing_of_the_image(error):
+            raise
         got = f"split {split!r} cannot be opened ({type(error).__name__}: {error})"
         raise DataError(f"data.dataset {dataset}", got, "Check data.dataset, data.root and the split names.") from error
     if size == 0:
