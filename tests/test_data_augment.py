@@ -55,6 +55,7 @@ def test_posterize_keeps_a_bit_of_the_image():
     assert set(np.unique(posterize(Image.fromarray(PIXELS)))) == {0, 128}
 
 
+NAMES = ["m", "n", "p", "mstd", "mmax", "inc", "w", "d", "a", "b"]
 SETTINGS = st.one_of(
     st.builds(
         "{}{}".format,
