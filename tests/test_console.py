@@ -38,6 +38,22 @@ def test_text_from_outside_is_literal(text: str, capsys: pytest.CaptureFixture[s
     assert told.count(printable(text)) >= 8
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\x0bb", "a\x85b", "a\u2028b", "a\tb", "a\x00b", "caf\udce9"])
+def test_a_name_makes_no_line_of_its_own(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    reporter = ConsoleReporter(stream=stream)
+    reporter.log_to(tmp_path / "log.txt")
+    reporter.say(name)
+    reporter.warn(name)
+    reporter.error(ConfigError(name, name, name))  # two lines of its own
+    print_lines(name)
+    assert len(stream.getvalue().splitlines()) == 4
+    log = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert len(log.splitlines()) == 3
+    assert capsys.readouterr().out == printable(name) + "\n"
+    assert printable(name).isprintable()
+
+
 def test_on_a_log_a_bar_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])

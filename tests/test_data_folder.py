@@ -1,7 +1,11 @@
 """ImageFolder trees: what is listed, in which order, and what is refused."""
 
+import io
 import os
+import shutil
+import socket
 import tempfile
+import unicodedata
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +19,7 @@ from timm.data import create_transform
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from sparsevit_cli.config.schema import AugmentSection, DataSection
+from sparsevit_cli.console import ConsoleReporter
 from sparsevit_cli.data import build_data, eval_batches, train_batches
 from sparsevit_cli.data.folder import _natural_key, read_folder
 from sparsevit_cli.data.transforms import TransformSpec, _trim_strip
@@ -214,11 +219,71 @@ def test_class_order_is_timms(tmp_path):
 
 
 def test_names_may_hold_anything(tmp_path):
-    names = ["[red]", "<b>&", "a\nb", "{x}", "ünï", "\u202eevil", os.fsdecode(b"not-utf8-\xff")]
+    names = ["[red]", "<b>&", "a\nb", "{x}", "ünï", "\u202eevil"]
     bundle = build(make_example_tree(tmp_path, classes=names, train=2, val=1))
     assert set(bundle.class_names) == set(names)
     assert len(bundle.fingerprint) == 64
     assert sum(len(batch.labels) for batch in eval_batches(bundle.val, 3)) == len(names)
+
+
+NOT_UTF8 = [os.fsdecode(name) for name in ("café".encode("latin-1"), b"\xff", "猫".encode("shift-jis"), b"a\xc3")]
+
+
+@pytest.mark.parametrize("name", NOT_UTF8)
+@pytest.mark.parametrize("source", ["folder", "timm"])
+def test_class_names_that_are_not_utf8_are_refused_before_training(tmp_path, name, source):
+    make_example_tree(tmp_path, classes=("cat", name), train=2, val=1)
+    section = DataSection(source=source, root=str(tmp_path), dataset="folder" if source == "timm" else "")
+    with pytest.raises(DataError, match="1 class names are not UTF-8: ") as caught:
+        build_data(section, img_size=32, in_chans=3, seed=0)
+    str(caught.value).encode()
+    assert caught.value.exit_code == 3
+
+
+def test_file_names_that_are_not_utf8_are_carried_through(tmp_path, caplog):
+    tree = make_example_tree(tmp_path, classes=("cat", "dog"), train=60, val=1)
+    for number, name in enumerate([*NOT_UTF8, "a\nb", "c\r\x1b[2Jd", "e\u2028f"]):
+        (tree / f"train/cat/{number:03d}.png").rename(tree / f"train/cat/{name}.png")
+        spoil(tree / f"train/cat/{name}.png")
+    bundle = build(tree, img_size=16, max_bad_fraction=0.5)
+    list(train_batches(bundle.train, batch_size=10, seed=0, epoch=0))
+    assert len(bundle.train.bad_images) > 4
+    stream = io.StringIO()
+    reporter = ConsoleReporter(stream=stream)
+    reporter.log_to(tmp_path / "log.txt")
+    reporter.say(dict(bundle.describe())["unreadable training images so far"])
+    reporter.warn(caplog.records[0].getMessage())
+    for told in (stream.getvalue(), (tmp_path / "log.txt").read_text(encoding="utf-8")):
+        told.encode()
+        assert len(told.splitlines()) == 2
+        assert "\x1b" not in told
+
+
+LOOK_ALIKE = [
+    ("caf\u00e9", "cafe\u0301"),
+    ("\u00c5", "\u212b"),
+    ("cat", "cat "),
+    ("cat", "c\u0430t"),
+    ("ab", "a\u200bb"),
+]
+
+
+@pytest.mark.parametrize(("here", "there"), LOOK_ALIKE)
+def test_names_that_look_the_same_are_shown_with_their_difference(tmp_path, here, there):
+    tree = make_example_tree(tmp_path, classes=("owl", here))
+    with pytest.raises(DataError) as caught:
+        build(tree, class_names=["owl", there])
+    assert all(ascii(name) in caught.value.got for name in (here, there) if name not in ("cat", "ab"))
+    is_one_text = unicodedata.normalize("NFC", here) == unicodedata.normalize("NFC", there)
+    assert ("Unicode form" in caught.value.do) == is_one_text
+    (tree / "val" / here).rename(tree / "val" / there)
+    with pytest.raises(DataError, match="are missing here"):
+        build(tree)
+
+
+def test_one_split_with_both_forms_of_a_name_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"two Unicode forms: 'cafe\\u0301' and 'caf\\xe9'"):
+        build(make_example_tree(tmp_path, classes=("cafe\u0301", "caf\u00e9"), train=2, val=1))
 
 
 # Folders
@@ -268,6 +333,87 @@ def test_a_broken_link_to_a_class_folder_is_not_skipped(tree, target):
     (tree / "train/emu").symlink_to(target)  # the second points at itself
     with pytest.raises(DataError, match="leads nowhere"):
         build(tree)
+
+
+SYSTEM = [
+    ".#notes.txt", "._000.png", ".DS_Store", ".Trash", ".Trash-1000", ".ipynb_checkpoints", ".@__thumb", "@eaDir",
+    "@Recycle", "#recycle", "#snapshot", "lost+found", "$RECYCLE.BIN", "System Volume Information", "__MACOSX",
+    "Thumbs.db", "desktop.ini",
+]  # fmt: skip
+
+
+def a_folder_of_thumbnails(path):
+    path.mkdir()
+    Image.new("RGB", (9, 9)).save(path / "SYNOFILE_THUMB_M.png")
+
+
+def a_closed_folder(path):
+    path.mkdir(mode=0)
+
+
+KINDS = {
+    "broken link": lambda path: path.symlink_to("nowhere"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "link to what holds it": lambda path: path.symlink_to(".."),
+    "pipe": os.mkfifo,
+    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(os.path.relpath(path)),
+    "thumbnails": a_folder_of_thumbnails,
+    "closed": a_closed_folder,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_systems_leave_behind_is_ignored_and_told_in_one_line(tree, kind, caplog, monkeypatch):
+    monkeypatch.chdir(tree)
+    for name in SYSTEM:
+        for place in ("train", "train/cat", "val/dog"):
+            KINDS[kind](tree / place / name)
+    bundle = build(tree)
+    assert bundle.class_names == ("cat", "dog", "owl")
+    assert dict(bundle.describe())["training images"] == "27 (9 per class)"
+    assert dict(bundle.describe())["ignored files"] == str(3 * len(SYSTEM))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert f"{2 * len(SYSTEM)} files or folders" in told[0]
+
+
+@pytest.mark.parametrize("kind", ["broken link", "link to itself", "pipe", "socket"])
+def test_other_files_in_a_class_folder_are_ignored_whatever_they_are(tree, kind, caplog, monkeypatch):
+    monkeypatch.chdir(tree)
+    KINDS[kind](tree / "train/cat/notes.txt")
+    assert dict(build(tree).describe())["ignored files"] == "1"
+    assert "cat/notes.txt" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("name", ["@eaDir/cat.png", "._000.png", "deep/__MACOSX/a.png"])
+def test_timm_folders_with_files_of_a_system_are_refused(tree, name):
+    (tree / "train/cat" / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 9)).save(tree / "train/cat" / name)
+    section = DataSection(source="timm", root=str(tree), dataset="folder")
+    with pytest.raises(DataError, match=f"1 hidden files or files of a system .*cat/{name}"):
+        build_data(section, img_size=32, in_chans=3, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["folder", "other class", "nested", "file", "hard link", "whole split"])
+@pytest.mark.parametrize("source", ["folder", "timm"])
+def test_validation_images_that_are_training_images_by_a_link_are_refused(tree, kind, source):
+    val, train = tree / "val/dog", tree / "train/dog"
+    if kind in ("folder", "other class"):
+        shutil.rmtree(val)
+        val.symlink_to(train if kind == "folder" else tree / "train/cat")
+    elif kind == "nested":
+        (val / "more").symlink_to(train)
+    elif kind == "file":
+        (val / "new.png").symlink_to(train / "003.png")
+    elif kind == "hard link":
+        os.link(train / "003.png", val / "new.png")
+    else:
+        shutil.rmtree(tree / "val")
+        (tree / "val").symlink_to(tree / "train")
+    section = DataSection(source=source, root=str(tree), dataset="folder" if source == "timm" else "")
+    with pytest.raises(DataError, match=r"by a link: .*dog/\S+ is |read the same images") as caught:
+        build_data(section, img_size=32, in_chans=3, seed=0)
+    assert caught.value.exit_code == 3
 
 
 def test_folder_that_cannot_be_listed():

@@ -80,6 +80,65 @@ def test_unusual_modes(image, image_format, options, expected):
     assert decoded.getpixel((1, 1)) == expected
 
 
+def tiff(order: str, bits: int, pixels: bytes, photometry: int = 1, sample_format: int = 1) -> bytes:
+    """A grey TIFF of 4 x 4 pixels."""
+    tags = [(256, 4), (257, 4), (258, bits), (259, 1), (262, photometry), (273, 8 + 2 + 12 * 10 + 4), (277, 1)]
+    tags += [(278, 4), (279, len(pixels)), (339, sample_format)]
+    end = {"<": b"II", ">": b"MM"}[order]
+    fields = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    return end + struct.pack(f"{order}HI", 42, 8) + struct.pack(f"{order}H", 10) + fields + bytes(4) + pixels
+
+
+def twelve_bits(value: int) -> bytes:
+    return bytes([value >> 4, (value & 15) << 4 | value >> 8, value & 255]) * 8
+
+
+def png_16(value: int, extra: bytes = b"") -> bytes:
+    rows = (b"\0" + struct.pack(">H", value) * 4) * 4
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "grey"),
+    [
+        (tiff("<", 12, twelve_bits(4000)), 250),
+        (tiff("<", 12, twelve_bits(4095)), 255),
+        (tiff("<", 16, struct.pack("<H", 4000) * 16), 15),
+        (tiff(">", 16, struct.pack(">H", 0x9C40) * 16), 0x9C),
+        (tiff("<", 16, struct.pack("<H", 0x9C40) * 16, photometry=0), 255 - 0x9C),
+        (tiff("<", 16, struct.pack("<H", 0) * 16, photometry=0), 255),
+        (tiff("<", 8, bytes([40] * 16), photometry=0), 215),
+        (b"P5 4 4 4095\n" + struct.pack(">H", 4000) * 16, 250),
+        (b"P5 4 4 1023\n" + struct.pack(">H", 1023) * 16, 255),
+        (b"P5 4 4 65535\n" + struct.pack(">H", 4000) * 16, 15),
+        (b"P5 4 4 100\n" + bytes([50] * 16), 128),
+        (b"P2 4 4 4095\n" + b"4000 " * 16, 250),
+        (png_16(4000), 15),
+        (png_16(0x9C40, png_chunk(b"tRNS", struct.pack(">H", 0x9C40))), 255),
+        (png_16(0x9C40, png_chunk(b"tRNS", struct.pack(">H", 7))), 0x9C),
+    ],
+)
+def test_depth_and_photometry_of_grey_come_from_the_file(data, grey):
+    assert decode(data).getpixel((1, 1)) == (grey,) * 3
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (tiff("<", 16, struct.pack("<h", -5) * 16, sample_format=2), r"16 bits per channel \(signed\)"),
+        (tiff("<", 32, struct.pack("<I", 5) * 16), r"32 bits per channel \(unsigned\)"),
+        (tiff(">", 32, struct.pack(">i", 5) * 16, sample_format=2), r"32 bits per channel \(signed\)"),
+        (tiff("<", 32, struct.pack("<f", 0.5) * 16, sample_format=3), r"32 bits per channel \(floating-point\)"),
+        (tiff("<", 32, struct.pack("<f", 0.5) * 16, 0, 3), r"32 bits per channel \(floating-point\)"),
+        (b"Pf 4 4 -1.0\n" + struct.pack("<f", 0.5) * 16, r"32 bits per channel \(floating-point\)"),
+    ],
+)
+def test_grey_of_unknown_range_is_refused(data, reason):
+    with pytest.raises(UnreadableImageError, match=reason):
+        decode(data)
+
+
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_exif_orientation_is_applied(image_format):
     lying = Image.new("RGB", (32, 16))

@@ -1,11 +1,12 @@
 """Batches: order, resume, workers, unreadable samples, dead processes."""
 
+import errno
 import os
 import pickle
 import random
 import signal
-import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -16,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsevit_cli.config.schema import AugmentSection
-from sparsevit_cli.data import epoch_order, eval_batches, fixed_subset, num_batches, train_batches
+from sparsevit_cli.data import epoch_order, eval_batches, fixed_subset, loader, num_batches, train_batches
 from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.data.source import BadImages
 from sparsevit_cli.data.splits import carve
-from sparsevit_cli.errors import DataError
+from sparsevit_cli.errors import DataError, StoppedError
 from test_data_folder import build, make_example_tree
 
 
@@ -225,31 +226,30 @@ def test_signals_to_the_group_do_not_kill_loader_processes():
     assert flat(indices(eval_batches(Slow(6), 2, workers=1))) == list(range(6))
 
 
-STOPPED_RUN = """
-import signal, sys, time
-from test_data_loader import Numbers, indices
-from sparsevit_cli.data import eval_batches
-stop = []
-signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-batches, left_open = eval_batches(Numbers(9), 2, workers=2), eval_batches(Numbers(9), 2, workers=1)
-next(batches), next(left_open)
-print("ready", flush=True)
-while not stop:
-    time.sleep(0.01)
-print(indices(batches), flush=True)
-keep_alive = [left_open]
-sys.exit(75)
-"""
+def stopped_run(lines):
+    os.setsid()
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    batches, left_open = eval_batches(Numbers(9), 2, workers=2), eval_batches(Numbers(9), 2, workers=1)
+    next(batches), next(left_open)
+    lines.send("ready")
+    while not stop:
+        time.sleep(0.01)
+    lines.send(indices(batches))
+    sys.exit(75)  # left_open is still open
 
 
 def test_sigterm_to_the_group_leaves_loading_intact_and_the_process_can_exit():
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
-    command = [sys.executable, "-c", STOPPED_RUN]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment) as run:
-        assert run.stdout.readline() == "ready\n"
-        os.killpg(run.pid, signal.SIGTERM)
-        assert run.stdout.readline() == "[[2, 3], [4, 5], [6, 7], [8]]\n"
-        assert run.wait(timeout=60) == 75
+    context = torch.multiprocessing.get_context("fork")
+    lines, far_end = context.Pipe(duplex=False)
+    run = context.Process(target=stopped_run, args=(far_end,))
+    run.start()
+    far_end.close()
+    assert lines.recv() == "ready"
+    os.killpg(run.pid, signal.SIGTERM)
+    assert lines.recv() == [[2, 3], [4, 5], [6, 7], [8]]
+    run.join(60)
+    assert run.exitcode == 75
 
 
 def test_leaving_early_ends_the_processes():
@@ -266,6 +266,148 @@ def test_works_outside_the_main_thread():
     thread.start()
     thread.join()
     assert found == [[0, 1], [2, 3], [4]]
+
+
+# Processes that live and deliver nothing
+
+
+class Stuck(Numbers):
+    """From sample `first` on, each process does `how` before it reads a sample."""
+
+    def __init__(self, length, how, first=0):
+        super().__init__(length)
+        self.how, self.first = how, first
+
+    def __getitem__(self, index):
+        if index >= self.first:
+            self.how()
+        return super().__getitem__(index)
+
+
+def read_a_pipe(path):
+    os.mkfifo(path)
+    return path.read_bytes
+
+
+def stop_myself():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("kind", ["sleeps", "reads a pipe", "is stopped", "deaf to signals"])
+def test_a_batch_is_awaited_with_a_limit(kind, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(loader, "_TELL_AFTER_SECONDS", 0.3)
+
+    def deaf():
+        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+        time.sleep(1000)
+
+    how = {
+        "sleeps": lambda: time.sleep(1000),
+        "reads a pipe": read_a_pipe(tmp_path / "pipe"),
+        "is stopped": stop_myself,
+        "deaf to signals": deaf,
+    }[kind]
+    with pytest.raises(DataError, match=r"no batch for 1 s, .* processes live; awaited are sample \d, ") as caught:
+        list(eval_batches(Stuck(6, how, first=2), 2, workers=2, max_wait_seconds=1.0))
+    assert caught.value.what == "data.workers"
+    assert "data.max_wait_seconds" in caught.value.do
+    assert ["awaited are sample" in record.getMessage() for record in caplog.records] == [True]
+    assert not torch.multiprocessing.active_children()
+
+
+def test_a_process_stopped_while_its_batch_is_taken():
+    """The batch is under way, and its memory is handed over by a process that no longer answers."""
+    batches = eval_batches(Numbers(40), 2, workers=2, max_wait_seconds=1.0)
+    next(batches)
+    time.sleep(0.3)
+    for process in torch.multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGSTOP)
+    with pytest.raises(DataError, match="no batch for 1 s"):
+        list(batches)
+    assert not torch.multiprocessing.active_children()
+
+
+def test_signals_count_while_a_batch_is_awaited():
+    arrived = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: arrived.append(1))
+    try:
+        batches = train_batches(
+            Stuck(6, stop_myself), batch_size=2, seed=0, epoch=0, workers=1, check=lambda: bool(arrived)
+        )
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert list(batches) == []
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert arrived
+    assert not torch.multiprocessing.active_children()
+
+
+def test_what_check_raises_passes():
+    def check():
+        raise StoppedError("evaluate", "SIGTERM arrived", "Type it again.", interrupted=False)
+
+    with pytest.raises(StoppedError):
+        list(eval_batches(Stuck(6, stop_myself), 2, workers=1, check=check))
+    assert not torch.multiprocessing.active_children()
+
+
+def test_a_long_temporary_folder(tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.delitem(torch.multiprocessing.current_process()._config, "tempdir", raising=False)
+    assert indices(eval_batches(Numbers(4), 2, workers=2, max_wait_seconds=5.0)) == [[0, 1], [2, 3]]
+    assert tempfile.gettempdir() == str(long)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("AF_UNIX path too long"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
+    ],
+)
+def test_a_batch_that_cannot_be_sent_is_told(error, monkeypatch):
+    def refuse(descriptor):
+        raise error
+
+    monkeypatch.setattr("multiprocessing.reduction.DupFd", refuse)
+    with pytest.raises(DataError, match="cannot send its batch") as caught:
+        list(eval_batches(Numbers(4), 2, workers=1, max_wait_seconds=5.0))
+    assert str(error).partition(" ")[0] in caught.value.got
+
+
+def test_a_batch_that_cannot_be_taken_is_told(monkeypatch):
+    batches = eval_batches(Numbers(40), 2, workers=1)
+    next(batches)
+
+    def refuse(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("torch.multiprocessing.reductions.rebuild_storage_fd", refuse)
+    monkeypatch.setattr("multiprocessing.resource_sharer._resource_sharer.get_connection", refuse)
+    with pytest.raises(DataError, match="Too many open files"):
+        list(batches)
+
+
+def test_processes_that_cannot_be_started_are_told(monkeypatch):
+    def refuse(_):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refuse)
+    with pytest.raises(DataError, match=r"2 loader processes cannot be started .*Resource temporarily unavailable"):
+        list(eval_batches(Numbers(4), 2, workers=2))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_our_own_errors_arrive_as_themselves(workers):
+    class Failing(Numbers):
+        def __getitem__(self, index):
+            raise DataError("disk", "it is gone", "Mount it.")
+
+    with pytest.raises(DataError, match=r"disk: it is gone\. Mount it\."):
+        list(eval_batches(Failing(4), 2, workers))
 
 
 # Splits

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import count
@@ -22,7 +25,7 @@ from sparsevit_cli.models import build_model
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
-from sparsevit_cli.stopping import StopRequest
+from sparsevit_cli.stopping import StopRequest, stop_on_signals
 from sparsevit_cli.swin import get_sparsity, sparsify_
 from sparsevit_cli.training import PhasePlan, TrainingJob, plan_training, train
 from tiny import tiny_config
@@ -336,3 +339,42 @@ def test_other_validation_images_are_told_and_the_training_goes_on(tmp_path: Pat
     reporter = SilentReporter()
     train(replace(job(tmp_path), validation_fingerprint="others"), reporter, StopRequest())
     assert any("validation data changed" in warning for warning in reporter.warnings)
+
+
+class HungAfter:
+    """A source whose loader process is stopped, alive, once it has read `samples` images."""
+
+    def __init__(self, source: Any, samples: int) -> None:
+        self.source, self.left = source, samples
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return self.source[index]
+
+    def with_image_size(self, size: Any) -> HungAfter:
+        return HungAfter(self.source.with_image_size(size), self.left)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_signal_counts_while_a_batch_is_awaited(tmp_path: Path, steps: int) -> None:
+    hung = job(tmp_path / "hung", workers=1)
+    hung = replace(hung, source=HungAfter(hung.source, steps * hung.section.batch_size))
+    with stop_on_signals() as stop:
+        threading.Timer(0.5 + steps, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(StoppedError, match=r"SIGTERM arrived; step \d of") as stopped:
+            run(hung, stop)
+    assert stopped.value.exit_code == 75
+    newest = latest_checkpoint(hung.checkpoints)
+    assert newest is not None
+    assert load_checkpoint(newest).step <= steps
+    stop = StopAt(job(tmp_path / "hung"), 1)
+    with pytest.raises(StoppedError):
+        run(stop.job, stop)  # and a resumed run goes on from it

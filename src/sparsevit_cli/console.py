@@ -24,6 +24,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from .config import yaml_loader
 from .errors import SparseViTError
 from .reporting import Progress
 
@@ -34,8 +35,8 @@ PIPED_WIDTH = 200
 
 
 def printable(text: object) -> str:
-    """Text from outside with control characters made visible; Rich markup in it is shown as typed."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))
+    """Text from outside in one line, control characters made visible; Rich markup in it is shown as typed."""
+    return yaml_loader.printable(str(text))
 
 
 def _literal(text: object) -> str:

@@ -47,7 +47,7 @@ EXPERIMENT_FLAGS = ("--config", "-c", "--set", "-s", "--output", "-o", "--seed",
 """Flags that say which experiment is meant."""
 
 HARMLESS = (
-    "data.workers", "data.eval_batch_size",
+    "data.workers", "data.max_wait_seconds", "data.eval_batch_size",
     *(f"{section}.{name}" for section in ("train", "adapt", "finetune") for name in ("save_every", "keep")),
 )  # fmt: skip
 """Settings inside those sections that change how, but not what, is computed."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .atomic import remove_leftovers
 from .checkpoints import latest_checkpoint, load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from .config.schema import LoopSection
-from .data.loader import Batch, train_batches
+from .data.loader import MAX_WAIT_SECONDS, Batch, train_batches
 from .data.source import ImageSource
 from .data.transforms import as_pair
 from .errors import CheckpointError, ConfigError, NonFiniteError, ResourceError
@@ -130,6 +130,7 @@ class TrainingJob:
     seed: int
     num_classes: int
     workers: int = 0
+    max_wait_seconds: float = MAX_WAIT_SECONDS
     teacher: nn.Module | None = None
     distill: float = 0.0
     temperature: float = 1.0
@@ -248,7 +249,7 @@ class _Run:
         plan, section = self.job.plan, self.job.section
         phase = plan.phase(self.step)
         self._set_size(phase.img_size)
-        for batch in self._batches(phase):
+        for batch in self._batches(phase, stop):
             self._step(batch, phase)
             self.step += 1
             progress.advance(1, loss=f"{self.losses[-1]:.3f}" if self.losses else "-", size=phase.img_size[0])
@@ -275,8 +276,8 @@ class _Run:
                 f"{self.job.kind}.curriculum", got, "Set model.always_partition: true, or use larger images."
             )
 
-    def _batches(self, phase: PhasePlan) -> Iterator[Batch]:
-        """Batches from the current step to the end of its epoch."""
+    def _batches(self, phase: PhasePlan, stop: StopRequest) -> Iterator[Batch]:
+        """Batches from the current step to the end of its epoch; a signal ends the waiting for one."""
         epoch, start = divmod(self.step, self.job.plan.steps_per_epoch)
         source = self.job.source.with_image_size(phase.source_size)
         return train_batches(
@@ -286,6 +287,8 @@ class _Run:
             epoch=epoch,
             start=start,
             workers=self.job.workers,
+            max_wait_seconds=self.job.max_wait_seconds,
+            check=lambda: stop.requested,
         )
 
     def _step(self, batch: Batch, phase: PhasePlan) -> None:
@@ -484,5 +487,5 @@ class _Run:
         differing = [key for key in wanted if saved.get(key) != wanted[key]]
         if differing:
             key = differing[0]
-            got = f"it was made with another {', '.join(differing)} ({key}: {saved.get(key)!r}, now {wanted[key]!r})"
+            got = f"it was made with another {', '.join(differing)} ({key}: {saved.get(key)!a}, now {wanted[key]!a})"
             raise CheckpointError(str(path), got, "Use another experiment name, or --fresh to start anew.")

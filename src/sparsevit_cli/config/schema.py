@@ -145,6 +145,9 @@ class DataSection(Section):
     )
     eval_batch_size: Count = Field(64, description="Images per batch in evaluation and search.")
     workers: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Data loading processes; 0 loads in-process.")
+    max_wait_seconds: Positive = Field(
+        600.0, description="Longest wait for one batch from loader processes, in seconds; above it exit 3."
+    )
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="Per-channel mean of normalised images, 0-1.")
     std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="Per-channel deviation of images, 0-1.")
     interpolation: Literal["bilinear", "bicubic"] = Field("bicubic", description="Resampling of images.")

@@ -16,7 +16,7 @@ from sparsevit_cli.errors import ConfigError, DataError
 
 from .digits import DigitsDataset, DigitsSpec
 from .folder import FolderRecords, read_folder
-from .records import Records, RecordSource, relabelled
+from .records import Records, RecordSource, check_names, relabelled
 from .source import BadImages, ImageSize, ImageSource, shorten
 from .splits import carve
 from .timm_source import read_timm
@@ -88,6 +88,8 @@ def build_data(
         return _digits(data, img_size, in_chans, seed, class_names)
     spec = TransformSpec.from_config(data, img_size, in_chans)
     train_records, val_records = _read(data, data.train_split), _read(data, data.val_split)
+    for records in (train_records, val_records):
+        check_names(records)
     _check_apart(train_records, val_records)
     if class_names is not None:
         train_records = relabelled(train_records, class_names, "the checkpoint")
@@ -132,6 +134,18 @@ def _check_apart(train: Records, val: Records) -> None:
     if longer.startswith(shorter):
         got = f"training ({train.split}) and validation ({val.split}) read the same images: {train.origin}"
         raise DataError("data.train_split, data.val_split", got, "Give two splits that exist and do not overlap.")
+    places = {tuple(facts): place for place, facts in enumerate(val.files.tolist()) if facts[0]}
+    candidates = np.flatnonzero(np.isin(train.files[:, 0], val.files[:, 0])).tolist()
+    pairs = [(places.get(tuple(train.files[place].tolist())), place) for place in candidates]
+    # Some network file systems give two files one inode: size and time tell them apart.
+    shared = [
+        f"{val.keys[other]} is {train.keys[place]}"
+        for other, place in pairs
+        if other is not None and train.sizes and val.sizes and train.sizes[place] == val.sizes[other]
+    ]
+    if shared:
+        got = f"{len(shared)} validation images are training images, by a link: {shorten(shared)}"
+        raise DataError("data.val_split", got, "Validation needs images of its own.")
 
 
 def _bundle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -14,11 +15,13 @@ from PIL import Image
 
 from sparsevit_cli.errors import DataError
 
-from .images import IMAGE_EXTENSIONS, decode_image
-from .records import NOT_A_FILE, Records
+from .images import IMAGE_EXTENSIONS, decode_image, is_system_name
+from .records import FileFacts, Records, facts_array, file_facts
 from .source import shorten
 
 _log = logging.getLogger(__name__)
+_Listed = tuple[str, int, FileFacts]
+"""A path below the split folder, its bytes, and which file it is."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,15 @@ def read_folder(root: Path, split: str, max_megapixels: float) -> FolderRecords:
     """List `root/split`, in the order of class and file name, without opening an image.
 
     Classes are in natural order (`2` before `10`), as timm has them. Links are followed. Ignored, and counted
-    in one warning: other files, images outside a class folder, whatever starts with a dot. Raises DataError:
-    folder missing or unreadable, a class without images, fewer than two classes, links in a circle or leading
-    nowhere.
+    in one warning: other files, images outside a class folder, hidden files and folders, those of systems
+    (`is_system_name`). Raises DataError: folder missing or unreadable, a class without images, fewer than two
+    classes, links in a circle or leading nowhere.
     """
     folder = root / split
     if not os.path.isdir(root):
         raise DataError("data.root", f"{root} is not a folder", "Give the folder that holds train and val.")
     if not os.path.isdir(folder):
-        there = sorted(entry.name for entry in _entries(root) if entry.is_dir())
+        there = sorted(entry.name for entry in _entries(root) if not is_system_name(entry.name) and entry.is_dir())
         got = f"there is no folder {split} in {root}; there are: {shorten(there) or 'none'}"
         raise DataError("data: split folder", got, "Set data.train_split and data.val_split, or data.root.")
 
@@ -54,7 +57,10 @@ def read_folder(root: Path, split: str, max_megapixels: float) -> FolderRecords:
     _check(folder, per_class)
     if ignored:
         _log.warning(
-            "%s: %d files are not images in a class folder, ignored: %s", folder, len(ignored), shorten(ignored)
+            "%s: %d files or folders are not images in a class folder, ignored: %s",
+            folder,
+            len(ignored),
+            shorten(ignored),
         )
 
     class_names = tuple(sorted(per_class, key=_natural_key))
@@ -63,9 +69,10 @@ def read_folder(root: Path, split: str, max_megapixels: float) -> FolderRecords:
         split=split,
         origin=os.path.realpath(folder),
         class_names=class_names,
-        labels=np.array([label for label, _, _ in listed], dtype=np.int64),
-        keys=tuple(f"{split}/{path}" for _, path, _ in listed),
-        sizes=tuple(size for _, _, size in listed),
+        labels=np.array([label for label, *_ in listed], dtype=np.int64),
+        keys=tuple(f"{split}/{path}" for _, path, _, _ in listed),
+        sizes=tuple(size for _, _, size, _ in listed),
+        files=facts_array(file for _, _, _, file in listed),
         version="folder",
         folder=folder,
         max_megapixels=max_megapixels,
@@ -73,7 +80,7 @@ def read_folder(root: Path, split: str, max_megapixels: float) -> FolderRecords:
     )
 
 
-def _check(folder: Path, per_class: dict[str, list[tuple[str, int]]]) -> None:
+def _check(folder: Path, per_class: dict[str, list[_Listed]]) -> None:
     known = f"Images end in {' '.join(IMAGE_EXTENSIONS)}."
     empty = sorted((name for name, files in per_class.items() if not files), key=_natural_key)
     if not per_class or len(empty) == len(per_class):
@@ -87,9 +94,9 @@ def _check(folder: Path, per_class: dict[str, list[tuple[str, int]]]) -> None:
         raise DataError(str(folder), got, "Give at least two; perhaps data.root is a level too high.")
 
 
-def _walk(folder: Path) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
-    """Images of each class folder as (path below `folder`, bytes), and the paths of what is ignored."""
-    per_class: dict[str, list[tuple[str, int]]] = {}
+def _walk(folder: Path) -> tuple[dict[str, list[_Listed]], list[str]]:
+    """Images of each class folder, and the paths of what is ignored."""
+    per_class: dict[str, list[_Listed]] = {}
     ignored: list[str] = []
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]  # a path and the folders above it
     while waiting:
@@ -101,32 +108,32 @@ def _walk(folder: Path) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
         class_name = path.partition("/")[0]
         for entry in _entries(folder / path):
             inner = f"{path}/{entry.name}" if path else entry.name
-            is_image = entry.name.lower().endswith(IMAGE_EXTENSIONS)
-            mode, size = _mode_and_size(entry, is_image)
-            if entry.name.startswith("."):
+            if is_system_name(entry.name):  # before anything of it is looked at
                 ignored.append(inner)
-            elif stat.S_ISDIR(mode):
+                continue
+            is_image = entry.name.lower().endswith(IMAGE_EXTENSIONS)
+            status = _status(entry, is_image=is_image, in_class=bool(path))
+            if status is not None and stat.S_ISDIR(status.st_mode):
                 waiting.append((inner, above))
                 if not path:
                     per_class[entry.name] = []
             elif is_image and path:
-                per_class[class_name].append((inner, size))
+                per_class[class_name].append((inner, *file_facts(status)))
             else:
                 ignored.append(inner)
     return per_class, sorted(ignored)
 
 
-def _mode_and_size(entry: os.DirEntry[str], is_image: bool) -> tuple[int, int]:
+def _status(entry: os.DirEntry[str], *, is_image: bool, in_class: bool) -> os.stat_result | None:
+    """What the entry is; None where it is a link that leads nowhere, and no class folder."""
     try:
-        status = entry.stat()
+        return entry.stat()
     except OSError as error:
-        if is_image:
-            return 0, NOT_A_FILE
+        if is_image or (in_class and entry.is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP)):
+            return None
         # It may be a link to a class folder: to ignore it would shift the labels.
         got = f"cannot be read ({error.strerror}); is it a link that leads nowhere?"
         raise DataError(entry.path, got, "Repair or remove it.") from error
-    # Opening a pipe named cat.jpg would wait for ever.
-    return status.st_mode, status.st_size if stat.S_ISREG(status.st_mode) else NOT_A_FILE
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -1,7 +1,8 @@
 """One image file to upright RGB, safely: whatever is wrong with the file ends in UnreadableImageError.
 
-What is done to unusual files: EXIF orientation is applied; transparency is laid on white; of 16 bits
-the upper 8 are kept; CMYK, palette and greyscale are converted; of an animation the first frame counts.
+What is done to unusual files: EXIF orientation is applied; transparency is laid on white; of 12 or 16 bits
+the upper 8 are kept; white-is-zero is inverted; CMYK, palette and greyscale are converted; of an animation the
+first frame counts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from sparsevit_cli.errors import DataError
+from sparsevit_cli.errors import DataError, StoppedError
 
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """What counts as an image in a folder, by the end of its lower-case name."""
@@ -20,7 +21,13 @@ IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".t
 # Pillow opens many more; the fewer parsers see foreign bytes, the better.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
+_SYSTEM_NAMES = frozenset(
+    "@eadir @recycle @recently-snapshot @sharebin @tmp #recycle #snapshot ~snapshot lost+found lost.dir "  # noqa: SIM905
+    "$recycle.bin __macosx __pycache__ thumbs.db ehthumbs.db desktop.ini".split()
+) | {"system volume information", "network trash folder", "temporary items", "icon\r"}
+
 _EXIF_ORIENTATION = 0x0112
+_TIFF_BITS, _TIFF_PHOTOMETRY, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,6 +37,11 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def is_system_name(name: str) -> bool:
+    """True for hidden files and folders, and for those that systems keep for themselves: thumbnails, bins, indices."""
+    return (name.startswith(".") and name not in (".", "..")) or name.lower() in _SYSTEM_NAMES
 
 
 class UnreadableImageError(DataError):
@@ -47,26 +59,29 @@ def decode_image(file: Path | BinaryIO, name: str, max_megapixels: float) -> Ima
                 raise Image.DecompressionBombError
             image.load()
             return _upright(to_rgb(image), _orientation(image))
-    except MemoryError:
-        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         got = f"more than {max_megapixels:g} megapixels"
         raise UnreadableImageError(name, got, "Shrink or remove it, or raise data.max_megapixels.") from error
     except UnidentifiedImageError as error:
         raise UnreadableImageError(name, f"not an image ({', '.join(_FORMATS)})", "Replace or remove it.") from error
     except Exception as error:  # decoders answer hostile bytes with almost any exception
+        if says_nothing_of_the_image(error):
+            raise
         got = f"cannot be decoded ({type(error).__name__}: {error})"
         raise UnreadableImageError(name, got, "Repair or remove it.") from error
 
 
+def says_nothing_of_the_image(error: BaseException) -> bool:
+    """True where a signal or a lack of memory interrupted the reading: the image may be good."""
+    from sparsevit_cli.profiling.memory import is_out_of_memory  # that package comes after this one
+
+    return isinstance(error, StoppedError) or is_out_of_memory(error)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any 8- or 16-bit mode as a new RGB image; transparency on white. Raises ValueError for 32-bit pixels."""
-    # Pillow's own conversion of 16-bit grey clips at 255, which leaves a white image.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        upper = np.asarray(image).clip(0, 65535) >> 8
-        return Image.fromarray(upper.astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError("32 bits per channel, of unknown range; save it with 8 or 16")
+    """Any mode of 8 to 16 bits as a new RGB image; transparency on white. Raises ValueError for other pixels."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _deep_grey(image).convert("RGB")
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, "white")
         canvas.alpha_composite(image.convert("RGBA"))
@@ -74,11 +89,34 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _deep_grey(image: Image.Image) -> Image.Image:
+    """Grey of 9 to 16 bits as 8 bits. Pillow's own conversion clips at 255, which leaves a white image."""
+    tags = getattr(image, "tag_v2", {})
+    # Pillow scales PNG and PGM to 16 bits, and leaves the pixels of a TIFF as they are.
+    bits = int(tags.get(_TIFF_BITS, (16,))[0]) if image.mode.startswith("I;16") or tags else 32
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        bits = 16
+    sample_format = tags.get(_TIFF_SAMPLE_FORMAT, (1,))[0]
+    if image.mode == "F" or bits > 16 or sample_format != 1:
+        kind = "floating-point" if image.mode == "F" else "signed" if sample_format == 2 else "unsigned"
+        raise ValueError(f"{bits} bits per channel ({kind}), of unknown range; save it with 8 or 16, unsigned")
+    values = np.asarray(image).astype(np.int64)
+    upper = (values.clip(0, 2**bits - 1) >> (bits - 8)).astype(np.uint8)
+    if tags.get(_TIFF_PHOTOMETRY) == 0:
+        upper = 255 - upper
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        upper[values == transparent] = 255
+    return Image.fromarray(upper)
+
+
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8; 1 (as stored) where the EXIF block is missing or damaged."""
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # a damaged EXIF block does not make the pixels worse
+    except Exception as error:  # a damaged EXIF block does not make the pixels worse
+        if says_nothing_of_the_image(error):
+            raise
         return 1
 
 

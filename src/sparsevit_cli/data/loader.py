@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
+from multiprocessing import queues, util
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sparsevit_cli.errors import DataError
+from sparsevit_cli.errors import DataError, SparseViTError, in_one_line
 
-from .images import UnreadableImageError
+from .images import UnreadableImageError, says_nothing_of_the_image
 from .seeding import derive_seed
 from .source import ImageSource, shorten
 from .splits import shuffled
+
+MAX_WAIT_SECONDS = 600.0
+"""Longest wait for one batch, where nothing else is asked for."""
+
+_LOOK_EVERY_SECONDS = 0.5
+_TELL_AFTER_SECONDS = 30.0
+_FEWER = "Lower data.workers (0 needs no such process); memory or shared memory may have run out."
+_LONGEST_TEMPORARY_FOLDER = 70  # bytes; with the name of a socket in it at most 104 (macOS), 108 (Linux)
+_log = logging.getLogger(__name__)
+
+Check = Callable[[], object]
+"""Called while a batch is awaited: something true ends the batches, and it may raise."""
 
 
 class Batch(NamedTuple):
@@ -47,7 +65,8 @@ def train_batches(
     start: int = 0,
     workers: int = 0,
     drop_last: bool = True,
-    pin_memory: bool = False,
+    max_wait_seconds: float = MAX_WAIT_SECONDS,
+    check: Check = lambda: False,
 ) -> Iterator[Batch]:
     """Batches `start`, `start + 1` ... of an epoch, none before `start` decoded.
 
@@ -55,7 +74,7 @@ def train_batches(
     wrapping around: a place left by an unreadable image goes to the sample that would open the next batch (and
     still does). So every batch is full, and is a function of (seed, epoch, k) whatever was read before it.
     Unreadable images are counted in `source.bad_images`. Raises DataError: too many of them, fewer samples than
-    one batch, a loader process that died.
+    one batch, a loader process that died or delivers nothing.
     """
     total = num_batches(len(source), batch_size, drop_last)
     if total == 0:
@@ -63,7 +82,8 @@ def train_batches(
         raise DataError("data: training images", got, "Lower batch_size or add images.")
     assert 0 <= start <= total, f"batch {start} of {total}"
     order = epoch_order(len(source), seed, epoch)
-    return _train_batches(_TrainFetch(source, order, batch_size, epoch), range(start, total), workers, pin_memory)
+    fetch = _TrainFetch(source, order, batch_size, epoch)
+    return _train_batches(fetch, range(start, total), workers, max_wait_seconds, check)
 
 
 def eval_batches(
@@ -71,16 +91,18 @@ def eval_batches(
     batch_size: int,
     workers: int = 0,
     subset: Sequence[int] | None = None,
-    pin_memory: bool = False,
+    max_wait_seconds: float = MAX_WAIT_SECONDS,
+    check: Check = lambda: False,
 ) -> Iterator[Batch]:
     """Every sample of `subset` (default: all) exactly once, in order.
 
-    Raises DataError at an unreadable image, which is never left out or replaced, or where a loader process died.
+    Raises DataError at an unreadable image, which is never left out or replaced, or where a loader process died or
+    delivers nothing.
     """
     order = list(range(len(source)) if subset is None else subset)
     assert len(set(order)) == len(order), "a sample is in the subset twice"
     total = num_batches(len(order), batch_size, drop_last=False)
-    for fetched in _run(_EvalFetch(source, order, batch_size), range(total), workers, pin_memory):
+    for fetched in _run(_Fetch(source, order, batch_size), range(total), workers, max_wait_seconds, check):
         if fetched.bad:
             listed = shorten([f"{name} ({reason})" for name, reason in fetched.bad])
             got = f"cannot be read: {listed}"
@@ -94,27 +116,34 @@ class _Fetched(NamedTuple):
 
     batch: Batch | None
     bad: tuple[tuple[str, str], ...]
+    error: SparseViTError | None = None
 
 
-class _TrainFetch(Dataset[_Fetched]):
+class _Fetch(Dataset[_Fetched]):
+    """Batches by number, of the samples in `order`."""
+
+    def __init__(self, source: ImageSource, order: list[int], batch_size: int) -> None:
+        self.source, self.order, self.batch_size = source, order, batch_size
+
+    def samples(self, number: int) -> list[int]:
+        """The samples of a batch, where all can be read."""
+        return self.order[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def __getitem__(self, number: int) -> _Fetched:
+        samples = self.samples(number)
+        return _take(self.source, samples, len(samples))
+
+
+class _TrainFetch(_Fetch):
     def __init__(self, source: ImageSource, order: list[int], batch_size: int, epoch: int) -> None:
-        self.source, self.order, self.batch_size, self.epoch = source, order, batch_size, epoch
+        super().__init__(source, order, batch_size)
+        self.epoch = epoch
 
     def __getitem__(self, number: int) -> _Fetched:
         self.source.set_epoch(self.epoch)  # here, so that two iterators over one source do not disturb each other
         n, first = len(self.order), number * self.batch_size
         candidates = (self.order[position % n] for position in range(first, first + n))
-        return _take(self.source, candidates, min(self.batch_size, n - first))
-
-
-class _EvalFetch(Dataset[_Fetched]):
-    def __init__(self, source: ImageSource, order: list[int], batch_size: int) -> None:
-        self.source, self.order, self.batch_size = source, order, batch_size
-
-    def __getitem__(self, number: int) -> _Fetched:
-        first = number * self.batch_size
-        samples = self.order[first : first + self.batch_size]
-        return _take(self.source, samples, len(samples))
+        return _take(self.source, candidates, len(self.samples(number)))
 
 
 def _take(source: ImageSource, candidates: Iterable[int], wanted: int) -> _Fetched:
@@ -131,6 +160,8 @@ def _take(source: ImageSource, candidates: Iterable[int], wanted: int) -> _Fetch
             if source.bad_images is not None and source.bad_images.too_many(len(bad)):
                 break  # the whole disk may be gone: do not try every image
             continue
+        except SparseViTError as error:
+            return _Fetched(None, tuple(bad), error)
         indices.append(index)
         images.append(image)
         labels.append(label)
@@ -140,8 +171,10 @@ def _take(source: ImageSource, candidates: Iterable[int], wanted: int) -> _Fetch
     return _Fetched(batch, tuple(bad))
 
 
-def _train_batches(fetch: _TrainFetch, numbers: range, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    for fetched in _run(fetch, numbers, workers, pin_memory):
+def _train_batches(
+    fetch: _TrainFetch, numbers: range, workers: int, max_wait_seconds: float, check: Check
+) -> Iterator[Batch]:
+    for fetched in _run(fetch, numbers, workers, max_wait_seconds, check):
         if fetched.bad:
             if fetch.source.bad_images is None:
                 raise UnreadableImageError(*fetched.bad[0], "Repair or remove it.")
@@ -152,60 +185,165 @@ def _train_batches(fetch: _TrainFetch, numbers: range, workers: int, pin_memory:
         yield fetched.batch
 
 
-def _run(fetch: Dataset[_Fetched], numbers: range, workers: int, pin_memory: bool) -> Iterator[_Fetched]:
-    """`fetch[number]` for every number, in order, from `workers` processes."""
+def _run(fetch: _Fetch, numbers: range, workers: int, max_wait_seconds: float, check: Check) -> Iterator[_Fetched]:
+    """`fetch[number]` for every number, in order, from `workers` processes; fewer where `check` ends it."""
+    # No name for the generator: a traceback would keep it, and its processes, alive.
+    for fetched in (
+        _run_in_processes(fetch, numbers, workers, max_wait_seconds, check)
+        if workers
+        else (fetch[number] for number in numbers)
+    ):
+        if fetched.error is not None:
+            raise fetched.error
+        yield fetched
+
+
+def _run_in_processes(
+    fetch: _Fetch, numbers: range, workers: int, max_wait_seconds: float, check: Check
+) -> Iterator[_Fetched]:
+    """A thread takes the batches from the processes, since nothing interrupts the taking: not even a signal."""
+    iterator = _started(fetch, numbers, workers)
+    processes: list[BaseProcess] = iterator._workers
+    taker = futures.ThreadPoolExecutor(1, "batches")
+    arriving: futures.Future[_Fetched] | None = None
+    is_over = threading.Event()
+    try:
+        for number in numbers:
+            arriving = taker.submit(_next, iterator, is_over)
+            if not _arrived(arriving, processes, fetch, number, max_wait_seconds, check):
+                return
+            yield _arrived_whole(arriving)
+    finally:
+        is_over.set()
+        taker.shutdown(wait=False)
+        if arriving is not None and not arriving.done():  # a stopped process takes no other signal
+            _kill(processes)
+        # torch would end the processes with the last reference, which an exception's traceback may hold.
+        iterator._shutdown_workers()
+        _kill(processes)  # Python waits for them without limit when it exits
+
+
+def _next(iterator: Iterator[_Fetched], is_over: threading.Event) -> _Fetched:
+    while True:
+        try:
+            return next(iterator)
+        except RuntimeError as error:
+            if is_over.is_set() or not str(error).startswith("DataLoader timed out"):
+                raise
+
+
+def _started(fetch: _Fetch, numbers: range, workers: int) -> Any:
+    """torch's iterator. A dead process is noticed while waiting, not by a signal in the middle of a step."""
+    _choose_short_temporary_folder()
     loader = DataLoader(
         fetch,
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
         collate_fn=_as_it_is,  # type: ignore[arg-type]  # one item, not a list: batch_size is None
-        worker_init_fn=_outlive_signals,
-        pin_memory=pin_memory,
+        worker_init_fn=_prepare_process,
+        timeout=1,  # after which `_next` looks whether anybody still waits
         generator=torch.Generator(),  # DataLoader draws a number; not from the global generator
     )
-    iterator = _started(loader)
-    try:
-        yield from iterator
-    except (RuntimeError, OSError, EOFError) as error:
-        if workers == 0 or not _is_worker_crash(error):
-            raise
-        got = f"a loader process died ({error})"
-        do = "Lower data.workers (0 needs no such process); memory or shared memory may have run out."
-        raise DataError("data.workers", got, do) from error
-    finally:
-        # torch would end the processes with the last reference, which an exception's traceback may hold.
-        if workers:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
-
-
-def _started(loader: DataLoader[_Fetched]) -> Iterator[_Fetched]:
-    """The loader's iterator. A dead process is noticed in its next(), not by a signal in the middle of a step."""
     previous = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    iterator = iter(loader)
+    try:
+        iterator = iter(loader)
+    except (OSError, RuntimeError) as error:
+        if says_nothing_of_the_image(error):
+            raise
+        got = f"{workers} loader processes cannot be started ({in_one_line(error)})"
+        raise DataError("data.workers", got, _FEWER) from error
     if previous is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, previous)
     return iterator
 
 
-def _is_worker_crash(error: Exception) -> bool:
-    """True for what torch raises where a process is gone, False for what a source raised (`Caught ... in`)."""
-    text = str(error)
-    if isinstance(error, RuntimeError):
-        return text.startswith(("DataLoader worker", "Pin memory thread"))
-    return not text.startswith("Caught") and isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+def _choose_short_temporary_folder() -> None:
+    """Loader processes answer on sockets in a temporary folder, and the system limits the length of such a path.
+
+    multiprocessing remembers its folder when it is first asked for, and loader processes inherit it.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TEMPORARY_FOLDER and os.path.isdir("/tmp"):
+        chosen, tempfile.tempdir = tempfile.tempdir, "/tmp"
+        try:
+            util.get_temp_dir()
+        finally:
+            tempfile.tempdir = chosen
+
+
+def _arrived(
+    arriving: futures.Future[_Fetched],
+    processes: Sequence[BaseProcess],
+    fetch: _Fetch,
+    number: int,
+    max_wait_seconds: float,
+    check: Check,
+) -> bool:
+    """Wait for batch `number`. False where `check` ends the waiting. Raises DataError where it cannot arrive."""
+    began, is_told = time.monotonic(), False
+    while not futures.wait([arriving], _LOOK_EVERY_SECONDS).done:
+        if check():
+            return False
+        if dead := [process for process in processes if not process.is_alive()]:
+            ends = ", ".join(f"process {process.pid} ended with {_ending(process)}" for process in dead)
+            raise DataError("data.workers", f"a loader process died ({ends})", _FEWER)
+        waited = time.monotonic() - began
+        if waited < min(_TELL_AFTER_SECONDS, max_wait_seconds) or (is_told and waited < max_wait_seconds):
+            continue
+        names = shorten([fetch.source.sample_name(sample) for sample in fetch.samples(number)], 3)
+        got = f"no batch for {waited:.0f} s, and the {len(processes)} loader processes live; awaited are {names}"
+        if waited >= max_wait_seconds:
+            do = "Look whether these files can be read; else lower data.workers, or raise data.max_wait_seconds."
+            raise DataError("data.workers", got, do)
+        is_told = True
+        _log.warning("%s. The longest wait is data.max_wait_seconds, %g s.", got, max_wait_seconds)
+    return True
+
+
+def _arrived_whole(arriving: futures.Future[_Fetched]) -> _Fetched:
+    try:
+        return arriving.result()
+    except Exception as error:
+        # `Caught ...` is torch's word for what a source raised; all else went wrong on the way.
+        if str(error).startswith("Caught") or says_nothing_of_the_image(error):
+            raise
+        got = f"a loader process died, or its batch cannot be taken ({in_one_line(error)})"
+        raise DataError("data.workers", got, _FEWER) from error
+
+
+def _ending(process: BaseProcess) -> str:
+    code = process.exitcode
+    try:
+        return signal.Signals(-(code or 0)).name
+    except ValueError:
+        return f"exit code {code}"
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
 
 
 def _as_it_is(fetched: _Fetched) -> _Fetched:
     return fetched
 
 
-def _outlive_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group; the training process decides when to stop and save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _prepare_process(worker: int) -> None:
+    """Ctrl-C, SIGTERM and SIGHUP reach the whole process group; the training process decides when to stop and save."""
+    queues.Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _send_error(queue: Any, error: Exception, item: tuple[int, _Fetched]) -> None:
+    """In place of multiprocessing's hook, which prints a batch that cannot be sent, and forgets it."""
+    got = f"a loader process cannot send its batch ({in_one_line(error)})"
+    queue.put((item[0], _Fetched(None, (), DataError("data.workers", got, _FEWER))))
 
 
 def _end_with_parent() -> None:

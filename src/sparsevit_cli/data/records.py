@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
+import os
+import re
+import stat
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from sparsevit_cli.errors import DataError
 
-from .images import UnreadableImageError
+from .images import UnreadableImageError, says_nothing_of_the_image
 from .seeding import derive_seed, seeded
 from .source import BadImages, ImageSize, shorten
 from .splits import Indices
-from .transforms import TransformSpec
+from .transforms import TransformSpec, failed_step
 
 NOT_A_FILE = -1
 """Size of what cannot be opened as a file: a link that leads nowhere, a pipe, a device."""
 
+FileFacts = tuple[int, int, int]
+"""Inode, device and time of change of a file, the same under all its names; the inode is 0 where none is known."""
+
 R = TypeVar("R", bound="Records")
+
+_DRAWS = 4
+"""Times that the augmentation of one image is drawn before the image counts as unreadable."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,7 @@ class Records(ABC):
         labels: (n,) int64, each an index of `class_names`.
         keys: names of the images, distinct, the same on every machine.
         sizes: bytes of each file, NOT_A_FILE, or None where there are no files.
+        files: (n, 3), the FileFacts of each image; (0, 3) where there are no files.
         version: whatever else tells one state of the data from another.
     """
 
@@ -47,6 +62,7 @@ class Records(ABC):
     labels: Indices
     keys: tuple[str, ...]
     sizes: tuple[int, ...] | None
+    files: NDArray[np.uint64]
     version: str
 
     @abstractmethod
@@ -71,6 +87,45 @@ class Records(ABC):
         return {index: reason for index, reason in faults if reason is not None}
 
 
+def file_facts(status: os.stat_result | None) -> tuple[int, FileFacts]:
+    """Bytes of a file, and which file it is. NOT_A_FILE for a pipe named cat.jpg: opening it would wait for ever."""
+    if status is None or not stat.S_ISREG(status.st_mode):
+        return NOT_A_FILE, (0, 0, 0)
+    # Modulo: times before 1970 are negative, inodes of Windows have 128 bits.
+    return status.st_size, (status.st_ino % 2**64, status.st_dev % 2**64, status.st_mtime_ns % 2**64)
+
+
+def facts_array(facts: Iterable[FileFacts]) -> NDArray[np.uint64]:
+    """(n, 3) array: a million tuples would weigh on every loader process."""
+    return np.array(list(facts), dtype=np.uint64).reshape(-1, 3)
+
+
+def check_names(records: Records) -> None:
+    """Raises DataError for class names that no file of a run could hold, or that are one text in two forms."""
+    if broken := [ascii(name) for name in records.class_names if not name.isascii() and _is_broken(name)]:
+        got = f"{len(broken)} class names are not UTF-8: {shorten(broken)}"
+        raise DataError(records.split, got, "Rename them (`convmv -f latin1 -t utf8 -r` does it for a whole tree).")
+    forms: dict[str, list[str]] = {}
+    for name in records.class_names:
+        forms.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    if twins := [" and ".join(map(ascii, names)) for names in forms.values() if len(names) > 1]:
+        got = f"class names that are the same text in two Unicode forms: {shorten(twins)}"
+        raise DataError(records.split, got, "Merge each two into one.")
+
+
+def _is_broken(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes that are not UTF-8 are carried as lone surrogates
+        return True
+    return False
+
+
+def _spelled(names: Sequence[str]) -> str:
+    """Names for a comparison: one that may look like another is followed by its characters, escaped."""
+    return shorten([name if re.fullmatch(r"[!-~]+( [!-~]+)*", name) else f"{name} {name!a}" for name in names])
+
+
 def check_classes(records: Records) -> None:
     """Raises DataError where a class has no image: its label would be learned, or scored, from nothing."""
     counts = np.bincount(records.labels, minlength=len(records.class_names))
@@ -85,9 +140,13 @@ def relabelled(records: R, class_names: Sequence[str], owner: str) -> R:
     missing = [name for name in class_names if name not in here]
     added = [name for name in records.class_names if name not in there]
     if missing or added:
-        parts = [f"{len(missing)} classes of {owner} are missing here: {shorten(missing)}"] if missing else []
-        parts += [f"{len(added)} classes here are not in {owner}: {shorten(added)}"] if added else []
-        raise DataError(records.split, "; ".join(parts), "Make the classes the same.")
+        parts = [f"{len(missing)} classes of {owner} are missing here: {_spelled(missing)}"] if missing else []
+        parts += [f"{len(added)} classes here are not in {owner}: {_spelled(added)}"] if added else []
+        same = {unicodedata.normalize("NFKC", name) for name in missing} & {
+            unicodedata.normalize("NFKC", name) for name in added
+        }
+        hint = " Some differ in their Unicode form alone (NFC, NFD): rename those." if same else ""
+        raise DataError(records.split, "; ".join(parts), f"Make the classes the same.{hint}")
     if len(there) != len(class_names):
         raise DataError(records.split, f"{owner} names a class twice", "Make class names distinct.")
     position = {name: index for index, name in enumerate(class_names)}
@@ -121,11 +180,28 @@ class RecordSource:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         record = self._record(index)
         image = self.records.read(record)
-        label = int(self.records.labels[record])
-        if self.spec.augment is None:
-            return self._transform(image), label
-        with seeded(derive_seed(self.seed, "augment", self.epoch, index)):
-            return self._transform(image), label
+        return self._transformed(image, index), int(self.records.labels[record])
+
+    def _transformed(self, image: Image.Image, index: int) -> Tensor:
+        """`image` as a tensor. A draw that fails is told and replaced by the next, so that no resume meets it again.
+
+        Raises UnreadableImageError where all of them fail.
+        """
+        augments = self.spec.augment is not None
+        name, reason = self.sample_name(index), ""
+        for draw in range(_DRAWS if augments else 1):
+            counters = (self.epoch, index, draw) if draw else (self.epoch, index)
+            try:
+                with seeded(derive_seed(self.seed, "augment", *counters)) if augments else nullcontext():
+                    return self._transform(image)
+            except Exception as error:
+                if says_nothing_of_the_image(error):
+                    raise
+                drawn = f" (seed {self.seed}, epoch {self.epoch}, sample {index}, draw {draw})" if augments else ""
+                reason = f"{failed_step(error)}{drawn}"
+                if augments:
+                    _log.warning("%s: %s. Its augmentation is drawn again.", name, reason)
+        raise UnreadableImageError(name, f"cannot be transformed: {reason}", "Remove it, or change data.augment.")
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

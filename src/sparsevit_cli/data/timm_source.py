@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -21,11 +22,18 @@ from timm.data import ImageDataset, create_dataset
 
 from sparsevit_cli.errors import DataError
 
-from .images import UnreadableImageError, decode_image, to_rgb
-from .records import NOT_A_FILE, Records, check_classes
+from .images import (
+    UnreadableImageError,
+    decode_image,
+    is_system_name,
+    says_nothing_of_the_image,
+    to_rgb,
+)
+from .records import FileFacts, Records, check_classes, facts_array, file_facts
 from .source import shorten
 from .splits import Indices
 
+_File = tuple[str, int, FileFacts]
 _FOLDER_NAMES = ("folder", "image_folder", "imagefolder", "tar")
 _RANDOM_ACCESS = ("torch", "hfds")
 _STREAMS = ("tfds", "wds", "hfids")
@@ -45,6 +53,8 @@ class TimmRecords(Records):
             if isinstance(opened, Image.Image):
                 return to_rgb(opened)
         except Exception as error:  # each library fails in its own way
+            if says_nothing_of_the_image(error):
+                raise
             got = f"cannot be read ({type(error).__name__}: {error})"
             raise UnreadableImageError(name, got, "Repair the data set.") from error
         if isinstance(opened, Path):
@@ -67,6 +77,7 @@ def read_timm(dataset: str, root: str | None, split: str, max_megapixels: float)
         listing = _from_samples(where, opened)
     else:
         listing = _from_items(where, opened)
+    _refuse_system_files(where, listing.files)
     labels = listing.labels
     names = listing.class_names or tuple(str(label) for label in range(int(labels.max()) + 1))
     if labels.min() < 0 or labels.max() >= len(names):
@@ -77,8 +88,9 @@ def read_timm(dataset: str, root: str | None, split: str, max_megapixels: float)
         origin=listing.origin,
         class_names=_distinct(names),
         labels=labels,
-        keys=tuple(name for name, _ in listing.files) or tuple(f"{where} [{index}]" for index in range(len(labels))),
-        sizes=tuple(size for _, size in listing.files) or None,
+        keys=tuple(name for name, _, _ in listing.files) or tuple(f"{where} [{index}]" for index in range(len(labels))),
+        sizes=tuple(size for _, size, _ in listing.files) or None,
+        files=facts_array(file for _, _, file in listing.files),
         version=f"{where} {listing.version}",
         open_image=listing.open_image,
         max_megapixels=max_megapixels,
@@ -89,12 +101,12 @@ def read_timm(dataset: str, root: str | None, split: str, max_megapixels: float)
 
 @dataclass(frozen=True)
 class _Listing:
-    """What a data set tells without decoding; `files` (name, bytes) is empty where it has none."""
+    """What a data set tells without decoding; `files` (name, bytes, which file) is empty where it has none."""
 
     open_image: Callable[[int], Any]
     labels: Indices
     class_names: tuple[str, ...] | None
-    files: list[tuple[str, int]]
+    files: list[_File]
     origin: str
     version: str = ""
 
@@ -103,11 +115,11 @@ def _from_reader(where: str, reader: Any) -> _Listing:
     """timm's own readers: folder, tar, Hugging Face."""
     if hasattr(reader, "cache_tarfiles"):
         reader.cache_tarfiles = False  # open tars, shared by forked loader processes, would be read in a tangle
-    files: list[tuple[str, int]] = []
+    files: list[_File] = []
     if hasattr(reader, "targets"):  # members of tars
         labels = reader.targets
         files = [
-            (f"{parent or ''}{child.name if child else ''}:{member.name}", member.size)
+            (f"{parent or ''}{child.name if child else ''}:{member.name}", member.size, (0, 0, 0))
             for member, parent, child in reader.samples
         ]
     elif hasattr(reader, "iter_targets"):
@@ -160,6 +172,8 @@ def _open(dataset: str, root: str | None, split: str) -> Any:
             opened = create_dataset(dataset if slash else "", root=root, split=split)
         size = len(opened)
     except (Exception, SystemExit) as error:  # asserts, ImportError, RuntimeError, whatever the library raises
+        if says_nothing_of_the_image(error):
+            raise
         got = f"split {split!r} cannot be opened ({type(error).__name__}: {error})"
         raise DataError(f"data.dataset {dataset}", got, "Check data.dataset, data.root and the split names.") from error
     if size == 0:
@@ -199,15 +213,27 @@ def _labels(where: str, values: Iterable[Any]) -> Indices:
     return labels.astype(np.int64)
 
 
-def _common_folder(root: str, files: list[tuple[str, int]]) -> str:
+def _common_folder(root: str, files: list[_File]) -> str:
     # The root itself may hold both splits (torchvision's ImageNet).
     return os.path.realpath(
-        root if os.path.isfile(root) else os.path.join(root, os.path.commonpath([f for f, _ in files]))
+        root if os.path.isfile(root) else os.path.join(root, os.path.commonpath([f for f, _, _ in files]))
     )
 
 
-def _file(path: str, root: str) -> tuple[str, int]:
-    return Path(os.path.relpath(path, root)).as_posix(), os.path.getsize(path) if os.path.isfile(path) else NOT_A_FILE
+def _file(path: str, root: str) -> _File:
+    try:
+        facts = file_facts(os.stat(path))
+    except OSError:
+        facts = file_facts(None)
+    return (Path(os.path.relpath(path, root)).as_posix(), *facts)
+
+
+def _refuse_system_files(where: str, files: list[_File]) -> None:
+    """timm and torchvision take every file for an image, and its folder for a class."""
+    found = [name for name, _, _ in files if any(map(is_system_name, re.split("[/:]", name)))]
+    if found:
+        got = f"{len(found)} hidden files or files of a system are read as images: {shorten(found)}"
+        raise DataError(where, got, "Remove them, or use data.source: folder, which leaves them out.")
 
 
 def _names_by_index(where: str, class_to_idx: dict[str, int] | None) -> tuple[str, ...] | None:

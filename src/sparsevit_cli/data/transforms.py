@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from torch import Tensor
 
 from sparsevit_cli.config.schema import AugmentSection, DataSection
-from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.errors import ConfigError, in_one_line
 
+from .images import says_nothing_of_the_image
+from .seeding import seeded
 from .source import ImageSize
 
 # A random crop of a tiny image may round to no pixel at all, which timm makes black: tiny ones are enlarged first.
@@ -21,6 +26,8 @@ _SMALLEST_CROP = 0.01
 _TINY_PIXELS = 64
 # Only the centre of an image is evaluated: of a strip, this many times the crop is more than enough.
 _STRIP_FACTOR = 8
+# Of the counts in a policy (n, w, d): a thousand million operations per image would never end.
+_MOST_OPERATIONS = 100
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,8 @@ class TransformSpec:
             got = f"{data.augment.scale_min:g}; allowed are {_SMALLEST_CROP} to 1"
             raise ConfigError("data.augment.scale_min", got, "Raise it.")
         spec = cls(as_pair(img_size), in_chans, data.mean, data.std, data.interpolation, data.crop_pct, data.augment)
-        try:
-            spec.build()
-        except Exception as error:  # timm parses the policy with asserts, look-ups and int()
-            got = f"{data.augment.auto_augment!r} is not a timm policy ({type(error).__name__}: {error})"
-            raise ConfigError("data.augment.auto_augment", got, "Try `rand-m9-mstd0.5`, or null.") from error
+        if data.augment.auto_augment is not None:
+            _try_policy(spec, data.augment.auto_augment)
         return spec
 
     def resized(self, size: ImageSize) -> TransformSpec:
@@ -89,6 +93,9 @@ class TransformSpec:
                 re_prob=self.augment.random_erasing,
                 re_mode="pixel",
             )
+            for operation in _operations(transform):
+                if operation.aug_fn is auto_augment.posterize:
+                    operation.aug_fn = _posterize
         return _Transform(self, transform)
 
 
@@ -107,6 +114,59 @@ class _Transform:
         elif image.width * image.height < _TINY_PIXELS:
             image = image.resize((image.width * 8, image.height * 8), Image.Resampling.NEAREST)
         return self.transform(image)
+
+
+def _operations(transform: Any) -> list[Any]:
+    """All operations that the policy inside a timm transform can draw."""
+    steps = transform.transforms
+    chains = [getattr(step, "ops", ()) for step in steps]
+    chains += [chain for step in steps for chain in getattr(step, "policy", ())]
+    return [operation for chain in chains for operation in chain]
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **settings: object) -> Image.Image:
+    """timm's posterize. timm also draws 0 bits and less, which Pillow 13 refuses and older ones make black."""
+    return auto_augment.posterize(image, max(1, bits_to_keep), **settings)  # type: ignore[no-any-return]
+
+
+def _try_policy(spec: TransformSpec, policy: str) -> None:
+    """Raises ConfigError for a policy that timm cannot parse, that never ends, or that fails for some draw."""
+    field, do = "data.augment.auto_augment", "Try `rand-m9-mstd0.5`, or null."
+    try:
+        transform = spec.build()
+    except Exception as error:  # timm parses the policy with asserts, look-ups and int()
+        raise ConfigError(field, f"{policy!r} is not a timm policy ({in_one_line(error)})", do) from error
+    steps = transform.transform.transforms  # type: ignore[attr-defined]
+    counts = [getattr(step, name, 0) for step in steps for name in ("num_layers", "width", "depth")]
+    if max(counts) > _MOST_OPERATIONS:
+        got = f"{policy!r} asks for {max(counts)} operations; allowed are at most {_MOST_OPERATIONS}"
+        raise ConfigError(field, got, do)
+    image = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
+    try:
+        with seeded(0):
+            transform(image)
+            for operation in _operations(transform.transform):  # type: ignore[attr-defined]
+                _try_operation(operation, image if spec.in_chans == 3 else image.convert("L"))
+    except Exception as error:
+        if says_nothing_of_the_image(error):
+            raise
+        raise ConfigError(field, f"{policy!r} fails: {failed_step(error)}", do) from error
+
+
+def _try_operation(operation: Any, image: Image.Image) -> None:
+    """Apply `operation` at the ends of what it can draw: its arguments grow or shrink with the magnitude."""
+    always = copy.copy(operation)
+    always.prob, always.magnitude_std = 1.0, 0
+    for magnitude in (0, operation.magnitude, math.inf):  # timm clamps it to what the policy allows
+        always.magnitude = magnitude
+        always(image)
+
+
+def failed_step(error: Exception) -> str:
+    """The operation inside timm's or torchvision's transforms that raised `error`, and the error in one line."""
+    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    steps = [repr(owner) for owner in owners if type(owner).__module__.startswith(("timm.data.", "torchvision."))]
+    return f"{' '.join(steps[-1].split()) if steps else 'the transform'}: {in_one_line(error)}"
 
 
 def _trim_strip(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsevit_cli.data.loader import eval_batches
+from sparsevit_cli.data.loader import MAX_WAIT_SECONDS, eval_batches
 from sparsevit_cli.data.source import ImageSource
 from sparsevit_cli.errors import NonFiniteError
 from sparsevit_cli.reporting import Progress
@@ -31,6 +31,7 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     workers: int = 0,
+    max_wait_seconds: float = MAX_WAIT_SECONDS,
     subset: Sequence[int] | None = None,
     resize: tuple[int, int] | None = None,
     progress: Progress | None = None,
@@ -39,14 +40,18 @@ def evaluate(
     """Accuracy of `model` at its current sparsity on `source`, or on the samples of `subset`.
 
     `resize` shrinks the images on the way in (the dense rival at a lower resolution). `before_batch` may raise, to
-    stop early. Raises NonFiniteError for outputs that are not numbers, DataError for images that cannot be read.
+    stop early, also while a batch is awaited. Raises NonFiniteError for outputs that are not numbers, DataError for
+    images that cannot be read.
     """
     was_training = model.training
     model.eval()
     correct, loss, count = 0, 0.0, 0
     try:
         with torch.inference_mode():
-            for batch in eval_batches(source, batch_size=batch_size, workers=workers, subset=subset):
+            batches = eval_batches(
+                source, batch_size, workers, subset, max_wait_seconds=max_wait_seconds, check=before_batch
+            )
+            for batch in batches:
                 before_batch()
                 images, labels = batch.images.to(device), batch.labels.to(device)
                 logits = model(shrink(images, resize)).float()

@@ -167,6 +167,7 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
         seed=config.seed,
         num_classes=config.model.num_classes or len(data.class_names),
         workers=config.data.workers,
+        max_wait_seconds=config.data.max_wait_seconds,
         teacher=kind.teacher,
         distill=section.distill if isinstance(section, DistilLoopSection) else 0.0,
         temperature=section.temperature if isinstance(section, DistilLoopSection) else 1.0,
@@ -245,8 +246,9 @@ def score(session: Session, model: nn.Module, source: Any, **options: Any) -> Ac
     """Accuracy at the model's current sparsity, with the configuration's batch size and workers."""
     data = session.config.data
     return evaluate(
-        model, source, batch_size=data.eval_batch_size, device=session.device, workers=data.workers, **options
-    )
+        model, source, batch_size=data.eval_batch_size, device=session.device, workers=data.workers,
+        max_wait_seconds=data.max_wait_seconds, **options,
+    )  # fmt: skip
 
 
 def _check_rows(
