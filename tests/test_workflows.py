@@ -155,14 +155,17 @@ def test_an_earlier_result_keeps_the_settings_it_was_made_with(runs: Path) -> No
     assert "eval_batch_size: 50" in (folder / "config.yaml").read_text()
 
 
-def test_a_run_whose_settings_cannot_be_read_can_be_set_aside(runs: Path) -> None:
-    saved = runs / "tiny" / "pretrain" / "config.yaml"
+def test_a_run_whose_settings_cannot_be_read_can_be_set_aside(tmp_path: Path) -> None:
+    session = session_in(tmp_path)
+    folder = session.folder("pretrain").path
+    (folder / "metrics.json").touch()
+    saved = folder / "config.yaml"
     saved.write_text(saved.read_text().replace("seed: 0", "seed: 0\nof_tomorrow: 1"))
     with pytest.raises(ConfigError, match=r"of_tomorrow.*--fresh") as refused:
-        session_in(runs).folder("pretrain")
-    assert str(saved) in str(refused.value)
-    session_in(runs).replaced(fresh=True).folder("pretrain")
-    assert (runs / "tiny" / "pretrain.old-001" / "config.yaml").exists()
+        session.folder("pretrain")
+    assert refused.value.what == str(saved)
+    session.replaced(fresh=True).folder("pretrain")
+    assert (tmp_path / "tiny" / "pretrain.old-001" / "config.yaml").exists()
 
 
 def test_a_model_by_name_is_profiled_whatever_the_trainings_say(tmp_path: Path) -> None:
