@@ -22,7 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernel_cases import block
+from sparsevit_cli.cli import _library_talk
 from sparsevit_cli.kernels import cache, choice, compiled, native, windowed
+from sparsevit_cli.reporting import SilentReporter
 
 CPU = torch.device("cpu")
 STRANGER = 12345
@@ -430,8 +432,8 @@ def test_with_an_odd_compiler_the_portable_ones_run(
     writing: str, knowing: str | None, reason: str, place: Place, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(compiled, "SECONDS", 0.3)
-    monkeypatch.setattr(compiled, "SECONDS_TO_ANSWER", 0.3 if knowing else 30)
+    monkeypatch.setattr(compiled, "SECONDS", 0.3 if "sleep" in writing else 300)
+    monkeypatch.setattr(compiled, "SECONDS_TO_ANSWER", 0.3 if knowing and "sleep" in knowing else 300)
     writing = writing.replace("$ours", f"{place.home}/ours.so").replace("$canary", f"{place.home}/canary.so")
     place.compile_by(writing or ":", knowing or ":")
     assert_portable_with_one_warning(f"{place.home}/compiler.*{reason}", caplog)
@@ -496,3 +498,24 @@ def test_what_torch_and_triton_compile_is_private(
     cache.keep_compilers_private()
     assert place.home not in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parents
     assert stat.S_IMODE(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).stat().st_mode) == 0o700
+
+
+def test_a_command_says_that_it_compiles_and_what_it_cannot_do(place: Place) -> None:
+    said: list[str] = []
+
+    class Reporter(SilentReporter):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    reporter: Any = Reporter()
+    with _library_talk(reporter, verbose=False):
+        assert runs_native()
+        place.compile_by("exit 1")
+        for memory in MEMORIES:
+            memory.cache_clear()
+        place.library.unlink()
+        assert not runs_native()
+        assert choice.chosen("native", block(32, 1), CPU) is windowed.run_windows_
+    assert [message.partition(" (")[0] for message in said] == ["compiling the C++ kernels for this CPU"] * 2
+    assert len(reporter.warnings) == 1
+    assert logging.getLogger("sparsevit_cli").propagate
