@@ -71,7 +71,7 @@ def test_every_command_can_be_typed_twice(folder: Path, monkeypatch: pytest.Monk
     real = profile.build_model
     monkeypatch.setattr(
         profile, "build_model",
-        lambda section, *rest, **more: real(section.model_copy(update={"embed_dim": 24}), *rest, **more),
+        lambda section, *rest, **more: real(section.model_copy(update={"embed_dim": 24, "depths": (2, 2), "num_heads": (1, 2)}), *rest, **more),
     )  # fmt: skip
     commands = list(typed_commands())
     assert {words[0] for words in commands} >= {"pretrain", "adapt", "search", "finetune", "profile", "export"}
