@@ -240,10 +240,19 @@ def test_a_group_of_ones_own_is_no_stranger(place: Place, monkeypatch: pytest.Mo
         cache.cache_folder()
 
 
-def test_root_that_a_container_does_not_know_is_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 65534 not in cache._owners()
-    monkeypatch.setattr(cache, "_has_root", lambda: False)
-    assert {os.geteuid(), 0, 65534} == {*cache._owners()}
+def test_root_that_a_container_does_not_know_may_own_what_stands_on_the_way(
+    place: Place, monkeypatch: pytest.MonkeyPatch, give_away: Callable[[Path], None]
+) -> None:
+    give_away(place.plant().parents[1])
+    with pytest.raises(PermissionError, match="belongs to user"):
+        cache.cache_folder()
+    monkeypatch.setattr(cache, "_disguises_of_root", lambda: (STRANGER,))
+    assert cache.cache_folder() == place.cache
+    give_away(place.library)
+    assert cache.read_library(place.library) is None
+    give_away(place.cache)
+    with pytest.raises(PermissionError, match="belongs to user"):
+        cache.cache_folder()
 
 
 @pytest.mark.parametrize("umask", [0, 0o002, 0o077])

@@ -157,7 +157,7 @@ def in_words(error: OSError) -> str:
 
 def _refuse_strangers(path: Path, state: os.stat_result, *, shared: bool) -> None:
     """Raise PermissionError where others than this user and root own `path` or can write it."""
-    if state.st_uid not in _owners():
+    if state.st_uid not in (os.geteuid(), 0, *(_disguises_of_root() if shared else ())):
         raise PermissionError(errno.EPERM, f"belongs to user {state.st_uid}", str(path))
     if stat.S_ISLNK(state.st_mode) or (shared and state.st_mode & stat.S_ISVTX):
         return
@@ -165,31 +165,20 @@ def _refuse_strangers(path: Path, state: os.stat_result, *, shared: bool) -> Non
         raise PermissionError(errno.EPERM, "can be written by other users", str(path))
 
 
-def _owners() -> tuple[int, ...]:
-    """This user, and root.
-
-    Some containers (Apptainer) know no other user than this one: there the files of root belong to the user that stands
-    for all others.
-    """
-    known = os.geteuid(), 0
-    return known if _has_root() else (*known, _number_in(Path("/proc/sys/kernel/overflowuid")) or 0)
-
-
 @lru_cache
-def _has_root() -> bool:
-    """False in a user namespace without user 0."""
+def _disguises_of_root() -> tuple[int, ...]:
+    """The user that root's folders seem to belong to.
+
+    Some containers (Apptainer) know no other user than this one: there all others, root too, look like one user. Such a
+    folder may stand on the way; what is in the last one must be this user's.
+    """
     try:
         lines = Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return True
-    return not lines or any(line.split()[0] == "0" for line in lines)
-
-
-def _number_in(path: Path) -> int | None:
-    try:
-        return int(path.read_text(encoding="ascii"))
+        if any(line.split()[0] == "0" for line in lines):
+            return ()
+        return (int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii")),)
     except (OSError, ValueError):
-        return None
+        return ()
 
 
 def _is_own_group(path: Path, number: int) -> bool:
