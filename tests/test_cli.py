@@ -344,21 +344,6 @@ def images_in(folder: Path, classes: Sequence[str], count: int = 12) -> Path:
     return folder
 
 
-def test_a_folder_of_images_goes_the_whole_way(tmp_path: Path) -> None:
-    loop = {"epochs": 1, "batch_size": 8, "eval_every": 1, "save_every": 1}
-    config = write_tiny(
-        tmp_path,
-        data={"source": "folder", "root": str(images_in(tmp_path / "data", ["cat", "dog", "owl"])), "digits": {}},
-        train=loop, adapt=loop, finetune=loop, search={"samples": None},
-    )  # fmt: skip
-    done = sparsevit("run", "--config", config, "--json", cwd=tmp_path)
-    report = json.loads(done.stdout)
-    assert report["validation_images"] == 36
-    assert report["rows"][-1]["label"] == "winner, finetuned"
-    exported = json.loads((tmp_path / "runs" / "tiny" / "export" / "sparsity.json").read_text())
-    assert exported["model"]["class_names"] == ["cat", "dog", "owl"]
-
-
 @pytest.mark.parametrize(
     "name", ["swinv2_cr_tiny_ns_224", pytest.param("swinv2_tiny_window8_256", marks=pytest.mark.slow)]
 )

@@ -25,6 +25,7 @@ from sparsevit_cli.config.loading import (
 )
 from sparsevit_cli.config.overrides import apply_overrides
 from sparsevit_cli.config.schema import ExperimentConfig
+from sparsevit_cli.config.validation import validate
 from sparsevit_cli.config.yaml_loader import parse_yaml
 from sparsevit_cli.errors import ConfigError
 
@@ -441,6 +442,58 @@ def test_a_dumped_experiment_loads_equal(tmp_path_factory: pytest.TempPathFactor
     assert dump_config(again) == text
     assert section_hash(again, *ExperimentConfig.model_fields) == section_hash(config, *ExperimentConfig.model_fields)
     assert config_differences(config, again) == []
+
+
+def test_nothing_unvalidated_is_made_of_an_experiment() -> None:
+    config = ExperimentConfig.model_validate({"train": {"curriculum": ({"img_size": 224, "epochs": 1.0},)}})
+    assert config.model_copy(update={"seed": 3}) == ExperimentConfig.model_validate({**dict(config), "seed": 3})
+    assert config.model_copy() == config
+    with pytest.raises(ValidationError, match="ends at 224"):
+        config.model_copy(update={"model": config.model.model_copy(update={"img_size": 192})})
+    with pytest.raises(ValidationError, match="greater"):
+        config.train.model_copy(update={"lr": -1.0})
+    with pytest.raises(ValidationError, match="rate"):
+        config.train.model_copy(update={"rate": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("search.population=0xFFFFFFFFFFFFFFFFFF", "too long for a whole number"),
+        (f"profile.batch_sizes={[1] * 9900}", "more than 10000 values"),
+        ("output=" + "a" * (1 << 20), "larger than"),
+        ("output=" + "a\ufeff" * 180_000, "larger than"),
+    ],
+    ids=["hex", "values", "long", "escapes"],
+)
+def test_what_could_not_be_read_again_is_not_written(override: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        dump_config(load("{}", tmp_path, (override,)))
+    assert told in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+TRICKY = [
+    "1e-4", "1e5", "-1E+2", "0x1F", "0o17", "017", "1_000", "12:30", "no", "on", "y", "~", "''", '""', "' '", "null",
+    "'null'", "2024-01-01", "{}", "[]", "[1e-4, .5]", "50ms", "70%", "3.", ".5", "+1", "-0.0", "5e-324", "1e308", "=",
+    "<<", "a: b", "a #b", "'a #b'", "- a", "%a", "'@a'", "'`a'", '"\\t"', '"\\e"', '"a\\u2028b"', '"\\ufeffa"', "ä",
+    '"\\U0001F600"', '"\\ud800"', "a\u0301", "\ufeff", "'a\u2028b'", "a\u00a0", "x" * 5000, f"'x{' y' * 900}'",
+]  # fmt: skip
+FIELDS = ["output", "data.root", "data.train_split", "model.checkpoint", "search.budget_macs", "experiment", "seed",
+          "train.lr", "train.epochs", "train.clip_grad", "model.img_size", "profile.image_sizes", "profile.ratios",
+          "adapt.check_ratios", "data.mean", "device", "model.name", "train.optimizer"]  # fmt: skip
+
+
+@given(st.sampled_from(FIELDS), st.text(max_size=20) | st.sampled_from(TRICKY))
+def test_any_override_that_is_taken_is_read_again_as_it_was(field: str, value: str) -> None:
+    overrides = ("data.source=folder", "data.root=x", f"{field}={value}")
+    try:
+        config = load_config(packaged_config_path("images.yaml"), overrides)
+    except ConfigError:
+        return
+    again = validate(parse_yaml(dump_config(config).encode(), "x.yaml"))
+    assert again == config
+    assert repr(again) == repr(config), "the same types"
 
 
 def test_a_dump_holds_every_setting_and_no_comment() -> None:

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from sparsevit_cli.config import yaml_loader
 from sparsevit_cli.config.yaml_loader import MAX_BYTES, dump_yaml, parse_yaml, read_yaml
 from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.sparsity import SparsityConfig
+from sparsevit_cli.winner import read_winner, write_winner
 
 PARSERS = sorted({getattr(yaml, "CSafeLoader", yaml.SafeLoader), yaml.SafeLoader}, key=lambda parser: parser.__name__)
 
@@ -211,3 +213,13 @@ def test_yaml_1_1_readers_agree_on_what_is_written(value: object) -> None:
     again = yaml.safe_load(dump_yaml({"key": value}))["key"]  # type: ignore[dict-item]
     assert again == value
     assert not isinstance(value, float) or math.copysign(1, again) == math.copysign(1, value)
+
+
+def test_a_winner_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """Its values are texts of devices and of people, and may be one object in two places, which YAML would name."""
+    shared, config = [0.5, 1e-5], SparsityConfig.from_ratios([[0.1], [0.2]])
+    about = {"device": {"name": "1e-4"}, "note": "no: 12:30 #1", "first": shared, "second": shared, "path": "~"}
+    write_winner(tmp_path / "winner.yaml", config, about)
+    again, rest = read_winner(tmp_path / "winner.yaml")
+    assert again == config
+    assert rest == {"ratios": [[0.1], [0.2]], **about}

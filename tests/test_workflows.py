@@ -23,7 +23,7 @@ from sparsevit_cli.workflows.export import export_winner
 from sparsevit_cli.workflows.pages import profile_page
 from sparsevit_cli.workflows.pipeline import MOST_RIVALS, rival_sizes, run_pipeline
 from sparsevit_cli.workflows.plan import plan_lines
-from sparsevit_cli.workflows.profile import profile_model, threads_set
+from sparsevit_cli.workflows.profile import profile_model, profile_target, threads_set
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.training import adapt, pretrain
 from sparsevit_cli.workflows.weights import file_weights
@@ -153,6 +153,31 @@ def test_an_earlier_result_keeps_the_settings_it_was_made_with(runs: Path) -> No
     evaluate_checkpoint(session_in(runs, data={"eval_batch_size": 50}), weights="pretrain", ratios=RATIOS)
     assert {name: (folder / "earlier-001" / name).read_text() for name in before} == before
     assert "eval_batch_size: 50" in (folder / "config.yaml").read_text()
+
+
+def test_a_run_whose_settings_cannot_be_read_can_be_set_aside(tmp_path: Path) -> None:
+    session = session_in(tmp_path)
+    folder = session.folder("pretrain").path
+    (folder / "metrics.json").touch()
+    saved = folder / "config.yaml"
+    saved.write_text(saved.read_text().replace("seed: 0", "seed: 0\nof_tomorrow: 1"))
+    with pytest.raises(ConfigError, match=r"of_tomorrow.*--fresh") as refused:
+        session.folder("pretrain")
+    assert refused.value.what == str(saved)
+    session.replaced(fresh=True).folder("pretrain")
+    assert (tmp_path / "tiny" / "pretrain.old-001" / "config.yaml").exists()
+
+
+def test_a_model_by_name_is_profiled_whatever_the_trainings_say(tmp_path: Path) -> None:
+    """Their curricula end at the size of another model; what is saved must be read again all the same."""
+    for command in ("first", "second"):
+        session = session_in(tmp_path, train={"curriculum": [{"img_size": 32, "epochs": 1}]})
+        target = profile_target(session, model="swinv2_tiny_window8_256", ratios="0.5")
+        assert target.session.folder("profile").path.name == "profile", command
+        (tmp_path / "swinv2_tiny_window8_256" / "profile" / "metrics.json").touch()
+        target.session.locks.close()
+    with pytest.raises(ConfigError, match="--model"):
+        profile_target(session, model="swin_" + "x" * 80, ratios="0.5")
 
 
 # -- signals ----------------------------------------------------------------------------------------------------

@@ -101,10 +101,12 @@ def _run(
     with _reported(reporter, options.verbose):
         config = load_config(options.config, options.overrides)
         parse_budgets(config.search.budget_latency, config.search.budget_macs)  # refused before torch is loaded
+        from .kernels.cache import keep_compilers_private
         from .profiling.memory import reuse_freed_memory
         from .workflows.session import Session
 
         reuse_freed_memory()
+        keep_compilers_private()
         told = {"to_go_on": "Type the command without --fresh to go on."} if options.fresh else {}
         with stop_on_signals(**told) as stop, _library_talk(reporter, options.verbose):
             session = Session(config, reporter, stop, ("sparsevit", *sys.argv[1:]), options.fresh)
@@ -397,7 +399,9 @@ def _library_talk(reporter: ConsoleReporter, verbose: bool) -> Iterator[None]:
             (reporter.warn if record.levelno >= logging.WARNING else reporter.say)(record.getMessage())
 
     log, handler = logging.getLogger(__package__), Forward()
+    before = log.level, log.propagate
     log.addHandler(handler)
+    log.setLevel(logging.INFO)
     log.propagate = False
     try:
         with warnings.catch_warnings():
@@ -405,6 +409,7 @@ def _library_talk(reporter: ConsoleReporter, verbose: bool) -> Iterator[None]:
             yield
     finally:
         log.removeHandler(handler)
+        log.level, log.propagate = before
 
 
 def main() -> None:

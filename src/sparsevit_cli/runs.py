@@ -158,7 +158,13 @@ def open_run(
         reporter.say(f"{command}: the earlier run is kept in {aside}")
     saved = path / "config.yaml"
     if saved.exists() and any((path / name).exists() for name in WORK):
-        _refuse_other_settings(load_config(saved), config, command, path)
+        try:
+            earlier = load_config(saved)
+        except ConfigError as fault:
+            got = f"the run there was saved with what is no configuration ({fault.what}: {fault.got})"
+            do = "It may be another version's. Choose a name (--set experiment=NAME), or --fresh to set it aside."
+            raise ConfigError(str(saved), got, do) from fault
+        _refuse_other_settings(earlier, config, command, path)
     path.mkdir(exist_ok=True)
     about = {"config.yaml": dump_config(config), "env.json": json_text(environment)}
     is_replaced_later = command not in TRAININGS and (path / "metrics.json").exists()

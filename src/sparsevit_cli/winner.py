@@ -6,19 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .atomic import write_atomic
-from .config.yaml_loader import parse_yaml, read_yaml
+from .config.yaml_loader import dump_yaml, parse_yaml, read_yaml
 from .errors import CheckpointError, ConfigError
 from .sparsity import SparsityConfig
 
 
-def write_winner(path: Path, config: SparsityConfig, about: Mapping[str, object]) -> None:
+def write_winner(path: Path, config: SparsityConfig, about: Mapping[str, Any]) -> None:
     """Write `config` and what is known of it (metric, cost, budget, device)."""
-    ratios = [list(stage) for stage in config.ratios]
-    text = yaml.safe_dump({"ratios": ratios, **about}, sort_keys=False, default_flow_style=None, width=100)
-    write_atomic(path, text)
+    ratios: Any = [list(stage) for stage in config.ratios]
+    write_atomic(path, dump_yaml({"ratios": ratios, **about}))
 
 
 def read_winner(path: Path) -> tuple[SparsityConfig, dict[str, Any]]:

@@ -13,7 +13,7 @@ from .fields import field_schema, shown
 from .overrides import apply_overrides
 from .schema import ExperimentConfig
 from .validation import validate
-from .yaml_loader import Value, dump_yaml, read_yaml
+from .yaml_loader import Value, dump_yaml, parse_yaml, read_yaml
 
 DEFAULT_CONFIG = "digits.yaml"
 
@@ -41,8 +41,18 @@ def packaged_config_path(name: str = DEFAULT_CONFIG) -> Path:
 
 
 def dump_config(config: ExperimentConfig) -> str:
-    """YAML, all settings and no comments, that loads back to an equal experiment."""
-    return dump_yaml(_data(config))
+    """YAML, all settings and no comments, that loads back to an equal experiment.
+
+    Raises ConfigError where it would not: what is saved now is compared with the settings of the next command.
+    """
+    text = dump_yaml(_data(config))
+    try:
+        is_equal = validate(parse_yaml(text.encode(), "it")) == config
+    except ConfigError as fault:
+        got = f"it could be saved but not read again ({fault.what}: {fault.got})"
+        raise ConfigError("configuration", got, fault.do) from fault
+    assert is_equal, "every value of the schema is read as it was written"
+    return text
 
 
 def config_differences(old: ExperimentConfig, new: ExperimentConfig, ignore: Collection[str] = ()) -> list[str]:

@@ -21,6 +21,7 @@ from sparsevit_cli.errors import ConfigError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
+MAX_DIGITS = 20
 MAX_VALUES = 10_000
 """Bounds the time and memory of whatever follows; an experiment has about 150 values."""
 
@@ -100,14 +101,15 @@ def resolve_scalar(text: str) -> Value:
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text):
-        if len(text) > 20:
+        number = int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)) if len(text) <= MAX_DIGITS else None
+        if number is None or len(str(number)) > MAX_DIGITS:  # 0x... may be longer when written as a decimal number
             raise ValueError(f"{shorten(text)} is too long for a whole number")
-        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-    if _FLOAT.fullmatch(text) or _NOT_FINITE.fullmatch(text):
-        number = float(text) if _FLOAT.fullmatch(text) else math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"{shorten(text)} is not a finite number")
         return number
+    if _FLOAT.fullmatch(text) or _NOT_FINITE.fullmatch(text):
+        real = float(text) if _FLOAT.fullmatch(text) else math.nan
+        if not math.isfinite(real):
+            raise ValueError(f"{shorten(text)} is not a finite number")
+        return real
     return text
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, Protocol, get_args
@@ -12,13 +12,15 @@ from torch import Tensor
 
 from sparsevit_cli import windows
 
-from . import windowed
+from . import compiled, windowed
 from .embedding import EmbeddingWeights
 from .merging import MergingWeights, merge_patches
 from .windowed import BlockWeights
 
 Kernels = Literal["auto", "portable", "native", "triton"]
 KERNELS: tuple[str, ...] = get_args(Kernels)
+
+_log = logging.getLogger(__name__)
 
 
 class RunWindows(Protocol):
@@ -66,9 +68,9 @@ def chosen(kernels: str, block: BlockWeights, device: torch.device) -> RunWindow
     """The function that runs windows of `block` on `device`.
 
     `auto` is native on CPUs of a kind that was measured and portable elsewhere: no GPU was yet. `native` falls back to
-    portable where there is no C++ compiler, `triton` where Triton is not installed or the device is a CPU (except in
-    Triton's interpreter), and both for blocks that they do not support: with one warning where they were asked for by
-    name.
+    portable where the C++ cannot be compiled, with one warning, in `auto` too. `triton` falls back where Triton is not
+    installed or the device is a CPU (except in Triton's interpreter). Both do for blocks that they do not support: with
+    one warning where they were asked for by name.
     """
     name = _named(kernels, device)
     engine, reason = _engine(name, device.type)
@@ -116,7 +118,11 @@ def _named(kernels: str, device: torch.device) -> str:
     """`kernels`, or what `auto` stands for."""
     if kernels != "auto":
         return kernels
-    native, _ = _engine("native", device.type)
+    if device.type != "cpu" or not compiled.may_be_measured():
+        return "portable"
+    native, reason = _engine("native", device.type)
+    if native is None:
+        _warn_once(f"{reason}: the portable kernels run instead")
     return "native" if native is not None and native.is_measured() else "portable"
 
 
@@ -134,7 +140,7 @@ def _native(device_type: str) -> Any:
         raise RuntimeError(f"the C++ kernels are for CPUs, not for {device_type}")
     from . import native
 
-    native.load()
+    native.check_structures()
     return native
 
 
@@ -152,4 +158,4 @@ def _triton(device_type: str) -> Any:
 
 @lru_cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(reason, RuntimeWarning, stacklevel=2)
+    _log.warning(reason)  # Python's warnings are not shown on the command line

@@ -22,8 +22,8 @@ from .linear import Affine
 from .merging import MergingWeights
 from .windowed import BlockWeights, Norm
 
-__all__ = ["LIMITS", "embed_patches", "is_measured", "load", "merge_patches", "run_windows_", "score_and_rank",
-           "supports", "supports_embedding", "supports_merging", "version"]  # fmt: skip
+__all__ = ["LIMITS", "check_structures", "embed_patches", "is_measured", "load", "merge_patches", "run_windows_",
+           "score_and_rank", "supports", "supports_embedding", "supports_merging", "version"]  # fmt: skip
 
 LIMITS = (
     "the C++ kernels are for contiguous blocks in float32 (channels a multiple of 16) or, where the CPU has it, "
@@ -96,6 +96,13 @@ class _Scoring(ctypes.Structure):
         *((name, ctypes.c_int64) for name in (
             "batch", "num_tokens", "channels", "num_windows", "area", "count", "is_l2", "threads")),
     )  # fmt: skip
+
+
+def check_structures() -> None:
+    """Raise RuntimeError where the library has other structures than these, or there is no library."""
+    ours = [ctypes.sizeof(kind) for kind in (_Block, _Projection, _Merging, _Embedding, _Scoring)]
+    if (theirs := [*(ctypes.c_int64 * len(ours)).in_dll(load(), "sizes")]) != ours:
+        raise RuntimeError(f"the C++ kernels were compiled for other structures ({theirs} bytes, not {ours})")
 
 
 def run_windows_(

@@ -21,7 +21,7 @@ from sparsevit_cli import kernels
 from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.atomic import write_atomic, write_json
 from sparsevit_cli.config.loading import section_hash
-from sparsevit_cli.config.schema import ModelSection
+from sparsevit_cli.config.schema import AdaptSection, ExperimentConfig, FinetuneSection, ModelSection, TrainSection
 from sparsevit_cli.data.transforms import as_pair
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import build_model
@@ -133,8 +133,7 @@ def profile_target(
 ) -> ProfileTarget:
     """The configuration's profile with the flags as typed. Raises ConfigError, CheckpointError."""
     if model is not None:
-        named = {"experiment": model, "model": _named_model(model)}
-        session = session.replaced(config=session.config.model_copy(update=named))
+        session = session.replaced(config=_config_of(model, session.config))
     section = session.config.profile
     sizes = parse_sizes(img_size) if img_size is not None else tuple(map(as_pair, section.image_sizes))
     sizes = sizes or (session.img_size,)
@@ -204,9 +203,11 @@ def profile_settings(session: Session) -> str:
     return f"{section_hash(session.config, 'profile', 'model')} kernels {kernels.VERSION} {engine}"
 
 
-def _named_model(name: str) -> ModelSection:
+def _config_of(name: str, config: ExperimentConfig) -> ExperimentConfig:
+    """An experiment of timm's model of that name. Nothing is trained: what `config` says of it fits another model."""
     try:
-        return ModelSection(name=name)
+        trainings = {"train": TrainSection(), "adapt": AdaptSection(), "finetune": FinetuneSection()}
+        return config.model_copy(update={"experiment": name, "model": ModelSection(name=name), **trainings})
     except ValidationError as error:
         raise ConfigError("--model", f"{name!r} is no timm Swin", "Type: sparsevit models") from error
 

@@ -23,6 +23,9 @@ void run_scoring(const Scoring* call, int is_bfloat) {
     is_bfloat ? run_scoring<BFloat>(*call) : run_scoring<float>(*call);
 }
 
+// What `native.py` compares with its own idea of these structures.
+extern const int64_t sizes[] = {sizeof(Block), sizeof(Projection), sizeof(Merging), sizeof(Embedding), sizeof(Scoring)};
+
 int lanes() { return LANES; }
 int has_bfloat() {
 #ifdef __AVX512BF16__

@@ -1,0 +1,93 @@
+"""What the README tells people to type, typed twice: small images and models stand in for theirs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch import nn
+from typer.testing import CliRunner
+
+from sparsevit_cli.cli import app
+from sparsevit_cli.config.schema import ModelSection
+from sparsevit_cli.workflows import profile
+from sparsevit_cli.workflows.profile import Size
+from test_cli import images_in
+from tiny import write_tiny
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+QUICK = ("profile.batch_sizes=[1]", "profile.seconds=0.01", "profile.rounds=6", "profile.max_spread=100.0",
+         "export.formats=[]")  # fmt: skip
+TAKES_NO_SETTINGS = ("models", "doctor", "config")
+
+
+def typed_commands() -> Iterator[list[str]]:
+    """Every `sparsevit ...` in the README's shell blocks, as words."""
+    for block in re.findall(r"^```sh\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        for line in block.splitlines():
+            for command in re.split(r"&&|\|\||;", line.partition(" #")[0]):
+                words = shlex.split(command)
+                if words[:1] == ["sparsevit"]:
+                    yield words[1:]
+
+
+def listed_commands() -> list[str]:
+    """The names in the README's table of commands."""
+    table = README.read_text(encoding="utf-8").partition("## Commands")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    return [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+
+
+def light(words: list[str]) -> list[str]:
+    """The same command on small images, for a short time, and without a budget that such a model cannot keep."""
+    words = ["64" if before == "--img-size" else word for before, word in zip(["", *words], words, strict=False)]
+    words = [word.replace("--budget-latency", "--budget-macs") for word in words]
+    return [*words, *(f"--set={setting}" for setting in QUICK)] if words[0] not in TAKES_NO_SETTINGS else words
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder but for my.yaml and the images that it names."""
+    folder = tmp_path_factory.mktemp("readme")
+    loop = {"epochs": 1, "batch_size": 8, "eval_every": 1, "save_every": 1}
+    images = images_in(folder / "images", ["cat", "dog", "owl"])
+    data = {"source": "folder", "root": str(images), "digits": {}}
+    write_tiny(folder, data=data, train=loop, adapt=loop, finetune=loop, search={"samples": None}).rename(
+        folder / "my.yaml"
+    )
+    return folder
+
+
+def type_twice(words: list[str]) -> None:
+    """Type a command, and type it again. A busy machine may leave a profile unsteady: exit 8, with its rows written."""
+    for _ in range(2):
+        done = CliRunner().invoke(app, light(words), prog_name="sparsevit", catch_exceptions=False)
+        assert done.exit_code in ((0, 8) if words[0] == "profile" else (0,)), f"{shlex.join(words)}: {done.output}"
+
+
+def test_every_command_can_be_typed_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    real, small = profile.build_model, {"embed_dim": 24, "depths": (2, 2), "num_heads": (1, 2)}
+
+    def build_small(section: ModelSection, classes: int, *, img_size: Size) -> nn.Module:
+        return real(section.model_copy(update=small), classes, img_size=img_size)
+
+    monkeypatch.setattr(profile, "build_model", build_small)
+    commands = list(typed_commands())
+    assert {words[0] for words in commands} >= {"pretrain", "adapt", "search", "finetune", "profile", "export"}
+    for words in commands:
+        type_twice(words)
+    typed = {words[0] for words in commands}
+    for name in listed_commands():
+        if name not in typed:
+            options = ["--config", "my.yaml"] if name not in ("models", "doctor") else []
+            type_twice([name, *options])
+    report = json.loads((folder / "runs" / "tiny" / "run" / "metrics.json").read_text())
+    assert report["validation_images"] == 36
+    assert report["rows"][-1]["label"] == "winner, finetuned"
+    exported = json.loads((folder / "runs" / "tiny" / "export" / "sparsity.json").read_text())
+    assert exported["model"]["class_names"] == ["cat", "dog", "owl"]
