@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from sparsevit_cli.errors import DataError
+from sparsevit_cli.errors import DataError, pass_on
 
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """What counts as an image in a folder, by the end of its lower-case name."""
@@ -47,14 +47,13 @@ def decode_image(file: Path | BinaryIO, name: str, max_megapixels: float) -> Ima
                 raise Image.DecompressionBombError
             image.load()
             return _upright(to_rgb(image), _orientation(image))
-    except MemoryError:
-        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         got = f"more than {max_megapixels:g} megapixels"
         raise UnreadableImageError(name, got, "Shrink or remove it, or raise data.max_megapixels.") from error
     except UnidentifiedImageError as error:
         raise UnreadableImageError(name, f"not an image ({', '.join(_FORMATS)})", "Replace or remove it.") from error
     except Exception as error:  # decoders answer hostile bytes with almost any exception
+        pass_on(error)
         got = f"cannot be decoded ({type(error).__name__}: {error})"
         raise UnreadableImageError(name, got, "Repair or remove it.") from error
 
@@ -78,7 +77,8 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8; 1 (as stored) where the EXIF block is missing or damaged."""
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # a damaged EXIF block does not make the pixels worse
+    except Exception as error:  # a damaged EXIF block does not make the pixels worse
+        pass_on(error)
         return 1
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sparsevit_cli.errors import DataError
+from sparsevit_cli.stopping import HANG_UP
 
 from .images import UnreadableImageError
 from .seeding import derive_seed
@@ -201,8 +202,10 @@ def _as_it_is(fetched: _Fetched) -> _Fetched:
 
 
 def _outlive_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group; the training process decides when to stop and save."""
+    """Ctrl-C, SIGHUP and SIGTERM reach the whole process group; the training process decides when to stop and save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if HANG_UP is not None:
+        signal.signal(HANG_UP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 
-from sparsevit_cli.errors import DataError
+from sparsevit_cli.errors import DataError, pass_on
 
 from .images import UnreadableImageError, decode_image, to_rgb
 from .records import NOT_A_FILE, Records, check_classes
@@ -45,6 +45,7 @@ class TimmRecords(Records):
             if isinstance(opened, Image.Image):
                 return to_rgb(opened)
         except Exception as error:  # each library fails in its own way
+            pass_on(error)
             got = f"cannot be read ({type(error).__name__}: {error})"
             raise UnreadableImageError(name, got, "Repair the data set.") from error
         if isinstance(opened, Path):

@@ -12,7 +12,7 @@ from timm.data import create_transform
 from torch import Tensor
 
 from sparsevit_cli.config.schema import AugmentSection, DataSection
-from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.errors import ConfigError, pass_on
 
 from .source import ImageSize
 
@@ -51,6 +51,7 @@ class TransformSpec:
         try:
             spec.build()
         except Exception as error:  # timm parses the policy with asserts, look-ups and int()
+            pass_on(error)
             got = f"{data.augment.auto_augment!r} is not a timm policy ({type(error).__name__}: {error})"
             raise ConfigError("data.augment.auto_augment", got, "Try `rand-m9-mstd0.5`, or null.") from error
         return spec
