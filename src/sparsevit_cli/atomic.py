@@ -28,6 +28,7 @@ _OF_THE_PATH = (*_FORBIDDEN, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EE
 _OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO)
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.ENOLCK)
 """What file systems answer to a request that they do not know: network shares, FUSE, clouds, other systems' disks."""
+_NOT_SYNCED = (*UNSUPPORTED, *_FORBIDDEN, errno.EBADF, errno.EISDIR)
 _FULL_TEXT = re.compile(  # torch and safetensors wrap the system's error in text; torch drops its number
     r"No space left|Disk quota|File too large|os error (27|28|122)\b|inline_container.*(unexpected pos|write failed)"
 )
@@ -93,7 +94,7 @@ def sync_folder(folder: Path) -> None:
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        if error.errno not in (*UNSUPPORTED, *_FORBIDDEN, errno.EISDIR):
+        if error.errno not in _NOT_SYNCED:
             raise
         _warn_unsupported("folders cannot be opened", error)
         return
@@ -108,7 +109,7 @@ def sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (*UNSUPPORTED, *_FORBIDDEN, errno.EBADF, errno.EISDIR):
+        if error.errno not in _NOT_SYNCED:
             raise
         _warn_unsupported("fsync is refused", error)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 
 from .atomic import write_atomic
 from .config.fields import shown
-from .config.paths import as_path, is_there
+from .config.paths import as_path, is_there, names_a_file
 from .config.yaml_loader import parse_yaml, read_yaml
 from .errors import CheckpointError, ConfigError
 from .sparsity import SparsityConfig
@@ -38,8 +37,7 @@ def read_winner(path: Path) -> tuple[SparsityConfig, dict[str, Any]]:
 
 def parse_ratios(text: str, depths: Sequence[int]) -> SparsityConfig:
     """Ratios as typed: one number for everywhere, a nested list, or the path of a winner file."""
-    # os.path asks without an error for any text, also one that can name no file
-    if text.endswith((".yaml", ".yml", ".json")) or os.path.isfile(os.path.expanduser(text)):
+    if text.endswith((".yaml", ".yml", ".json")) or names_a_file(text):
         path = as_path(text, "--ratios")
         if not is_there(path, "--ratios"):
             raise ConfigError("--ratios", f"there is no file {path}", "Give a number, a nested list or a winner file.")

@@ -45,6 +45,11 @@ def as_path(text: str, what: str) -> Path:
     return path
 
 
+def names_a_file(text: str) -> bool:
+    """True if a text that may also be something else is the path of a file; no text is an error."""
+    return os.path.isfile(os.path.expanduser(text))  # unlike pathlib, False also for a text that can name no file
+
+
 def is_there(path: Path, what: str) -> bool:
     """True if `path` exists. Raises ConfigError if that cannot be known, as in a folder of another user."""
     try:
