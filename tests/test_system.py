@@ -826,9 +826,14 @@ def test_no_inodes_for_a_ledger_is_a_full_disk(tmp_path: Path, monkeypatch: pyte
 
 def test_what_a_kill_left_is_cleared_by_the_next_command_there(tmp_path: Path) -> None:
     path = opened(tmp_path).path
-    code = f"from pathlib import Path; import sparsevit_cli.atomic as a; a.write_atomic(Path({str(path)!r}) / 'a', 'x')"
-    env = {**os.environ, "SPARSEVIT_FAILPOINT": "atomic.before_rename:kill"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, check=False)
+    code = f"""
+import os
+from pathlib import Path
+from sparsevit_cli.atomic import write_atomic
+os.fsync = lambda descriptor: os.kill(os.getpid(), 9)
+write_atomic(Path({str(path)!r}) / "a", "x")
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -signal.SIGKILL
     (path / "checkpoints" / ".tmp-step-abc").mkdir(parents=True)
     (path / "checkpoints" / ".tmp-step-abc" / "x").touch()

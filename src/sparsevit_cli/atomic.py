@@ -59,7 +59,6 @@ def write_atomic(path: Path, data: bytes | str) -> None:
                 file.write(raw)
                 file.flush()
                 sync(file.fileno())
-            failpoint("atomic.before_rename")
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -81,7 +81,7 @@ class StoppedError(ThreePartError):
         self.exit_code = 130 if interrupted else 75
 
 
-def pass_on(error: Exception) -> None:
+def pass_on(error: BaseException) -> None:
     """Raise what an `except Exception` must not explain; its first line (a test holds that).
 
     Errors of ours pass, and so do signals and full memory, even if a library raised another error from them.

@@ -161,6 +161,7 @@ def _open(dataset: str, root: str | None, split: str) -> Any:
             opened = create_dataset(dataset if slash else "", root=root, split=split)
         size = len(opened)
     except (Exception, SystemExit) as error:  # asserts, ImportError, RuntimeError, whatever the library raises
+        pass_on(error)
         got = f"split {split!r} cannot be opened ({type(error).__name__}: {error})"
         raise DataError(f"data.dataset {dataset}", got, "Check data.dataset, data.root and the split names.") from error
     if size == 0:
