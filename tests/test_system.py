@@ -573,17 +573,17 @@ ODD_TEXT = st.one_of(
 )
 
 
-@given(ODD_TEXT, st.sampled_from(["", ".yaml", ".json"]))
-def test_no_text_in_place_of_ratios_is_a_traceback(text: str, suffix: str) -> None:
+@given(st.sampled_from("x~"), ODD_TEXT, st.sampled_from(["", ".yaml", ".json"]))
+def test_no_text_in_place_of_ratios_is_a_traceback(start: str, text: str, suffix: str) -> None:
     with pytest.raises((ConfigError, CheckpointError)):
-        parse_ratios(f"x{text}{suffix}", (2, 2))
+        parse_ratios(f"{start}{text}{suffix}.", (2, 2))
 
 
-@given(ODD_TEXT, st.sampled_from(["", ".safetensors", ".pth"]))
-def test_no_text_in_place_of_weights_is_a_traceback(text: str, suffix: str) -> None:
+@given(st.sampled_from(["/gone/", "~"]), ODD_TEXT, st.sampled_from(["", ".safetensors", ".pth"]))
+def test_no_text_in_place_of_weights_is_a_traceback(start: str, text: str, suffix: str) -> None:
     session = Session(tiny_config(output="/gone"), SilentReporter())
     with pytest.raises((ConfigError, CheckpointError)):
-        chosen_weights(session, f"/gone/{text}{suffix}", "test")
+        chosen_weights(session, f"{start}{text}{suffix}.", "test")
 
 
 @given(ODD_TEXT)
@@ -591,6 +591,7 @@ def test_no_text_in_place_of_a_config_or_a_path_setting_is_a_traceback(text: str
     for field in ("output", "data.root", "model.checkpoint"):
         try:
             config = loading.load_config(None, [f"{field}={json.dumps(text)}"])
+            loading.load_config(None, [f"{field}={json.dumps(f'~{text}')}"])
         except ConfigError:
             continue
         name, _, inner = field.partition(".")

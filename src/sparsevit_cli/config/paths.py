@@ -32,10 +32,9 @@ def as_path(text: str, what: str) -> Path:
         refuse("holds a line break or another control character", "Give a path without one, or rename the file.")
     try:
         path = Path(text).expanduser()
+        raw = os.fsencode(path)
     except RuntimeError:
         refuse("begins with the home folder of a user who has none here", "Write the whole path.")
-    try:
-        raw = os.fsencode(path)
     except UnicodeEncodeError:
         got = f"has letters that file names cannot hold in this locale ({sys.getfilesystemencoding()})"
         refuse(got, "Set PYTHONUTF8=1, or a UTF-8 locale.")
@@ -47,7 +46,10 @@ def as_path(text: str, what: str) -> Path:
 
 def names_a_file(text: str) -> bool:
     """True if a text that may also be something else is the path of a file; no text is an error."""
-    return os.path.isfile(os.path.expanduser(text))  # unlike pathlib, False also for a text that can name no file
+    try:
+        return as_path(text, "").is_file()
+    except (ConfigError, OSError):
+        return False
 
 
 def is_there(path: Path, what: str) -> bool:
