@@ -663,7 +663,7 @@ def test_a_file_that_may_not_be_looked_at_is_told(number: int, tmp_path: Path, m
 ROWS = [{"epoch": 1.0, "top1": 50.0, "img_size": 32, "train_loss": 1.0, "val_loss": 1.0}]
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://gone", "nonsense", "TkAgg"])
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://gone", "nonsense"])
 def test_a_foreign_backend_spoils_no_picture(backend: str, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
@@ -811,6 +811,12 @@ def test_no_inodes_is_a_full_disk(place: str, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ResourceError, match="inodes"):
         opened(tmp_path / "runs" if place == "mkdir" else tmp_path)
     monkeypatch.undo()
+
+
+def test_bytes_that_are_free_are_not_what_ran_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    with pytest.raises(ResourceError, match="inodes, a quota"):
+        atomic.write_atomic(tmp_path / "a", "x")
 
 
 def test_no_inodes_for_a_ledger_is_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

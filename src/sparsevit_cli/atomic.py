@@ -150,7 +150,10 @@ def full_disk(path: Path, got: str, needed_bytes: int) -> ResourceError:
     if _is_out_of_inodes(path):
         got = f"{got}: no inodes are free, the file system holds as many files as it can"
         return ResourceError(str(path), got, "Remove files (many small ones), or choose another output.")
-    got = f"{got}: {needed_bytes} bytes needed, {free_bytes(path)} free"
+    free = free_bytes(path)
+    got = f"{got}: {needed_bytes} bytes needed, {free} free"
+    if needed_bytes < free:  # what was written so far is removed by now, and its inodes are free again
+        got += "; so inodes, a quota or a file size limit ran out"
     return ResourceError(str(path), got, "Free space, raise the quota or file size limit, or choose another output.")
 
 
@@ -189,8 +192,11 @@ def disk_errors(path: Path, needed_bytes: int) -> Iterator[None]:
 def told_of(error: OSError) -> SparseViTError | None:
     """What an error of the operating system means for the user; None if that is not known."""
     named = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else None
-    if error.errno in FULL:
-        return full_disk(Path(named or "."), f"could not be written ({error.strerror})", 0)
+    if error.errno in FULL and named is None:
+        do = "Make room on the disk of the run folder, of temporary files (TMPDIR) and in shared memory (/dev/shm)."
+        return ResourceError("disk", str(error.strerror), do)
+    if error.errno in FULL and named is not None:
+        return full_disk(Path(named), f"could not be written ({error.strerror})", 0)
     if error.errno in _OF_THE_MACHINE:
         do = "Look at the disk and the limit of open files (ulimit -n), then type the command again."
         return ResourceError(named or "files", str(error.strerror), do)
