@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,51 @@ def test_nothing_unsafe_is_called() -> None:
                 keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
                 assert keywords.get("shell") != "True", path
                 assert called != "torch.load" or keywords.get("weights_only") == "True", path
+
+
+CATCH_ALLS = {("cli", "_reported"), ("cli", "main"), ("reporting", "optional_output")}
+"""Functions that may hold any exception: the last resort, and output beside a result. Both let signals pass."""
+
+
+def handlers(tree: ast.AST, function: str = "") -> Iterator[tuple[str, ast.ExceptHandler]]:
+    """Every handler with the innermost function that it stands in."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.ExceptHandler):
+            yield function, child
+        inner = child.name if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) else function
+        yield from handlers(child, inner)
+
+
+def takes_everything(node: ast.expr | None) -> bool:
+    if isinstance(node, ast.Tuple):
+        return any(map(takes_everything, node.elts))
+    return node is None or ast.unparse(node).rpartition(".")[2] in ("Exception", "BaseException")
+
+
+def test_signals_and_full_memory_pass_through_every_handler() -> None:
+    """A handler of everything begins with `pass_on(error)`, or cleans up and ends with `raise`."""
+    for path in modules():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for function, handler in handlers(tree):
+            if not takes_everything(handler.type) or (".".join(dotted(path)), function) in CATCH_ALLS:
+                continue
+            first, last = handler.body[0], handler.body[-1]
+            passes = handler.name is not None and ast.unparse(first) == f"pass_on({handler.name})"
+            cleans_up = isinstance(last, ast.Raise) and last.exc is None
+            of_exceptions = handler.type is not None and "BaseException" not in ast.unparse(handler.type)
+            assert cleans_up or (passes and of_exceptions), f"{path}:{handler.lineno}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
+                assert not any(map(takes_everything, node.args)), f"{path}:{node.lineno}"
+
+
+def test_a_path_of_the_user_is_read_in_one_place() -> None:
+    """Settings and flags become paths in config/paths.py; elsewhere a Path is made of a constant or of our own text."""
+    for path in modules():
+        where = ".".join(dotted(path))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if where != "config.paths":
+                assert "expanduser" not in called, f"{path}:{node.lineno}"  # type: ignore[attr-defined]
+            if called == "Path" and where.split(".")[0] in ("workflows", "winner", "runs", "console", "views"):
+                assert not node.args, f"{path}:{node.lineno}"  # type: ignore[attr-defined]

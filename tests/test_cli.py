@@ -209,6 +209,21 @@ def test_a_second_budget_reuses_the_ledger(finished: Path) -> None:
     assert list((finished / "runs" / "tiny" / "search").glob("earlier-*/winner.yaml"))
 
 
+def test_a_search_whose_tables_and_picture_cannot_be_written_still_finds_its_winner(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    folder = tmp_path / "runs" / "tiny" / "search"
+    for name in (names := ("history.csv", "pareto.csv", "pareto.png")):
+        (folder / name).unlink()
+        (folder / name / "in the way").mkdir(parents=True)
+    command = ("search", "--config", finished / "tiny.yaml", "--budget-macs", "75%")
+    done = refused(*command, cwd=tmp_path, code=0, monkeypatch=monkeypatch)
+    assert all(f"{name} is left out" in done.stderr for name in names)
+    assert (folder / "winner.yaml").exists()
+    assert (folder / "metrics.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [

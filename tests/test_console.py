@@ -138,7 +138,7 @@ def test_ratios_as_typed(tmp_path: Path) -> None:
     assert parse_ratios("[[.6],[0],[.2,.4,.5],[0]]", depths) == published
     assert parse_ratios("0.6", depths) == SparsityConfig.from_ratios(0.6, depths)
     assert parse_ratios("0", depths).is_dense
-    for wrong in ("1", "0.65", "magic", "[[.6]]", "{a: 1}", "gone.yaml", "", "[[.6],[0],[.5,.4,.2],[0]]"):
+    for wrong in ("1", "1e308", "0.65", "no", "[[.6]]", "{a: 1}", "gone.yaml", "", "[[.6],[0],[.5,.4,.2],[0]]"):
         with pytest.raises(ConfigError) as error:
             parse_ratios(wrong, depths)
         assert error.value.exit_code == 2

@@ -200,6 +200,37 @@ def test_a_signal_ends_evaluation_measurement_and_export_between_two_steps(runs:
     assert not (runs / "tiny" / "evaluate" / "metrics.json").exists()
 
 
+# -- optional output --------------------------------------------------------------------------------------------
+
+
+def in_the_way(folder: Path, *names: str) -> None:
+    """Folders with something in them where files are to be written."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name / "x").mkdir(parents=True)
+
+
+def test_pictures_and_pages_that_cannot_be_written_cost_a_warning_each_and_no_result(runs: Path) -> None:
+    trained = runs / "tiny" / "pretrain"
+    in_the_way(trained, "results.png", "results.csv")
+    shutil.rmtree(trained / "checkpoints")
+    (trained / "metrics.json").unlink()
+    session = session_in(runs, train={"eval_every": 0.3})
+    pretrain(session)
+    assert (trained / "metrics.json").exists()
+    assert sorted(w.partition(" ")[0] for w in warnings_of(session) if "left out" in w) == [
+        "results.csv",
+        "results.png",
+    ]
+    measured = runs / "tiny" / "profile"
+    in_the_way(measured, *(names := ["layers.csv", "profile.html", "samples.npz"]))
+    session = session_in(runs, profile={"batch_sizes": [1]})
+    profile_model(session, ratios=RATIOS)
+    assert (measured / "metrics.json").exists()
+    assert (measured / "profile.json").exists()
+    assert sorted(w.partition(" ")[0] for w in warnings_of(session) if "left out" in w) == names
+
+
 # -- plans, pages, early refusals -------------------------------------------------------------------------------
 
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import secrets
 import shutil
@@ -37,10 +36,11 @@ from .atomic import (
     full_disk,
     remove_leftovers,
     sha256_file,
+    sync,
     sync_folder,
     write_atomic,
 )
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, pass_on
 
 FAILPOINTS = (
     "ckpt.before_open",
@@ -153,6 +153,7 @@ def load_checkpoint(
             try:
                 loaded = safetensors.torch.load(data)
             except Exception as error:
+                pass_on(error)
                 raise _damaged(path / name, f"is not a safetensors file ({error})") from error
             tensors[stem] = {key: tensor.to(device, copy=True) for key, tensor in loaded.items()}
         else:
@@ -235,7 +236,7 @@ def _write_file(path: Path, data: bytes, middle: str = "") -> dict[str, object]:
         file.write(view[len(view) // 2 :])
         file.flush()
         failpoint("ckpt.before_fsync")
-        os.fsync(file.fileno())
+        sync(file.fileno())
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 

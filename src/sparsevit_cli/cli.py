@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from operator import methodcaller
 from pathlib import Path
@@ -17,7 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
-from .errors import ResourceError, SparseViTError
+from .atomic import told_of
+from .errors import (
+    ResourceError,
+    StoppedError,
+    ThreePartError,
+    first_line,
+    in_one_line,
+    is_out_of_memory,
+    stopped_by,
+)
 from .stopping import stop_on_signals
 
 if TYPE_CHECKING:
@@ -36,7 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Config = Annotated[Path | None, typer.Option("--config", "-c", help="Experiment YAML; default: the packaged digits.")]
+Config = Annotated[str | None, typer.Option("--config", "-c", help="Experiment YAML; default: the packaged digits.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override a field: search.population=32.")]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder of all run folders; default: runs.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, mps, cuda or cuda:N.")]
@@ -64,7 +74,7 @@ WeightsOf = Annotated[
 class Options:
     """The flags that every command has."""
 
-    config: Path | None
+    config: str | None
     overrides: tuple[str, ...]
     json: bool
     dry_run: bool
@@ -73,7 +83,7 @@ class Options:
 
 
 def _options(
-    config: Path | None, set_: Sequence[str] | None, as_json: bool, dry_run: bool, verbose: bool, fresh: bool,
+    config: str | None, set_: Sequence[str] | None, as_json: bool, dry_run: bool, verbose: bool, fresh: bool,
     **fields: object,
 ) -> Options:  # fmt: skip
     """Flags such as --seed are overrides of their field, and come last."""
@@ -98,8 +108,13 @@ def _run(
     from .search.budget import parse_budgets
 
     reporter = ConsoleReporter(verbose=options.verbose)
-    with _reported(reporter, options.verbose):
-        config = load_config(options.config, options.overrides)
+    told = {"to_go_on": "Type the command without --fresh to go on."} if options.fresh else {}
+    with (
+        _reported(reporter, options.verbose),
+        stop_on_signals(**told) as stop,  # before torch is loaded, which takes seconds
+        _library_talk(reporter, options.verbose),
+    ):
+        config = load_config(_config_path(options.config), options.overrides)
         parse_budgets(config.search.budget_latency, config.search.budget_macs)  # refused before torch is loaded
         from .kernels.cache import keep_compilers_private
         from .profiling.memory import reuse_freed_memory
@@ -107,19 +122,24 @@ def _run(
 
         reuse_freed_memory()
         keep_compilers_private()
-        told = {"to_go_on": "Type the command without --fresh to go on."} if options.fresh else {}
-        with stop_on_signals(**told) as stop, _library_talk(reporter, options.verbose):
-            session = Session(config, reporter, stop, ("sparsevit", *sys.argv[1:]), options.fresh)
-            if options.dry_run:
-                from .workflows.plan import plan_lines
+        stop.check(f"sparsevit {command}", "nothing was begun")
+        session = Session(config, reporter, stop, ("sparsevit", *sys.argv[1:]), options.fresh)
+        if options.dry_run:
+            from .workflows.plan import plan_lines
 
-                lines = plan_lines(session, command, **flags)
-                print_json({"plan": lines}) if options.json else print_lines(*lines)
-                return
-            with closing(session.locks):
-                result = work(session)
+            lines = plan_lines(session, command, **flags)
+            print_json({"plan": lines}) if options.json else print_lines(*lines)
+            return
+        with closing(session.locks):
+            result = work(session)
         print_json(as_document(result)) if options.json else show(result)
         refuse(result)
+
+
+def _config_path(typed: str | None) -> Path | None:
+    from .config.paths import as_path
+
+    return None if typed is None else as_path(typed, "--config")
 
 
 def as_document(result: Any) -> Mapping[str, object]:
@@ -214,11 +234,7 @@ def evaluate(
 
     options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
 
-    def work(session: Session) -> Any:
-        from .workflows.evaluate import evaluate_checkpoint
-
-        return evaluate_checkpoint(session, weights=weights, ratios=ratios)
-
+    work = _workflow("evaluate", "evaluate_checkpoint", weights=weights, ratios=ratios)
     _run("evaluate", options, work, show_evaluation)
 
 
@@ -240,18 +256,11 @@ def profile(
 
     options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
 
-    def work(session: Session) -> Any:
-        if rivals:
-            from .workflows.rivals import measure_rivals
-
-            return measure_rivals(session, model=model, img_size=img_size, ratios=ratios)
-        from .workflows.profile import profile_model
-
-        return profile_model(session, model=model, img_size=img_size, ratios=ratios)
-
-    command, show = ("rivals", show_rivals) if rivals else ("profile", show_profile)
-    refuse = methodcaller("refuse_unsteady")
-    _run(command, options, work, show, refuse=refuse, model=model, img_size=img_size, ratios=ratios)
+    command, name, show = ("rivals", "measure_rivals", show_rivals) if rivals else (
+        "profile", "profile_model", show_profile
+    )  # fmt: skip
+    flags = {"model": model, "img_size": img_size, "ratios": ratios}
+    _run(command, options, _workflow(command, name, **flags), show, refuse=methodcaller("refuse_unsteady"), **flags)
 
 
 @app.command()
@@ -268,12 +277,7 @@ def export(
 
     options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
 
-    def work(session: Session) -> Any:
-        from .workflows.export import export_winner
-
-        return export_winner(session, weights=weights, ratios=ratios)
-
-    _run("export", options, work, show_export)
+    _run("export", options, _workflow("export", "export_winner", weights=weights, ratios=ratios), show_export)
 
 
 @app.command()
@@ -308,14 +312,11 @@ def models(as_json: Json = False) -> None:
 def config_command(config: Config = None, set_: Set = None, as_json: Json = False) -> None:
     """Print the resolved configuration: defaults, YAML and overrides together."""
     from .config.loading import dump_config, load_config
-    from .console import ConsoleReporter, print_json
+    from .console import ConsoleReporter, print_json, write_stdout
 
     with _reported(ConsoleReporter(), False):
-        resolved = load_config(config, set_ or ())
-        if as_json:
-            print_json(resolved.model_dump(mode="json"))
-        else:
-            sys.stdout.write(dump_config(resolved))
+        resolved = load_config(_config_path(config), set_ or ())
+        print_json(resolved.model_dump(mode="json")) if as_json else write_stdout(dump_config(resolved))
 
 
 @app.command()
@@ -340,59 +341,78 @@ def _version(
         raise typer.Exit
 
 
-def _workflow(module: str, name: str) -> Callable[[Session], Any]:
+def _workflow(module: str, name: str, **flags: str | None) -> Callable[[Session], Any]:
     def work(session: Session) -> Any:
         import importlib
 
-        return getattr(importlib.import_module(f".workflows.{module}", __package__), name)(session)
+        function = getattr(importlib.import_module(f".workflows.{module}", __package__), name)
+        session.stop.check(f"sparsevit {module}", "nothing was begun")  # a signal that came while libraries loaded
+        return function(session, **flags)
 
     return work
 
 
 # -- from exception to message and exit code --------------------------------------------------------------------
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 @contextmanager
 def _reported(reporter: ConsoleReporter, verbose: bool) -> Iterator[None]:
-    """The one table from exception to message and exit code."""
+    """Tell whatever ends the block, and exit with its code."""
     try:
         yield
-    except SparseViTError as error:
-        reporter.error(error)
-        if verbose:
-            reporter.console.print_exception()
-        raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt as error:
-        reporter.say("stopped by Ctrl-C; what was saved is whole. Type the same command to go on.")
-        raise typer.Exit(130) from error
-    except MemoryError as error:
-        reporter.error(ResourceError("memory", "the machine ran out of it", "Lower batch sizes or image sizes."))
-        raise typer.Exit(7) from error
-    except RuntimeError as error:
-        if not _ran_out_of_memory(error):
-            raise
-        reporter.error(ResourceError("memory", str(error).splitlines()[0], "Lower batch sizes or image sizes."))
-        raise typer.Exit(7) from error
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        reporter.error(ResourceError(str(error.filename or "disk"), error.strerror or "it is full", "Make room."))
-        raise typer.Exit(7) from error
+    except (typer.Exit, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise typer.Exit(_tell(error, reporter, verbose)) from error
 
 
-def _ran_out_of_memory(error: RuntimeError) -> bool:
-    if "torch" not in sys.modules or isinstance(error, typer.Exit):
-        return False
-    from .profiling.memory import is_out_of_memory
+def _tell(error: BaseException, reporter: ConsoleReporter, verbose: bool) -> int:
+    """The one table from exception to message and exit code; behind it the last resort."""
+    told = _told_of(error)
+    if told is None:
+        where = _keep_traceback(error, reporter)
+        kind, _, text = in_one_line(error).partition(": ")
+        do = f"Please report it with {where} and what `sparsevit doctor` prints. What was saved is whole."
+        told = ThreePartError(f"unexpected {kind}", text or "without a text", do)
+    reporter.error(told)
+    if verbose:
+        reporter.console.print_exception()
+    return told.exit_code
 
-    return is_out_of_memory(error)
+
+def _told_of(error: BaseException) -> ThreePartError | None:
+    if isinstance(error, ThreePartError):
+        return error
+    stopped = stopped_by(error)
+    if isinstance(stopped, KeyboardInterrupt):
+        do = "What was saved is whole. Type the same command to go on."
+        return StoppedError("stopped", "by Ctrl-C", do, interrupted=True)
+    if stopped is not None:
+        return stopped
+    if is_out_of_memory(error):
+        got = first_line(error) or "the machine ran out of it"
+        return ResourceError("memory", got, "Lower batch sizes or image sizes.")
+    return told_of(error) if isinstance(error, OSError) else None
+
+
+def _keep_traceback(error: BaseException, reporter: ConsoleReporter) -> Path | str:
+    """Write the traceback into the run folder, or a temporary file; where neither can be written it is printed."""
+    text = f"sparsevit-cli {__version__}, Python {sys.version}, {' '.join(sys.argv)}\n"
+    text += "".join(traceback.format_exception(error))
+    for place in (reporter.folder, None):  # None: the system's folder for temporary files
+        with suppress(OSError):
+            descriptor, name = tempfile.mkstemp(".txt", "traceback-", place)
+            with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+            return Path(name)
+    for line in text.splitlines():
+        reporter.say(line)
+    return "the traceback above"
 
 
 @contextmanager
 def _library_talk(reporter: ConsoleReporter, verbose: bool) -> Iterator[None]:
-    """Our rooms' log records become warnings of the reporter; Python warnings are shown with --verbose alone."""
+    """Our log records become warnings of the reporter; Python warnings are shown with --verbose alone."""
 
     class Forward(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -414,7 +434,15 @@ def _library_talk(reporter: ConsoleReporter, verbose: bool) -> Iterator[None]:
 
 def main() -> None:
     """Entry point of `sparsevit`."""
-    app(prog_name="sparsevit")
+    from .console import ConsoleReporter, keep_streams, let_streams_go
+
+    keep_streams()
+    try:
+        app(prog_name="sparsevit")
+    except (Exception, KeyboardInterrupt, StoppedError) as error:
+        sys.exit(_tell(error, ConsoleReporter(), verbose=False))
+    finally:
+        let_streams_go()
 
 
 if __name__ == "__main__":

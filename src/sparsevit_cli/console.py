@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,8 +26,9 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from .atomic import FULL
 from .config import yaml_loader
-from .errors import SparseViTError
+from .errors import ResourceError, ThreePartError
 from .reporting import Progress
 
 PLAIN_EVERY_SECONDS = 30.0
@@ -34,9 +37,86 @@ PLAIN_EVERY_SECONDS = 30.0
 PIPED_WIDTH = 200
 
 
+class _Stream:
+    """stdout or stderr as it is at the moment (or `stream`), of which no character and no lost reader costs a result.
+
+    Characters that its encoding lacks are written as escapes. What nobody reads any more is dropped. A full disk under
+    stdout is an error, because a result was asked for there; under stderr it is not.
+    """
+
+    def __init__(self, name: str, stream: TextIO | None = None) -> None:
+        self._name, self._given = name, stream
+
+    @property
+    def _stream(self) -> Any:
+        stream = self._given or getattr(sys, self._name) or io.StringIO()  # None: it was closed at the start
+        return getattr(stream, "rich_proxied_file", stream)  # a running bar of Rich stands before the stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As a stream's."""
+        stream = self._stream
+        with self._lost_readers():
+            try:
+                stream.write(text)
+            except UnicodeEncodeError:
+                encoding = stream.encoding or "ascii"
+                stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """As a stream's."""
+        with self._lost_readers():
+            self._stream.flush()
+
+    @contextmanager
+    def _lost_readers(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError:  # it was closed meanwhile
+            pass
+        except OSError as error:
+            if self._name == "stdout" and error.errno in FULL:
+                do = "Make room, or look into the run folder: every result is there too."
+                raise ResourceError("stdout", f"it could not be written ({error.strerror})", do) from error
+
+
+def keep_streams() -> None:
+    """Make sure of stdin, stdout and stderr: a closed one is /dev/null, so that no file of ours gets its number.
+
+    Streams that other libraries write to get escapes for characters that they lack, too.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def let_streams_go() -> None:
+    """Write what is left in stdout and stderr, or drop it: Python would end with exit 120 where it cannot."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def printable(text: object) -> str:
     """Text from outside in one line, control characters made visible; Rich markup in it is shown as typed."""
     return yaml_loader.printable(str(text))
+
+
+def _console(stream: _Stream, **options: Any) -> Console:
+    file: Any = stream
+    return Console(file=file, highlight=False, **options)
 
 
 def _literal(text: object) -> str:
@@ -48,7 +128,7 @@ class ConsoleReporter:
     """Talk on stderr, and into `log.txt` of the run folder once `log_to` is called."""
 
     def __init__(self, *, verbose: bool = False, stream: TextIO | None = None) -> None:
-        self.console = Console(file=stream, stderr=stream is None, highlight=False, soft_wrap=True)
+        self.console = _console(_Stream("stderr", stream), soft_wrap=True)
         self.verbose = verbose
         self._logs: tuple[Path, ...] = ()
         self._unlogged: list[str] = []
@@ -63,6 +143,11 @@ class ConsoleReporter:
         self._log("".join(self._unlogged))
         self._unlogged.clear()
 
+    @property
+    def folder(self) -> Path | None:
+        """The run folder that is worked in."""
+        return self._logs[-1].parent if self._logs else None
+
     def say(self, message: str) -> None:
         """One line."""
         self._write(Text(printable(message)), message)
@@ -71,13 +156,11 @@ class ConsoleReporter:
         """One line, marked."""
         self._write(Text.assemble(("warning: ", "yellow"), printable(message)), f"warning: {message}")
 
-    def error(self, error: SparseViTError) -> None:
-        """The three parts of an error."""
-        text = Text.assemble(
-            ("error: ", "bold red"), (printable(error.what), "bold"), f": {printable(error.got)}.\n",
-            f"       {printable(error.do)}",
-        )  # fmt: skip
-        self._write(text, f"error: {error}")
+    def error(self, error: ThreePartError) -> None:
+        """The three parts of an error; the last one may have several lines."""
+        what, got, do = printable(error.what), printable(error.got), printable(error.do)
+        text = Text.assemble(("error: ", "bold red"), (what, "bold"), f": {got}.\n", f"       {do}")
+        self._write(text, f"error: {what}: {got}. {' '.join(do.split())}")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table among the talk."""
@@ -159,14 +242,21 @@ class _PlainProgress:
 
 def print_json(document: Mapping[str, object]) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, default=str, allow_nan=False) + "\n")
+    write_stdout(json.dumps(document, indent=2, default=str, allow_nan=False) + "\n")
+
+
+def write_stdout(text: str) -> None:
+    """Text as it is, on stdout."""
+    stdout = _Stream("stdout")
+    stdout.write(text)
+    stdout.flush()
 
 
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, losing: Sequence[int] = ()
 ) -> None:
     """A table on stdout; rows numbered in `losing` are marked red. Cells are shown literally."""
-    _print_table(Console(highlight=False), _table(title, columns, rows, losing))
+    _print_table(_console(_Stream("stdout")), _table(title, columns, rows, losing))
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], losing: Sequence[int] = ()) -> Table:
@@ -187,6 +277,6 @@ def _print_table(console: Console, table: Table) -> None:
 
 def print_lines(*lines: str) -> None:
     """Plain result lines on stdout."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console(_Stream("stdout"), soft_wrap=True)
     for line in lines:
         console.print(Text(printable(line)))

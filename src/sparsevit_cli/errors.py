@@ -1,18 +1,19 @@
-"""Our exceptions, each with what, got, do and its exit code; and those of others in one line."""
+"""Our exceptions, each with what, got, do and its exit code; which of them pass every handler; others in one line."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import errno
+from collections.abc import Iterator
 
 
-class SparseViTError(Exception):
-    """A failure the user can act on: `what` is wrong, what we `got`, what to `do` about it.
+class ThreePartError(BaseException):
+    """What is told in three parts: `what` is wrong, what we `got`, what to `do` about it.
 
     `what` names the thing (a config field path, a file, a step), `got` the value met and what was
     allowed, `do` the next step. Exit codes are the table of the README ("Exit codes").
     """
 
-    exit_code: ClassVar[int] = 1
+    exit_code = 1
 
     def __init__(self, what: str, got: str, do: str) -> None:
         super().__init__(what, got, do)
@@ -20,6 +21,10 @@ class SparseViTError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}: {self.got}. {self.do}"
+
+
+class SparseViTError(ThreePartError, Exception):
+    """A failure the user can act on."""
 
 
 class ConfigError(SparseViTError, ValueError):
@@ -68,12 +73,63 @@ class UnsteadyError(MeasurementError):
     """A clock that cannot be trusted now: something else runs, or the samples spread. It decides nothing."""
 
 
-class StoppedError(SparseViTError):
-    """SIGTERM (75) or Ctrl-C (130) arrived; what could be saved was saved."""
+class StoppedError(ThreePartError):
+    """SIGTERM, SIGHUP (75) or Ctrl-C (130) arrived; what could be saved was saved.
+
+    It is no Exception, as KeyboardInterrupt is none: a second signal may arrive inside any library, and no
+    `except Exception` there or here may take it for a failure of its own work.
+    """
 
     def __init__(self, what: str, got: str, do: str, *, interrupted: bool) -> None:
         super().__init__(what, got, do)
-        self.exit_code = 130 if interrupted else 75  # type: ignore[misc]
+        self.exit_code = 130 if interrupted else 75
+
+
+def pass_on(error: BaseException) -> None:
+    """Raise what an `except Exception` must not explain; its first line (a test holds that).
+
+    Errors of ours pass, and so do signals and full memory, even if a library raised another error from them.
+    """
+    if isinstance(error, SparseViTError):
+        raise error
+    if (stopped := stopped_by(error)) is not None:
+        raise stopped
+    if is_out_of_memory(error):
+        raise error
+
+
+def stopped_by(error: BaseException) -> StoppedError | KeyboardInterrupt | None:
+    """The signal behind `error`, if there is one."""
+    return next((cause for cause in _causes(error) if isinstance(cause, (StoppedError, KeyboardInterrupt))), None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if memory ran out, as Python, torch, Pillow or the operating system say it, here or in a cause of `error`.
+
+    torch is not imported for the question: its error is known by its name.
+    """
+    return any(map(_names_memory, _causes(error)))
+
+
+def _names_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in (kind.__name__ for kind in type(error).__mro__):
+        return True
+    text = str(error)
+    if isinstance(error, OSError):  # Pillow's decoders give a text and no number
+        return error.errno == errno.ENOMEM or (error.errno is None and text.startswith("out of memory"))
+    told = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(words in text for words in told)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """`error`, and all errors that it was raised from or while they were handled."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        found = waiting.pop()
+        if id(found) not in seen:
+            seen.add(id(found))
+            yield found
+            waiting += [cause for cause in (found.__context__, found.__cause__) if cause is not None]
 
 
 def first_line(text: object) -> str:

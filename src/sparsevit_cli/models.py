@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import load_checkpoint
+from .config.paths import as_path
 from .config.schema import ModelSection
-from .errors import CheckpointError, ConfigError, SparseViTError, first_line, in_one_line
+from .errors import CheckpointError, ConfigError, first_line, in_one_line, pass_on
 from .swin import GENERATIONS, model_depths
 
 __all__ = [
@@ -118,9 +119,8 @@ def build_model(
             )
             if section.weight_init == "quiet_background" and not section.pretrained:
                 embed_flat_patches_as_zero_(model)
-    except SparseViTError:
-        raise
     except Exception as error:  # assertions, indices, divisions, downloads: timm checks nothing before it builds
+        pass_on(error)
         got = f"timm cannot build {section.name} with {arguments} ({in_one_line(error)})"
         if section.pretrained:
             do = "Check the network, drop overrides, or give model.checkpoint a local file."
@@ -128,7 +128,7 @@ def build_model(
         do = "Give as many num_heads as depths, and no more heads than channels in each stage."
         raise ConfigError("model", got, do) from error
     if section.checkpoint is not None:
-        load_weights(model, section.checkpoint, reset_head=section.reset_head)
+        load_weights(model, as_path(section.checkpoint, "model.checkpoint"), reset_head=section.reset_head)
     return model
 
 
@@ -256,6 +256,7 @@ def _read_safetensors(path: Path) -> object:
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:  # damaged headers surface as many types
+        pass_on(error)
         raise CheckpointError(str(path), f"is not a readable safetensors file ({error})", "Copy it again.") from error
 
 
@@ -263,6 +264,7 @@ def _read_pickle(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # hostile and damaged files surface as many types
+        pass_on(error)
         blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if blocked:
             got = f"would run code to be read: it names {blocked[1]}, and only plain tensors are accepted"

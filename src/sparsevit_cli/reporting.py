@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+from .errors import in_one_line, stopped_by
+
 
 class Progress(Protocol):
     """One running bar."""
@@ -28,6 +30,17 @@ class Reporter(Protocol):
 
     def progress(self, title: str, total: int) -> AbstractContextManager[Progress]:
         """A bar of `total` steps, with the time left."""
+
+
+@contextmanager
+def optional_output(reporter: Reporter, name: str) -> Iterator[None]:
+    """Make a picture, a page or a table beside the result: whatever fails in it costs that output and one warning."""
+    try:
+        yield
+    except Exception as error:
+        if (stopped := stopped_by(error)) is not None:
+            raise stopped from error
+        reporter.warn(f"{name} is left out: {in_one_line(error)}")
 
 
 class SilentReporter:

@@ -7,20 +7,23 @@ Nothing is overwritten in silence: a training with other settings is refused, an
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .atomic import json_text, write_atomic, write_json
+from .atomic import UNSUPPORTED, disk_errors, json_text, remove_leftovers, write_atomic, write_json
 from .config.loading import config_differences, dump_config, load_config
+from .config.paths import as_path
 from .config.schema import ExperimentConfig
-from .errors import CheckpointError, ConfigError, SparseViTError
+from .errors import CheckpointError, ConfigError, SparseViTError, in_one_line
 from .reporting import Reporter
 
 SECTIONS: Mapping[str, tuple[str, ...]] = {
@@ -42,6 +45,8 @@ WORK = ("checkpoints", "ledger.sqlite", "metrics.json")
 
 TRAININGS = ("pretrain", "adapt", "finetune", "rival")
 """Commands that go on in their folder; the others set an earlier result aside and start anew."""
+
+_log = logging.getLogger(__name__)
 
 EXPERIMENT_FLAGS = ("--config", "-c", "--set", "-s", "--output", "-o", "--seed", "--device")
 """Flags that say which experiment is meant."""
@@ -97,11 +102,12 @@ class RunFolder:
             return
         about = self.about if self.result in present else {}
         target = _next(self.path, "earlier-")
-        target.mkdir()
-        for name in about:
-            shutil.copy2(self.path / name, target / name)
-        for path in present:
-            (shutil.copy2 if copy else shutil.move)(path, target / path.name)
+        with disk_errors(target, 0):
+            target.mkdir()
+            for name in about:
+                shutil.copyfile(self.path / name, target / name)  # without metadata: not every file system takes them
+            for path in present:
+                shutil.copyfile(path, target / path.name) if copy else _move(path, target / path.name)
         for name, text in about.items():
             write_atomic(self.path / name, text)
         reporter.say(f"{self.command}: the earlier result is kept in {target}")
@@ -111,25 +117,39 @@ class RunLocks:
     """Locks on run folders: one process at a time works in one. The operating system frees those of a killed one."""
 
     def __init__(self) -> None:
-        self._held: dict[Path, FileLock] = {}
+        self._held: dict[Path, FileLock | None] = {}
 
-    def take(self, path: Path) -> None:
-        """Lock the folder `path`, which need not exist yet. Raises CheckpointError where another process has it."""
+    def take(self, path: Path) -> bool:
+        """Lock the folder `path`, which need not exist yet; False if its file system has no locks, with a warning.
+
+        Raises CheckpointError where another process has it.
+        """
         path = path.resolve()
         if path in self._held:
-            return
+            return self._held[path] is not None
         lock = FileLock(path.with_name(f".{path.name}.lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
             got = "another process is working in it"
             raise CheckpointError(str(path), got, "Wait for it, or choose a name (--set experiment=NAME).") from error
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
+                raise
+            if None not in self._held.values():
+                _log.warning("the file system of %s has no locks: start no second process in this folder", path)
+            self._held[path] = None
+            return False
         self._held[path] = lock
+        return True
 
     def close(self) -> None:
         """Give all of them back."""
         while self._held:
-            self._held.popitem()[1].release()
+            lock = self._held.popitem()[1]
+            if lock is not None:
+                with suppress(OSError):  # the system frees it with the process
+                    lock.release()
 
 
 def open_run(
@@ -144,28 +164,30 @@ def open_run(
 ) -> RunFolder:
     """Make or re-open the folder of `command` and lock it; saves config.yaml, env.json and command.txt.
 
-    `fresh` moves an existing folder aside. Raises ConfigError where the folder holds a run with other settings or
-    cannot be made, CheckpointError where another process works in it.
+    `fresh` moves an existing folder aside. What a killed process left unfinished there is removed. Raises ConfigError
+    where the folder holds a run with other settings or cannot be made, CheckpointError where another process works in
+    it, ResourceError on a full disk.
     """
-    path = Path(config.output) / config.experiment / command
-    try:
+    path = folder_of(config, command)
+    with disk_errors(path, 0):
         path.parent.mkdir(parents=True, exist_ok=True)
-        locks.take(path)
-    except OSError as error:
-        raise ConfigError("output", f"cannot make {path}: {error.strerror}", "Give a folder you may write.") from error
-    if fresh and path.exists():
-        path.rename(aside := _next(path.parent, f"{command}.old-"))
-        reporter.say(f"{command}: the earlier run is kept in {aside}")
-    saved = path / "config.yaml"
-    if saved.exists() and any((path / name).exists() for name in WORK):
-        try:
-            earlier = load_config(saved)
-        except ConfigError as fault:
-            got = f"the run there was saved with what is no configuration ({fault.what}: {fault.got})"
-            do = "It may be another version's. Choose a name (--set experiment=NAME), or --fresh to set it aside."
-            raise ConfigError(str(saved), got, do) from fault
-        _refuse_other_settings(earlier, config, command, path)
-    path.mkdir(exist_ok=True)
+        is_locked = locks.take(path)
+        if fresh and path.exists():
+            _move(path, aside := _next(path.parent, f"{command}.old-"))
+            reporter.say(f"{command}: the earlier run is kept in {aside}")
+        saved = path / "config.yaml"
+        if saved.exists() and any((path / name).exists() for name in WORK):
+            try:
+                earlier = load_config(saved)
+            except ConfigError as fault:
+                got = f"the run there was saved with what is no configuration ({fault.what}: {fault.got})"
+                do = "It may be another version's. Choose a name (--set experiment=NAME), or --fresh to set it aside."
+                raise ConfigError(str(saved), got, do) from fault
+            _refuse_other_settings(earlier, config, command, path)
+        path.mkdir(exist_ok=True)
+    if is_locked:  # else a living process may be writing there
+        remove_leftovers(path)
+        remove_leftovers(path / "checkpoints")
     about = {"config.yaml": dump_config(config), "env.json": json_text(environment)}
     is_replaced_later = command not in TRAININGS and (path / "metrics.json").exists()
     folder = RunFolder(path, command, argv, about if is_replaced_later else {})
@@ -173,9 +195,20 @@ def open_run(
         for name, text in about.items():
             write_atomic(path / name, text)
     line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {shlex.join(argv)}\n"
-    with (path / "command.txt").open("a", encoding="utf-8") as file:
+    typed = path / "command.txt"
+    with disk_errors(typed, len(line)), typed.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(line)
     return folder
+
+
+def folder_of(config: ExperimentConfig, command: str) -> Path:
+    """The folder of `command`, without opening it."""
+    return as_path(config.output, "output") / config.experiment / command
+
+
+def _move(path: Path, target: Path) -> None:
+    """A rename, or a copy without metadata where the file system cannot rename (layers of a container)."""
+    shutil.move(path, target, copy_function=shutil.copyfile)
 
 
 def _next(folder: Path, prefix: str) -> Path:
@@ -217,11 +250,33 @@ def next_command(command: str, argv: Sequence[str]) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object written by us. Raises CheckpointError where it is damaged."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            str(path), f"it cannot be read: {error}", "Run the command that makes it again."
-        ) from error
+        document = json.loads(read_text(path), object_hook=lambda found: _Document(found).of(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(str(path), f"it is no JSON of ours: {in_one_line(error)}", _AGAIN) from error
     if not isinstance(document, dict):
-        raise CheckpointError(str(path), "it holds no JSON object", "Run the command that makes it again.")
+        raise CheckpointError(str(path), "it holds no JSON object", _AGAIN)
     return document
+
+
+def read_text(path: Path) -> str:
+    """A text written by us. Raises CheckpointError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise CheckpointError(str(path), f"it cannot be read: {error}", _AGAIN) from error
+
+
+class _Document(dict[str, Any]):
+    """A JSON object of a file; a key that it should have and has not is told with that file."""
+
+    path = Path()
+
+    def of(self, path: Path) -> _Document:
+        self.path = path
+        return self
+
+    def __missing__(self, key: str) -> Any:
+        raise CheckpointError(str(self.path), f"it has no {key}", _AGAIN)
+
+
+_AGAIN = "Run the command that makes it again."

@@ -37,7 +37,7 @@ def ratio_to_tenths(ratio: object, where: str = "sparsity ratio") -> int:
         value = math.inf
     if not math.isfinite(value):
         raise ConfigError(where, f"{ratio!r} is not finite; {allowed}", "Give the share of windows to skip.")
-    tenths = round(value * 10)
+    tenths = round(max(-1.0, min(value, 1.0)) * 10)  # 1e308 times ten is no number
     if abs(value * 10 - tenths) > 1e-6 or not 0 <= tenths <= MAX_TENTHS:
         raise ConfigError(where, f"{ratio!r} is not on the grid; {allowed}", "Round it to the nearest tenth.")
     return tenths

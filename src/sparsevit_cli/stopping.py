@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the first asks the loop to save and stop, the second ends at once."""
+"""SIGTERM, SIGHUP and Ctrl-C: the first asks the loop to save and stop, the second ends at once."""
 
 from __future__ import annotations
 
@@ -10,17 +10,27 @@ from types import FrameType
 
 from .errors import StoppedError
 
+HANG_UP = getattr(signal, "SIGHUP", None)
+"""The terminal was closed; None on systems that have no such signal."""
+
 
 class StopRequest:
     """Set by a signal, looked at by loops between two steps."""
 
     def __init__(self, to_go_on: str = "Type the same command to go on.") -> None:
         self.signal_number: int | None = None
+        self.ends_at_once = False
         self.to_go_on = to_go_on
 
     @property
     def requested(self) -> bool:
-        """True once a signal arrived."""
+        """True once a signal arrived.
+
+        Raises StoppedError once a second one did: its own StoppedError may have been lost inside a library, and then
+        nothing may be saved of the step that it broke.
+        """
+        if self.ends_at_once:
+            raise self._at_once()
         return self.signal_number is not None
 
     def error(self, what: str, done: str) -> StoppedError:
@@ -34,26 +44,35 @@ class StopRequest:
         if self.requested:
             raise self.error(what, done)
 
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """The handler. A closed terminal often sends SIGHUP twice, so that one never counts as the second signal."""
+        if self.signal_number is None:
+            self.signal_number = number
+        elif number != HANG_UP:
+            self.ends_at_once = True
+            raise self._at_once()
+
+    def _at_once(self) -> StoppedError:
+        return self.error("stopped", "a second signal ended the work at once; the last checkpoint is whole")
+
 
 @contextmanager
 def stop_on_signals(**told: str) -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a StopRequest while the block runs; a second signal raises at once.
+    """Turn SIGTERM, SIGHUP and SIGINT into a StopRequest while the block runs; a second signal raises at once.
 
-    `told` goes to StopRequest. Outside the main thread signals cannot be caught, and the request stays unset.
+    SIGHUP stays ignored under nohup. `told` goes to StopRequest. Outside the main thread signals cannot be caught, and
+    the request stays unset.
     """
     request = StopRequest(**told)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        if request.requested:
-            raise request.error("stopped", "a second signal ended the work at once; the last checkpoint is whole")
-        request.signal_number = number
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    caught = [signal.SIGTERM, signal.SIGINT]
+    if HANG_UP is not None and signal.getsignal(HANG_UP) is not signal.SIG_IGN:
+        caught.append(HANG_UP)
+    previous = {number: signal.signal(number, request.on_signal) for number in caught}
     try:
         yield request
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, handler in previous.items():  # None: a handler that is not Python's
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -28,11 +28,10 @@ from .config.schema import LoopSection
 from .data.loader import MAX_WAIT_SECONDS, Batch, train_batches
 from .data.source import ImageSource
 from .data.transforms import as_pair
-from .errors import CheckpointError, ConfigError, NonFiniteError, ResourceError
+from .errors import CheckpointError, ConfigError, NonFiniteError, ResourceError, StoppedError, is_out_of_memory
 from .models import set_img_size
 from .profiling.device import describe_versions
 from .profiling.inputs import TORCH_DTYPE
-from .profiling.memory import is_out_of_memory
 from .reporting import Progress, Reporter
 from .schedule import SparsitySchedule
 from .stopping import StopRequest
@@ -175,7 +174,7 @@ def train(
                     run.train_until_event(stop, progress)
                 run.seconds = earlier_seconds + time.monotonic() - began
             if run.owes_validation and not stop.requested:
-                with run.saved_on(Exception):  # the steps are good; the validation is made up for
+                with run.saved_on(Exception, StoppedError):  # the steps are good; the validation is made up for
                     run.validate(lambda: stop.check(job.kind, f"step {run.step} of {total} is saved"))
                 on_row(tuple(run.history))
                 best = run.is_best()
@@ -410,7 +409,7 @@ class _Run:
         self.history.append(row | dict(metrics))
 
     @contextmanager
-    def saved_on(self, errors: type[Exception]) -> Iterator[None]:
+    def saved_on(self, *errors: type[BaseException]) -> Iterator[None]:
         """Save the present step, and only then let one of `errors` pass."""
         try:
             yield

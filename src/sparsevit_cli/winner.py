@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .atomic import write_atomic
+from .config.fields import shown
+from .config.paths import as_path, is_there, names_a_file
 from .config.yaml_loader import dump_yaml, parse_yaml, read_yaml
 from .errors import CheckpointError, ConfigError
 from .sparsity import SparsityConfig
@@ -32,13 +34,13 @@ def read_winner(path: Path) -> tuple[SparsityConfig, dict[str, Any]]:
 
 def parse_ratios(text: str, depths: Sequence[int]) -> SparsityConfig:
     """Ratios as typed: one number for everywhere, a nested list, or the path of a winner file."""
-    path = Path(text)
-    if path.suffix in (".yaml", ".yml", ".json") or path.is_file():
-        if not path.is_file():
-            raise ConfigError("--ratios", f"there is no file {text}", "Give a number, a nested list or a winner file.")
+    if text.endswith((".yaml", ".yml", ".json")) or names_a_file(text):
+        path = as_path(text, "--ratios")
+        if not is_there(path, "--ratios"):
+            raise ConfigError("--ratios", f"there is no file {path}", "Give a number, a nested list or a winner file.")
         return SparsityConfig.from_ratios(read_winner(path)[0], depths)
-    value: Any = parse_yaml(text.encode(), "--ratios").data
+    value: Any = parse_yaml(text.encode("utf-8", "surrogateescape"), "--ratios").data
     if isinstance(value, (str, dict)) or value is None:
-        got = f"{text!r} is neither a number, a nested list nor a file"
+        got = f"{shown(text)} is neither a number, a nested list nor a file"
         raise ConfigError("--ratios", got, "Give e.g. 0.6, [[.6],[0],[.2,.4,.5],[0]] or runs/x/search/winner.yaml.")
     return SparsityConfig.from_ratios(value, depths)

@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from sparsevit_cli.sparsity import SparsityConfig, ratio_to_tenths
 
+from .paths import as_path
+
 
 def _on_grid(ratio: float) -> float:
     ratio_to_tenths(ratio, where="")
@@ -30,7 +32,13 @@ def _plain_text(text: str) -> str:
     return text
 
 
+def _names_a_path(text: str) -> str:
+    as_path(text, "")
+    return text  # as it was written, because hashes of sections are made of it
+
+
 Text = Annotated[str, AfterValidator(_plain_text)]
+PathText = Annotated[Text, AfterValidator(_names_a_path)]
 _GRID = {"multipleOf": 0.1}
 Ratio = Annotated[float, Field(ge=0, le=0.8, json_schema_extra=_GRID), AfterValidator(_on_grid)]
 NonZeroRatio = Annotated[float, Field(ge=0.1, le=0.8, json_schema_extra=_GRID), AfterValidator(_on_grid)]
@@ -61,7 +69,7 @@ class ModelSection(Section):
         description="timm model name, `swin_*`, `swin_s3_*`, `swinv2_*` or `swinv2_cr_*`, with or without a tag.",
     )
     pretrained: bool = Field(False, description="Start from timm's pretrained weights (downloads from the model hub).")
-    checkpoint: Text | None = Field(
+    checkpoint: PathText | None = Field(
         None, description="Local weights to start from: .safetensors, .pth/.pt, or a checkpoint directory of ours."
     )
     reset_head: bool = Field(False, description="Start with a new classifier where the checkpoint's does not fit.")
@@ -141,10 +149,10 @@ class DataSection(Section):
     source: Literal["digits", "folder", "timm"] = Field(
         "digits", description="Embedded digits, an ImageFolder tree, or anything timm.data.create_dataset reads."
     )
-    root: Text | None = Field(None, description="Folder with the images (source folder and timm).")
+    root: PathText | None = Field(None, description="Folder with the images (source folder and timm).")
     dataset: Text = Field("", description="timm data set name, e.g. `torch/cifar10` or `hfds/...` (source timm).")
-    train_split: Text = Field("train", description="Name of the training split or sub-folder.")
-    val_split: Text = Field("val", description="Name of the validation split or sub-folder.")
+    train_split: PathText = Field("train", description="Name of the training split or sub-folder.")
+    val_split: PathText = Field("val", description="Name of the validation split or sub-folder.")
     search_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="Share of the training images held out for search: never trained on, never validated on."
     )
@@ -379,7 +387,7 @@ class ExperimentConfig(Section):
         "use) on a CPU, or `triton` on a GPU, each of them portable, with a warning, where it cannot be taken; `auto` "
         "is native on an x86-64 CPU with AVX2 and a C++ compiler, and portable elsewhere: nothing else was measured.",
     )
-    output: Text = Field("runs", min_length=1, description="Folder of all run folders.")
+    output: PathText = Field("runs", min_length=1, description="Folder of all run folders.")
     model: ModelSection = Field(ModelSection(), description="Which timm Swin, and its weights.")
     data: DataSection = Field(DataSection(), description="Where images come from.")
     train: TrainSection = Field(TrainSection(), description="Dense training.")

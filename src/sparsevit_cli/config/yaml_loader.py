@@ -231,7 +231,7 @@ def _decode(content: bytes, name: str) -> str:
     except UnicodeDecodeError as fault:
         before = content[: fault.start].decode("utf-8", "replace")
         got = f"byte 0x{content[fault.start]:02x} is not UTF-8"
-        raise ConfigError(_place_in_text(before, len(before), name), got, "Save the file as UTF-8.") from fault
+        raise ConfigError(_place_in_text(before, len(before), name), got, "Write it in UTF-8.") from fault
 
 
 def _place_in_text(text: str, position: int, name: str) -> str:

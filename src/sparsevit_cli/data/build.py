@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.schema import DataSection
 from sparsevit_cli.errors import ConfigError, DataError
 
@@ -121,7 +122,7 @@ def _digits(
 
 
 def _read(data: DataSection, split: str) -> Records:
-    root = None if data.root is None else os.path.expanduser(data.root)
+    root = None if data.root is None else str(as_path(data.root, "data.root"))
     if data.source == "timm":
         return read_timm(data.dataset, root, split, data.max_megapixels)
     assert root is not None, "DataSection lets no folder source through without root"

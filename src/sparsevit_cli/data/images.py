@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from sparsevit_cli.errors import DataError, StoppedError
+from sparsevit_cli.errors import DataError, pass_on
 
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """What counts as an image in a folder, by the end of its lower-case name."""
@@ -65,17 +65,9 @@ def decode_image(file: Path | BinaryIO, name: str, max_megapixels: float) -> Ima
     except UnidentifiedImageError as error:
         raise UnreadableImageError(name, f"not an image ({', '.join(_FORMATS)})", "Replace or remove it.") from error
     except Exception as error:  # decoders answer hostile bytes with almost any exception
-        if says_nothing_of_the_image(error):
-            raise
+        pass_on(error)
         got = f"cannot be decoded ({type(error).__name__}: {error})"
         raise UnreadableImageError(name, got, "Repair or remove it.") from error
-
-
-def says_nothing_of_the_image(error: BaseException) -> bool:
-    """True where a signal or a lack of memory interrupted the reading: the image may be good."""
-    from sparsevit_cli.profiling.memory import is_out_of_memory  # that package comes after this one
-
-    return isinstance(error, StoppedError) or is_out_of_memory(error)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -115,8 +107,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception as error:  # a damaged EXIF block does not make the pixels worse
-        if says_nothing_of_the_image(error):
-            raise
+        pass_on(error)
         return 1
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sparsevit_cli.errors import DataError, SparseViTError, in_one_line
+from sparsevit_cli.errors import DataError, SparseViTError, in_one_line, pass_on
+from sparsevit_cli.stopping import HANG_UP
 
-from .images import UnreadableImageError, says_nothing_of_the_image
+from .images import UnreadableImageError
 from .seeding import derive_seed
 from .source import ImageSource, shorten
 from .splits import shuffled
@@ -249,8 +250,7 @@ def _started(fetch: _Fetch, numbers: range, workers: int) -> Any:
     try:
         iterator = iter(loader)
     except (OSError, RuntimeError) as error:
-        if says_nothing_of_the_image(error):
-            raise
+        pass_on(error)
         got = f"{workers} loader processes cannot be started ({in_one_line(error)})"
         raise DataError("data.workers", got, _FEWER) from error
     if previous is not None and threading.current_thread() is threading.main_thread():
@@ -304,8 +304,8 @@ def _arrived_whole(arriving: futures.Future[_Fetched]) -> _Fetched:
     try:
         return arriving.result()
     except Exception as error:
-        # `Caught ...` is torch's word for what a source raised; all else went wrong on the way.
-        if str(error).startswith("Caught") or says_nothing_of_the_image(error):
+        pass_on(error)
+        if str(error).startswith("Caught"):  # torch's word for what a source raised; all else went wrong on the way
             raise
         got = f"a loader process died, or its batch cannot be taken ({in_one_line(error)})"
         raise DataError("data.workers", got, _FEWER) from error
@@ -332,9 +332,9 @@ def _as_it_is(fetched: _Fetched) -> _Fetched:
 def _prepare_process(worker: int) -> None:
     """Ctrl-C, SIGTERM and SIGHUP reach the whole process group; the training process decides when to stop and save."""
     queues.Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if HANG_UP is not None:
+        signal.signal(HANG_UP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, daemon=True).start()

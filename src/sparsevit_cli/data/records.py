@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sparsevit_cli.errors import DataError
+from sparsevit_cli.errors import DataError, pass_on
 
-from .images import UnreadableImageError, says_nothing_of_the_image
+from .images import UnreadableImageError
 from .seeding import derive_seed, seeded
 from .source import BadImages, ImageSize, shorten
 from .splits import Indices
@@ -195,8 +195,7 @@ class RecordSource:
                 with seeded(derive_seed(self.seed, "augment", *counters)) if augments else nullcontext():
                     return self._transform(image)
             except Exception as error:
-                if says_nothing_of_the_image(error):
-                    raise
+                pass_on(error)
                 drawn = f" (seed {self.seed}, epoch {self.epoch}, sample {index}, draw {draw})" if augments else ""
                 reason = f"{failed_step(error)}{drawn}"
                 if augments:

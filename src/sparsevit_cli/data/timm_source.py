@@ -20,13 +20,12 @@ import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 
-from sparsevit_cli.errors import DataError
+from sparsevit_cli.errors import DataError, pass_on
 
 from .images import (
     UnreadableImageError,
     decode_image,
     is_system_name,
-    says_nothing_of_the_image,
     to_rgb,
 )
 from .records import FileFacts, Records, check_classes, facts_array, file_facts
@@ -53,8 +52,7 @@ class TimmRecords(Records):
             if isinstance(opened, Image.Image):
                 return to_rgb(opened)
         except Exception as error:  # each library fails in its own way
-            if says_nothing_of_the_image(error):
-                raise
+            pass_on(error)
             got = f"cannot be read ({type(error).__name__}: {error})"
             raise UnreadableImageError(name, got, "Repair the data set.") from error
         if isinstance(opened, Path):
@@ -172,8 +170,7 @@ def _open(dataset: str, root: str | None, split: str) -> Any:
             opened = create_dataset(dataset if slash else "", root=root, split=split)
         size = len(opened)
     except (Exception, SystemExit) as error:  # asserts, ImportError, RuntimeError, whatever the library raises
-        if says_nothing_of_the_image(error):
-            raise
+        pass_on(error)
         got = f"split {split!r} cannot be opened ({type(error).__name__}: {error})"
         raise DataError(f"data.dataset {dataset}", got, "Check data.dataset, data.root and the split names.") from error
     if size == 0:

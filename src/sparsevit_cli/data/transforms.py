@@ -15,9 +15,8 @@ from timm.data import auto_augment, create_transform
 from torch import Tensor
 
 from sparsevit_cli.config.schema import AugmentSection, DataSection
-from sparsevit_cli.errors import ConfigError, in_one_line
+from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
 
-from .images import says_nothing_of_the_image
 from .seeding import seeded
 from .source import ImageSize
 
@@ -148,8 +147,7 @@ def _try_policy(spec: TransformSpec, policy: str) -> None:
             for operation in _operations(transform.transform):  # type: ignore[attr-defined]
                 _try_operation(operation, image if spec.in_chans == 3 else image.convert("L"))
     except Exception as error:
-        if says_nothing_of_the_image(error):
-            raise
+        pass_on(error)
         raise ConfigError(field, f"{policy!r} fails: {failed_step(error)}", do) from error
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparsevit_cli.errors import ConfigError, MeasurementError, NonFiniteError, SparseViTError, in_one_line
-from sparsevit_cli.profiling.memory import is_out_of_memory, memory_errors
+from sparsevit_cli.errors import ConfigError, MeasurementError, NonFiniteError, in_one_line, pass_on
+from sparsevit_cli.profiling.memory import memory_errors
 from sparsevit_cli.reporting import Reporter
 
 from .images import structured_images
@@ -46,9 +46,8 @@ def eager_reference(model: nn.Module, shape: tuple[int, int, int], batch_sizes: 
             try:
                 with torch.no_grad(), memory_errors(f"forward of {tuple(images.shape)}"):
                     outputs = dict(named_tensors(model(images)))
-            except SparseViTError:
-                raise
             except Exception as error:
+                pass_on(error)
                 got = f"the model does not run on {tuple(images.shape)} ({in_one_line(error)})"
                 raise ConfigError("export input size", got, "Give the size that the model was built for.") from error
             bad = [name for name, output in outputs.items() if not output.isfinite().all()]
@@ -97,8 +96,7 @@ def checked(
                     "windows of almost equal score may have swapped ranks: trying others"
                 )
     except Exception as error:
-        if isinstance(error, SparseViTError) or is_out_of_memory(error):
-            raise
+        pass_on(error)
         got = f"does not run where the model does ({in_one_line(error)})"
         raise MeasurementError(path.name, got, _NOT_KEPT) from error
     found = " and ".join(f"{_worst(differences):.1e}" for differences in tries)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +21,10 @@ from sparsevit_cli.atomic import (
     failpoint,
     remove_leftovers,
     sha256_file,
+    sync,
     sync_folder,
 )
-from sparsevit_cli.errors import CheckpointError, ConfigError, in_one_line
+from sparsevit_cli.errors import CheckpointError, ConfigError, in_one_line, pass_on
 from sparsevit_cli.profiling.device import describe_versions
 from sparsevit_cli.reporting import Reporter
 from sparsevit_cli.sparsity import SparsityConfig
@@ -130,6 +130,7 @@ def load_exported(directory: Path | str) -> nn.Module:
         model: nn.Module = timm.create_model(saved.model.name, pretrained=False, **args)
         model.load_state_dict(safetensors.torch.load_file(directory / WEIGHTS))
     except Exception as error:
+        pass_on(error)
         got = f"does not load into {saved.model.name} ({in_one_line(error)})"
         raise CheckpointError(str(directory / WEIGHTS), got, _AGAIN) from error
     set_sparsity(sparsify_(model, importance=saved.importance), saved.sparsity)
@@ -208,7 +209,7 @@ def publish(staging: Path, directory: Path, reporter: Reporter) -> None:
     names = _present(staging)
     for name in names:
         with (staging / name).open("rb") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno())
     failpoint("export.before_publish")
     (directory / MANIFEST).unlink(missing_ok=True)
     for name in NAMES:

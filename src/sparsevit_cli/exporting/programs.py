@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparsevit_cli.errors import ConfigError, SparseViTError, in_one_line
-from sparsevit_cli.profiling.memory import is_out_of_memory
+from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
 
 from .folder import PACKAGES, SPARSITY
 from .images import structured_images
@@ -44,8 +43,7 @@ def trace(
         with _quiet(), torch.no_grad():
             program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:
-        if isinstance(error, SparseViTError) or is_out_of_memory(error):
-            raise
+        pass_on(error)
         got = f"torch.export cannot trace {type(model).__name__} ({in_one_line(error)})"
         raise ConfigError("export", got, "Export the Swin backbone alone, e.g. with features_only=True.") from error
     for node in program.graph.nodes:
@@ -75,8 +73,7 @@ def save_onnx(
                 verbose=False,
             )
     except Exception as error:
-        if isinstance(error, SparseViTError) or is_out_of_memory(error):
-            raise
+        pass_on(error)
         got = f"torch.onnx cannot translate the model ({in_one_line(error)})"
         raise ConfigError("export to ONNX", got, "Export pt2 only, or the Swin backbone alone.") from error
     assert onnx_program is not None

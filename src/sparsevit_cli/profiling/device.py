@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.errors import ConfigError, pass_on
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
@@ -144,5 +144,6 @@ def _cuda_state(device: torch.device) -> dict[str, str | int | float]:
         try:
             state[name] = read(device)
         except Exception as error:
+            pass_on(error)
             state[name] = f"not readable ({type(error).__name__})"
     return state

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsevit_cli.errors import ResourceError
+from sparsevit_cli.errors import ResourceError, is_out_of_memory
 from sparsevit_cli.swin import remembered_tensors
 
 from .device import synchronize
@@ -114,11 +114,3 @@ def memory_errors(what: str) -> Iterator[None]:
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
         do = "Choose a smaller batch or image, or another device; a measurement never changes the batch by itself."
         raise ResourceError(what, reason, do) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for MemoryError, torch.OutOfMemoryError and the CPU allocator's RuntimeError."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import socket
 import sqlite3
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sparsevit_cli.atomic import free_bytes, has_no_room, told_of
 from sparsevit_cli.errors import CheckpointError, NonFiniteError, ResourceError, SparseViTError
 from sparsevit_cli.sparsity import SparsityConfig
 
@@ -232,6 +232,9 @@ def _prepare(database: sqlite3.Connection, path: Path) -> None:
         for *row, checksum in database.execute(f"SELECT * FROM {table}"):
             if checksum != _checksum(tuple(row)):
                 raise CheckpointError(f"ledger {path}", f"damaged (a row of {table} fails its checksum)", _KEEP)
+            first_number = 4 if table == "evaluations" else 2
+            if not _is_sound(row[first_number - 1], row[first_number:]):
+                raise CheckpointError(f"ledger {path}", f"damaged (a row of {table} holds no numbers)", _KEEP)
 
 
 def _lead(path: Path) -> sqlite3.Connection:
@@ -302,9 +305,9 @@ def _translated(path: Path) -> Iterator[None]:
         raise
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM):
-            free = shutil.disk_usage(path.parent).free
-            got = f"{error}; {free} bytes are free, a commit needs about 64 kB"
+        full = code == sqlite3.SQLITE_CANTOPEN and has_no_room(path)
+        if full or code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM):
+            got = f"{error}; {free_bytes(path)} bytes are free, a commit needs about 64 kB and a free inode"
             raise ResourceError(what, got, "Make room and start again: all that was committed is kept.") from error
         if _is_busy(error):
             raise CheckpointError(what, "locked by another program", "Close that program and start again.") from error
@@ -314,6 +317,8 @@ def _translated(path: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise CheckpointError(what, "damaged (text that is none)", _KEEP) from error
     except OSError as error:
+        if isinstance(told := told_of(error), ResourceError):
+            raise told from error
         raise CheckpointError(what, f"cannot be made ({error})", "Check its folder and permissions.") from error
 
 
@@ -332,6 +337,15 @@ def _candidate(config: SparsityConfig) -> str:
 
 def _config(candidate: str) -> SparsityConfig:
     return SparsityConfig(tuple(map(tuple, json.loads(candidate))))
+
+
+def _is_sound(candidate: Any, numbers: list[Any]) -> bool:
+    """False for a row that was made by hand: SQLite takes text for numbers, and anything for a candidate."""
+    try:
+        _config(candidate)
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return all(isinstance(number, float) and math.isfinite(number) for number in numbers)
 
 
 def _identity(device: Mapping[str, Any]) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sparsevit_cli.atomic import write_atomic
-from sparsevit_cli.reporting import Reporter
+from sparsevit_cli.reporting import Reporter, optional_output
 from sparsevit_cli.search.results import Evaluation
 from sparsevit_cli.sparsity import SparsityConfig
 
@@ -23,9 +26,12 @@ def plot_pareto(
     reporter: Reporter,
 ) -> None:
     """Accuracy against cost of every evaluated candidate, the front as a line, the winner marked; a PNG."""
-    figure = _figure(path, reporter)
-    if figure is None:
-        return
+    _draw(path, reporter, partial(_pareto, history, front, winner, cost_unit))
+
+
+def _pareto(
+    history: Sequence[Evaluation], front: Sequence[Evaluation], winner: SparsityConfig, cost_unit: str, figure: Any
+) -> None:
     axes = figure.add_subplot()
     axes.scatter([e.cost for e in history], [e.metric for e in history], s=14, color="#9aa5b1", label="evaluated")
     axes.plot(
@@ -38,14 +44,14 @@ def plot_pareto(
     axes.set_ylabel("top-1 on the search samples, %")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
-    _save(figure, path)
 
 
 def plot_training(path: Path, rows: Sequence[Mapping[str, float]], reporter: Reporter) -> None:
     """Accuracy and losses of every validation over the epochs; a PNG."""
-    figure = _figure(path, reporter)
-    if figure is None:
-        return
+    _draw(path, reporter, partial(_training, rows))
+
+
+def _training(rows: Sequence[Mapping[str, float]], figure: Any) -> None:
     epochs = [row["epoch"] for row in rows]
     accuracy, losses = figure.subplots(2, sharex=True)
     accuracy.plot(epochs, [row["top1"] for row in rows], "o-", color="#0b6e4f", ms=4)
@@ -61,19 +67,18 @@ def plot_training(path: Path, rows: Sequence[Mapping[str, float]], reporter: Rep
     losses.legend(fontsize=8)
     for axes in (accuracy, losses):
         axes.grid(alpha=0.3)
-    _save(figure, path)
 
 
 def plot_rivals(path: Path, cells: Sequence[Sequence[Mapping[str, Any]]], reporter: Reporter) -> None:
     """Latency against multiply-adds, ours and the rivals, with the line of an ideal sparse model; a PNG, side by side
     for all cells.
     """
-    figure = _figure(path, reporter, plots=len(cells))
-    if figure is None:
-        return
+    _draw(path, reporter, partial(_rivals, cells), plots=len(cells))
+
+
+def _rivals(cells: Sequence[Sequence[Mapping[str, Any]]], figure: Any) -> None:
     for number, rows in enumerate(cells):
         _plot_cell(figure.add_subplot(1, len(cells), number + 1), rows)
-    _save(figure, path)
 
 
 def _plot_cell(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -103,19 +108,30 @@ def _plot_cell(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.legend(fontsize=8)
 
 
-def _figure(path: Path, reporter: Reporter, plots: int = 1) -> Any:
-    """An empty figure for so many plots side by side; None, and a warning, without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        reporter.warn(f"{path.name} is left out: matplotlib is not installed (pip install 'sparsevit-cli[plot]')")
-        return None
-    from matplotlib.figure import Figure
+def _draw(path: Path, reporter: Reporter, drawn: Callable[[Any], None], plots: int = 1) -> None:
+    """Write the figure that `drawn` fills, as wide as so many plots; whatever fails is one warning.
 
-    return Figure(figsize=(7 * plots, 4.5), layout="constrained")
+    matplotlib's objects are used without pyplot: no window, and no backend but the one for files.
+    """
+    with optional_output(reporter, path.name):
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ModuleNotFoundError("matplotlib is not installed (pip install 'sparsevit-cli[plot]')")
+        with _own_backend():
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        figure = Figure(figsize=(7 * plots, 4.5), layout="constrained")
+        drawn(figure)
+        picture = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(picture)
+        write_atomic(path, picture.getvalue())
 
 
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    picture = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(picture)
-    write_atomic(path, picture.getvalue())
+@contextmanager
+def _own_backend() -> Iterator[None]:
+    """Hide MPLBACKEND: importing matplotlib fails on one that is not installed, as a notebook's is elsewhere."""
+    foreign = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if foreign is not None:
+            os.environ["MPLBACKEND"] = foreign

@@ -31,6 +31,7 @@ from sparsevit_cli.profiling.macs import analytic_macs, count_macs, flopcounter_
 from sparsevit_cli.profiling.memory import peak_memory_mb
 from sparsevit_cli.profiling.neighbours import unsteady
 from sparsevit_cli.profiling.stages import StageTimes, time_stages
+from sparsevit_cli.reporting import optional_output
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
@@ -184,16 +185,19 @@ def profile_model(
         folder, session.config.model.name, config, tuple(rows), stages, macs_check, session.environment, settings
     )
     folder.set_aside(FILES, session.reporter)
-    arrays: dict[str, Any] = {name: np.array(values) for name, values in samples.items()}
-    packed = io.BytesIO()
-    np.savez(packed, **arrays)
-    write_atomic(folder.path / "samples.npz", packed.getvalue())
     write_json(folder.path / "profile.json", report.document())
-    write_atomic(folder.path / "layers.csv", layers_csv(stages))
-    write_atomic(folder.path / "profile.html", profile_page(report))
     folder.write_result(
         {"rows": [asdict(row) for row in rows], "ratios": config.ratios, "settings": profile_settings(session)}
     )
+    with optional_output(session.reporter, "samples.npz"):
+        arrays: dict[str, Any] = {name: np.array(values) for name, values in samples.items()}
+        packed = io.BytesIO()
+        np.savez(packed, **arrays)
+        write_atomic(folder.path / "samples.npz", packed.getvalue())
+    with optional_output(session.reporter, "layers.csv"):
+        write_atomic(folder.path / "layers.csv", layers_csv(stages))
+    with optional_output(session.reporter, "profile.html"):
+        write_atomic(folder.path / "profile.html", profile_page(report))
     return report
 
 

@@ -158,8 +158,8 @@ def measure_rivals(
     report = RivalReport(folder, session.config.model.name, tuple(cells), session.environment, settings)
     folder.set_aside(["rivals.json", "rivals.png", "metrics.json"], session.reporter)
     write_json(folder.path / "rivals.json", report.document())
-    plot_rivals(folder.path / "rivals.png", [[asdict(row) for row in cell.rows] for cell in cells], session.reporter)
     folder.write_result({"model": report.model, "best_dense": [cell.best_dense for cell in cells]})
+    plot_rivals(folder.path / "rivals.png", [[asdict(row) for row in cell.rows] for cell in cells], session.reporter)
     return report
 
 

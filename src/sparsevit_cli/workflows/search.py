@@ -17,6 +17,7 @@ from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.data.splits import fixed_subset
 from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.profiling.macs import macs_cost
+from sparsevit_cli.reporting import optional_output
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.search.budget import (
     Budget,
@@ -355,21 +356,22 @@ class _Search:
             self.folder, winner, tuple(finalists), dense_ms, costs.feasibility, costs.table_error,
             len(result.history), result.evaluations, result.infeasible, correlation, result.note,
         )  # fmt: skip
+        self._write_winner(summary, costs)
         front = pareto_front(result.history)
-        write_atomic(self.folder.path / "history.csv", self._csv(result.history))
-        write_atomic(self.folder.path / "pareto.csv", self._csv(front))
+        self._write_csv("history.csv", result.history)
+        self._write_csv("pareto.csv", front)
         unit = "predicted ms per batch" if costs.table else "multiply-adds per image"
         plot_pareto(self.folder.path / "pareto.png", result.history, front, winner.config, unit, self.session.reporter)
-        self._write_winner(summary, costs)
         return summary
 
-    def _csv(self, evaluations: Sequence[Evaluation]) -> str:
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(["ratios", "top1", "cost", "gmacs", "generation", "cached"])
-        for e in evaluations:
-            writer.writerow([e.config, e.metric, e.cost, self.macs(e.config) / 1e9, e.generation, e.cached])
-        return text.getvalue()
+    def _write_csv(self, name: str, evaluations: Sequence[Evaluation]) -> None:
+        with optional_output(self.session.reporter, name):
+            text = io.StringIO()
+            writer = csv.writer(text)
+            writer.writerow(["ratios", "top1", "cost", "gmacs", "generation", "cached"])
+            for e in evaluations:
+                writer.writerow([e.config, e.metric, e.cost, self.macs(e.config) / 1e9, e.generation, e.cached])
+            write_atomic(self.folder.path / name, text.getvalue())
 
     def _write_winner(self, summary: SearchSummary, costs: _Costs) -> None:
         winner = summary.winner

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from sparsevit_cli.models import build_model, load_state
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
 from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.reporting import Reporter
-from sparsevit_cli.runs import RunFolder, RunLocks, open_run
+from sparsevit_cli.runs import RunFolder, RunLocks, folder_of, open_run
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.swin import model_depths, sparsify_
@@ -101,7 +100,7 @@ class Session:
 
     def earlier(self, command: str) -> RunFolder:
         """The folder of another command, without opening it."""
-        return RunFolder(Path(self.config.output) / self.config.experiment / command, command, self.argv)
+        return RunFolder(folder_of(self.config, command), command, self.argv)
 
     def data(self, weights: Weights | None = None) -> DataBundle:
         """The data of the experiment; class indices are those that `weights` were trained with."""

@@ -8,7 +8,6 @@ import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -17,11 +16,13 @@ from torch import nn
 
 from sparsevit_cli.atomic import write_atomic, write_json
 from sparsevit_cli.config.loading import section_hash
+from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.schema import DistilLoopSection, LoopSection
 from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import check_img_size
 from sparsevit_cli.profiling.macs import macs_cost
+from sparsevit_cli.reporting import Reporter, optional_output
 from sparsevit_cli.runs import HARMLESS, SECTIONS, RunFolder, missing_result
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
@@ -183,7 +184,7 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
     )
     if section.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
-    result = train(job, session.reporter, session.stop, on_row=lambda rows: _write_rows(folder, rows))
+    result = train(job, session.reporter, session.stop, on_row=lambda rows: _write_rows(folder, rows, session.reporter))
     set_sparsity(model, kind.validate_at)
     last: Mapping[str, Any] = result.history[-1]
     already_done = result.resumed_from == kind.plan.total_steps and folder.result.exists()
@@ -191,7 +192,6 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
         session.reporter.say(f"{kind.command}: already done; the result of {folder.path} is used")
     else:
         write_json(folder.path / "sparsity.json", {"ratios": kind.validate_at.ratios})
-        plot_training(folder.path / "results.png", result.history, session.reporter)
         folder.write_result(
             {
                 "top1": last["top1"],
@@ -205,6 +205,7 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
                 **session.environment,
             }
         )
+        plot_training(folder.path / "results.png", result.history, session.reporter)
     return TrainingSummary(kind.command, folder, float(last["top1"]), float(last["seconds"]), already_done)
 
 
@@ -299,7 +300,9 @@ def _start(session: Session, weights: Weights | None) -> str:
     if weights is not None:
         return weights.sha256
     own = session.config.model.checkpoint
-    return file_weights(Path(own)).sha256 if own is not None else section_hash(session.config, "model")
+    if own is None:
+        return section_hash(session.config, "model")
+    return file_weights(as_path(own, "model.checkpoint")).sha256
 
 
 def _teacher(
@@ -310,10 +313,11 @@ def _teacher(
     return session.model(data.class_names, weights).eval().requires_grad_(False)
 
 
-def _write_rows(folder: RunFolder, rows: tuple[Mapping[str, float], ...]) -> None:
+def _write_rows(folder: RunFolder, rows: tuple[Mapping[str, float], ...], reporter: Reporter) -> None:
     """results.csv: one row per validation."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(folder.path / "results.csv", text.getvalue())
+    with optional_output(reporter, "results.csv"):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(folder.path / "results.csv", text.getvalue())

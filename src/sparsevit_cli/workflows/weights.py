@@ -7,6 +7,7 @@ from pathlib import Path
 from sparsevit_cli.atomic import sha256_file
 from sparsevit_cli.checkpoints import Checkpoint, load_checkpoint
 from sparsevit_cli.config.loading import config_differences, load_config
+from sparsevit_cli.config.paths import as_path, is_there
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import read_weights
 from sparsevit_cli.runs import RunFolder, missing_result
@@ -48,10 +49,11 @@ def chosen_weights(session: Session, typed: str | None, needed_by: str) -> Weigh
     command = next(done, "pretrain") if typed is None else typed
     if command in TRAININGS:
         return trained_weights(session, command, needed_by)
-    if not Path(command).exists():
-        got = f"{command!r} is no file; allowed are {', '.join(TRAININGS)} and paths"
+    path = as_path(command, "--weights")
+    if not is_there(path, "--weights"):
+        got = f"{path} is no file; allowed are {', '.join(TRAININGS)} and paths"
         raise ConfigError("--weights", got, "Name a command, a .safetensors or .pth file, or a checkpoint folder.")
-    return file_weights(Path(command))
+    return file_weights(path)
 
 
 def file_weights(path: Path) -> Weights:
