@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 from sparsevit_cli import atomic, cli
 from sparsevit_cli.checkpoints import load_checkpoint, save_checkpoint
 from sparsevit_cli.config import loading
+from sparsevit_cli.config.schema import AugmentSection, DataSection
 from sparsevit_cli.console import ConsoleReporter, print_json, print_lines, print_table
 from sparsevit_cli.data.images import decode_image
 from sparsevit_cli.data.loader import train_batches
@@ -87,7 +88,8 @@ def _exif(patch: pytest.MonkeyPatch, folder: Path, act: Act) -> object:
 
 def _policy(patch: pytest.MonkeyPatch, folder: Path, act: Act) -> object:
     patch.setattr(TransformSpec, "build", does(act))
-    return TransformSpec.from_config(tiny_config().data, 32, 3)
+    data = DataSection(source="folder", root="x", augment=AugmentSection(auto_augment="rand-m9"))
+    return TransformSpec.from_config(data, 32, 3)
 
 
 def _model(patch: pytest.MonkeyPatch, folder: Path, act: Act) -> object:
@@ -125,7 +127,7 @@ def _disk(patch: pytest.MonkeyPatch, folder: Path, act: Act) -> object:
 
 TIMM: dict[str, Any] = {
     "split": "train", "origin": "o", "class_names": ("a",), "labels": np.zeros(1, int), "keys": ("x",), "sizes": None,
-    "version": "", "max_megapixels": 64.0,
+    "files": np.zeros((0, 3), np.uint64), "version": "", "max_megapixels": 64.0,
 }  # fmt: skip
 PLACES: dict[str, Callable[[pytest.MonkeyPatch, Path, Act], object]] = {
     "pillow": lambda patch, folder, act: decode_image(Reading(act), "cat.png", 64),

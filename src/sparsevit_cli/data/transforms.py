@@ -134,6 +134,7 @@ def _try_policy(spec: TransformSpec, policy: str) -> None:
     try:
         transform = spec.build()
     except Exception as error:  # timm parses the policy with asserts, look-ups and int()
+        pass_on(error)
         raise ConfigError(field, f"{policy!r} is not a timm policy ({in_one_line(error)})", do) from error
     steps = transform.transform.transforms  # type: ignore[attr-defined]
     counts = [getattr(step, name, 0) for step in steps for name in ("num_layers", "width", "depth")]

@@ -12,13 +12,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import psutil
 import torch
 
-from sparsevit_cli.errors import UnsteadyError
+from sparsevit_cli.errors import UnsteadyError, pass_on
 
 WAIT_SECONDS = 60.0
 MIN_CORES, SHARE_OF_CORES = 0.05, 0.02
@@ -93,6 +94,7 @@ def _pressure() -> float | None:
         return None
 
 
+@lru_cache  # what is not known is told once
 def _gpu_watch(device: torch.device) -> Callable[[], str]:
     """Says which other processes compute on the GPU and what slows its clocks; nothing where NVML is not there."""
     try:
@@ -102,6 +104,7 @@ def _gpu_watch(device: torch.device) -> Callable[[], str]:
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         _gpu_state(pynvml, handle)
     except Exception as error:  # NVML is optional, and its errors are its own
+        pass_on(error)
         log.info("what else runs on %s is not known (%s)", device, type(error).__name__)
         return lambda: ""
     return lambda: _gpu_state(pynvml, handle)
