@@ -57,7 +57,8 @@ class ModelSection(Section):
     )
     pretrained: bool = Field(False, description="Start from timm's pretrained weights (downloads from the model hub).")
     checkpoint: Text | None = Field(
-        None, description="Local weights to start from: .safetensors, .pth/.pt, or a checkpoint directory of ours."
+        None,
+        description="Local weights to start from: safetensors, any file of torch.save, or a checkpoint folder of ours.",
     )
     reset_head: bool = Field(False, description="Start with a new classifier where the checkpoint's does not fit.")
     img_size: Size | tuple[Size, Size] = Field(224, description="Input size in pixels: one number or [height, width].")

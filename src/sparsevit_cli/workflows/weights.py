@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from sparsevit_cli.atomic import sha256_file
@@ -50,17 +51,17 @@ def chosen_weights(session: Session, typed: str | None, needed_by: str) -> Weigh
         return trained_weights(session, command, needed_by)
     if not Path(command).exists():
         got = f"{command!r} is no file; allowed are {', '.join(TRAININGS)} and paths"
-        raise ConfigError("--weights", got, "Name a command, a .safetensors or .pth file, or a checkpoint folder.")
-    return file_weights(Path(command))
+        raise ConfigError("--weights", got, "Name a command, a file of weights, or a checkpoint folder.")
+    return file_weights(Path(command), session.reporter.say)
 
 
-def file_weights(path: Path) -> Weights:
-    """Weights of a `.safetensors`, `.pth` or `.pt` file, or of a checkpoint folder of ours, which knows its classes.
+def file_weights(path: Path, say: Callable[[str], None] = lambda text: None) -> Weights:
+    """Weights of a safetensors or torch file, or of a checkpoint folder of ours, which knows its classes.
 
-    Raises CheckpointError.
+    `say` is told what was taken from a file. Raises CheckpointError.
     """
     if not path.is_dir():
-        return Weights(str(path), read_weights(path), sha256_file(path))
+        return Weights(str(path), read_weights(path, say), sha256_file(path))
     checkpoint = load_checkpoint(path, only=("ema", "model"))
     identity = checkpoint.state.get("identity", {})
     names = tuple(map(str, identity.get("class_names", ())))
