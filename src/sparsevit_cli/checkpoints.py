@@ -20,7 +20,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from .atomic import (
     TEMPORARY,
@@ -40,7 +41,7 @@ from .atomic import (
     sync_folder,
     write_atomic,
 )
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, NonFiniteError
 
 FAILPOINTS = (
     "ckpt.before_open",
@@ -95,7 +96,8 @@ def save_checkpoint(
     stored in full. `state` holds JSON values (tuples come back as lists). Kept are this checkpoint, the `keep - 1`
     before it and the best one. A step saved before is replaced. Only one process may write to `root`.
     Raises ResourceError where the disk is, or would soon be, full: earlier checkpoints stay and nothing half-written
-    does. Raises ConfigError for `keep` below 2. A pruning failure only warns.
+    does. Raises NonFiniteError for tensors that are not finite, ConfigError for `keep` below 2. A pruning failure only
+    warns.
     """
     if keep < 2:
         got = f"{keep}, and the last checkpoint may be the one being written"
@@ -103,6 +105,11 @@ def save_checkpoint(
     assert state.get("step", step) == step, f"state of step {state['step']} saved as step {step}"
     state_text = json.dumps({"step": step, **state}, indent=2, ensure_ascii=False) + "\n"
     folder = root / f"step-{step:08d}"
+    for name, named in tensors.items():
+        if not all_finite(named.values()):
+            bad = [key for key, tensor in named.items() if not all_finite([tensor])]
+            got = f"{len(bad)} tensors of `{name}` are not finite: {', '.join(bad[:10])}"
+            raise NonFiniteError(str(folder), got, "Nothing is saved; earlier checkpoints are as they were.")
     needed = len(state_text) + sum(t.numel() * t.element_size() for file in tensors.values() for t in file.values())
     failpoint("ckpt.before_open")
     if free_bytes(root) < _SPACE_FACTOR * needed:
@@ -125,6 +132,12 @@ def save_checkpoint(
     _prune(root, step, keep, warn)
     failpoint("ckpt.after_prune")
     return folder
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """True where no floating-point tensor holds NaN or infinity: one norm over all of them."""
+    filled = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    return bool(get_total_norm(filled, norm_type=math.inf).isfinite()) if filled else True
 
 
 def load_checkpoint(
@@ -193,7 +206,7 @@ def best_checkpoint(root: Path) -> Path | None:
 def pack_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], object]:
     """Split a state_dict (optimizer, gradient scaler, scheduler) into tensors and JSON; `unpack_optimizer` joins them.
 
-    Lossless for dicts with any plain keys, lists, tuples, numbers (infinities too), strings, None and tensors.
+    Lossless for dicts with any plain keys, lists, tuples, numbers (infinities too), strings, None, dtypes and tensors.
     Raises TypeError for any other value.
     """
     tensors: dict[str, Tensor] = {}
@@ -431,6 +444,8 @@ def _pack(value: object, where: tuple[str, ...], tensors: dict[str, Tensor]) -> 
             name += "_"
         tensors[name] = value
         return {"tensor": name}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Mapping):
         return {
             "dict": [
@@ -443,19 +458,31 @@ def _pack(value: object, where: tuple[str, ...], tensors: dict[str, Tensor]) -> 
     raise TypeError(f"state{'.'.join(where)}: a {type(value).__name__} cannot be saved without pickle")
 
 
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no data type")
+    return dtype
+
+
 def _unpack(packed: object, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(packed, list):
         return [_unpack(item, tensors) for item in packed]
     if not isinstance(packed, dict):
         return packed
     ((kind, content),) = packed.items()
+    found: Any
     match kind:
         case "float":
-            return float(content)
+            found = float(content)
         case "tensor":
-            return tensors[content]
+            found = tensors[content]
+        case "dtype":
+            found = _dtype(content)
         case "tuple":
-            return tuple(_unpack(item, tensors) for item in content)
+            found = tuple(_unpack(item, tensors) for item in content)
         case "dict":
-            return {_unpack(key, tensors): _unpack(item, tensors) for key, item in content}
-    raise AssertionError(f"unknown kind {kind!r}")
+            found = {_unpack(key, tensors): _unpack(item, tensors) for key, item in content}
+        case _:
+            raise ValueError(f"unknown kind {kind!r}")
+    return found

@@ -110,7 +110,8 @@ def build_model(
     whatever the image (in V2-CR without `window_size` they are timm's, an eighth of the patch grid); without
     `always_partition` timm shrinks a window to a map that is smaller. Initial weights are a function of `seed`.
     `say` is told what was taken from a checkpoint file. `pretrained` goes through timm, which replaces a classifier of
-    other size and interpolates for other windows, patches and input channels; a `checkpoint` must fit exactly. Raises ConfigError, CheckpointError.
+    other size and interpolates for other windows, patches and input channels; a `checkpoint` must fit exactly. Raises
+    ConfigError, CheckpointError.
     """
     size = section.img_size if img_size is None else img_size
     _check_name(section)

@@ -23,7 +23,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .atomic import remove_leftovers
-from .checkpoints import latest_checkpoint, load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
+from .checkpoints import (
+    all_finite,
+    latest_checkpoint,
+    load_checkpoint,
+    pack_optimizer,
+    save_checkpoint,
+    unpack_optimizer,
+)
 from .config.schema import LoopSection
 from .data.loader import Batch, train_batches
 from .data.source import ImageSource
@@ -297,11 +304,12 @@ class _Run:
         loss = self._backward_with_retries(batch, phase)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), section.clip_grad or math.inf)
-        if not (math.isfinite(loss) and torch.isfinite(norm)):
-            self._refuse_step(batch, loss, float(norm))
-        else:
+        numbers = f"loss {loss} and gradient norm {float(norm)}"
+        if math.isfinite(loss) and torch.isfinite(norm):
             self.bad_steps = 0
-            self.scaler.step(self.optimizer)
+            self._update(batch, numbers)
+        else:
+            self._refuse_step(batch, numbers)
         self.scaler.update()
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
@@ -364,20 +372,43 @@ class _Run:
         words = np.random.SeedSequence([self.job.seed, self.step, *purpose.encode()]).generate_state(1)
         return int(words[0])
 
-    def _refuse_step(self, batch: Batch, loss: float, norm: float) -> None:
+    def _update(self, batch: Batch, numbers: str) -> None:
+        """The optimizer's step; one that leaves weights or state that are not finite is taken back and refused.
+
+        The copies live only here, where the activations are gone: the peak of memory stays that of the forward pass.
+        """
+        weights = [parameter.detach() for parameter in self.model.parameters()]
+        tensors, packed = pack_optimizer(self.optimizer.state_dict())
+        before = [tensor.clone() for tensor in weights], {name: tensor.clone() for name, tensor in tensors.items()}
+        overflow = ""
+        try:
+            self.scaler.step(self.optimizer)
+        except RuntimeError as error:  # a factor, such as lr times weight decay, that torch cannot hold in float32
+            if "without overflow" not in str(error):
+                raise
+            overflow = str(error)
+        if not overflow and all_finite([*weights, *pack_optimizer(self.optimizer.state_dict())[0].values()]):
+            return
+        for tensor, old in zip(weights, before[0], strict=True):
+            tensor.copy_(old)
+        self.optimizer.load_state_dict(unpack_optimizer(before[1], packed))
+        self._end_training(batch, f"the step makes weights that are not finite, from {numbers}")
+
+    def _refuse_step(self, batch: Batch, numbers: str) -> None:
         """Leave the weights as they are; end the training at once, in fp16 after a few in a row."""
         self.bad_steps += 1
         if self.scaler.is_enabled() and self.bad_steps < MAX_BAD_STEPS:
             self.scaler.step(self.optimizer)  # skips itself, and remembers to lower its scale
             return
+        self._end_training(batch, numbers)
+
+    def _end_training(self, batch: Batch, why: str) -> None:
+        """Raise NonFiniteError with all that tells of the present step."""
         is_bad = ~batch.images.flatten(1).isfinite().all(1)  # the culprits, where it was the images
         indices = batch.indices[is_bad] if is_bad.any() else batch.indices
         names = ", ".join(self.job.source.sample_name(int(i)) for i in indices[:5])
         lr = self.optimizer.param_groups[0]["lr"]
-        got = (
-            f"loss {loss} and gradient norm {norm} at step {self.step}, lr {lr:.3g}, "
-            f"sparsity {self.job.schedule.at(self.step)}, files {names}"
-        )
+        got = f"{why} at step {self.step}, lr {lr:.3g}, sparsity {self.job.schedule.at(self.step)}, files {names}"
         do = f"The weights before it are saved. Lower {self.job.kind}.lr or train in fp32, with --fresh."
         raise NonFiniteError(self.job.kind, got, do)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import unicodedata
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sparsevit_cli.sparsity import SparsityConfig, ratio_to_tenths
 
@@ -29,6 +29,8 @@ def _plain_text(text: str) -> str:
     return text
 
 
+FLOAT32_MAX, FLOAT32_TINY = 2.0**128 - 2.0**104, 2.0**-126
+"""The largest float32, and the smallest one with all of its digits."""
 Text = Annotated[str, AfterValidator(_plain_text)]
 _GRID = {"multipleOf": 0.1}
 Ratio = Annotated[float, Field(ge=0, le=0.8, json_schema_extra=_GRID), AfterValidator(_on_grid)]
@@ -45,6 +47,17 @@ class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are not coerced, nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _fits_float32(cls, value: object) -> object:
+        """Tensors and optimizers are float32: beyond it a number turns into infinity or zero without a word."""
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and number and not FLOAT32_TINY <= abs(number) <= FLOAT32_MAX:
+                raise ValueError(
+                    f"{number:g} does not fit into float32, which holds 0 and {FLOAT32_TINY:.3g} to {FLOAT32_MAX:.3g}"
+                )
+        return value
 
 
 class ModelSection(Section):
