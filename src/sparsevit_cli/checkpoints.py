@@ -41,7 +41,8 @@ from .atomic import (
     sync_folder,
     write_atomic,
 )
-from .errors import CheckpointError, ConfigError, NonFiniteError
+from .documents import MALFORMED, exists, parse_json, read_bytes, understood
+from .errors import CheckpointError, ConfigError, NonFiniteError, in_one_line
 
 FAILPOINTS = (
     "ckpt.before_open",
@@ -165,8 +166,8 @@ def load_checkpoint(
             data = _read_verified(path / name, entry)
             try:
                 loaded = safetensors.torch.load(data)
-            except Exception as error:
-                raise _damaged(path / name, f"is not a safetensors file ({error})") from error
+            except (safetensors.SafetensorError, *MALFORMED) as error:
+                raise _damaged(path / name, f"is not a safetensors file ({in_one_line(error)})") from error
             tensors[stem] = {key: tensor.to(device, copy=True) for key, tensor in loaded.items()}
         else:
             _verify_file(path / name, entry)
@@ -314,7 +315,7 @@ class _Entry:
 
 
 def _is_root(path: Path) -> bool:
-    return path.is_dir() and not (path / MANIFEST).exists() and _FOLDER.fullmatch(path.name) is None
+    return os.path.isdir(path) and not exists(path / MANIFEST) and _FOLDER.fullmatch(path.name) is None
 
 
 def _folders(root: Path) -> list[Path]:
@@ -358,17 +359,15 @@ def _verify(folder: Path) -> None:
 
 def _read_manifest(folder: Path) -> tuple[int, dict[str, _Entry]]:
     path = folder / MANIFEST
-    if not folder.is_dir():
-        raise _damaged(folder, "is not a checkpoint folder" if folder.exists() else "does not exist")
-    manifest = _parse(path, _read(path))
-    try:
+    if not os.path.isdir(folder):
+        raise _damaged(folder, "is not a checkpoint folder" if exists(folder) else "does not exist")
+    manifest = parse_json(path, read_bytes(path, _ELSEWHERE), _ELSEWHERE)
+    with understood(path, _ELSEWHERE):
         if manifest["format"] != _FORMAT:
             got = f"has format {manifest['format']!r}, this version reads {_FORMAT}"
             raise CheckpointError(str(path), got, "Read it with the version of sparsevit-cli that wrote it.")
         step = manifest["step"]
         files = {name: _Entry(entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, f"is not a manifest ({type(error).__name__}: {error})") from error
     named = _FOLDER.fullmatch(folder.name)
     if type(step) is not int or (named and step != int(named[1])):
         raise _damaged(path, f"belongs to step {step!r}, the folder to another")
@@ -379,34 +378,15 @@ def _read_manifest(folder: Path) -> tuple[int, dict[str, _Entry]]:
 
 
 def _read_state(folder: Path, entry: _Entry, step: int) -> dict[str, Any]:
-    state = _parse(folder / STATE, _read_verified(folder / STATE, entry))
+    state = parse_json(folder / STATE, _read_verified(folder / STATE, entry), _ELSEWHERE)
     if state.get("step") != step:
         raise _damaged(folder / STATE, f"belongs to step {state.get('step')!r}, the manifest to step {step}")
     return state
 
 
-def _parse(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        parsed = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"is not JSON ({error})") from error
-    if not isinstance(parsed, dict):
-        raise _damaged(path, "is not a JSON object")
-    return parsed
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise _damaged(path, "is missing") from error
-    except OSError as error:
-        raise _damaged(path, f"cannot be read ({error})") from error
-
-
 def _read_verified(path: Path, entry: _Entry) -> bytes:
     """Bytes of the file, checked after reading: what is used is what was hashed."""
-    data = _read(path)
+    data = read_bytes(path, _ELSEWHERE)
     _compare(path, entry, _Entry(len(data), hashlib.sha256(data).hexdigest()))
     return data
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from .checkpoints import load_checkpoint
 from .config.schema import ModelSection
 from .config.yaml_loader import printable
+from .documents import MALFORMED, exists
 from .errors import CheckpointError, ConfigError, SparseViTError, in_one_line
 from .swin import GENERATIONS, model_depths
 from .torch_files import LEGACY_START, ZIP_START, StoredTensor, Unknown, open_torch_file
@@ -201,13 +203,13 @@ def read_weights(path: Path | str, say: Say = _say) -> dict[str, Tensor]:
     file: see `torch_files`. Raises CheckpointError.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         tensors = load_checkpoint(path, only=("model", "ema")).tensors
         if not tensors:
             raise CheckpointError(str(path), "holds neither `ema` nor `model` weights", "Give another checkpoint.")
         return _timm_layout(_plain_names(path, tensors.get("ema", tensors.get("model", {})), []))
-    if not path.is_file():
-        got = "is no file" if path.exists() else "does not exist"
+    if not os.path.isfile(path):
+        got = "is no file" if exists(path) else "does not exist"
         raise CheckpointError(str(path), got, "Give a .safetensors or .pth file, or a checkpoint folder.")
     try:
         with path.open("rb") as file:
@@ -311,7 +313,7 @@ def _check_name(section: ModelSection) -> None:
 def _read_safetensors(path: Path) -> object:
     try:
         return safetensors.torch.load_file(path)
-    except Exception as error:  # damaged headers surface as many types
+    except (safetensors.SafetensorError, OSError, *MALFORMED) as error:
         raise CheckpointError(str(path), f"is not a readable safetensors file ({error})", "Copy it again.") from error
 
 

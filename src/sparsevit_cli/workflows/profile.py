@@ -192,7 +192,8 @@ def profile_model(
     write_atomic(folder.path / "layers.csv", layers_csv(stages))
     write_atomic(folder.path / "profile.html", profile_page(report))
     folder.write_result(
-        {"rows": [asdict(row) for row in rows], "ratios": config.ratios, "settings": profile_settings(session)}
+        {"rows": [asdict(row) for row in rows], "ratios": config.ratios, "settings": profile_settings(session)},
+        files=FILES[:-1],
     )
     return report
 

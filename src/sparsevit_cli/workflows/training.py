@@ -16,8 +16,8 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from sparsevit_cli.atomic import write_atomic, write_json
-from sparsevit_cli.config.loading import section_hash
-from sparsevit_cli.config.schema import DistilLoopSection, LoopSection
+from sparsevit_cli.config.loading import section_hash, settings_of
+from sparsevit_cli.config.schema import DataSection, DistilLoopSection, LoopSection
 from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import check_img_size
@@ -35,6 +35,8 @@ from .session import Session, Weights
 from .weights import file_weights, trained_weights
 
 Size = tuple[int, int]
+DATA_SETTINGS = [f"data.{name}" for name in DataSection.model_fields if f"data.{name}" not in (*HARMLESS, "data.root")]
+"""What makes images what a training sees; the folder itself may move, the fingerprint knows its files."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,9 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
             "start": kind.start,
             "steps": kind.plan.total_steps,
             "settings": section_hash(config, *_settings(kind)),
+            "data_settings": section_hash(config, *DATA_SETTINGS),
         },
+        settings=settings_of(config, "model", *_settings(kind), *DATA_SETTINGS),
         validation_fingerprint=data.val_fingerprint,
     )
     if section.grad_checkpointing:
@@ -185,7 +189,9 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
     result = train(job, session.reporter, session.stop, on_row=lambda rows: _write_rows(folder, rows))
     set_sparsity(model, kind.validate_at)
     last: Mapping[str, Any] = result.history[-1]
-    already_done = result.resumed_from == kind.plan.total_steps and folder.result.exists()
+    checkpoint = str(result.checkpoint.relative_to(folder.path))
+    done = folder.done("sparsity.json").get("checkpoint") == checkpoint
+    already_done = result.resumed_from == kind.plan.total_steps and done
     if already_done:
         session.reporter.say(f"{kind.command}: already done; the result of {folder.path} is used")
     else:
@@ -195,14 +201,15 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
             {
                 "top1": last["top1"],
                 "seed": session.config.seed,
-                "checkpoint": str(result.checkpoint.relative_to(folder.path)),
+                "checkpoint": checkpoint,
                 "class_names": list(data.class_names),
                 "data_fingerprint": data.fingerprint,
                 "steps": kind.plan.total_steps,
                 "seconds": last["seconds"],
                 "history": list(result.history),
                 **session.environment,
-            }
+            },
+            files=["sparsity.json"],
         )
     return TrainingSummary(kind.command, folder, float(last["top1"]), float(last["seconds"]), already_done)
 
@@ -263,8 +270,9 @@ def _check_rows(
     above = [f"{ratio:g}" for ratio in section.check_ratios if ratio > space.max_ratio]
     if above:
         session.reporter.warn(f"adapt.check_ratios {', '.join(above)} left out: above adapt.max_ratio")
-    done = (folder.read_result() or {}).get("check", {})
-    if not done:
+    done = folder.done("sparsity.json").get("check", {})
+    if set(done) != {label for label, _ in wanted}:
+        done = {}
         macs = macs_cost(model, (session.config.model.in_chans, *session.img_size))
         total = sum(len(configs) for _, configs in wanted)
         check = partial(session.stop.check, "adapt", "the training is saved, its closing table is not")
@@ -276,7 +284,7 @@ def _check_rows(
                     top1 += score(session, model, data.val, before_batch=check).top1 / len(configs)
                     progress.advance()
                 done[label] = {"top1": top1, "gmacs": sum(map(macs, configs)) / len(configs) / 1e9}
-        folder.write_result({**(folder.read_result() or {}), "check": done})
+        folder.write_result({**(folder.read_result() or {}), "check": done}, files=["sparsity.json"])
     return tuple(CheckRow(label, row["top1"], row["gmacs"]) for label, row in done.items())
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from sparsevit_cli.atomic import sha256_file
-from sparsevit_cli.checkpoints import Checkpoint, load_checkpoint
+from sparsevit_cli.checkpoints import STATE, Checkpoint, load_checkpoint
 from sparsevit_cli.config.loading import config_differences, load_config
+from sparsevit_cli.documents import exists, understood
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import read_weights
 from sparsevit_cli.runs import RunFolder, missing_result
@@ -36,7 +38,7 @@ def trained_weights(session: Session, command: str, needed_by: str) -> Weights:
     if not isinstance(names, list):
         raise CheckpointError(str(folder.result), "it has no class_names", f"Type: {folder.typed} --fresh")
     _tell_differences(session, folder)
-    checkpoint = load_checkpoint(folder.path / str(result["checkpoint"]), only=("ema", "model"))
+    checkpoint = load_checkpoint(folder.path / result.get("checkpoint", "checkpoints"), only=("ema", "model"))
     return _weights(command, checkpoint, tuple(map(str, names)), result)
 
 
@@ -49,7 +51,7 @@ def chosen_weights(session: Session, typed: str | None, needed_by: str) -> Weigh
     command = next(done, "pretrain") if typed is None else typed
     if command in TRAININGS:
         return trained_weights(session, command, needed_by)
-    if not Path(command).exists():
+    if not exists(Path(command)):
         got = f"{command!r} is no file; allowed are {', '.join(TRAININGS)} and paths"
         raise ConfigError("--weights", got, "Name a command, a file of weights, or a checkpoint folder.")
     return file_weights(Path(command), session.reporter.say)
@@ -60,11 +62,11 @@ def file_weights(path: Path, say: Callable[[str], None] = lambda text: None) -> 
 
     `say` is told what was taken from a file. Raises CheckpointError.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return Weights(str(path), read_weights(path, say), sha256_file(path))
     checkpoint = load_checkpoint(path, only=("ema", "model"))
-    identity = checkpoint.state.get("identity", {})
-    names = tuple(map(str, identity.get("class_names", ())))
+    with understood(checkpoint.path / STATE):
+        names = tuple(map(str, checkpoint.state.get("identity", {}).get("class_names", ())))
     return _weights(str(path), checkpoint, names, {"seed": checkpoint.state.get("seed")})
 
 
