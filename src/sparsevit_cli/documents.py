@@ -44,7 +44,7 @@ def parse_json(path: Path, data: bytes, do: str = AGAIN) -> dict[str, Any]:
 
 @contextmanager
 def understood(path: Path | str, do: str = AGAIN) -> Iterator[None]:
-    """Around code that takes the document of `path` apart: an error there is told as the document's, CheckpointError."""
+    """Around code that takes the document of `path` apart: its errors become CheckpointErrors about the document."""
     try:
         yield
     except CheckpointError:
