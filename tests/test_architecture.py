@@ -14,8 +14,9 @@ import sparsevit_cli
 
 PACKAGE = Path(sparsevit_cli.__file__).parent
 ROOMS = (  # noqa: SIM905
-    "__init__ errors atomic sparsity schedule windows kernels config reporting stopping runs winner search swin "
-    "acceleration checkpoints models data tasks profiling training exporting workflows console views cli"
+    "__init__ errors atomic documents sparsity schedule windows kernels config reporting stopping runs winner search "
+    "swin acceleration checkpoints torch_files models data tasks profiling training exporting workflows console "
+    "views cli"
 ).split()
 """From top to bottom; a module may import from its own room and from those before it."""
 

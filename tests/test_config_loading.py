@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from sparsevit_cli.config import loading
 from sparsevit_cli.config.fields import experiment_schema, resolved
@@ -549,3 +551,26 @@ def test_a_hash_follows_its_sections_only() -> None:
     for wrong in ((), ("serach",)):
         with pytest.raises(AssertionError):
             section_hash(old, *wrong)
+
+
+def float_fields(section: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from float_fields(field.annotation, (*path, name))
+        elif "float" in str(field.annotation) or "float" in str(field.metadata):
+            yield (*path, name), field
+
+
+FLOATS = dict(float_fields(ExperimentConfig))
+
+
+@pytest.mark.parametrize("path", FLOATS, ids=".".join)
+def test_every_number_fits_float32(path: tuple[str, ...]) -> None:
+    assert len(FLOATS) > 60
+    for number in ("1e39", "1e300", "1e-39", "1e-320", "-1e39"):
+        value = f"[{number}, {number}, {number}]" if path[-1] in ("mean", "std") else number
+        if path[-1] in ("ratios", "check_ratios"):
+            value = f"[[{number}]]" if path[-1] == "ratios" else f"[{number}]"
+        with pytest.raises(ConfigError) as error:
+            load_config(None, [f"{'.'.join(path)}={value}"])
+        assert error.value.what.startswith(".".join(path))

@@ -378,3 +378,68 @@ def test_a_signal_counts_while_a_batch_is_awaited(tmp_path: Path, steps: int) ->
     stop = StopAt(job(tmp_path / "hung"), 1)
     with pytest.raises(StoppedError):
         run(stop.job, stop)  # and a resumed run goes on from it
+
+
+def finite(folder: Path) -> bool:
+    """True where every saved checkpoint holds finite numbers alone."""
+    roots = [load_checkpoint(path) for path in (folder / "checkpoints").glob("step-*")]
+    assert roots
+    files = [tensors for checkpoint in roots for tensors in checkpoint.tensors.values()]
+    return all(tensor.isfinite().all() for tensors in files for tensor in tensors.values())
+
+
+EXTREME = {
+    "lr": {"lr": 3e38, "warmup_epochs": 0.0},
+    "lr after warm-up": {"lr": 1e38, "warmup_epochs": 0.1},
+    "sgd": {"lr": 1e38, "optimizer": "sgd"},
+    "lion": {"lr": 3e38, "optimizer": "lion", "warmup_epochs": 0.0},
+    "weight decay": {"weight_decay": 3e38, "lr": 1.0},
+    "both": {"weight_decay": 1e30, "lr": 1e30, "precision": "bf16"},
+    "constant": {"lr": 2e38, "schedule": "constant", "warmup_epochs": 0.0, "ema_decay": None},
+    "fp16": {"lr": 3e38, "precision": "fp16", "warmup_epochs": 0.0},
+    "lookahead": {"lr": 3e38, "optimizer": "lookahead_adamw", "warmup_epochs": 0.0},
+    "no clipping": {"lr": 1e20, "clip_grad": None, "optimizer": "sgd", "warmup_epochs": 0.0},
+}
+
+
+@pytest.mark.parametrize("case", EXTREME)
+def test_numbers_that_are_not_finite_are_never_saved(case: str, tmp_path: Path) -> None:
+    bad = job(tmp_path, **({"mixup": 0.0, "epochs": 0.2, "min_lr": 0.0} | EXTREME[case]))
+    with pytest.raises(NonFiniteError, match="before it are saved") as error:
+        run(bad)
+    assert error.value.exit_code == 6
+    assert finite(tmp_path)
+    with pytest.raises(NonFiniteError):  # typed again: the same step from the same weights
+        run(job(tmp_path, **({"mixup": 0.0, "epochs": 0.2, "min_lr": 0.0} | EXTREME[case])))
+    assert finite(tmp_path)
+
+
+def test_a_step_that_spoils_the_weights_is_taken_back_to_the_bit(tmp_path: Path) -> None:
+    good = StopAt(job(tmp_path / "good", mixup=0.0), 3)
+    with pytest.raises(StoppedError):
+        run(good.job, good)
+    bad = job(tmp_path / "bad", mixup=0.0)
+    steps = count()
+    inner = torch.optim.AdamW.step
+
+    def spoils(self: Any, *arguments: Any) -> Any:
+        found = inner(self, *arguments)
+        if next(steps) == 4:
+            self.param_groups[0]["params"][0].data[0] = math.nan
+            self.state[self.param_groups[1]["params"][0]]["exp_avg"].mul_(math.inf)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", spoils)
+        with pytest.raises(NonFiniteError, match=r"weights that are not finite.*at step 4"):
+            run(bad)
+    ours, theirs = saved(tmp_path / "bad")[0], saved(tmp_path / "good")[0]
+    assert all(torch.equal(ours[name][key], tensor) for name in theirs for key, tensor in theirs[name].items())
+
+
+def test_averaged_weights_and_buffers_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    spoiled = job(tmp_path)
+    spoiled.model.register_buffer("extra", torch.tensor([math.inf]))
+    with pytest.raises(NonFiniteError, match=r"`model` are not finite: extra.*Nothing is saved"):
+        run(spoiled)
+    assert not list((tmp_path / "checkpoints").glob("step-*"))

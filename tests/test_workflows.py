@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,11 @@ import safetensors.torch
 import torch
 
 from sparsevit_cli.errors import CheckpointError, ConfigError, StoppedError
+from sparsevit_cli.exporting import folder as exporting_folder
+from sparsevit_cli.exporting import load_exported
 from sparsevit_cli.profiling.device import source_revision
 from sparsevit_cli.reporting import SilentReporter
-from sparsevit_cli.runs import RunLocks, next_command
+from sparsevit_cli.runs import RunFolder, RunLocks, next_command
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.workflows.evaluate import evaluate_checkpoint
 from sparsevit_cli.workflows.export import export_winner
@@ -178,6 +182,90 @@ def test_a_model_by_name_is_profiled_whatever_the_trainings_say(tmp_path: Path) 
         target.session.locks.close()
     with pytest.raises(ConfigError, match="--model"):
         profile_target(session, model="swin_" + "x" * 80, ratios="0.5")
+
+
+# -- done -------------------------------------------------------------------------------------------------------
+
+
+class KilledError(BaseException):
+    """Stands for a SIGKILL: nothing of ours catches it."""
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an export, whose files are looked at and moved, not run."""
+    runs = shutil.copytree(trained, tmp_path_factory.mktemp("exported") / "runs")
+    return export_winner(session_in(runs), weights="pretrain", ratios=RATIOS).folder.path
+
+
+@pytest.mark.parametrize("stop_at", range(6))
+def test_an_export_killed_while_it_is_published_is_not_done(
+    stop_at: int, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before and after each file is moved: the export there is the old one, whole, or is made again."""
+    folder = RunFolder(shutil.copytree(exported, tmp_path / "export"), "export")
+    assert folder.done("manifest.json")
+    staging = shutil.copytree(exported, folder.path / "staging")
+    for name in ("sparsity.json", "manifest.json"):  # another export of the same weights
+        (staging / name).write_text((staging / name).read_text() + " ")
+    calls = count()
+
+    def killed(name: object) -> None:
+        if next(calls) == stop_at:
+            raise KilledError
+
+    monkeypatch.setattr(exporting_folder, "failpoint", killed)
+    monkeypatch.setattr(exporting_folder, "sync_folder", killed)
+    with contextlib.suppress(KilledError):
+        exporting_folder.publish(staging, folder.path, SilentReporter())
+    assert next(calls) == min(stop_at + 1, 5)
+    assert bool(folder.done("manifest.json")) == (stop_at == 0)
+    if stop_at == 0:
+        load_exported(folder.path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.pt2", "model.safetensors", "sparsity.json", "metrics.json"])
+def test_an_export_is_done_while_all_its_files_are(name: str, exported: Path, tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(exported, tmp_path / "export"), "export")
+    for change in (lambda path: path.write_bytes(b"{}"), Path.unlink, Path.mkdir):
+        change(folder.path / name)
+        assert not folder.done("manifest.json")
+
+
+def test_a_result_set_aside_goes_before_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path, "profile")
+    names = ["a.json", "b.csv", "metrics.json"]
+    for name in names[:2]:
+        (tmp_path / name).write_text(name)
+    folder.write_result({}, files=names[:2])
+    assert folder.done("a.json")
+    moved: list[str] = []
+    monkeypatch.setattr(shutil, "move", lambda path, target: moved.append(path.name))
+    folder.set_aside(names, SilentReporter())
+    assert moved == ["metrics.json", "a.json", "b.csv"]
+    assert not folder.done("a.json", "c.json")
+    (tmp_path / "b.csv").write_text("other")
+    assert not folder.done("a.json")
+
+
+@pytest.mark.parametrize("damage", ["missing sparsity.json", "metrics.json", "text", "another checkpoint"])
+def test_a_training_whose_result_is_damaged_writes_it_again(damage: str, runs: Path) -> None:
+    folder = session_in(runs).earlier("pretrain")
+    before = (folder.path / "sparsity.json").read_bytes()
+    if damage == "missing sparsity.json":
+        (folder.path / "sparsity.json").unlink()
+    elif damage == "another checkpoint":
+        folder.write_result({**(folder.read_result() or {}), "checkpoint": "checkpoints/gone"}, files=["sparsity.json"])
+    else:
+        folder.result.write_text({"metrics.json": "{", "text": '{"checkpoint": 3, "class_names": "abc"}'}[damage])
+        with pytest.raises(CheckpointError, match=r"metrics\.json"):
+            evaluate_checkpoint(session_in(runs), weights="pretrain", ratios=RATIOS)
+    session = session_in(runs)
+    assert not pretrain(session).already_done
+    session.locks.close()
+    assert (folder.path / "sparsity.json").read_bytes() == before
+    assert pretrain(session_in(runs)).already_done
+    evaluate_checkpoint(session_in(runs), weights="pretrain", ratios=RATIOS)
 
 
 # -- signals ----------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from .atomic import (
     TEMPORARY,
@@ -40,7 +42,8 @@ from .atomic import (
     sync_folder,
     write_atomic,
 )
-from .errors import CheckpointError, ConfigError, pass_on
+from .documents import MALFORMED, exists, parse_json, read_bytes, understood
+from .errors import CheckpointError, ConfigError, NonFiniteError, in_one_line
 
 FAILPOINTS = (
     "ckpt.before_open",
@@ -95,7 +98,8 @@ def save_checkpoint(
     stored in full. `state` holds JSON values (tuples come back as lists). Kept are this checkpoint, the `keep - 1`
     before it and the best one. A step saved before is replaced. Only one process may write to `root`.
     Raises ResourceError where the disk is, or would soon be, full: earlier checkpoints stay and nothing half-written
-    does. Raises ConfigError for `keep` below 2. A pruning failure only warns.
+    does. Raises NonFiniteError for tensors that are not finite, ConfigError for `keep` below 2. A pruning failure only
+    warns.
     """
     if keep < 2:
         got = f"{keep}, and the last checkpoint may be the one being written"
@@ -103,6 +107,11 @@ def save_checkpoint(
     assert state.get("step", step) == step, f"state of step {state['step']} saved as step {step}"
     state_text = json.dumps({"step": step, **state}, indent=2, ensure_ascii=False) + "\n"
     folder = root / f"step-{step:08d}"
+    for name, named in tensors.items():
+        if not all_finite(named.values()):
+            bad = [key for key, tensor in named.items() if not all_finite([tensor])]
+            got = f"{len(bad)} tensors of `{name}` are not finite: {', '.join(bad[:10])}"
+            raise NonFiniteError(str(folder), got, "Nothing is saved; earlier checkpoints are as they were.")
     needed = len(state_text) + sum(t.numel() * t.element_size() for file in tensors.values() for t in file.values())
     failpoint("ckpt.before_open")
     if free_bytes(root) < _SPACE_FACTOR * needed:
@@ -125,6 +134,12 @@ def save_checkpoint(
     _prune(root, step, keep, warn)
     failpoint("ckpt.after_prune")
     return folder
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """True where no floating-point tensor holds NaN or infinity: one norm over all of them."""
+    filled = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    return bool(get_total_norm(filled, norm_type=math.inf).isfinite()) if filled else True
 
 
 def load_checkpoint(
@@ -152,9 +167,8 @@ def load_checkpoint(
             data = _read_verified(path / name, entry)
             try:
                 loaded = safetensors.torch.load(data)
-            except Exception as error:
-                pass_on(error)
-                raise _damaged(path / name, f"is not a safetensors file ({error})") from error
+            except (safetensors.SafetensorError, *MALFORMED) as error:
+                raise _damaged(path / name, f"is not a safetensors file ({in_one_line(error)})") from error
             tensors[stem] = {key: tensor.to(device, copy=True) for key, tensor in loaded.items()}
         else:
             _verify_file(path / name, entry)
@@ -194,7 +208,7 @@ def best_checkpoint(root: Path) -> Path | None:
 def pack_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], object]:
     """Split a state_dict (optimizer, gradient scaler, scheduler) into tensors and JSON; `unpack_optimizer` joins them.
 
-    Lossless for dicts with any plain keys, lists, tuples, numbers (infinities too), strings, None and tensors.
+    Lossless for dicts with any plain keys, lists, tuples, numbers (infinities too), strings, None, dtypes and tensors.
     Raises TypeError for any other value.
     """
     tensors: dict[str, Tensor] = {}
@@ -302,7 +316,7 @@ class _Entry:
 
 
 def _is_root(path: Path) -> bool:
-    return path.is_dir() and not (path / MANIFEST).exists() and _FOLDER.fullmatch(path.name) is None
+    return os.path.isdir(path) and not exists(path / MANIFEST) and _FOLDER.fullmatch(path.name) is None
 
 
 def _folders(root: Path) -> list[Path]:
@@ -346,17 +360,15 @@ def _verify(folder: Path) -> None:
 
 def _read_manifest(folder: Path) -> tuple[int, dict[str, _Entry]]:
     path = folder / MANIFEST
-    if not folder.is_dir():
-        raise _damaged(folder, "is not a checkpoint folder" if folder.exists() else "does not exist")
-    manifest = _parse(path, _read(path))
-    try:
+    if not os.path.isdir(folder):
+        raise _damaged(folder, "is not a checkpoint folder" if exists(folder) else "does not exist")
+    manifest = parse_json(path, read_bytes(path, _ELSEWHERE), _ELSEWHERE)
+    with understood(path, _ELSEWHERE):
         if manifest["format"] != _FORMAT:
             got = f"has format {manifest['format']!r}, this version reads {_FORMAT}"
             raise CheckpointError(str(path), got, "Read it with the version of sparsevit-cli that wrote it.")
         step = manifest["step"]
         files = {name: _Entry(entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, f"is not a manifest ({type(error).__name__}: {error})") from error
     named = _FOLDER.fullmatch(folder.name)
     if type(step) is not int or (named and step != int(named[1])):
         raise _damaged(path, f"belongs to step {step!r}, the folder to another")
@@ -367,34 +379,15 @@ def _read_manifest(folder: Path) -> tuple[int, dict[str, _Entry]]:
 
 
 def _read_state(folder: Path, entry: _Entry, step: int) -> dict[str, Any]:
-    state = _parse(folder / STATE, _read_verified(folder / STATE, entry))
+    state = parse_json(folder / STATE, _read_verified(folder / STATE, entry), _ELSEWHERE)
     if state.get("step") != step:
         raise _damaged(folder / STATE, f"belongs to step {state.get('step')!r}, the manifest to step {step}")
     return state
 
 
-def _parse(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        parsed = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"is not JSON ({error})") from error
-    if not isinstance(parsed, dict):
-        raise _damaged(path, "is not a JSON object")
-    return parsed
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise _damaged(path, "is missing") from error
-    except OSError as error:
-        raise _damaged(path, f"cannot be read ({error})") from error
-
-
 def _read_verified(path: Path, entry: _Entry) -> bytes:
     """Bytes of the file, checked after reading: what is used is what was hashed."""
-    data = _read(path)
+    data = read_bytes(path, _ELSEWHERE)
     _compare(path, entry, _Entry(len(data), hashlib.sha256(data).hexdigest()))
     return data
 
@@ -432,6 +425,8 @@ def _pack(value: object, where: tuple[str, ...], tensors: dict[str, Tensor]) -> 
             name += "_"
         tensors[name] = value
         return {"tensor": name}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Mapping):
         return {
             "dict": [
@@ -444,19 +439,31 @@ def _pack(value: object, where: tuple[str, ...], tensors: dict[str, Tensor]) -> 
     raise TypeError(f"state{'.'.join(where)}: a {type(value).__name__} cannot be saved without pickle")
 
 
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no data type")
+    return dtype
+
+
 def _unpack(packed: object, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(packed, list):
         return [_unpack(item, tensors) for item in packed]
     if not isinstance(packed, dict):
         return packed
     ((kind, content),) = packed.items()
+    found: Any
     match kind:
         case "float":
-            return float(content)
+            found = float(content)
         case "tensor":
-            return tensors[content]
+            found = tensors[content]
+        case "dtype":
+            found = _dtype(content)
         case "tuple":
-            return tuple(_unpack(item, tensors) for item in content)
+            found = tuple(_unpack(item, tensors) for item in content)
         case "dict":
-            return {_unpack(key, tensors): _unpack(item, tensors) for key, item in content}
-    raise AssertionError(f"unknown kind {kind!r}")
+            found = {_unpack(key, tensors): _unpack(item, tensors) for key, item in content}
+        case _:
+            raise ValueError(f"unknown kind {kind!r}")
+    return found

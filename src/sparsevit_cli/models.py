@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -18,8 +20,11 @@ from torch import Tensor, nn
 from .checkpoints import load_checkpoint
 from .config.paths import as_path
 from .config.schema import ModelSection
-from .errors import CheckpointError, ConfigError, first_line, in_one_line, pass_on
+from .config.yaml_loader import printable
+from .documents import MALFORMED, exists
+from .errors import CheckpointError, ConfigError, in_one_line, pass_on
 from .swin import GENERATIONS, model_depths
+from .torch_files import LEGACY_START, ZIP_START, StoredTensor, Unknown, open_torch_file
 
 __all__ = [
     "SupportedModel",
@@ -35,7 +40,14 @@ __all__ = [
 ]
 
 _PATCH_SIZE = 4  # of every timm Swin
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged weights first
+_WRAPPERS = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", "params_ema"),
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "params", "weights", "module"),
+    *("backbone", "encoder"),
+)  # averaged weights first
+_MAX_WRAPPERS = 8
+_STEM = "patch_embed.proj.weight"
+"""In every timm Swin; what stands before it is the prefix of a module around the model."""
 _BUFFERS = (
     "relative_position_index",
     "relative_coords_table",
@@ -47,6 +59,8 @@ _BIAS_TABLE = "relative_position_bias_table"
 _RESHAPING = ("embed_dim", "depths", "num_heads", "mlp_ratio")
 _OVERRIDES = (*_RESHAPING, "window_size", "patch_size", "global_pool", "drop_path_rate", "always_partition")
 _MAX_LISTED = 10
+Say = Callable[[str], None]
+_say: Say = logging.getLogger(__name__).info
 
 
 @dataclass(frozen=True)
@@ -86,15 +100,21 @@ def model_arguments(section: ModelSection, num_classes: int) -> dict[str, Any]:
 
 
 def build_model(
-    section: ModelSection, num_classes: int, *, img_size: int | tuple[int, int] | None = None, seed: int = 0
+    section: ModelSection,
+    num_classes: int,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    seed: int = 0,
+    say: Say = _say,
 ) -> nn.Module:
     """The dense timm Swin of `section`, with its overrides, weights and `num_classes` outputs.
 
     `img_size` (pixels, one number or (height, width)) replaces the section's. Windows keep their size in tokens
     whatever the image (in V2-CR without `window_size` they are timm's, an eighth of the patch grid); without
     `always_partition` timm shrinks a window to a map that is smaller. Initial weights are a function of `seed`.
-    `pretrained` goes through timm, which replaces a classifier of other size and interpolates for other windows,
-    patches and input channels; a `checkpoint` must fit exactly. Raises ConfigError, CheckpointError.
+    `say` is told what was taken from a checkpoint file. `pretrained` goes through timm, which replaces a classifier of
+    other size and interpolates for other windows, patches and input channels; a `checkpoint` must fit exactly. Raises
+    ConfigError, CheckpointError.
     """
     size = section.img_size if img_size is None else img_size
     _check_name(section)
@@ -128,7 +148,7 @@ def build_model(
         do = "Give as many num_heads as depths, and no more heads than channels in each stage."
         raise ConfigError("model", got, do) from error
     if section.checkpoint is not None:
-        load_weights(model, as_path(section.checkpoint, "model.checkpoint"), reset_head=section.reset_head)
+        load_weights(model, as_path(section.checkpoint, "model.checkpoint"), section.reset_head, say)
     return model
 
 
@@ -174,51 +194,89 @@ def set_img_size(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     swin.set_input_size(img_size=size, window_size=swin._ref_window_sizes)  # timm alone would scale the windows
 
 
-def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """Weights on the CPU from `.safetensors`, from `.pth`, `.pt` or `.bin`, or from a checkpoint folder of ours.
+def read_weights(path: Path | str, say: Say = _say) -> dict[str, Tensor]:
+    """Weights on the CPU from a safetensors file, a file of `torch.save`, or a checkpoint folder of ours.
 
-    Averaged (EMA) weights are preferred where a file or folder holds both. Wrapping dicts (`model`, `state_dict`)
-    and the prefixes of DataParallel and torch.compile are taken off; Microsoft's official names become timm's. Never
-    runs code from the file: pickles are read with weights_only=True, and there is no other way in. Raises
-    CheckpointError.
+    The format is told by the first bytes, whatever the ending. Averaged (EMA) weights are preferred where there are
+    both. Wrapping dicts, other things beside the tensors, and the prefixes of DataParallel, torch.compile and
+    Lightning are taken off, and `say` is told so; Microsoft's official names become timm's. Never runs code from the
+    file: see `torch_files`. Raises CheckpointError.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         tensors = load_checkpoint(path, only=("model", "ema")).tensors
         if not tensors:
             raise CheckpointError(str(path), "holds neither `ema` nor `model` weights", "Give another checkpoint.")
-        return _timm_layout(_plain_names(path, tensors.get("ema", tensors.get("model", {}))))
-    if not path.is_file():
-        raise CheckpointError(str(path), "does not exist", "Give a .safetensors or .pth file, or a checkpoint folder.")
-    match path.suffix.lower():
-        case ".safetensors":
-            content = _read_safetensors(path)
-        case ".pth" | ".pt" | ".bin":
-            content = _read_pickle(path)
-        case suffix:
-            got = f"has the ending {suffix!r}; read are .safetensors, .pth, .pt and .bin"
-            raise CheckpointError(str(path), got, "Convert it with safetensors.torch.save_file.")
-    while isinstance(content, Mapping) and (
-        inner := [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
-    ):
-        content = content[inner[0]]
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(str(path), f"holds a {type(content).__name__}, not named tensors", _CONVERT)
-    strange = [str(key) for key, value in content.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
-    if strange:
-        got = f"holds other things than tensors: {', '.join(strange[:_MAX_LISTED])}"
-        raise CheckpointError(str(path), got, _CONVERT)
-    return _timm_layout(_plain_names(path, content))
+        return _timm_layout(_plain_names(path, tensors.get("ema", tensors.get("model", {})), []))
+    if not os.path.isfile(path):
+        got = "is no file" if exists(path) else "does not exist"
+        raise CheckpointError(str(path), got, "Give a .safetensors or .pth file, or a checkpoint folder.")
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise CheckpointError(str(path), f"cannot be read ({error})", "Check its permissions.") from error
+    if path.suffix.lower() == ".safetensors" or head[8:9] == b"{":
+        return _taken(path, _read_safetensors(path), (), say)
+    if not head.startswith((ZIP_START, LEGACY_START)):
+        got = f"starts neither like a safetensors file nor like one of torch.save (its ending is {path.suffix!r})"
+        raise CheckpointError(str(path), got, f"Copy it again. If it is another format: {_CONVERT}")
+    with open_torch_file(path) as found:
+        return _taken(path, found.content, found.unknown, say)
 
 
-def load_weights(model: nn.Module, path: Path | str, reset_head: bool = False) -> tuple[str, ...]:
+def _taken(path: Path, content: object, unknown: Sequence[str], say: Say) -> dict[str, Tensor]:
+    """The weights inside `content`, with timm's names; tells `say` where they were and what was left out."""
+    candidates = _wrapped(content)
+    if not candidates:
+        held = content.name if isinstance(content, Unknown) else f"a {type(content).__name__}"
+        named = f" (it names {', '.join(unknown[:_MAX_LISTED])})" if unknown else ""
+        raise CheckpointError(str(path), f"holds {printable(held)}, not named tensors{printable(named)}", _CONVERT)
+    swins = [found for found in candidates if any(str(key).endswith(_STEM) for key in found[1])]
+    where, named_tensors = (swins or candidates)[0]
+    told = [f"the weights are those of `{'.'.join(where)}`"] if where else []
+    tensors = {
+        key: tensor.load() if isinstance(tensor, StoredTensor) else tensor
+        for key, tensor in named_tensors.items()
+        if isinstance(key, str) and isinstance(tensor, (StoredTensor, Tensor))
+    }
+    if others := [str(key) for key in named_tensors if key not in tensors]:
+        told.append(f"left out are {len(others)} entries that are no tensors ({', '.join(others[:_MAX_LISTED])})")
+    weights = _plain_names(path, tensors, told)
+    if unknown:
+        told.append(f"objects beside them were not made: {', '.join(unknown[:_MAX_LISTED])}")
+    if told:
+        say(printable(f"{path}: {'; '.join(told)}"))
+    return _timm_layout(weights)
+
+
+def _wrapped(content: object) -> list[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """Dicts with tensors inside `content`, the averaged ones first; also of dicts that hold themselves."""
+    found: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = []
+    seen: set[int] = set()
+
+    def visit(inner: object, where: tuple[str, ...]) -> None:
+        if not isinstance(inner, Mapping) or id(inner) in seen or len(where) > _MAX_WRAPPERS:
+            return
+        seen.add(id(inner))
+        for key in _WRAPPERS:
+            if key in inner:
+                visit(inner[key], (*where, key))
+        if any(isinstance(key, str) and isinstance(item, (StoredTensor, Tensor)) for key, item in inner.items()):
+            found.append((where, inner))
+
+    visit(content, ())
+    return found
+
+
+def load_weights(model: nn.Module, path: Path | str, reset_head: bool = False, say: Say = _say) -> tuple[str, ...]:
     """Load `path` into a timm Swin, exactly or not at all; returns the keys left as they were (the new head).
 
     Takes timm's layout and Microsoft's official one. With `reset_head` a classifier that does not fit, or is
     missing, stays as `model` has it. Nothing is interpolated. Raises CheckpointError with at most 10 keys and
     shapes, before anything in the model changes.
     """
-    return load_state(model, read_weights(path), str(path), reset_head)
+    return load_state(model, read_weights(path, say), str(path), reset_head)
 
 
 def load_state(model: nn.Module, weights: dict[str, Tensor], name: str, reset_head: bool = False) -> tuple[str, ...]:
@@ -255,38 +313,41 @@ def _check_name(section: ModelSection) -> None:
 def _read_safetensors(path: Path) -> object:
     try:
         return safetensors.torch.load_file(path)
-    except Exception as error:  # damaged headers surface as many types
-        pass_on(error)
+    except (safetensors.SafetensorError, OSError, *MALFORMED) as error:
         raise CheckpointError(str(path), f"is not a readable safetensors file ({error})", "Copy it again.") from error
 
 
-def _read_pickle(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # hostile and damaged files surface as many types
-        pass_on(error)
-        blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if blocked:
-            got = f"would run code to be read: it names {blocked[1]}, and only plain tensors are accepted"
-            do = "If you trust its source, open it there and save its tensors with safetensors.torch.save_file."
-            raise CheckpointError(str(path), got, do) from error
-        # torch's texts go on to recommend weights_only=False: what matters is after, or before, that
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("In PyTorch 2.6")[0]
-        got = f"is not a readable weights file ({type(error).__name__}: {first_line(reason)})"
-        raise CheckpointError(str(path), got, f"Copy it again. If it is another format: {_CONVERT}") from error
+def _plain_names(path: Path, weights: Mapping[str, Tensor], told: list[str]) -> dict[str, Tensor]:
+    """Keys without the prefixes of DataParallel (`module.`), torch.compile (`_orig_mod.`) and of a module around.
 
-
-def _plain_names(path: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys without what DataParallel (`module.`) and torch.compile (`_orig_mod.`) put into them."""
+    What lies outside of such a module (`model.` of Lightning, `backbone.`) is left out; `told` gets a line on it.
+    """
     plain: dict[str, Tensor] = {}
     for key, tensor in weights.items():
         name = key.replace("_orig_mod.", "")
         while name.startswith("module."):
             name = name.removeprefix("module.")
         if name in plain:
-            raise CheckpointError(str(path), f"holds {name} twice, with and without prefix", _CONVERT)
+            raise CheckpointError(str(path), f"holds {printable(name)} twice, with and without prefix", _CONVERT)
         plain[name] = tensor
-    return plain
+    prefixes = [name.removesuffix(_STEM) for name in plain if name.endswith((_STEM, f".{_STEM}"))]
+    averaged = [prefix for prefix in prefixes if "ema" in re.split(r"[._]", prefix)]
+    chosen = averaged if len(averaged) == 1 else [prefix for prefix in prefixes if not prefix] or prefixes
+    if len(chosen) > 1:
+        got = f"holds several models: {', '.join(f'`{printable(prefix)}`' for prefix in chosen[:_MAX_LISTED])}"
+        raise CheckpointError(str(path), got, "Save the tensors of one of them with safetensors.torch.save_file.")
+    prefix = chosen[0] if chosen else ""
+    others = tuple(other for other in prefixes if other != prefix)
+    inside = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in plain.items()
+        if name.startswith(prefix) and not (others and not prefix and name.startswith(others))
+    }
+    if prefix:
+        told.append(f"the prefix `{prefix}` is taken off")
+    if outside := [name for name in plain if name.removeprefix(prefix) not in inside]:
+        told.append(f"left out are {len(outside)} tensors beside the model ({', '.join(outside[:_MAX_LISTED])})")
+    return inside
 
 
 def _timm_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ Nothing is overwritten in silence: a training with other settings is refused, an
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import shutil
@@ -18,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field
 
-from .atomic import UNSUPPORTED, disk_errors, json_text, remove_leftovers, write_atomic, write_json
+from .atomic import UNSUPPORTED, disk_errors, json_text, remove_leftovers, sha256_file, write_atomic, write_json
 from .config.loading import config_differences, dump_config, load_config
 from .config.paths import as_path
 from .config.schema import ExperimentConfig
-from .errors import CheckpointError, ConfigError, SparseViTError, in_one_line
+from .documents import exists, read_json, understood
+from .errors import CheckpointError, ConfigError, SparseViTError
 from .reporting import Reporter
 
 SECTIONS: Mapping[str, tuple[str, ...]] = {
@@ -58,6 +59,26 @@ HARMLESS = (
 """Settings inside those sections that change how, but not what, is computed."""
 
 
+class _Check(BaseModel):
+    """One line of adapt's closing table."""
+
+    model_config = ConfigDict(strict=True)
+    top1: float
+    gmacs: float
+
+
+class _Result(BaseModel):
+    """What other commands take from a `metrics.json`; each has some of it."""
+
+    model_config = ConfigDict(strict=True)
+    checkpoint: str = ""
+    class_names: list[str] = Field([])
+    data_fingerprint: str = ""
+    seed: int = 0
+    check: dict[str, _Check] = Field({})
+    files: dict[str, str] = Field({})
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """One command's folder."""
@@ -81,16 +102,35 @@ class RunFolder:
 
     @property
     def result(self) -> Path:
-        """The final numbers, written last: a folder with it is done."""
+        """The final numbers, written last."""
         return self.path / "metrics.json"
 
     def read_result(self) -> dict[str, Any] | None:
-        """The final numbers of an earlier, finished run."""
-        return read_json(self.result) if self.result.exists() else None
+        """The final numbers of an earlier, finished run. Raises CheckpointError where they are damaged."""
+        if not exists(self.result):
+            return None
+        result = read_json(self.result)
+        with understood(self.result):
+            _Result.model_validate(result)
+        return result
 
-    def write_result(self, result: Mapping[str, object]) -> None:
-        """Write the final numbers."""
-        write_json(self.result, {"schema_version": 1, "command": self.command, **result})
+    def done(self, *needed: str) -> dict[str, Any]:
+        """The final numbers where all that they tell of is there, file by file; else nothing.
+
+        The numbers alone do not say that a run is done: a kill, or somebody, may have taken the files `needed` away.
+        """
+        try:
+            result = self.read_result() or {}
+            files = result.get("files", {})
+            whole = all(sha256_file(self.path / name) == digest for name, digest in files.items())
+        except (CheckpointError, OSError, ValueError):  # damaged, or not to be read: it is made again
+            return {}
+        return result if whole and set(needed) <= set(files) else {}
+
+    def write_result(self, result: Mapping[str, object], files: Sequence[str] = ()) -> None:
+        """Write the final numbers, with the hashes of the `files` that belong to them."""
+        hashes = {name: sha256_file(self.path / name) for name in files}
+        write_json(self.result, {"schema_version": 1, "command": self.command, **result, "files": hashes})
 
     def set_aside(self, names: Sequence[str], reporter: Reporter, *, copy: bool = False) -> None:
         """Move (or copy) earlier results called `names` into `earlier-NNN/`, and say so.
@@ -101,6 +141,7 @@ class RunFolder:
         if not present:
             return
         about = self.about if self.result in present else {}
+        present.sort(key=lambda path: path != self.result)  # a kill in between leaves no numbers without their files
         target = _next(self.path, "earlier-")
         with disk_errors(target, 0):
             target.mkdir()
@@ -245,38 +286,3 @@ def next_command(command: str, argv: Sequence[str]) -> str:
         if name in EXPERIMENT_FLAGS:
             kept += [word] if equals else argv[position : position + 2]
     return " ".join(["sparsevit", command, *([shlex.join(kept)] if kept else [])])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object written by us. Raises CheckpointError where it is damaged."""
-    try:
-        document = json.loads(read_text(path), object_hook=lambda found: _Document(found).of(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(str(path), f"it is no JSON of ours: {in_one_line(error)}", _AGAIN) from error
-    if not isinstance(document, dict):
-        raise CheckpointError(str(path), "it holds no JSON object", _AGAIN)
-    return document
-
-
-def read_text(path: Path) -> str:
-    """A text written by us. Raises CheckpointError where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise CheckpointError(str(path), f"it cannot be read: {error}", _AGAIN) from error
-
-
-class _Document(dict[str, Any]):
-    """A JSON object of a file; a key that it should have and has not is told with that file."""
-
-    path = Path()
-
-    def of(self, path: Path) -> _Document:
-        self.path = path
-        return self
-
-    def __missing__(self, key: str) -> Any:
-        raise CheckpointError(str(self.path), f"it has no {key}", _AGAIN)
-
-
-_AGAIN = "Run the command that makes it again."

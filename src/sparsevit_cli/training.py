@@ -7,6 +7,7 @@ order of samples, augmentation, sparsity, dropout and mixup need no saved state.
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,13 +24,24 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .atomic import remove_leftovers
-from .checkpoints import latest_checkpoint, load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
+from .checkpoints import (
+    STATE,
+    Checkpoint,
+    all_finite,
+    latest_checkpoint,
+    load_checkpoint,
+    pack_optimizer,
+    save_checkpoint,
+    unpack_optimizer,
+)
+from .config.fields import shown
 from .config.schema import LoopSection
 from .data.loader import MAX_WAIT_SECONDS, Batch, train_batches
 from .data.source import ImageSource
 from .data.transforms import as_pair
+from .documents import number, understood
 from .errors import CheckpointError, ConfigError, NonFiniteError, ResourceError, StoppedError, is_out_of_memory
-from .models import set_img_size
+from .models import load_state, set_img_size
 from .profiling.device import describe_versions
 from .profiling.inputs import TORCH_DTYPE
 from .reporting import Progress, Reporter
@@ -134,7 +146,9 @@ class TrainingJob:
     distill: float = 0.0
     temperature: float = 1.0
     identity: Mapping[str, object] = field(default_factory=dict)
-    """What a checkpoint must agree with to be resumed: data fingerprint, classes, start weights, settings."""
+    """What a checkpoint must agree with to be resumed, besides the seed: data, classes, start weights, settings."""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """The values behind the hashes in `identity`, to name those that differ."""
     validation_fingerprint: str = ""
 
 
@@ -185,6 +199,15 @@ def train(
     newest = latest_checkpoint(job.checkpoints, reporter.warn)
     assert newest is not None, "the last step always saves"
     return TrainingResult(newest, tuple(run.history), resumed_from, run.seconds)
+
+
+ROW = {"step", "epoch", "img_size", "lr", "train_loss", "seconds", "top1"}
+"""What every row of the history holds."""
+LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""State of an optimizer in the shape of its parameter, where torch's fused kernels do not look twice."""
+ADDED = ("data_settings",)
+"""Parts of an identity that checkpoints from before 2026-11-28 lack."""
+HASH_DIGITS = 64
 
 
 class _Run:
@@ -299,11 +322,12 @@ class _Run:
         loss = self._backward_with_retries(batch, phase)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), section.clip_grad or math.inf)
-        if not (math.isfinite(loss) and torch.isfinite(norm)):
-            self._refuse_step(batch, loss, float(norm))
-        else:
+        numbers = f"loss {loss} and gradient norm {float(norm)}"
+        if math.isfinite(loss) and torch.isfinite(norm):
             self.bad_steps = 0
-            self.scaler.step(self.optimizer)
+            self._update(batch, numbers)
+        else:
+            self._refuse_step(batch, numbers)
         self.scaler.update()
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
@@ -366,20 +390,43 @@ class _Run:
         words = np.random.SeedSequence([self.job.seed, self.step, *purpose.encode()]).generate_state(1)
         return int(words[0])
 
-    def _refuse_step(self, batch: Batch, loss: float, norm: float) -> None:
+    def _update(self, batch: Batch, numbers: str) -> None:
+        """The optimizer's step; one that leaves weights or state that are not finite is taken back and refused.
+
+        The copies live only here, where the activations are gone: the peak of memory stays that of the forward pass.
+        """
+        weights = [parameter.detach() for parameter in self.model.parameters()]
+        tensors, packed = pack_optimizer(self.optimizer.state_dict())
+        before = [tensor.clone() for tensor in weights], {name: tensor.clone() for name, tensor in tensors.items()}
+        overflow = ""
+        try:
+            self.scaler.step(self.optimizer)
+        except RuntimeError as error:  # a factor, such as lr times weight decay, that torch cannot hold in float32
+            if "without overflow" not in str(error):
+                raise
+            overflow = str(error)
+        if not overflow and all_finite([*weights, *pack_optimizer(self.optimizer.state_dict())[0].values()]):
+            return
+        for tensor, old in zip(weights, before[0], strict=True):
+            tensor.copy_(old)
+        self.optimizer.load_state_dict(unpack_optimizer(before[1], packed))
+        self._end_training(batch, f"the step makes weights that are not finite, from {numbers}")
+
+    def _refuse_step(self, batch: Batch, numbers: str) -> None:
         """Leave the weights as they are; end the training at once, in fp16 after a few in a row."""
         self.bad_steps += 1
         if self.scaler.is_enabled() and self.bad_steps < MAX_BAD_STEPS:
             self.scaler.step(self.optimizer)  # skips itself, and remembers to lower its scale
             return
+        self._end_training(batch, numbers)
+
+    def _end_training(self, batch: Batch, why: str) -> None:
+        """Raise NonFiniteError with all that tells of the present step."""
         is_bad = ~batch.images.flatten(1).isfinite().all(1)  # the culprits, where it was the images
         indices = batch.indices[is_bad] if is_bad.any() else batch.indices
         names = ", ".join(self.job.source.sample_name(int(i)) for i in indices[:5])
         lr = self.optimizer.param_groups[0]["lr"]
-        got = (
-            f"loss {loss} and gradient norm {norm} at step {self.step}, lr {lr:.3g}, "
-            f"sparsity {self.job.schedule.at(self.step)}, files {names}"
-        )
+        got = f"{why} at step {self.step}, lr {lr:.3g}, sparsity {self.job.schedule.at(self.step)}, files {names}"
         do = f"The weights before it are saved. Lower {self.job.kind}.lr or train in fp32, with --fresh."
         raise NonFiniteError(self.job.kind, got, do)
 
@@ -446,6 +493,7 @@ class _Run:
             "history": self.history,
             "accumulation": self.accumulation,
             "identity": dict(self.job.identity),
+            "settings": dict(self.job.settings),
         }
         save_checkpoint(
             self.job.checkpoints, self.step, tensors, state,
@@ -459,32 +507,71 @@ class _Run:
         if newest is None:
             return None
         saved = load_checkpoint(newest, device="cpu")
-        self._refuse_another_run(newest, saved.state.get("identity"))
-        self.model.load_state_dict(saved.tensors["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(saved.tensors["ema"])
-        optimizer_state: Any = saved.state["optimizer"]
-        self.optimizer.load_state_dict(unpack_optimizer(saved.tensors["optimizer"], optimizer_state))
-        scaler_state: Any = saved.state["scaler"]
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(scaler_state)
+        with understood(newest / STATE, "Move it away, or give --fresh to start anew."):
+            self._refuse_another_run(newest, saved.state)
+            self._take_over(saved)
         if saved.state.get("validation") != self.job.validation_fingerprint:
             self.reporter.warn(f"{self.job.kind}: the validation data changed; earlier rows are of the old ones")
-        history: Any = saved.state["history"]
-        losses: Any = saved.state["losses"]
-        accumulation: Any = saved.state["accumulation"]
-        self.history, self.losses, self.accumulation = list(history), list(losses), int(accumulation)
-        self.seconds = float(saved.state["seconds"])
-        self.step = saved.step
         if self.step < self.job.plan.total_steps:
             self.reporter.say(f"{self.job.kind}: going on from step {self.step} of {self.job.plan.total_steps}")
         return self.step
 
-    def _refuse_another_run(self, path: Path, identity: object) -> None:
-        saved = identity if isinstance(identity, Mapping) else {}
-        wanted = dict(self.job.identity)
-        differing = [key for key in wanted if saved.get(key) != wanted[key]]
-        if differing:
-            key = differing[0]
-            got = f"it was made with another {', '.join(differing)} ({key}: {saved.get(key)!a}, now {wanted[key]!a})"
-            raise CheckpointError(str(path), got, "Use another experiment name, or --fresh to start anew.")
+    def _take_over(self, saved: Checkpoint) -> None:
+        """Load what a checkpoint of this very run holds. Raises one of `documents.MALFORMED` where it cannot be."""
+        state: Any = saved.state
+        history, losses, seconds = list(state["history"]), list(map(number, state["losses"])), number(state["seconds"])
+        for row in history:
+            if row.keys() != history[0].keys() or not row.keys() >= ROW:
+                raise ValueError(f"a row of the history holds {', '.join(map(str, row))}")
+            list(map(number, row.values()))
+        accumulation = operator.index(state["accumulation"])
+        if not 1 <= accumulation <= self.job.section.batch_size or saved.step > self.job.plan.total_steps:
+            got = f"accumulation {accumulation} of batch {self.job.section.batch_size}"
+            raise ValueError(f"step {saved.step} of {self.job.plan.total_steps}, {got}")
+        load_state(self.model, saved.tensors["model"], str(saved.path))
+        if self.ema is not None:
+            load_state(self.ema.module, saved.tensors["ema"], str(saved.path))
+        self._load_optimizer(unpack_optimizer(saved.tensors["optimizer"], state["optimizer"]))
+        if self.scaler.is_enabled():
+            for value in state["scaler"].values():
+                number(value)
+            self.scaler.load_state_dict(state["scaler"])
+        self.history, self.losses, self.seconds = history, losses, seconds
+        self.accumulation, self.step = accumulation, saved.step
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Load an optimizer's state whose settings and tensors have the kinds and shapes of ours."""
+        for ours, theirs in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
+            keys = (ours.keys() & theirs.keys()) - {"params", "lr"}
+            wrong = [key for key in keys if type(theirs[key]) is not type(ours[key])]
+            if wrong:
+                raise TypeError(f"the optimizer's {', '.join(sorted(wrong))}")
+        self.optimizer.load_state_dict(state)
+        for parameter, values in self.optimizer.state.items():
+            for key, value in values.items():
+                is_like = key in LIKE_PARAMETER and getattr(value, "shape", None) != parameter.shape
+                if is_like or (key == "step" and not isinstance(value, (int, float)) and value.numel() != 1):
+                    raise ValueError(f"the optimizer's {key} does not fit its parameter")
+
+    def _refuse_another_run(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Raise CheckpointError that names all that differs, with both values."""
+        saved = {"seed": state.get("seed"), **state.get("identity", {})}
+        wanted = {"seed": self.job.seed, **self.job.identity}
+        compared = [key for key in wanted if key in saved or key not in ADDED]
+        differing = [key for key in compared if saved.get(key) != wanted[key]]
+        if not differing:
+            return
+        told = [f"{key.replace('_', ' ')} ({_short(saved.get(key))}, now {_short(wanted[key])})" for key in differing]
+        settings = state.get("settings", {})
+        told += [
+            f"{name} ({_short(settings[name])}, now {_short(value)})"
+            for name, value in self.job.settings.items()
+            if name in settings and settings[name] != value
+        ]
+        got = f"it was made with another {', '.join(told)}"
+        raise CheckpointError(str(path), got, "Use another experiment name, or --fresh to start anew.")
+
+
+def _short(value: object) -> str:
+    """A hash by its first digits, anything else in a line."""
+    return repr(value)[:14] + "..." if isinstance(value, str) and len(value) == HASH_DIGITS else shown(value)

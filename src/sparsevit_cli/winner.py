@@ -10,6 +10,7 @@ from .atomic import write_atomic
 from .config.fields import shown
 from .config.paths import as_path, is_there, names_a_file
 from .config.yaml_loader import dump_yaml, parse_yaml, read_yaml
+from .documents import understood
 from .errors import CheckpointError, ConfigError
 from .sparsity import SparsityConfig
 
@@ -27,7 +28,8 @@ def read_winner(path: Path) -> tuple[SparsityConfig, dict[str, Any]]:
         if not isinstance(document, dict) or "ratios" not in document:
             raise CheckpointError(str(path), "it has no `ratios`", "Give a winner.yaml written by `sparsevit search`.")
         ratios: Any = document["ratios"]
-        return SparsityConfig.from_ratios(ratios), document
+        with understood(path, "Search again: sparsevit search"):
+            return SparsityConfig.from_ratios(ratios), document
     except ConfigError as error:
         raise CheckpointError(str(path), f"it cannot be used: {error}", "Search again: sparsevit search") from error
 

@@ -73,14 +73,20 @@ def config_differences(old: ExperimentConfig, new: ExperimentConfig, ignore: Col
 
 def section_hash(config: ExperimentConfig, *sections: str) -> str:
     """SHA-256 (hex) of the settings of sections or fields (`"model"`, `"data.root"`, `"seed"`), in any order."""
-    assert sections, "name what to hash"
+    chosen = settings_of(config, *sections)
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def settings_of(config: ExperimentConfig, *sections: str) -> dict[str, Value]:
+    """The values of sections or fields (`"model"`, `"data.root"`, `"seed"`) by dotted name."""
+    assert sections, "name the sections"
     leaves = _leaves(_data(config))
     chosen: dict[str, Value] = {}
     for section in sections:
         found = {name: leaves[name] for name in leaves if f"{name}.".startswith(f"{section}.")}
         assert found, section
         chosen.update(found)
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+    return chosen
 
 
 def _data(config: ExperimentConfig) -> dict[str, Value]:

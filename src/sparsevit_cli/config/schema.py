@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sparsevit_cli.sparsity import SparsityConfig, ratio_to_tenths
 
@@ -37,6 +37,8 @@ def _names_a_path(text: str) -> str:
     return text  # as it was written, because hashes of sections are made of it
 
 
+FLOAT32_MAX, FLOAT32_TINY = 2.0**128 - 2.0**104, 2.0**-126
+"""The largest float32, and the smallest one with all of its digits."""
 Text = Annotated[str, AfterValidator(_plain_text)]
 PathText = Annotated[Text, AfterValidator(_names_a_path)]
 _GRID = {"multipleOf": 0.1}
@@ -59,6 +61,17 @@ class Section(BaseModel):
         """This section with other values, validated, unlike pydantic's. Raises ValidationError."""
         return self.model_validate({**dict(self), **(update or {})})
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _fits_float32(cls, value: object) -> object:
+        """Tensors and optimizers are float32: beyond it a number turns into infinity or zero without a word."""
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and number and not FLOAT32_TINY <= abs(number) <= FLOAT32_MAX:
+                raise ValueError(
+                    f"{number:g} does not fit into float32, which holds 0 and {FLOAT32_TINY:.3g} to {FLOAT32_MAX:.3g}"
+                )
+        return value
+
 
 class ModelSection(Section):
     """Which timm Swin, and its weights."""
@@ -70,7 +83,8 @@ class ModelSection(Section):
     )
     pretrained: bool = Field(False, description="Start from timm's pretrained weights (downloads from the model hub).")
     checkpoint: PathText | None = Field(
-        None, description="Local weights to start from: .safetensors, .pth/.pt, or a checkpoint directory of ours."
+        None,
+        description="Local weights to start from: safetensors, any file of torch.save, or a checkpoint folder of ours.",
     )
     reset_head: bool = Field(False, description="Start with a new classifier where the checkpoint's does not fit.")
     img_size: Size | tuple[Size, Size] = Field(224, description="Input size in pixels: one number or [height, width].")

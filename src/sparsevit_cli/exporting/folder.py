@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from torch import nn
@@ -24,6 +24,7 @@ from sparsevit_cli.atomic import (
     sync,
     sync_folder,
 )
+from sparsevit_cli.documents import read_json, understood
 from sparsevit_cli.errors import CheckpointError, ConfigError, in_one_line, pass_on
 from sparsevit_cli.profiling.device import describe_versions
 from sparsevit_cli.reporting import Reporter
@@ -75,9 +76,9 @@ class SparsityFile:
 def load_sparsity(path: Path | str) -> SparsityFile:
     """Read a sparsity.json, or the one of an export folder. Raises CheckpointError."""
     path = Path(path)
-    path = path / SPARSITY if path.is_dir() else path
-    parsed = _read_json(path)
-    try:
+    path = path / SPARSITY if os.path.isdir(path) else path
+    parsed = read_json(path, _AGAIN)
+    with understood(path, _AGAIN):
         if parsed["format"] != FORMAT_VERSION:
             got = f"format {parsed['format']!r}, this version reads {FORMAT_VERSION}"
             raise CheckpointError(str(path), got, "Read it with the version of sparsevit-cli that wrote it.")
@@ -86,6 +87,8 @@ def load_sparsity(path: Path | str) -> SparsityFile:
         if parsed["importance"] not in IMPORTANCES:
             raise ValueError(f"importance {parsed['importance']!r}")
         model = parsed["model"]
+        if not isinstance(model["name"], (str, type(None))):
+            raise TypeError(f"a model named {model['name']!r}")
         return SparsityFile(
             sparsity=SparsityConfig.from_ratios(parsed["ratios"], depths),
             depths=depths,
@@ -99,9 +102,6 @@ def load_sparsity(path: Path | str) -> SparsityFile:
             versions=dict(parsed["versions"]),
             windows=tuple((int(height), int(width)) for height, width in parsed.get("windows", ())),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        got = f"is not a sparsity file ({type(error).__name__}: {error})"
-        raise CheckpointError(str(path), got, _AGAIN) from error
 
 
 def load_exported(directory: Path | str) -> nn.Module:
@@ -133,7 +133,8 @@ def load_exported(directory: Path | str) -> nn.Module:
         pass_on(error)
         got = f"does not load into {saved.model.name} ({in_one_line(error)})"
         raise CheckpointError(str(directory / WEIGHTS), got, _AGAIN) from error
-    set_sparsity(sparsify_(model, importance=saved.importance), saved.sparsity)
+    with understood(directory / SPARSITY, _AGAIN):
+        set_sparsity(sparsify_(model, importance=saved.importance), saved.sparsity)
     return model.eval()
 
 
@@ -223,21 +224,9 @@ def publish(staging: Path, directory: Path, reporter: Reporter) -> None:
     sync_folder(directory)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(str(path), "is missing", _AGAIN) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(str(path), f"cannot be read ({in_one_line(error)})", _AGAIN) from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(str(path), "is not a JSON object", _AGAIN)
-    return parsed
-
-
 def _verify(directory: Path, names: Sequence[str]) -> None:
     """Compare files with the manifest's hashes. Raises CheckpointError."""
-    manifest = _read_json(directory / MANIFEST)
+    manifest = read_json(directory / MANIFEST, _AGAIN)
     for name in names:
         path = directory / name
         if not path.is_file():
@@ -246,7 +235,11 @@ def _verify(directory: Path, names: Sequence[str]) -> None:
             expected = manifest["files"][name]["sha256"]
         except (KeyError, TypeError) as error:
             raise CheckpointError(str(directory / MANIFEST), f"does not list {name}", _AGAIN) from error
-        if sha256_file(path) != expected:
+        try:
+            found = sha256_file(path)
+        except OSError as error:
+            raise CheckpointError(str(path), f"cannot be read ({error})", _AGAIN) from error
+        if found != expected:
             got = "has another SHA-256 than the manifest says: its content changed"
             raise CheckpointError(str(path), got, _AGAIN)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from sparsevit_cli.documents import understood
 from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.sparsity import SparsityConfig
 
@@ -121,9 +122,9 @@ class LatencyTable:
         return json.dumps({"format": FORMAT, "sha256": _checksum(table), "table": table}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str = "latency table") -> LatencyTable:
+    def from_json(cls, text: str | bytes, where: str = "latency table") -> LatencyTable:
         """Table from `to_json`; `where` names the file in messages. Raises CheckpointError where it is damaged."""
-        try:
+        with understood(where, "Measure it again."):
             document = json.loads(text)
             if not isinstance(document, dict) or document.get("format") != FORMAT:
                 raise ValueError(f"expected format {FORMAT}")
@@ -131,9 +132,6 @@ class LatencyTable:
             if document["sha256"] != _checksum(table):
                 raise ValueError("the checksum does not match")
             return cls(**table)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            got = f"damaged or not a latency table ({type(error).__name__}: {error})"
-            raise CheckpointError(where, got, "Measure it again.") from error
 
 
 def _checksum(table: object) -> str:

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from sparsevit_cli.atomic import free_bytes, has_no_room, told_of
+from sparsevit_cli.documents import number, understood
 from sparsevit_cli.errors import CheckpointError, NonFiniteError, ResourceError, SparseViTError
 from sparsevit_cli.sparsity import SparsityConfig
 
@@ -232,9 +233,11 @@ def _prepare(database: sqlite3.Connection, path: Path) -> None:
         for *row, checksum in database.execute(f"SELECT * FROM {table}"):
             if checksum != _checksum(tuple(row)):
                 raise CheckpointError(f"ledger {path}", f"damaged (a row of {table} fails its checksum)", _KEEP)
-            first_number = 4 if table == "evaluations" else 2
-            if not _is_sound(row[first_number - 1], row[first_number:]):
-                raise CheckpointError(f"ledger {path}", f"damaged (a row of {table} holds no numbers)", _KEEP)
+            with understood(f"ledger {path}", _KEEP):
+                names, numbers = (row[:4], row[4:]) if table == "evaluations" else (row[:2], row[2:])
+                _config(names[-1])
+                if not all(math.isfinite(number(value)) for value in numbers):
+                    raise ValueError(f"a number in {table} that is not finite")
 
 
 def _lead(path: Path) -> sqlite3.Connection:
@@ -263,7 +266,10 @@ def _lead(path: Path) -> sqlite3.Connection:
 def _leader(path: Path) -> tuple[str, int]:
     """Host and pid in the leader row; empty where there is none yet."""
     existing = f"{path.absolute().as_uri()}?mode=rw"
-    with suppress(sqlite3.Error), closing(sqlite3.connect(existing, timeout=0.1, uri=True)) as database:
+    with (
+        suppress(sqlite3.Error, ValueError, TypeError),
+        closing(sqlite3.connect(existing, timeout=0.1, uri=True)) as database,
+    ):
         row = database.execute("SELECT host, pid FROM leader").fetchone()
         if row is not None:
             return str(row[0]), int(row[1])
@@ -337,15 +343,6 @@ def _candidate(config: SparsityConfig) -> str:
 
 def _config(candidate: str) -> SparsityConfig:
     return SparsityConfig(tuple(map(tuple, json.loads(candidate))))
-
-
-def _is_sound(candidate: Any, numbers: list[Any]) -> bool:
-    """False for a row that was made by hand: SQLite takes text for numbers, and anything for a candidate."""
-    try:
-        _config(candidate)
-    except (ValueError, TypeError, RecursionError):
-        return False
-    return all(isinstance(number, float) and math.isfinite(number) for number in numbers)
 
 
 def _identity(device: Mapping[str, Any]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from sparsevit_cli.documents import read_json, understood
 from sparsevit_cli.profiling.macs import macs_cost
-from sparsevit_cli.runs import RunFolder, read_json
+from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.winner import parse_ratios
@@ -65,8 +66,9 @@ def ratios_to_use(session: Session, depths: tuple[int, ...], typed: str | None, 
     if typed is not None:
         return parse_ratios(typed, depths)
     if weights.name == "finetune":  # whatever was searched since
-        tuned_at = read_json(session.earlier("finetune").path / "sparsity.json")["ratios"]
-        return SparsityConfig.from_ratios(tuned_at, depths)
+        path = session.earlier("finetune").path / "sparsity.json"
+        with understood(path, f"Type: {session.earlier('finetune').typed}"):
+            return SparsityConfig.from_ratios(read_json(path)["ratios"], depths)
     if weights.name != "adapt":
         session.reporter.say(
             f"weights of {weights.name}: no ratios are given, all windows are computed (--ratios 0.6 prunes)"

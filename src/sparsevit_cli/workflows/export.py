@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 from sparsevit_cli.config.loading import section_hash
+from sparsevit_cli.documents import read_json
 from sparsevit_cli.exporting import ExportReport, ModelInfo, export_model
 from sparsevit_cli.models import model_arguments
-from sparsevit_cli.runs import RunFolder, read_json
+from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
 
@@ -89,6 +90,7 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
             "ratios": config.ratios,
             "settings": export_settings(session),
             "manifest": report.manifest.name,
-        }
+        },
+        files=[*read_json(report.manifest)["files"], report.manifest.name],
     )
     return ExportSummary(folder, trained.name, config, report)

@@ -9,12 +9,13 @@ from random import Random
 from torch import nn
 
 from sparsevit_cli.atomic import write_atomic
+from sparsevit_cli.documents import read_bytes
 from sparsevit_cli.errors import CheckpointError, MeasurementError, UnsteadyError
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
 from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
 from sparsevit_cli.profiling.neighbours import Patience
-from sparsevit_cli.runs import RunFolder, read_text
+from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.search.latency_table import LatencyTable, TableError
 from sparsevit_cli.search.ledger import LatencyRecord, Ledger
 from sparsevit_cli.sparsity import MAX_TENTHS, SearchSpace, SparsityConfig
@@ -108,7 +109,7 @@ class SearchLatencies:
         """Read from the folder where it was measured under the same identity, else measured now."""
         path, reporter = self.folder.path / "latency_table.json", self.session.reporter
         if path.exists():
-            table = LatencyTable.from_json(read_text(path), str(path))
+            table = LatencyTable.from_json(read_bytes(path), str(path))
             try:
                 table.check_identity(self._identity)
                 reporter.say(f"search: using the latency table {path}")

@@ -8,19 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import index
 from typing import Any
 
 from torch import Tensor, nn
 
 from sparsevit_cli.atomic import write_json
 from sparsevit_cli.data.build import DataBundle
-from sparsevit_cli.errors import UnsteadyError
-from sparsevit_cli.exporting import check_packages
+from sparsevit_cli.documents import read_json, understood
+from sparsevit_cli.errors import CheckpointError, UnsteadyError
+from sparsevit_cli.exporting import MANIFEST, check_packages
 from sparsevit_cli.models import set_img_size
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input, placed
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import count_macs, macs_cost
-from sparsevit_cli.runs import RunFolder, read_json
+from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_stages
 from sparsevit_cli.tasks.classification import Accuracy
@@ -44,6 +46,8 @@ from .training import (
 from .weights import trained_weights
 
 RIVAL_SIZE = "size.json"
+NEEDED = {"profile": ("profile.json",), "export": (MANIFEST,)}
+"""Files without which a step is not done, whatever its numbers say."""
 MOST_RIVALS = 9
 """Lower resolutions whose latency is measured, to find the one nearest to the winner's."""
 
@@ -125,7 +129,7 @@ def run_pipeline(session: Session) -> PipelineSummary:
         ("export", export_winner, {**tuned, "settings": export_settings(session)}),
     )
     for command, step, wanted in steps:
-        found = session.earlier(command).read_result() or {}
+        found = session.earlier(command).done(*NEEDED.get(command, ()))
         if session.fresh or any(found.get(name) != value for name, value in wanted.items()):
             step(session)
     return _summary(session, folder, contenders, seconds)
@@ -221,9 +225,21 @@ def _uniform_rivals(
 
 def _rival_folder(session: Session, winner: SparsityConfig) -> RunFolder:
     """The rival's folder; that of another winner is set aside: its size stands for another latency."""
-    chosen = session.earlier("rival").path / RIVAL_SIZE
-    stale = chosen.exists() and read_json(chosen).get("winner") != str(winner)
+    earlier = session.earlier("rival")
+    stale = _rival_size(earlier, winner) is None and earlier.path.exists()
     return session.replaced(fresh=session.fresh or stale).folder("rival")
+
+
+def _rival_size(folder: RunFolder, winner: SparsityConfig) -> tuple[int, int] | None:
+    """The size chosen for this winner; None where none was, or where the file does not say."""
+    path = folder.path / RIVAL_SIZE
+    try:
+        with understood(path):
+            document = read_json(path)
+            height, width = map(index, document["img_size"])
+            return (height, width) if document["winner"] == str(winner) and min(height, width) > 0 else None
+    except CheckpointError:
+        return None
 
 
 def _smaller_rival(
@@ -237,12 +253,11 @@ def _smaller_rival(
     """The dense model at the lower resolution whose latency is nearest to the winner's."""
     set_sparsity(tuned, winner)
     sizes = rival_sizes(session.img_size, _patch(tuned), max(sparse_stages(tuned)[0].blocks[0].window_size))
-    chosen = folder.path / RIVAL_SIZE
-    if chosen.exists():  # measured again, noise could pick another one than was trained
-        height, width = read_json(chosen)["img_size"]
+    chosen = _rival_size(folder, winner)
+    if chosen is not None:  # measured again, noise could pick another one than was trained
         model = session.model(classes, weights)
-        set_img_size(model, (height, width))
-        return model.eval(), (height, width)
+        set_img_size(model, chosen)
+        return model.eval(), chosen
     models = {size: session.model(classes, weights).eval() for size in sorted(sizes)}
     for size, model in models.items():
         set_img_size(model, size)
@@ -261,7 +276,7 @@ def _smaller_rival(
         f"run: the dense rival of equal {cost}, takes {size[0]}x{size[1]} pixels "
         f"({costs[f'{size[0]}x{size[1]}']:.3g} {unit}, the winner {costs['winner']:.3g} {unit})"
     )
-    write_json(chosen, {"img_size": size, "winner": str(winner)})
+    write_json(folder.path / RIVAL_SIZE, {"img_size": size, "winner": str(winner)})
     return models[size], size
 
 

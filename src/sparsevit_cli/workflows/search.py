@@ -36,7 +36,7 @@ from sparsevit_cli.search.pareto import pareto_front
 from sparsevit_cli.search.results import Evaluation, Progress, SearchResult, best_first
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import set_sparsity
-from sparsevit_cli.winner import write_winner
+from sparsevit_cli.winner import read_winner, write_winner
 
 from .latencies import SearchLatencies
 from .plots import plot_pareto
@@ -106,7 +106,7 @@ def search(session: Session, *, without_clock: bool = False) -> SearchSummary:
         requests = tuple(request for request in requests if request.metric == "macs")
     weights = trained_weights(session, "adapt", "sparsevit search")
     data = session.data(weights)
-    if data.fingerprint != weights.result["data_fingerprint"]:
+    if data.fingerprint != weights.result.get("data_fingerprint"):
         got = "the data, or the seed that splits them, are not those that adapt trained on"
         raise CheckpointError("sparsevit search", got, "Use the same data and seed: images trained on prove nothing.")
     if session.config.search.max_ratio > session.config.adapt.max_ratio:
@@ -142,8 +142,12 @@ def budget_requests(session: Session) -> tuple[BudgetRequest, ...]:
 def is_searched(session: Session) -> bool:
     """True where the winner stands for the present settings and adapted weights."""
     folder = session.earlier("search")
-    result = folder.read_result()
-    if result is None or not (folder.path / "winner.yaml").exists():
+    result = folder.done()
+    try:
+        winner = read_winner(folder.path / "winner.yaml")[0]
+    except CheckpointError:
+        return False
+    if result.get("ratios") != [list(stage) for stage in winner.ratios]:
         return False
     weights = trained_weights(session, "adapt", "sparsevit search")
     settings = section_hash(session.config, "search", "seed")

@@ -130,7 +130,7 @@ class Session:
             raise ConfigError("model.num_classes", got, "Set it to null, or to the number of classes at least.")
         if weights is not None:  # everything else that names weights would be loaded for nothing
             section = section.model_copy(update={"pretrained": False, "checkpoint": None})
-        model = build_model(section, num_classes, seed=self.config.seed)
+        model = build_model(section, num_classes, seed=self.config.seed, say=self.reporter.say)
         if weights is not None:
             load_state(model, weights.state_dict, f"weights of {weights.name}")
         return self.sparsified_(model).to(self.device)

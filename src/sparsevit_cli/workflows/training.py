@@ -15,9 +15,9 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from sparsevit_cli.atomic import write_atomic, write_json
-from sparsevit_cli.config.loading import section_hash
+from sparsevit_cli.config.loading import section_hash, settings_of
 from sparsevit_cli.config.paths import as_path
-from sparsevit_cli.config.schema import DistilLoopSection, LoopSection
+from sparsevit_cli.config.schema import DataSection, DistilLoopSection, LoopSection
 from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import check_img_size
@@ -36,6 +36,8 @@ from .session import Session, Weights
 from .weights import file_weights, trained_weights
 
 Size = tuple[int, int]
+DATA_SETTINGS = [f"data.{name}" for name in DataSection.model_fields if f"data.{name}" not in (*HARMLESS, "data.root")]
+"""What makes images what a training sees; the folder itself may move, the fingerprint knows its files."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,9 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
             "start": kind.start,
             "steps": kind.plan.total_steps,
             "settings": section_hash(config, *_settings(kind)),
+            "data_settings": section_hash(config, *DATA_SETTINGS),
         },
+        settings=settings_of(config, "model", *_settings(kind), *DATA_SETTINGS),
         validation_fingerprint=data.val_fingerprint,
     )
     if section.grad_checkpointing:
@@ -187,7 +191,9 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
     result = train(job, session.reporter, session.stop, on_row=lambda rows: _write_rows(folder, rows, session.reporter))
     set_sparsity(model, kind.validate_at)
     last: Mapping[str, Any] = result.history[-1]
-    already_done = result.resumed_from == kind.plan.total_steps and folder.result.exists()
+    checkpoint = str(result.checkpoint.relative_to(folder.path))
+    done = folder.done("sparsity.json").get("checkpoint") == checkpoint
+    already_done = result.resumed_from == kind.plan.total_steps and done
     if already_done:
         session.reporter.say(f"{kind.command}: already done; the result of {folder.path} is used")
     else:
@@ -196,14 +202,15 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
             {
                 "top1": last["top1"],
                 "seed": session.config.seed,
-                "checkpoint": str(result.checkpoint.relative_to(folder.path)),
+                "checkpoint": checkpoint,
                 "class_names": list(data.class_names),
                 "data_fingerprint": data.fingerprint,
                 "steps": kind.plan.total_steps,
                 "seconds": last["seconds"],
                 "history": list(result.history),
                 **session.environment,
-            }
+            },
+            files=["sparsity.json"],
         )
         plot_training(folder.path / "results.png", result.history, session.reporter)
     return TrainingSummary(kind.command, folder, float(last["top1"]), float(last["seconds"]), already_done)
@@ -266,8 +273,9 @@ def _check_rows(
     above = [f"{ratio:g}" for ratio in section.check_ratios if ratio > space.max_ratio]
     if above:
         session.reporter.warn(f"adapt.check_ratios {', '.join(above)} left out: above adapt.max_ratio")
-    done = (folder.read_result() or {}).get("check", {})
-    if not done:
+    done = folder.done("sparsity.json").get("check", {})
+    if set(done) != {label for label, _ in wanted}:
+        done = {}
         macs = macs_cost(model, (session.config.model.in_chans, *session.img_size))
         total = sum(len(configs) for _, configs in wanted)
         check = partial(session.stop.check, "adapt", "the training is saved, its closing table is not")
@@ -279,7 +287,7 @@ def _check_rows(
                     top1 += score(session, model, data.val, before_batch=check).top1 / len(configs)
                     progress.advance()
                 done[label] = {"top1": top1, "gmacs": sum(map(macs, configs)) / len(configs) / 1e9}
-        folder.write_result({**(folder.read_result() or {}), "check": done})
+        folder.write_result({**(folder.read_result() or {}), "check": done}, files=["sparsity.json"])
     return tuple(CheckRow(label, row["top1"], row["gmacs"]) for label, row in done.items())
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from sparsevit_cli.atomic import sha256_file
-from sparsevit_cli.checkpoints import Checkpoint, load_checkpoint
+from sparsevit_cli.checkpoints import STATE, Checkpoint, load_checkpoint
 from sparsevit_cli.config.loading import config_differences, load_config
 from sparsevit_cli.config.paths import as_path, is_there
+from sparsevit_cli.documents import understood
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import read_weights
 from sparsevit_cli.runs import RunFolder, missing_result
@@ -36,7 +39,7 @@ def trained_weights(session: Session, command: str, needed_by: str) -> Weights:
     if not isinstance(names, list):
         raise CheckpointError(str(folder.result), "it has no class_names", f"Type: {folder.typed} --fresh")
     _tell_differences(session, folder)
-    checkpoint = load_checkpoint(folder.path / str(result["checkpoint"]), only=("ema", "model"))
+    checkpoint = load_checkpoint(folder.path / result.get("checkpoint", "checkpoints"), only=("ema", "model"))
     return _weights(command, checkpoint, tuple(map(str, names)), result)
 
 
@@ -52,20 +55,20 @@ def chosen_weights(session: Session, typed: str | None, needed_by: str) -> Weigh
     path = as_path(command, "--weights")
     if not is_there(path, "--weights"):
         got = f"{path} is no file; allowed are {', '.join(TRAININGS)} and paths"
-        raise ConfigError("--weights", got, "Name a command, a .safetensors or .pth file, or a checkpoint folder.")
-    return file_weights(path)
+        raise ConfigError("--weights", got, "Name a command, a file of weights, or a checkpoint folder.")
+    return file_weights(path, session.reporter.say)
 
 
-def file_weights(path: Path) -> Weights:
-    """Weights of a `.safetensors`, `.pth` or `.pt` file, or of a checkpoint folder of ours, which knows its classes.
+def file_weights(path: Path, say: Callable[[str], None] = lambda text: None) -> Weights:
+    """Weights of a safetensors or torch file, or of a checkpoint folder of ours, which knows its classes.
 
-    Raises CheckpointError.
+    `say` is told what was taken from a file. Raises CheckpointError.
     """
-    if not path.is_dir():
-        return Weights(str(path), read_weights(path), sha256_file(path))
+    if not os.path.isdir(path):
+        return Weights(str(path), read_weights(path, say), sha256_file(path))
     checkpoint = load_checkpoint(path, only=("ema", "model"))
-    identity = checkpoint.state.get("identity", {})
-    names = tuple(map(str, identity.get("class_names", ())))
+    with understood(checkpoint.path / STATE):
+        names = tuple(map(str, checkpoint.state.get("identity", {}).get("class_names", ())))
     return _weights(str(path), checkpoint, names, {"seed": checkpoint.state.get("seed")})
 
 
