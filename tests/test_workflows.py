@@ -15,13 +15,17 @@ import pytest
 import safetensors.torch
 import torch
 
+from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.errors import CheckpointError, ConfigError, StoppedError
 from sparsevit_cli.exporting import folder as exporting_folder
 from sparsevit_cli.exporting import load_exported
 from sparsevit_cli.profiling.device import source_revision
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder, RunLocks, next_command
+from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.stopping import StopRequest
+from sparsevit_cli.winner import write_winner
+from sparsevit_cli.workflows import search as search_workflow
 from sparsevit_cli.workflows.evaluate import evaluate_checkpoint
 from sparsevit_cli.workflows.export import export_winner
 from sparsevit_cli.workflows.pages import profile_page
@@ -30,7 +34,7 @@ from sparsevit_cli.workflows.plan import plan_lines
 from sparsevit_cli.workflows.profile import profile_model, profile_target, threads_set
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.training import adapt, pretrain
-from sparsevit_cli.workflows.weights import file_weights
+from sparsevit_cli.workflows.weights import file_weights, trained_weights
 from tiny import tiny_config
 
 RATIOS = "[[.3],[.5]]"
@@ -246,6 +250,30 @@ def test_a_result_set_aside_goes_before_its_files(tmp_path: Path, monkeypatch: p
     assert not folder.done("a.json", "c.json")
     (tmp_path / "b.csv").write_text("other")
     assert not folder.done("a.json")
+
+
+def test_a_search_is_done_while_winner_and_numbers_agree(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_in(runs)
+    weights = trained_weights(session, "pretrain", "a test")
+    monkeypatch.setattr(search_workflow, "trained_weights", lambda *arguments: weights)
+    folder = session.earlier("search")
+    folder.path.mkdir()
+    winner = SparsityConfig.from_ratios([[0.3], [0.5]])
+    settings = section_hash(session.config, "search", "seed")
+    numbers = {"ratios": winner.ratios, "settings": settings, "checkpoint_sha256": weights.sha256}
+
+    def write() -> None:
+        folder.write_result(numbers)
+        write_winner(folder.path / "winner.yaml", winner, {})
+
+    write()
+    assert search_workflow.is_searched(session)
+    for name in ("winner.yaml", "metrics.json"):
+        for content in (b"", b"\xff", b"ratios: 3", b"{", b'{"ratios": [[0.1], [0.1]]}'):
+            (folder.path / name).write_bytes(content)
+            assert not search_workflow.is_searched(session)
+            write()
+    assert search_workflow.is_searched(session)
 
 
 @pytest.mark.parametrize("damage", ["missing sparsity.json", "metrics.json", "text", "another checkpoint"])
