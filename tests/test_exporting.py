@@ -488,11 +488,11 @@ def saved_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"format": 99}, "format 99"),
         ({"ratios": [[0.5]]}, "block pairs"),
         ({"ratios": [[0.55], [0.5]]}, "not on the grid"),
-        ({"ratios": None}, "not a sparsity file"),
+        ({"ratios": None}, "is not what it should be"),
         ({"importance": "luck"}, "luck"),
-        ({"img_size": 128}, "not a sparsity file"),
-        ({"model": []}, "not a sparsity file"),
-        ({"versions": 3}, "not a sparsity file"),
+        ({"img_size": 128}, "is not what it should be"),
+        ({"model": []}, "is not what it should be"),
+        ({"versions": 3}, "is not what it should be"),
     ],
 )
 def test_bad_sparsity_files(saved_folder: Path, tmp_path: Path, change: dict[str, object], message: str) -> None:

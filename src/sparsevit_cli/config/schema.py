@@ -65,7 +65,10 @@ class Section(BaseModel):
     @classmethod
     def _fits_float32(cls, value: object) -> object:
         """Tensors and optimizers are float32: beyond it a number turns into infinity or zero without a word."""
-        for number in value if isinstance(value, tuple) else (value,):
+        left = [value]
+        while left:
+            number = left.pop()
+            left += number if isinstance(number, tuple) else ()
             if isinstance(number, float) and number and not FLOAT32_TINY <= abs(number) <= FLOAT32_MAX:
                 raise ValueError(
                     f"{number:g} does not fit into float32, which holds 0 and {FLOAT32_TINY:.3g} to {FLOAT32_MAX:.3g}"
