@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsevit_cli.checkpoints import best_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
-from sparsevit_cli.errors import CheckpointError, SparseViTError
+from sparsevit_cli.errors import CheckpointError, StoppedError
 from sparsevit_cli.exporting import load_exported, load_sparsity
 from sparsevit_cli.models import read_weights
 from sparsevit_cli.reporting import SilentReporter
@@ -190,7 +190,7 @@ def saved_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A training that was stopped after a few steps, and its checkpoint."""
     folder = tmp_path_factory.mktemp("handmade")
     stop = StopAt(job(folder, mixup=0.0), 2)
-    with pytest.raises(SparseViTError):
+    with pytest.raises(StoppedError):
         run(stop.job, stop)
     newest = latest_checkpoint(folder / "checkpoints")
     assert newest is not None
@@ -250,7 +250,7 @@ def test_handmade_states_are_told(data: Any, saved_run: tuple[Any, Path]) -> Non
 )
 def test_handmade_tensors_are_told(change: Callable[[Any], Any], tmp_path: Path) -> None:
     stop = StopAt(job(tmp_path, mixup=0.0), 1)
-    with pytest.raises(SparseViTError):
+    with pytest.raises(StoppedError):
         run(stop.job, stop)
     folder = latest_checkpoint(tmp_path / "checkpoints")
     assert folder is not None
@@ -289,7 +289,7 @@ def test_a_checkpoint_of_another_run_is_told_by_every_difference(tmp_path: Path)
     identity = {"data": "a" * 64, "class_names": ["a"], "start": "scratch", "data_settings": "1" * 64}
     training = replace(training, identity=identity, settings={"train.lr": 0.1, "data.crop_pct": 0.9})
     stop = StopAt(training, 1)
-    with pytest.raises(SparseViTError):
+    with pytest.raises(StoppedError):
         run(stop.job, stop)
     resumed(training)
     resumed(replace(training, identity={**identity, "data_settings": "1" * 64}))

@@ -244,7 +244,7 @@ def test_a_result_set_aside_goes_before_its_files(tmp_path: Path, monkeypatch: p
     folder.write_result({}, files=names[:2])
     assert folder.done("a.json")
     moved: list[str] = []
-    monkeypatch.setattr(shutil, "move", lambda path, target: moved.append(path.name))
+    monkeypatch.setattr(shutil, "move", lambda path, target, **_: moved.append(path.name))
     folder.set_aside(names, SilentReporter())
     assert moved == ["metrics.json", "a.json", "b.csv"]
     assert not folder.done("a.json", "c.json")

@@ -42,8 +42,8 @@ from .atomic import (
     sync_folder,
     write_atomic,
 )
-from .documents import MALFORMED, exists, parse_json, read_bytes, understood
-from .errors import CheckpointError, ConfigError, NonFiniteError, in_one_line
+from .documents import exists, parse_json, read_bytes, understood
+from .errors import CheckpointError, ConfigError, NonFiniteError, in_one_line, pass_on
 
 FAILPOINTS = (
     "ckpt.before_open",
@@ -167,7 +167,8 @@ def load_checkpoint(
             data = _read_verified(path / name, entry)
             try:
                 loaded = safetensors.torch.load(data)
-            except (safetensors.SafetensorError, *MALFORMED) as error:
+            except Exception as error:  # damaged headers surface as many types
+                pass_on(error)
                 raise _damaged(path / name, f"is not a safetensors file ({in_one_line(error)})") from error
             tensors[stem] = {key: tensor.to(device, copy=True) for key, tensor in loaded.items()}
         else:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, SparseViTError, in_one_line
+from .errors import CheckpointError, SparseViTError, in_one_line, stopped_by
 
 MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What code raises that takes the parts of a document for what they should be."""
@@ -50,6 +50,8 @@ def understood(path: Path | str, do: str = AGAIN) -> Iterator[None]:
     except CheckpointError:
         raise
     except MALFORMED as error:
+        if (stopped := stopped_by(error)) is not None:
+            raise stopped from error
         reason = error.got if isinstance(error, SparseViTError) else in_one_line(error)
         raise CheckpointError(str(path), f"is not what it should be ({reason})", do) from error
 

@@ -21,7 +21,7 @@ from .checkpoints import load_checkpoint
 from .config.paths import as_path
 from .config.schema import ModelSection
 from .config.yaml_loader import printable
-from .documents import MALFORMED, exists
+from .documents import exists
 from .errors import CheckpointError, ConfigError, in_one_line, pass_on
 from .swin import GENERATIONS, model_depths
 from .torch_files import LEGACY_START, ZIP_START, StoredTensor, Unknown, open_torch_file
@@ -313,7 +313,8 @@ def _check_name(section: ModelSection) -> None:
 def _read_safetensors(path: Path) -> object:
     try:
         return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, *MALFORMED) as error:
+    except Exception as error:  # damaged headers surface as many types
+        pass_on(error)
         raise CheckpointError(str(path), f"is not a readable safetensors file ({error})", "Copy it again.") from error
 
 

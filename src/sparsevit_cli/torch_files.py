@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError, in_one_line
+from .errors import CheckpointError, in_one_line, pass_on
 
 ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80"
@@ -117,6 +117,7 @@ def open_torch_file(path: Path) -> Iterator[TorchFile]:
         do = "If you trust its source, open it there and save its tensors with safetensors.torch.save_file."
         raise CheckpointError(str(path), got, do) from error
     except _DAMAGE as error:
+        pass_on(error)
         got = f"is not a readable weights file ({in_one_line(error)})"
         raise CheckpointError(str(path), got, "Copy it again, or save its tensors with safetensors.") from error
 

@@ -187,8 +187,13 @@ def profile_model(
     folder.set_aside(FILES, session.reporter)
     write_json(folder.path / "profile.json", report.document())
     folder.write_result(
-        {"rows": [asdict(row) for row in rows], "ratios": config.ratios, "settings": profile_settings(session)},
-        files=FILES[:-1],
+        {
+            "rows": [asdict(row) for row in rows],
+            "steady": all(row.stable for row in rows),
+            "ratios": config.ratios,
+            "settings": profile_settings(session),
+        },
+        files=["profile.json"],
     )
     with optional_output(session.reporter, "samples.npz"):
         arrays: dict[str, Any] = {name: np.array(values) for name, values in samples.items()}
