@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from sparsevit_cli import atomic, cli, models
+from sparsevit_cli import atomic, cli, torch_files
 from sparsevit_cli.checkpoints import load_checkpoint, save_checkpoint
 from sparsevit_cli.config import loading
 from sparsevit_cli.config.schema import AugmentSection, DataSection
@@ -105,7 +105,7 @@ def _safetensors(patch: pytest.MonkeyPatch, folder: Path, act: Act) -> object:
 
 def _pickle(patch: pytest.MonkeyPatch, folder: Path, act: Act) -> object:
     torch.save({"a": torch.zeros(1)}, folder / "w.pth")
-    patch.setattr(models, "open_torch_file", does(act))
+    patch.setattr(torch_files, "_read_zip", does(act))
     return read_weights(folder / "w.pth")
 
 
