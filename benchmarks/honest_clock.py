@@ -21,6 +21,7 @@ import timm
 import torch
 from torch import nn
 
+from sparsevit_cli.errors import UnsteadyError
 from sparsevit_cli.profiling.device import describe_versions, device_identity
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.memory import reuse_freed_memory
@@ -33,22 +34,24 @@ from noise import NOISE, beside
 CALLS, SLOWER_CALLS = 10, 11
 
 
-def session(model: nn.Module, x: torch.Tensor, seed: int, wait_seconds: float) -> dict[str, Latency]:
-    """One A/A/B measurement."""
+def session(model: nn.Module, x: torch.Tensor, seed: int, wait_seconds: float) -> dict[str, Latency] | UnsteadyError:
+    """One A/A/B measurement, or why there is none."""
 
     def calls(count: int) -> None:
         for _ in range(count):
             model(x)
 
     candidates = {"a": partial(calls, CALLS), "a again": partial(calls, CALLS), "b": partial(calls, SLOWER_CALLS)}
-    return measure_interleaved(
-        candidates, device=x.device, seconds=1.0, seed=seed, strict=False, patience=Patience(wait_seconds)
-    )
+    try:
+        return measure_interleaved(candidates, device=x.device, seconds=1.0, seed=seed, patience=Patience(wait_seconds))
+    except UnsteadyError as error:
+        return error
 
 
-def counts(sessions: list[dict[str, Latency]]) -> dict[str, int | float | str]:
+def counts(sessions: list[dict[str, Latency] | UnsteadyError]) -> dict[str, int | list[float] | list[str]]:
     """What became of the sessions."""
-    steady = [found for found in sessions if all(latency.stable for latency in found.values())]
+    steady = [found for found in sessions if not isinstance(found, UnsteadyError)]
+    middles = sorted(found["a"].median_ms / CALLS for found in steady)
     again, slower = [found["a again"] for found in steady], [found["b"] for found in steady]
     return {
         "sessions": len(sessions),
@@ -56,8 +59,8 @@ def counts(sessions: list[dict[str, Latency]]) -> dict[str, int | float | str]:
         "same model within 3 %": sum(abs(row.speedup - 1) <= 0.03 for row in again),
         "same model told as different": sum(not row.speedup_low <= 1 <= row.speedup_high for row in again),
         "1.10x slower found": sum(row.speedup_high < 1 and 1.07 <= 1 / row.speedup <= 1.13 for row in slower),
-        "median ms of a": round(sorted(found["a"].median_ms for found in sessions)[len(sessions) // 2] / CALLS, 3),
-        "why not": next((row.unsteady for found in sessions for row in found.values() if row.unsteady), ""),
+        "ms of a call, least and most": [round(ms, 3) for ms in middles[:1] + middles[-1:]],
+        "why not": sorted({found.got for found in sessions if isinstance(found, UnsteadyError)})[:3],
     }
 
 
