@@ -32,6 +32,8 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the noise is that o
 from noise import NOISE, beside
 
 CALLS, SLOWER_CALLS = 10, 11
+DEPTHS, HEADS = (2, 2), (3, 6)
+"""Two stages: a session takes seconds."""
 
 
 def session(model: nn.Module, x: torch.Tensor, seed: int, wait_seconds: float) -> dict[str, Latency] | UnsteadyError:
@@ -74,7 +76,7 @@ def main() -> None:
     parser.add_argument("--noise", nargs="*", default=["none", *NOISE], choices=["none", *NOISE])
     args = parser.parse_args()
     reuse_freed_memory()
-    model = timm.create_model(args.model, img_size=args.img_size).eval()
+    model = timm.create_model(args.model, img_size=args.img_size, depths=DEPTHS, num_heads=HEADS).eval()
     x = torch.randn(1, 3, args.img_size, args.img_size)
     found = {}
     for noise in args.noise:
