@@ -307,7 +307,7 @@ def test_a_profile_that_does_not_settle_is_shown_and_refused(tmp_path: Path) -> 
         "--set", "profile.batch_sizes=[1]", "--set", "profile.seconds=0.01", "--set", "profile.rounds=6",
         "--set", "profile.max_spread=1e-9", *ANYWHERE, cwd=tmp_path, check=8,
     )  # fmt: skip
-    assert "3 of 3 rows are not steady (dense (timm), batch 1: its samples spread by" in done.stderr
+    assert "3 of 3 rows are not steady (dense (timm), batch 1: samples of dense (timm) spread by" in done.stderr
     kept = tmp_path / "runs" / "swin_tiny_patch4_window7_224" / "profile" / "profile.json"
     for report in (json.loads(done.stdout), json.loads(kept.read_text())):
         assert not any(row["stable"] for row in report["rows"])
@@ -343,7 +343,14 @@ def test_run_goes_on_beside_a_busy_process_and_prints_no_speed(
     assert "of the multiply-adds gone" in done.stdout
     for row in document(tmp_path, "run", "metrics.json")["rows"]:
         assert {row[name] for name in row if name.startswith(("latency", "speedup"))} == {None}
-    assert document(tmp_path, "search", "metrics.json")["latency_ms"] is None
+    found = document(tmp_path, "search", "metrics.json")
+    assert found["latency_ms"] is None
+    assert found["without_clock"]
+    monkeypatch.undo()  # the machine is quiet again
+    done = refused(*command, cwd=tmp_path, code=0, monkeypatch=monkeypatch)
+    assert "the winner was found without a clock; on a quiet machine, type: sparsevit search" in done.stderr
+    assert "The search left its latency budget out" in done.stdout
+    assert "as fast as timm" in done.stdout
 
 
 def images_in(folder: Path, classes: Sequence[str], count: int = 12) -> Path:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsevit_cli.errors import ConfigError, MeasurementError, ResourceError
+from sparsevit_cli.errors import ConfigError, MeasurementError, ResourceError, UnsteadyError
 from sparsevit_cli.profiling.latency import (
     Latency,
     count_outliers,
@@ -170,6 +170,32 @@ def test_unsteady_times_are_measured_again_and_then_refused() -> None:
     assert not latency.stable
     assert latency.spread > 0.1
     assert measure_interleaved({"model": candidate}, max_spread=2.0, **settings)["model"].stable
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_reference_that_spreads_spoils_every_row(retries: int) -> None:
+    """Two equal models, the reference disturbed: no speed-up of 3 may be called steady."""
+    machine = FakeMachine()
+    rng = Random(0)
+    candidates = {"a": machine.candidate("a", lambda _: 10 * rng.choice([1, 3, 6])), "b": machine.candidate("b", 10.0)}
+    settings = {"device": CPU, "seconds": 0.1, "rounds": 30, "warmup_seconds": 0.01, "clock": machine.clock}
+    found = measure_interleaved(candidates, retries=retries, strict=False, **settings)
+    assert not any(latency.stable for latency in found.values())
+    with pytest.raises(UnsteadyError, match="samples of a spread"):
+        measure_interleaved(candidates, retries=retries, **settings)
+
+
+def test_a_steady_reference_is_kept_while_another_row_is_measured_again() -> None:
+    machine = FakeMachine()
+    rng = Random(0)
+    first = {"a": machine.candidate("a", 10.0), "b": machine.candidate("b", 20.0)}
+    late = machine.candidate("c", lambda calls: 10 * (rng.choice([1, 2]) if calls < 200 else 1))
+    found = measure_interleaved(
+        {**first, "c": late}, device=CPU, seconds=0.1, rounds=30, warmup_seconds=0.01, clock=machine.clock
+    )
+    assert all(latency.stable for latency in found.values())
+    assert (found["b"].speedup, found["c"].speedup) == (0.5, 1)
+    assert machine.ran.count("a") > machine.ran.count("b")
 
 
 def test_a_busy_neighbour_that_leaves_costs_one_repetition() -> None:

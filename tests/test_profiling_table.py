@@ -166,7 +166,7 @@ def test_identity_tells_what_a_table_holds_for() -> None:
 
 
 def test_real_passes_fill_a_table() -> None:
-    table = measure_latency_table(tiny_swin(), SIZE, batch_size=2, seconds=0.001, rounds=2)
+    table = measure_latency_table(tiny_swin(), SIZE, batch_size=2, seconds=0.001, rounds=2, max_spread=1000.0)
     assert all(ms > 0 for stage in table.pair_ms for pair in stage for ms in pair)
     assert table.identity["batch"] == 2
     assert table.predict(SPACE.dense) > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ def read_json(path: Path, do: str = AGAIN) -> dict[str, Any]:
 def read_bytes(path: Path, do: str = AGAIN) -> bytes:
     """The content of a file. Raises CheckpointError."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():  # a pipe would be waited for
+            raise CheckpointError(str(path), "is no regular file", do)
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(str(path), "is missing", do) from error

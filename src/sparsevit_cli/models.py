@@ -256,10 +256,12 @@ def _wrapped(content: object) -> list[tuple[tuple[str, ...], Mapping[Any, Any]]]
     seen: set[int] = set()
 
     def visit(inner: object, where: tuple[str, ...]) -> None:
-        if not isinstance(inner, Mapping) or id(inner) in seen or len(where) > _MAX_WRAPPERS:
+        if not isinstance(inner, (Mapping, list, tuple)) or id(inner) in seen or len(where) > _MAX_WRAPPERS:
             return
         seen.add(id(inner))
-        for key in _WRAPPERS:
+        if not isinstance(inner, Mapping):
+            inner = {str(number): item for number, item in enumerate(inner[:_MAX_LISTED])}
+        for key in dict.fromkeys((*_WRAPPERS, *(key for key in inner if isinstance(key, str)))):
             if key in inner:
                 visit(inner[key], (*where, key))
         if any(isinstance(key, str) and isinstance(item, (StoredTensor, Tensor)) for key, item in inner.items()):

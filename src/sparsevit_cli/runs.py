@@ -7,6 +7,7 @@ Nothing is overwritten in silence: a training with other settings is refused, an
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import shutil
 import time
@@ -165,7 +166,7 @@ class RunLocks:
 
         Raises CheckpointError where another process has it.
         """
-        path = path.resolve()
+        path = Path(os.path.realpath(path))  # unlike resolve() it takes links in a circle
         if path in self._held:
             return self._held[path] is not None
         lock = FileLock(path.with_name(f".{path.name}.lock"))

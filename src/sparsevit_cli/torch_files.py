@@ -66,7 +66,7 @@ _HARMLESS = ("_codecs.encode", "torch.Size", "torch.device", "builtins.set", "bu
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _MAX_DIMS = 64  # of torch itself
 _DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, RecursionError,
-           TypeError, ValueError, struct.error, zipfile.BadZipFile)  # fmt: skip
+           RuntimeError, TypeError, ValueError, struct.error, zipfile.BadZipFile)  # fmt: skip
 """What a damaged file makes pickletools, zipfile or the machine raise."""
 
 

@@ -10,8 +10,9 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -184,12 +185,12 @@ def train(
         while run.step < total or run.owes_validation:
             best = False
             if not run.owes_validation:
-                with run.saved_on(NonFiniteError):
-                    run.train_until_event(stop, progress)
+                run.saved_on(lambda: run.train_until_event(stop, progress), NonFiniteError)
                 run.seconds = earlier_seconds + time.monotonic() - began
             if run.owes_validation and not stop.requested:
-                with run.saved_on(Exception, StoppedError):  # the steps are good; the validation is made up for
-                    run.validate(lambda: stop.check(job.kind, f"step {run.step} of {total} is saved"))
+                done = f"step {run.step} of {total} is saved"
+                validate = partial(run.validate, partial(stop.check, job.kind, done))
+                run.saved_on(validate, Exception, StoppedError)  # the steps are good; the validation is made up for
                 on_row(tuple(run.history))
                 best = run.is_best()
             if best or stop.requested or job.plan.is_due(run.step, job.section.save_every):
@@ -455,14 +456,16 @@ class _Run:
         self.losses = []
         self.history.append(row | dict(metrics))
 
-    @contextmanager
-    def saved_on(self, *errors: type[BaseException]) -> Iterator[None]:
-        """Save the present step, and only then let one of `errors` pass."""
+    def saved_on(self, work: Callable[[], None], *errors: type[BaseException]) -> None:
+        """Do `work`; where one of `errors` ends it, save the present step, and only then let it pass."""
+        ended: BaseException | None = None
         try:
-            yield
-        except errors:
+            work()
+        except errors as error:
+            ended = error
+        if ended is not None:  # outside of the handler: a save that fails is an error of its own
             self.save(best=False)
-            raise
+            raise ended
 
     def is_best(self) -> bool:
         """True where the newest row has the best top1 of all rows at its image size."""

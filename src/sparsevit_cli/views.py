@@ -107,8 +107,8 @@ def show_rivals(report: RivalReport) -> None:
                 f"{row.latency_ms:.1f} [{row.latency_ms_low:.1f}, {row.latency_ms_high:.1f}]"
                 if row.stable else NOT_STEADY,
                 f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]" if row.compares else "-",
-                _told(row.realised, row.realised_low, row.realised_high, ".2f") if row.stable else "-",
-                _told(row.tax, row.tax_low, row.tax_high, "+.1%") if row.stable else "-",
+                _told(row.realised, row.realised_low, row.realised_high, ".2f"),
+                _told(row.tax, row.tax_low, row.tax_high, "+.1%"),
                 "-" if row.roofline is None or not row.stable else f"{row.roofline:.0%}",
                 "-" if row.peak_memory_mb is None else f"{row.peak_memory_mb:.0f}",
             )
@@ -120,7 +120,8 @@ def show_rivals(report: RivalReport) -> None:
         first = cell.rows[0]
         title = f"{report.model}, batch {first.batch}, {first.image_size[0]}x{first.image_size[1]}, {first.dtype}"
         print_table(title, columns, rows, losing=losing)
-        print_lines(f"best dense: {cell.best_dense}")
+        known = any(row.compares for row in cell.rows)
+        print_lines(f"best dense: {cell.best_dense if known else 'not known, for dense rows are not steady'}")
         print_lines(*(f"{cell.rows[number].label} LOSES: {cell.rows[number].speedup:.2f}x" for number in losing))
     print_lines(f"written: {report.folder.path / 'rivals.json'}")
 
@@ -144,7 +145,7 @@ def show_export(summary: ExportSummary) -> None:
             f"onnxruntime, batch 1: not steady ({shaky})"
             if shaky
             else f"onnxruntime, batch 1: dense {dense.median_ms:.2f} ms, sparse {sparse.median_ms:.2f} ms, "
-            f"speed-up {dense.median_ms / sparse.median_ms:.2f}x"
+            f"speed-up {sparse.speedup:.2f}x"
         )
     print_lines(
         "Window pruning skips computation: weights and file sizes do not shrink.",
@@ -169,11 +170,12 @@ def show_pipeline(summary: PipelineSummary) -> None:
     print_table(title, ("model", "top-1 %", "GMACs", "ms per batch [95 %]", "speed-up [95 %]"), rows, losing=losing)
     dense, ours, winner = summary.rows[0], summary.rows[1], summary.rows[-1]
     speed = "" if winner.speedup is None else f"{winner.speedup:.2f}x as fast as timm, "
-    if winner.latency_ms is not None and ours.latency_ms is not None:
-        speed += f"{ours.latency_ms / winner.latency_ms:.2f}x as our own dense, "
+    if winner.speedup is not None and ours.speedup is not None:
+        speed += f"{winner.speedup / ours.speedup:.2f}x as our own dense, "
     print_lines(
         f"winner {winner.ratios}: {1 - winner.gmacs / dense.gmacs:.0%} of the multiply-adds gone, "
         f"{speed}{winner.top1 - dense.top1:+.2f} points of top-1",
+        *([] if not summary.without_clock else ["The search left its latency budget out: the clock was not steady."]),
         *([] if summary.clock is None else [f"not steady: {summary.clock}. Type the command again for latencies."]),
         "written:",
         *(f"  {path}" for path in summary.written),

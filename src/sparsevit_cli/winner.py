@@ -23,6 +23,8 @@ def write_winner(path: Path, config: SparsityConfig, about: Mapping[str, Any]) -
 
 def read_winner(path: Path) -> tuple[SparsityConfig, dict[str, Any]]:
     """The configuration of a winner file and the rest of it. Raises CheckpointError where it is unusable."""
+    if is_there(path, "--ratios") and not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(str(path), "it is no file", "Give a winner.yaml written by `sparsevit search`.")
     try:
         document = read_yaml(path).data
         if not isinstance(document, dict) or "ratios" not in document:

@@ -363,7 +363,7 @@ class ClockSection(Section):
     max_neighbour: Positive | None = Field(
         None,
         description="CPU cores that other processes may take beside a steady measurement; "
-        "null is 0.05, or 2 % of all cores where that is more.",
+        "null is 2 % of all cores, at least 0.05 and at most 0.25. 1 and more accepts other processes on a GPU too.",
     )
     max_spread: Positive = Field(
         0.10,

@@ -7,6 +7,7 @@ first frame counts.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,13 +22,14 @@ IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".t
 # Pillow opens many more; the fewer parsers see foreign bytes, the better.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-_SYSTEM_NAMES = frozenset(
-    "@eadir @recycle @recently-snapshot @sharebin @tmp #recycle #snapshot ~snapshot lost+found lost.dir "  # noqa: SIM905
-    "$recycle.bin __macosx __pycache__ thumbs.db ehthumbs.db desktop.ini".split()
-) | {"system volume information", "network trash folder", "temporary items", "icon\r"}
+_SYSTEM_NAME = re.compile(
+    r"#recycle|#snapshot|~snapshot|lost\+found|lost\.dir|\$recycle\.bin|recycle[rd]|found\.\d{3}|__macosx|__pycache__|"
+    r"(eh)?thumbs\.db|desktop\.ini|system volume information|network trash folder|temporary items|icon\r|"
+    r".*@syno(eastream|resource)"
+)
 
 _EXIF_ORIENTATION = 0x0112
-_TIFF_BITS, _TIFF_PHOTOMETRY, _TIFF_SAMPLE_FORMAT = 258, 262, 339
+_TIFF_BITS, _TIFF_PHOTOMETRY, _TIFF_LARGEST, _TIFF_SAMPLE_FORMAT = 258, 262, 281, 339
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,7 +43,8 @@ _UPRIGHT = {
 
 def is_system_name(name: str) -> bool:
     """True for hidden files and folders, and for those that systems keep for themselves: thumbnails, bins, indices."""
-    return (name.startswith(".") and name not in (".", "..")) or name.lower() in _SYSTEM_NAMES
+    hidden = name.startswith((".", "@", "~$")) and name not in (".", "..")
+    return hidden or _SYSTEM_NAME.fullmatch(name.lower()) is not None
 
 
 class UnreadableImageError(DataError):
@@ -92,6 +95,8 @@ def _deep_grey(image: Image.Image) -> Image.Image:
     if image.mode == "F" or bits > 16 or sample_format != 1:
         kind = "floating-point" if image.mode == "F" else "signed" if sample_format == 2 else "unsigned"
         raise ValueError(f"{bits} bits per channel ({kind}), of unknown range; save it with 8 or 16, unsigned")
+    if largest := tags.get(_TIFF_LARGEST):  # a camera of 12 bits that writes 16
+        bits = min(bits, max(8, int(largest[0]).bit_length()))
     values = np.asarray(image).astype(np.int64)
     upper = (values.clip(0, 2**bits - 1) >> (bits - 8)).astype(np.uint8)
     if tags.get(_TIFF_PHOTOMETRY) == 0:

@@ -148,7 +148,7 @@ def export_model(
         before_step()
         if measure_ms and "onnx" in formats:
             dense_latency, sparse_latency = _measure(
-                model, staging, shape, opset=opset, seed=seed, reporter=reporter, patience=patience
+                model, staging, shape, opset=opset, seed=seed, reporter=reporter, patience=patience, check=before_step
             )
         elif measure_ms:
             reporter.warn("export: latency is measured on the ONNX file only, and `onnx` is not among the formats")
@@ -215,6 +215,7 @@ def _measure(
     seed: int,
     reporter: Reporter,
     patience: Patience | None,
+    check: Callable[[], None],
 ) -> tuple[Latency, Latency]:
     """onnxruntime latency of the dense and the sparse program at batch 1. Leaves `model` at ratio 0."""
     sparse = onnx_runner(staging / FILES["onnx"])
@@ -237,6 +238,7 @@ def _measure(
         retries=1,
         strict=False,
         patience=patience,
+        before_round=check,
         seed=seed,
     )
     unsteady = [name for name, latency in latencies.items() if not latency.stable]
@@ -287,8 +289,10 @@ def _manifest(report: ExportReport, files: Mapping[str, object]) -> dict[str, ob
 
 
 def _latency_json(latency: Latency) -> dict[str, object]:
-    keys = ("median_ms", "low_ms", "high_ms", "rounds", "speedup", "speedup_low", "speedup_high", "stable", "unsteady")
-    return {key: getattr(latency, key) for key in keys}
+    """What is known; the numbers of an unsteady latency are none."""
+    keys = ("median_ms", "low_ms", "high_ms", "speedup", "speedup_low", "speedup_high")
+    numbers = {key: getattr(latency, key) if latency.stable else None for key in keys}
+    return {**numbers, "rounds": latency.rounds, "stable": latency.stable, "unsteady": latency.unsteady}
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -226,11 +226,11 @@ def measure_interleaved(
             turns.fill_blocks(block_ms)
             vigil.collect(turns.round_ms, _warm(rounds, (seconds if warmup_seconds is None else warmup_seconds) * 1000))
             for number in range(retries + 1):
-                done = set() if together else steady - {reference}
-                turns.names = [name for name in candidates if name not in done]
+                kept = set() if together or reference not in steady else steady
+                turns.names = [name for name in candidates if name == reference or name not in kept]
                 taken = vigil.collect(turns.round_ms, _enough(rounds, seconds * 1000))
                 found = _judged(turns.samples_ms(taken), reference, turns.calls, max_spread)
-                latest |= {name: latency for name, latency in found.items() if together or name not in steady}
+                latest |= {name: latency for name, latency in found.items() if name not in kept}
                 steady = {name for name, latency in latest.items() if latency.stable}
                 if len(steady) == len(candidates):
                     break
@@ -370,15 +370,23 @@ def _warm(rounds: int, budget_ms: float) -> Callable[[Sequence[Round]], bool]:
 def _judged(
     samples: Mapping[str, Sequence[float]], reference: str, calls: Mapping[str, int], max_spread: float
 ) -> dict[str, Latency]:
-    """Statistics of a session. A drift of the reference spoils all of it, a spread the candidate's own row."""
-    drift = "the reference's time drifted" if has_drift(samples[reference], DRIFT_SHARE * max_spread) else ""
-    result = {}
-    for name, sample in samples.items():
-        latency = Latency.from_samples(sample, samples[reference])
-        spread = f"its samples spread by {latency.spread:.0%} of the median ({max_spread:.0%} allowed)"
-        why = spread if latency.spread > max_spread else drift
-        result[name] = replace(latency, calls_per_sample=calls[name], unsteady=why)
-    return result
+    """Statistics of a session. A drift or a spread of the reference spoils all of it, another spread its own row."""
+    result = {name: Latency.from_samples(sample, samples[reference]) for name, sample in samples.items()}
+    if has_drift(samples[reference], DRIFT_SHARE * max_spread):
+        shared = f"the time of {reference} drifted"
+    else:
+        shared = _spread_of(reference, result[reference], max_spread)
+    return {
+        name: replace(latency, calls_per_sample=calls[name], unsteady=shared or _spread_of(name, latency, max_spread))
+        for name, latency in result.items()
+    }
+
+
+def _spread_of(name: str, latency: Latency, max_spread: float) -> str:
+    """The fault of samples that spread too far; nothing where they do not."""
+    if latency.spread <= max_spread:
+        return ""
+    return f"samples of {name} spread by {latency.spread:.0%} of the median ({max_spread:.0%} allowed)"
 
 
 def has_drift(samples_ms: Sequence[float], limit: float) -> bool:

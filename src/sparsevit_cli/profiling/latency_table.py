@@ -53,16 +53,17 @@ def measure_latency_table(
     patience: Patience | None = None,
     max_spread: float = 0.10,
     retries: int = 3,
+    check: Callable[[], None] = lambda: None,
     on_round: Callable[[float], None] = lambda share: None,
 ) -> LatencyTable:
     """The latency table of a sparsified `model` on this device, for ratios of 0 to `max_tenths` tenths.
 
     `seconds` is the measuring time per entry: rounds are taken until the marked passes have lasted `seconds` times
-    the number of entries, and at least `rounds` of them. Rounds beside a busy neighbour are taken again; where the
-    medians of their first and second half are further apart than the share `max_spread`, all of them are, `retries`
-    times at most. `on_round` is told the share done after each, and may raise. Device, dtype, `clock` and `patience` as
-    in `measure_latency`. The model and its ratios are left as they were. Raises ConfigError, ResourceError, and
-    MeasurementError where the times stay unsteady.
+    the number of entries, and at least `rounds` of them. Rounds beside a neighbour are taken again. All rounds are,
+    `retries` times at most, where the medians of their halves are further apart than the share `max_spread`. `on_round`
+    is told the share done after each; `check` may raise, to stop early. Device, dtype, `clock` and `patience` as in
+    `measure_latency`. The model and its ratios are left as they were. Raises ConfigError, ResourceError, and
+    UnsteadyError where the times stay unsteady.
     """
     model, x = prepared(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
     pairs = get_sparsity(model).pairs
@@ -71,11 +72,12 @@ def measure_latency_table(
     budget_ms = seconds * 1000 * sum(pairs) * len(uniform)
 
     def enough(taken: Sequence[_Round]) -> bool:
+        check()
         share = min(len(taken) / rounds, sum(one.spent_ms for one in taken) / budget_ms)
         on_round(min(share, 1))
         return share >= 1
 
-    vigil = Vigil(patience or (Patience() if clock is None else UNWATCHED), x.device)
+    vigil = Vigil(patience or (Patience() if clock is None else UNWATCHED), x.device, check)
     with evaluating(model), _sparsity_kept(model), memory_errors(f"latency table at batch {len(x)}"):
         try:
             vigil.until_quiet()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ import torch
 from sparsevit_cli.errors import UnsteadyError, pass_on
 
 WAIT_SECONDS = 60.0
-MIN_CORES, SHARE_OF_CORES = 0.05, 0.02
-"""CPU cores that other processes may take: this many, or this share of all cores where that is more."""
+MIN_CORES, SHARE_OF_CORES, MAX_CORES = 0.05, 0.02, 0.25
+"""CPU cores that other processes may take: a share of all cores, from the first of these numbers to the last."""
+MAX_WAITING = 0.05
 MAX_SWITCHES = 100.0
 """Involuntary context switches in a second of CPU time; 25 to 35 are usual, 130 and more beside one busy process."""
 SLICE_SECONDS = 1.0
@@ -31,12 +33,12 @@ GLANCE_SECONDS = 0.25
 TICK_SECONDS = 0.01
 """Resolution of the system's count of busy time, per core."""
 TELL_EVERY_SECONDS = 15.0
-PRESSURE = Path("/proc/pressure/cpu")
+PRESSURE, QUOTA = Path("/proc/pressure/cpu"), Path("/sys/fs/cgroup/cpu.stat")
 GPU_SLOWED = {
-    0x04: "power cap", 0x08: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown",
+    0x08: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown",
     0x80: "power brake",
 }  # fmt: skip
-"""Bits of NVML's clocks throttle reasons (nvml.h) that make a GPU slower than it could be."""
+"""Bits of NVML's clocks throttle reasons (nvml.h); not the power cap, which our own load may reach every time."""
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -49,7 +51,7 @@ class Moment:
     `busy` is the CPU time of all processes on the cores that this one may use, and of a hypervisor's other guests.
     `own` is this process's CPU time. `waiting` is the time in which some thread had no core (PSI), None where the
     system does not count it. `switches` are this process's involuntary context switches. `gpu` says what else the GPU
-    does, or nothing.
+    does, or nothing. `throttled` is the time in which a container's CPU quota stopped its processes.
     """
 
     at: float
@@ -59,6 +61,7 @@ class Moment:
     switches: int
     cores: int
     gpu: str = ""
+    throttled: float = 0.0
 
 
 class Watch(Protocol):
@@ -75,12 +78,12 @@ def machine_watch(device: torch.device) -> Watch:
     def moment() -> Moment:
         cpus = psutil.cpu_times(percpu=True)
         allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(cpus))
-        mine = [cpus[number] for number in allowed if number < len(cpus)] or cpus
-        # `guest` is part of `user` already
-        idle = ("idle", "iowait", "guest", "guest_nice")
+        known = max(allowed) < len(cpus)  # else they are counted otherwise there, as in some containers
+        mine = [cpus[number] for number in allowed] if known else cpus
+        idle = ("idle", "iowait", "guest", "guest_nice")  # guests are part of `user` already
         busy = sum(value for cpu in mine for name, value in cpu._asdict().items() if name not in idle)
-        switches = psutil.Process().num_ctx_switches().involuntary
-        return Moment(time.monotonic(), busy, time.process_time(), _pressure(), switches, len(mine), gpu())
+        own, waiting, switches = time.process_time(), _pressure(), _switches()
+        return Moment(time.monotonic(), busy, own, waiting, switches, len(mine), gpu(), _throttled())
 
     return moment
 
@@ -94,6 +97,24 @@ def _pressure() -> float | None:
         return None
 
 
+def _throttled() -> float:
+    """Seconds that the CPU quota of this container took; 0 where there is none (cgroup v2 alone)."""
+    try:
+        found = re.search(r"^throttled_usec (\d+)$", QUOTA.read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, ValueError):
+        return 0.0
+    return int(found[1]) / 1e6 if found else 0.0
+
+
+def _switches() -> int:
+    """Involuntary context switches of all our threads; 0 on systems that do not count them."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
 @lru_cache  # what is not known is told once
 def _gpu_watch(device: torch.device) -> Callable[[], str]:
     """Says which other processes compute on the GPU and what slows its clocks; nothing where NVML is not there."""
@@ -105,9 +126,18 @@ def _gpu_watch(device: torch.device) -> Callable[[], str]:
         _gpu_state(pynvml, handle)
     except Exception as error:  # NVML is optional, and its errors are its own
         pass_on(error)
-        log.info("what else runs on %s is not known (%s)", device, type(error).__name__)
+        told = "what else runs on %s is not known (%s): pip install nvidia-ml-py"
+        log.warning(told, device, type(error).__name__)
         return lambda: ""
-    return lambda: _gpu_state(pynvml, handle)
+
+    def state() -> str:
+        try:
+            return _gpu_state(pynvml, handle)
+        except Exception as error:  # a driver that does not answer now
+            pass_on(error)
+            return ""
+
+    return state
 
 
 def _gpu_state(nvml: Any, handle: Any) -> str:
@@ -135,17 +165,20 @@ def disturbance(before: Moment, after: Moment, limits: Limits) -> str:
     seconds = max(after.at - before.at, 1e-9)
     own = after.own - before.own
     others = (after.busy - before.busy - own) / seconds
-    if others - TICK_SECONDS * after.cores / seconds > limits.cores:
+    if others - TICK_SECONDS * math.sqrt(after.cores) / seconds > limits.cores:
         return f"other processes take {others:.2f} of {after.cores} cores"
+    throttled = (after.throttled - before.throttled) / seconds
+    if throttled > limits.waiting:
+        return f"the CPU quota of this container stops it {min(throttled, 1):.0%} of the time"
     if before.waiting is not None and after.waiting is not None:
         waiting = (after.waiting - before.waiting) / seconds
         if waiting > limits.waiting:
             return f"threads wait for a core {min(waiting, 1):.0%} of the time"
     else:
         switches = (after.switches - before.switches) / max(own, SLICE_SECONDS)
-        if switches > MAX_SWITCHES and limits.waiting < 1:
+        if switches > MAX_SWITCHES * limits.waiting / MAX_WAITING:
             return f"this process has to give way {switches:.0f} times a second"
-    return after.gpu or before.gpu
+    return (after.gpu or before.gpu) if limits.waiting < 1 else ""
 
 
 class Disturbed(Exception):  # noqa: N818 - no error: it says why a measurement did not take place
@@ -155,7 +188,7 @@ class Disturbed(Exception):  # noqa: N818 - no error: it says why a measurement 
 class Patience:
     """Time to wait for neighbours, in all the measurements of one command: `seconds_left` falls while waiting.
 
-    `max_cores` is what other processes may take of the CPU; None is 0.05 cores, or 2 % of all where that is more.
+    `max_cores` is what other processes may take of the CPU; None is 2 % of all cores, at least 0.05 and at most 0.25.
     """
 
     def __init__(
@@ -192,8 +225,8 @@ class Vigil:
         self.patience, self.check = patience, check
         self.watch = patience.watch or machine_watch(device)
         most = patience.max_cores
-        cores = max(MIN_CORES, SHARE_OF_CORES * self.watch().cores) if most is None else most
-        self.limits = Limits(cores, MIN_CORES if most is None else most)
+        usual = min(max(MIN_CORES, SHARE_OF_CORES * self.watch().cores), MAX_CORES)
+        self.limits = Limits(usual, MAX_WAITING) if most is None else Limits(most, most)
 
     def until_quiet(self) -> None:
         """Return once nothing else runs. Raises Disturbed where that takes longer than there is to wait."""
@@ -226,8 +259,11 @@ class Vigil:
         while not enough(kept):
             fresh: list[T] = []
             began, before = self.patience.now(), self.watch()
-            while self.patience.now() - began < SLICE_SECONDS and not enough([*kept, *fresh]):
+            while self.patience.now() - began < SLICE_SECONDS:
                 fresh.append(take())
+                count = len(kept) + len(fresh)
+                if count % max(1, count // 64) == 0 and enough([*kept, *fresh]):  # it looks at all of them
+                    break
             found = disturbance(before, self.watch(), self.limits)
             if found:
                 self.patience.seconds_left -= self.patience.now() - began

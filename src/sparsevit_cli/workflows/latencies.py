@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -34,7 +35,8 @@ class SearchLatencies:
         self.image = (session.config.model.in_chans, *session.img_size)
         self.dtype = TORCH_DTYPE[self.section.precision]
         x = example_input(model, self.image, self.section.batch_size, device=session.device, dtype=self.dtype)
-        self._identity = table_identity(model, x)
+        clock = session.config.clock
+        self._identity = {**table_identity(model, x), "clock": [clock.max_neighbour, clock.max_spread]}
         self._measured: dict[SparsityConfig, LatencyRecord] = {}
 
     @property
@@ -122,7 +124,6 @@ class SearchLatencies:
 
             def on_round(share: float) -> None:
                 nonlocal told
-                self.session.stop.check("search", "the latency table is not saved yet")
                 bar.advance(max(0, round(100 * share) - told))
                 told = max(told, round(100 * share))
 
@@ -131,7 +132,9 @@ class SearchLatencies:
                 dtype=self.dtype, max_tenths=MAX_TENTHS, seconds=self.section.seconds,
                 seed=self.session.config.seed, patience=self.session.patience,
                 retries=self.session.config.clock.retries, max_spread=self.session.config.clock.max_spread,
+                check=partial(self.session.stop.check, "search", "the latency table is not saved yet"),
                 on_round=on_round,
             )  # fmt: skip
+            table = replace(table, identity=self._identity)
         write_atomic(path, table.to_json())
         return table

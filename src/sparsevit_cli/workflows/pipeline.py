@@ -22,6 +22,7 @@ from sparsevit_cli.models import set_img_size
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input, placed
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import count_macs, macs_cost
+from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_stages
@@ -85,12 +86,15 @@ class PipelineSummary:
     environment: Mapping[str, object]
     clock: str | None
     """Why latencies are missing; None where all are steady."""
+    without_clock: bool
+    """True where the search left a latency budget out, for the clock was not steady."""
 
     def document(self) -> dict[str, Any]:
         """The JSON document of `sparsevit run --json`."""
         return {
             "schema_version": 1, **self.environment, "batch": self.batch, "validation_images": self.count,
-            "rows": [asdict(row) for row in self.rows], "clock": self.clock, "seconds": self.seconds,
+            "rows": [asdict(row) for row in self.rows], "clock": self.clock,
+            "searched_without_clock": self.without_clock, "seconds": self.seconds,
             "written": self.written,
         }  # fmt: skip
 
@@ -117,7 +121,7 @@ def run_pipeline(session: Session) -> PipelineSummary:
     if not has_own_weights(session):
         seconds["pretrain"] = pretrain(session).seconds
     seconds["adapt"] = adapt(session).seconds
-    if session.config.finetune.ratios is None and not is_searched(session):
+    if session.config.finetune.ratios is None:
         _search(session)
     seconds["finetune"] = finetune(session).seconds
     contenders = _contenders(session, seconds)
@@ -137,6 +141,11 @@ def run_pipeline(session: Session) -> PipelineSummary:
 
 def _search(session: Session) -> None:
     """Search; by multiply-adds alone where the clock cannot be trusted and there is a budget of them."""
+    if is_searched(session):
+        if (session.earlier("search").read_result() or {}).get("without_clock"):
+            typed = session.earlier("search").typed
+            session.reporter.warn(f"the winner was found without a clock; on a quiet machine, type: {typed}")
+        return
     try:
         search(session)
     except UnsteadyError as error:
@@ -145,7 +154,7 @@ def _search(session: Session) -> None:
             raise UnsteadyError(error.what, error.got, do) from error
         session.reporter.warn(f"the clock cannot be trusted now ({error.got})")
         session.reporter.warn(f"run: the budget of multiply-adds decides alone: {session.config.search.budget_macs}")
-        search(session, without_clock=True)
+        search(session.replaced(fresh=False), without_clock=True)
 
 
 def _check_settings(session: Session) -> None:
@@ -276,7 +285,7 @@ def _smaller_rival(
         f"run: the dense rival of equal {cost}, takes {size[0]}x{size[1]} pixels "
         f"({costs[f'{size[0]}x{size[1]}']:.3g} {unit}, the winner {costs['winner']:.3g} {unit})"
     )
-    write_json(folder.path / RIVAL_SIZE, {"img_size": size, "winner": str(winner)})
+    write_json(folder.path / RIVAL_SIZE, {"img_size": size, "winner": str(winner), "of_equal": cost})
     return models[size], size
 
 
@@ -314,11 +323,13 @@ def _images(session: Session, model: nn.Module, size: tuple[int, int]) -> Tensor
     return example_input(model, image, section.batch_size, device=session.device, dtype=TORCH_DTYPE[section.precision])
 
 
-def _measure(session: Session, calls: Mapping[str, Any], rounds: int = 30) -> dict[str, Latency]:
+def _measure(
+    session: Session, calls: Mapping[str, Any], rounds: int = 30, patience: Patience | None = None
+) -> dict[str, Latency]:
     latencies = measure_interleaved(
         calls, device=session.device, seconds=session.config.search.seconds, rounds=rounds,
         seed=session.config.seed, strict=False, max_spread=session.config.clock.max_spread,
-        retries=session.config.clock.retries, patience=session.patience, before_round=_check(session),
+        retries=session.config.clock.retries, patience=patience or session.patience, before_round=_check(session),
     )  # fmt: skip
     for name, latency in latencies.items():
         if not latency.stable:
@@ -331,7 +342,9 @@ def _summary(
 ) -> PipelineSummary:
     """Measure all contenders in one interleaved run, dense first: it is the reference."""
     calls = {c.label: _call(session, c.model, c.size) for c in contenders}
-    latencies = _measure(session, calls)
+    latencies = _measure(
+        session, calls, patience=Patience(session.config.clock.wait, session.config.clock.max_neighbour)
+    )
     reference = latencies[contenders[0].label]
     rows = []
     for contender in contenders:
@@ -359,6 +372,7 @@ def _summary(
         folder, session.config.search.batch_size, contenders[0].accuracy.count, tuple(rows), seconds,
         tuple(str(path) for path in written if path.exists() or path == folder.result), session.environment,
         next((latency.unsteady for latency in latencies.values() if latency.unsteady), None),
+        bool((session.earlier("search").read_result() or {}).get("without_clock")),
     )  # fmt: skip
     folder.set_aside(["metrics.json"], session.reporter)
     folder.write_result(summary.document())

@@ -82,8 +82,10 @@ def _rivals(cells: Sequence[Sequence[Mapping[str, Any]]], figure: Any) -> None:
 
 
 def _plot_cell(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    dense = min((row for row in rows if row["kind"] in ("B1", "B2")), key=lambda row: row["latency_ms"])
-    axes.plot([0, dense["gmacs"]], [0, dense["latency_ms"]], "--", color="#9aa5b1", label="best dense, scaled")
+    dense = [row for row in rows if row["kind"] in ("B1", "B2")]
+    if all(row["stable"] for row in dense):
+        best = min(dense, key=lambda row: row["latency_ms"])
+        axes.plot([0, best["gmacs"]], [0, best["latency_ms"]], "--", color="#9aa5b1", label="best dense, scaled")
     styles = {
         "B1": ("s", "#9aa5b1", "timm as installed"),
         "B2": ("s", "#52606d", "timm, fused or compiled"),
@@ -94,11 +96,13 @@ def _plot_cell(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         "ours": ("o", "#0b6e4f", "ours"),
     }
     for kind, (marker, color, name) in styles.items():
-        points = [row for row in rows if row["kind"] == kind]
-        axes.plot(
-            [row["gmacs"] for row in points], [row["latency_ms"] for row in points], marker, color=color, ms=6,
-            ls="none", label=name,
-        )  # fmt: skip
+        for stable in (True, False):
+            points = [row for row in rows if (row["kind"], row["stable"]) == (kind, stable)]
+            if points:
+                axes.plot(
+                    [row["gmacs"] for row in points], [row["latency_ms"] for row in points], marker, color=color, ms=6,
+                    ls="none", fillstyle="full" if stable else "none", label=name if stable else f"{name}, not steady",
+                )  # fmt: skip
     height, width = rows[0]["image_size"]
     axes.set_xlabel("multiply-adds per image, G")
     axes.set_ylabel(f"ms per batch of {rows[0]['batch']}, {height}x{width}, {rows[0]['dtype']}")

@@ -29,7 +29,7 @@ from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import analytic_macs, count_macs, flopcounter_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
-from sparsevit_cli.profiling.neighbours import unsteady
+from sparsevit_cli.profiling.neighbours import Disturbed, Vigil, unsteady
 from sparsevit_cli.profiling.stages import StageTimes, time_stages
 from sparsevit_cli.reporting import optional_output
 from sparsevit_cli.runs import RunFolder
@@ -180,7 +180,8 @@ def profile_model(
                 if not stages and latencies[DENSE].stable and latencies[OURS_SPARSE].stable:
                     stages = _stage_times(session, models, size, batch, latencies)
                 bar.advance()
-        settings = {**section.model_dump(mode="json"), "threads": torch.get_num_threads()}
+        clock = session.config.clock.model_dump(mode="json")
+        settings = {**section.model_dump(mode="json"), "threads": torch.get_num_threads(), "clock": clock}
     report = ProfileReport(
         folder, session.config.model.name, config, tuple(rows), stages, macs_check, session.environment, settings
     )
@@ -210,7 +211,7 @@ def profile_model(
 def profile_settings(session: Session) -> str:
     """Hash of what a profile depends on besides ratios and image sizes."""
     engine = kernels.running(session.config.kernels, session.device)
-    return f"{section_hash(session.config, 'profile', 'model')} kernels {kernels.VERSION} {engine}"
+    return f"{section_hash(session.config, 'profile', 'model', 'clock')} kernels {kernels.VERSION} {engine}"
 
 
 def _config_of(name: str, config: ExperimentConfig) -> ExperimentConfig:
@@ -342,8 +343,19 @@ def _stage_times(
     image = (session.config.model.in_chans, *size)
     dtype = TORCH_DTYPE[session.config.profile.precision]
     x = example_input(models[DENSE], image, batch, device=session.device, dtype=dtype)
-    labels = (DENSE, OURS_SPARSE)
-    return {label: time_stages(models[label], x, total_ms=latencies[label].median_ms) for label in labels}
+    check = partial(session.stop.check, "profile", "nothing of this profile is saved")
+
+    def times_of(label: str) -> StageTimes:
+        def take() -> StageTimes:
+            return time_stages(models[label], x, total_ms=latencies[label].median_ms)
+
+        return Vigil(session.patience, session.device, check).collect(take, bool)[0]
+
+    try:
+        return {label: times_of(label) for label in (DENSE, OURS_SPARSE)}
+    except Disturbed as neighbour:
+        session.reporter.warn(f"times per stage are left out: {neighbour}")
+        return {}
 
 
 def refuse_unsteady(rows: Mapping[str, str]) -> None:

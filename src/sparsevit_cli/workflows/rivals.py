@@ -77,7 +77,7 @@ class RivalRow:
     stable: bool
     unsteady: str = ""
     compares: bool = True
-    """True where this row and the best dense one are steady: then the speed-up is a fact."""
+    """True where this row and all dense ones are steady: then the speed-up is a fact."""
     peak_memory_mb: float | None = None
     realised: float | None = None
     realised_low: float | None = None
@@ -90,7 +90,10 @@ class RivalRow:
 
 @dataclass(frozen=True)
 class RivalCell:
-    """All contestants at one batch and image size, measured in turns; `best_dense` is the fastest of B1 and B2."""
+    """All contestants at one batch and image size, measured in turns; `best_dense` is the fastest of B1 and B2.
+
+    It is not known to be the best where one of those is not steady; then no row `compares`.
+    """
 
     best_dense: str
     rows: tuple[RivalRow, ...]
@@ -153,6 +156,7 @@ def measure_rivals(
         threads = torch.get_num_threads()
     settings = {
         **section.model_dump(mode="json", exclude={"mode", "ratios"}), "threads": threads,
+        "clock": session.config.clock.model_dump(mode="json"),
         "kernels": f"{kernels.running(session.config.kernels, session.device)}, {kernels.VERSION}",
     }  # fmt: skip
     report = RivalReport(folder, session.config.model.name, tuple(cells), session.environment, settings)
@@ -177,8 +181,9 @@ def _cell(session: Session, size: tuple[int, int], batch: int, typed: Mapping[st
     )  # fmt: skip
     dense = [label for label, contestant in contestants.items() if contestant.kind in ("B1", "B2")]
     best = min(dense, key=lambda label: latencies[label].median_ms)
+    is_best = all(latencies[label].stable for label in dense)
     rows = {
-        label: _row(session, label, contestant, batch, latencies[label], latencies[best])
+        label: _row(session, label, contestant, batch, latencies[label], latencies[best], is_best)
         for label, contestant in contestants.items()
     }
     return RivalCell(best, tuple(_compared(row, rows, latencies) for row in rows.values()))
@@ -237,9 +242,15 @@ def _smaller(session: Session, size: tuple[int, int], batch: int, ours: _Contest
     calls |= {str(s): partial(_fastest(model), _input(session, model, s, batch)) for s, model in models.items()}
     quick = measure_interleaved(
         calls, device=session.device, seconds=0.01, rounds=3, strict=False, retries=0, max_spread=1.0,
-        patience=session.patience,
+        patience=session.patience, before_round=partial(session.stop.check, "rivals", "nothing is measured yet"),
     )  # fmt: skip
-    nearest = min(sides, key=lambda s: abs(quick[str(s)].median_ms - quick["ours"].median_ms))
+    costs = {name: latency.median_ms for name, latency in quick.items()}
+    if not all(latency.stable for latency in quick.values()):
+        session.reporter.warn("the smaller dense model is chosen by multiply-adds: latencies are not steady")
+        channels = session.config.model.in_chans
+        costs = {str(s): count_macs(model, (channels, *s)).gmacs for s, model in models.items()}
+        costs["ours"] = count_macs(ours.model, (channels, *size)).gmacs
+    nearest = min(sides, key=lambda s: abs(costs[str(s)] - costs["ours"]))
     model, x = models[nearest], _input(session, models[nearest], nearest, batch)
     fused = ", fused" if has_fused_attention(model) else ""
     label = f"timm at {nearest[0]}x{nearest[1]}{fused}"
@@ -263,7 +274,7 @@ def _input(session: Session, model: nn.Module, size: tuple[int, int], batch: int
 
 
 def _row(
-    session: Session, label: str, contestant: _Contestant, batch: int, latency: Latency, best: Latency
+    session: Session, label: str, contestant: _Contestant, batch: int, latency: Latency, best: Latency, is_best: bool
 ) -> RivalRow:
     x = _input(session, contestant.model, contestant.size, batch)
     eager = contestant.kind != "O" and not any(word in label for word in ("compile", "autotune", "graph"))
@@ -283,7 +294,7 @@ def _row(
         **Latency.from_samples(latency.samples_ms, best.samples_ms).as_row(),
         stable=latency.stable,
         unsteady=latency.unsteady,
-        compares=latency.stable and best.stable,
+        compares=latency.stable and is_best,
         peak_memory_mb=peak_memory_mb(contestant.model, x) if eager else None,
         roofline=None if least_ms is None else least_ms / latency.median_ms,
     )
@@ -295,13 +306,13 @@ def _compared(row: RivalRow, rows: Mapping[str, RivalRow], latencies: Mapping[st
         return row
     samples, dense = latencies[row.label].samples_ms, rows["ours, ratio 0"]
     saved = 1 - row.gmacs / dense.gmacs
-    if saved:
+    if saved and row.stable and dense.stable:
         middle, low, high = _time_shares(samples, latencies[dense.label].samples_ms)
         row = replace(
             row, realised=(1 - middle) / saved, realised_low=(1 - high) / saved, realised_high=(1 - low) / saved
         )
     perfect = latencies.get(f"oracle, {row.label.removeprefix('ours, ')}")
-    if perfect is None:
+    if perfect is None or not (row.stable and perfect.stable):
         return row
     middle, low, high = _time_shares(samples, perfect.samples_ms)
     return replace(row, tax=middle - 1, tax_low=low - 1, tax_high=high - 1)

@@ -120,7 +120,7 @@ def search(session: Session, *, without_clock: bool = False) -> SearchSummary:
     samples = "all" if subset is None else f"{len(subset)} of seed {session.config.seed}"
     scope = LedgerScope(weights.sha256, data.fingerprint, _ledger_settings(session, samples))
     with Ledger.open(folder.path / "ledger.sqlite", scope) as ledger:
-        work = _Search(session, folder, data, model, weights, subset, ledger)
+        work = _Search(session, folder, data, model, weights, subset, ledger, without_clock)
         costs = work.costs(requests)
         result = work.run(costs)
         return work.finish(costs, result, work.finalists(costs, result))
@@ -174,7 +174,9 @@ class _Search:
         weights: Weights,
         subset: tuple[int, ...] | None,
         ledger: Ledger,
+        without_clock: bool,
     ) -> None:
+        self.without_clock = without_clock
         self.session, self.folder, self.data, self.model, self.weights = session, folder, data, model, weights
         self.subset, self.ledger = subset, ledger
         self.section = session.config.search
@@ -393,6 +395,7 @@ class _Search:
             "depths": list(self.space.depths),
             **{name: None if value is None else round(value, 4) for name, value in numbers.items()},
             "budget": budgets,
+            **({"without_clock": True} if self.without_clock else {}),
             "measured_with": {"batch_size": self.section.batch_size, "image_size": list(self.session.img_size),
                               "precision": self.section.precision, "device": str(self.session.device)},
             "checkpoint_sha256": self.weights.sha256,
@@ -402,6 +405,7 @@ class _Search:
                 **numbers,
                 "ratios": winner.config.ratios,
                 "budget": budgets,
+                "without_clock": self.without_clock,
                 "strategy": self.section.strategy,
                 "settings": section_hash(self.session.config, "search", "seed"),
                 "checkpoint_sha256": self.weights.sha256,
