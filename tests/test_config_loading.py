@@ -463,8 +463,8 @@ def test_nothing_unvalidated_is_made_of_an_experiment() -> None:
     [
         ("search.population=0xFFFFFFFFFFFFFFFFFF", "too long for a whole number"),
         (f"profile.batch_sizes={[1] * 9900}", "more than 10000 values"),
-        ("output=" + "a" * (1 << 20), "larger than"),
-        ("output=" + "a\ufeff" * 180_000, "larger than"),
+        ("search.budget_macs=" + "a" * (1 << 20), "larger than"),
+        ("search.budget_macs=" + "a\ufeff" * 180_000, "larger than"),
     ],
     ids=["hex", "values", "long", "escapes"],
 )
