@@ -47,7 +47,7 @@ def main() -> None:
         """Latency of each as a share of dense's in the same rounds: the machine is faster or slower in others."""
         found = measure_configs(
             model, [space.dense, *configs], args.img_size, device=device, dtype=dtype, seconds=0.01,
-            rounds=args.rounds, retries=0,
+            rounds=args.rounds, strict=True,
         )  # fmt: skip
         return [(config, 1 / found[config].speedup) for config in configs]
 

@@ -22,6 +22,10 @@ def tables(documents: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for seed, document in documents.items():
+        if document.get("clock"):
+            raise SystemExit(
+                f"seed {seed}: its latencies are not steady ({document['clock']}); type `sparsevit run` again"
+            )
         rows = {row["label"]: row for row in document["rows"]}
         dense, winner = rows["dense (timm)"], rows["winner, finetuned"]
         rival = next(row for label, row in rows.items() if label.startswith("dense at"))

@@ -511,6 +511,7 @@ def test_a_dump_holds_every_setting_and_no_comment() -> None:
         "search",
         "finetune",
         "profile",
+        "clock",
         "export",
     ]
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparsevit_cli.data.images import UnreadableImageError, decode_image
+from sparsevit_cli.data.images import UnreadableImageError, decode_image, is_system_name
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
@@ -222,3 +222,24 @@ def test_damaged_bytes_give_an_image_or_one_kind_of_error(image_format, changes,
         assert decode(bytes(data[: int(kept * len(data)) + 1])).mode == "RGB"
     except UnreadableImageError as error:
         assert error.got  # noqa: PT017
+
+
+def test_a_camera_of_twelve_bits_that_writes_sixteen_says_so_in_a_tag() -> None:
+    data = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(data, "TIFF", tiffinfo={281: 4095})
+    assert decode(data.getvalue()).getpixel((1, 1)) == (250,) * 3
+
+
+@pytest.mark.parametrize("name", [
+    "@Transcode", "@SynoResource", "@docker", "RECYCLER", "Recycled", "FOUND.000", "a.jpg@SynoEAStream", "~$x.jpg",
+    ".x", "@eaDir", "System Volume Information", "Thumbs.db", "#recycle", "lost+found", "$RECYCLE.BIN",
+])  # fmt: skip
+def test_names_of_systems_are_known(name: str) -> None:
+    assert is_system_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["cat", "found", "found.jpg", "recycling", "thumbs", "a@b.jpg", "..", "lost and found"]
+)
+def test_names_of_users_are_not_taken_for_those_of_systems(name: str) -> None:
+    assert not is_system_name(name)

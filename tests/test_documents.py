@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsevit_cli.checkpoints import best_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from sparsevit_cli.documents import read_json
 from sparsevit_cli.errors import CheckpointError, StoppedError
 from sparsevit_cli.exporting import load_exported, load_sparsity
 from sparsevit_cli.models import read_weights
@@ -353,3 +354,12 @@ def test_rows_with_something_else_are_told(column: str, value: Any, tmp_path: Pa
     assert error is None or str(path) in str(error)
     if column != "pid" and not isinstance(value, (int, float)):
         assert error is not None or (column, value) == ("candidate", "[[3]]")
+
+
+def test_a_pipe_in_place_of_a_document_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "metrics.json")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        read_json(pipe)
+    os.mkfifo(winner := tmp_path / "winner.yaml")
+    with pytest.raises(CheckpointError, match="no file"):
+        read_winner(winner)

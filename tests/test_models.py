@@ -292,6 +292,13 @@ WRITERS: dict[str, Callable[[dict[str, Tensor], Path], Path]] = {
     "state_dict": lambda w, p: save_pickle({"state_dict": w, "optimizer": {}}, p / "w.bin"),
     "ema": lambda w, p: save_pickle({"state_dict": {"old": w["norm.bias"]}, "state_dict_ema": w}, p / "w.pth"),
     "no ema": lambda w, p: save_pickle({"model": w, "model_ema": None}, p / "w.pth"),
+    "checkpoint": lambda w, p: save_pickle(
+        {"checkpoint": w, "optimizer": {"state": {"0": {"exp": torch.ones(1)}}}}, p / "w.pth"
+    ),
+    "deep": lambda w, p: save_pickle({"state": {"model": w}, "best": {"x": torch.ones(1)}}, p / "w.pth"),
+    "list": lambda w, p: save_pickle([3, w], p / "w.pth"),
+    "tuple": lambda w, p: save_pickle((w, 1), p / "w.pth"),
+    "teacher": lambda w, p: save_pickle({"student": {k: v + 1 for k, v in w.items()}, "teacher": w}, p / "w.pth"),
     "twice": lambda w, p: save_pickle({"model": {"state_dict": w}}, p / "w.pth"),
     "module.": lambda w, p: save_pickle({f"module.{k}": v for k, v in w.items()}, p / "w.pth"),
     "_orig_mod.": lambda w, p: save_pickle({f"_orig_mod.module.{k}": v for k, v in w.items()}, p / "w.pth"),

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsevit_cli import windows
-from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.errors import ConfigError, UnsteadyError
 from sparsevit_cli.profiling.inputs import example_input
 from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
+from sparsevit_cli.profiling.neighbours import Moment, Patience
 from sparsevit_cli.profiling.stages import time_stages
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import SparseBlock, get_sparsity, set_sparsity, sparsify_, without_kernels
@@ -226,3 +227,45 @@ def test_compiled_models_have_no_parts(pruned: nn.Module) -> None:
     compiled = torch.compile(pruned, backend="eager")
     with pytest.raises(ConfigError, match=r"before torch\.compile"):
         time_stages(compiled, torch.zeros(1, 3, SIZE, SIZE))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("watched")
+def test_a_stop_is_heard_while_a_table_waits_for_a_neighbour() -> None:
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    def check() -> None:
+        if now[0] > 3:
+            raise KeyboardInterrupt
+
+    patience = Patience(3600, watch=lambda: Moment(now[0], now[0], 0.0, None, 0, 2), now=lambda: now[0], sleep=sleep)
+    with pytest.raises(KeyboardInterrupt):
+        measure_latency_table(tiny_swin(), SIZE, patience=patience, check=check)
+    assert now[0] < 4
+
+
+def test_no_table_is_filled_beside_a_neighbour(fake: FakeTime) -> None:
+    watch_time = [0.0]
+
+    def busy() -> Moment:
+        watch_time[0] += 1.0
+        return Moment(watch_time[0], watch_time[0], 0.0, None, 0, 2)
+
+    patience = Patience(5.0, watch=busy, now=lambda: watch_time[0], sleep=lambda seconds: None)
+    with pytest.raises(UnsteadyError, match="latency table: other processes take"):
+        measure_latency_table(tiny_swin(), SIZE, seconds=0.001, clock=fake.clock, patience=patience)
+
+
+def test_a_table_whose_times_change_is_measured_again_and_then_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = patched(FakeTime(), monkeypatch)
+    real, rounds = fake.spend, [0]
+
+    def slower(ms: float) -> None:
+        rounds[0] += 1
+        real(ms * (1 + rounds[0] / 2000))
+
+    monkeypatch.setattr(fake, "spend", slower)
+    with pytest.raises(UnsteadyError, match=r"latency table: times changed by \d+%.*after 1 repetitions"):
+        measure_latency_table(tiny_swin(), SIZE, seconds=0.001, rounds=4, retries=1, clock=fake.clock)

@@ -17,7 +17,7 @@ from sparsevit_cli.kernels import Kernels, native, windowed
 from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, foreseen, oracle, with_fused_attention
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import set_sparsity, sparsify_, without_kernels
-from sparsevit_cli.workflows.rivals import measure_rivals
+from sparsevit_cli.workflows.rivals import _compared, measure_rivals
 from sparsevit_cli.workflows.session import Session
 from tiny import tiny_config
 
@@ -106,6 +106,9 @@ def test_a_benchmark_names_the_best_dense_and_compares_with_it(tmp_path: Path, m
     sparse = rows["ours, 60% everywhere"]
     assert sparse.tax_low <= sparse.tax <= sparse.tax_high  # type: ignore[operator]
     assert sparse.realised_low <= sparse.realised <= sparse.realised_high  # type: ignore[operator]
+    shaky = {**rows, "ours, ratio 0": replace(rows["ours, ratio 0"], stable=False)}
+    told = _compared(replace(sparse, realised=None, tax=None), shaky, {})
+    assert told.realised is told.tax is None
     unsteady = replace(
         report, cells=(replace(cell, rows=(replace(cell.rows[0], stable=False, unsteady="spread"), *cell.rows[1:])),)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -20,14 +21,22 @@ from torch import Tensor, nn
 from sparsevit_cli.checkpoints import latest_checkpoint, load_checkpoint
 from sparsevit_cli.config.schema import LoopSection, Phase
 from sparsevit_cli.data.build import build_data
-from sparsevit_cli.errors import CheckpointError, ConfigError, NonFiniteError, ResourceError, StoppedError
+from sparsevit_cli.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+    ResourceError,
+    SparseViTError,
+    StoppedError,
+)
 from sparsevit_cli.models import build_model
+from sparsevit_cli.profiling.inputs import trained_in
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.stopping import StopRequest, stop_on_signals
 from sparsevit_cli.swin import get_sparsity, sparsify_
-from sparsevit_cli.training import PhasePlan, TrainingJob, plan_training, train
+from sparsevit_cli.training import PhasePlan, TrainingJob, _Run, plan_training, train
 from tiny import tiny_config
 
 DEPTHS = (2, 2)
@@ -443,3 +452,33 @@ def test_averaged_weights_and_buffers_that_are_not_finite_are_not_saved(tmp_path
     with pytest.raises(NonFiniteError, match=r"`model` are not finite: extra.*Nothing is saved"):
         run(spoiled)
     assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_a_save_that_fails_after_a_signal_is_not_told_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopRequest()
+
+    def validate(model: nn.Module, phase: PhasePlan, before_batch: Callable[[], None]) -> Mapping[str, float]:
+        stop.signal_number = signal.SIGTERM
+        before_batch()
+        return {}
+
+    def fsync(descriptor: int) -> None:
+        if stop.requested:
+            raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
+
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises((OSError, SparseViTError), match="Input/output error"):
+        run(replace(job(tmp_path), validate=validate), stop)
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_bfloat16_is_taken_where_the_cpu_has_it(
+    native: bool, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    reporter = SilentReporter()
+    assert _Run(job(tmp_path, precision="bf16"), reporter).precision == precision
+    assert len(reporter.warnings) == (not native)
+    assert trained_in("bf16", torch.device("cuda")) == "bf16"

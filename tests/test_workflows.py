@@ -16,22 +16,24 @@ import safetensors.torch
 import torch
 
 from sparsevit_cli.config.loading import section_hash
-from sparsevit_cli.errors import CheckpointError, ConfigError, StoppedError
+from sparsevit_cli.errors import CheckpointError, ConfigError, SparseViTError, StoppedError
 from sparsevit_cli.exporting import folder as exporting_folder
 from sparsevit_cli.exporting import load_exported
 from sparsevit_cli.profiling.device import source_revision
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder, RunLocks, next_command
+from sparsevit_cli.search.ledger import Ledger, LedgerScope
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.winner import write_winner
 from sparsevit_cli.workflows import search as search_workflow
 from sparsevit_cli.workflows.evaluate import evaluate_checkpoint
 from sparsevit_cli.workflows.export import export_winner
+from sparsevit_cli.workflows.latencies import SearchLatencies
 from sparsevit_cli.workflows.pages import profile_page
 from sparsevit_cli.workflows.pipeline import MOST_RIVALS, rival_sizes, run_pipeline
 from sparsevit_cli.workflows.plan import plan_lines
-from sparsevit_cli.workflows.profile import profile_model, profile_target, threads_set
+from sparsevit_cli.workflows.profile import profile_model, profile_settings, profile_target, threads_set
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.training import adapt, pretrain
 from sparsevit_cli.workflows.weights import file_weights, trained_weights
@@ -453,3 +455,25 @@ def test_rivals_fill_whole_windows(img_size: tuple[int, int], patch: int, window
 
 def test_rivals_of_the_demo() -> None:
     assert sorted(rival_sizes((192, 192), 4, 4)) == [(side, side) for side in range(64, 192, 16)]
+
+
+def test_what_is_accepted_beside_a_latency_belongs_to_it(tmp_path: Path) -> None:
+    def identity(**clock: float) -> dict[str, object]:
+        session = session_in(tmp_path, clock=clock)
+        model = session.model(["a", "b"])
+        with Ledger.open(tmp_path / "ledger.sqlite", LedgerScope("a", "b", "c")) as ledger:
+            folder = RunFolder(tmp_path, "search")
+            return SearchLatencies(session, folder, model, session.space(model, 0.8), ledger)._identity
+
+    assert identity() == identity() != identity(max_neighbour=4.0) != identity(max_spread=2.0)
+    assert profile_settings(session_in(tmp_path)) != profile_settings(
+        session_in(tmp_path, clock={"max_neighbour": 4.0})
+    )
+
+
+def test_a_run_folder_that_is_a_link_to_itself_is_told(tmp_path: Path) -> None:
+    session = session_in(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "evaluate").symlink_to(tmp_path / "tiny" / "evaluate")
+    with pytest.raises(SparseViTError, match="evaluate"):
+        session.folder("evaluate")

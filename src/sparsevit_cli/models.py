@@ -41,7 +41,16 @@ __all__ = [
 
 _PATCH_SIZE = 4  # of every timm Swin
 _WRAPPERS = (
-    *("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", "params_ema"),
+    *(
+        "state_dict_ema",
+        "model_ema",
+        "ema_state_dict",
+        "model_ema_state_dict",
+        "ema_model",
+        "ema",
+        "params_ema",
+        "teacher",
+    ),
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "params", "weights", "module"),
     *("backbone", "encoder"),
 )  # averaged weights first
@@ -260,7 +269,9 @@ def _wrapped(content: object) -> list[tuple[tuple[str, ...], Mapping[Any, Any]]]
             return
         seen.add(id(inner))
         if not isinstance(inner, Mapping):
-            inner = {str(number): item for number, item in enumerate(inner[:_MAX_LISTED])}
+            for number, item in enumerate(inner[:_MAX_LISTED]):
+                visit(item, (*where, str(number)))
+            return
         for key in dict.fromkeys((*_WRAPPERS, *(key for key in inner if isinstance(key, str)))):
             if key in inner:
                 visit(inner[key], (*where, key))

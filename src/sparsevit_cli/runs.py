@@ -166,7 +166,7 @@ class RunLocks:
 
         Raises CheckpointError where another process has it.
         """
-        path = Path(os.path.realpath(path))  # unlike resolve() it takes links in a circle
+        path = as_path(os.path.realpath(path), "output")  # unlike resolve() it takes links in a circle
         if path in self._held:
             return self._held[path] is not None
         lock = FileLock(path.with_name(f".{path.name}.lock"))

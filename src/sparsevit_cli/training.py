@@ -44,7 +44,7 @@ from .documents import number, understood
 from .errors import CheckpointError, ConfigError, NonFiniteError, ResourceError, StoppedError, is_out_of_memory
 from .models import load_state, set_img_size
 from .profiling.device import describe_versions
-from .profiling.inputs import TORCH_DTYPE
+from .profiling.inputs import TORCH_DTYPE, trained_in
 from .reporting import Progress, Reporter
 from .schedule import SparsitySchedule
 from .stopping import StopRequest
@@ -226,6 +226,9 @@ class _Run:
             layer_decay=section.layer_decay,
             **({"fused": True} if section.optimizer in FUSED and section.precision != "fp16" else {}),
         )
+        self.precision = trained_in(section.precision, job.device)
+        if self.precision != section.precision:
+            reporter.warn(f"{job.kind}: this CPU emulates {section.precision}, slowly; training in {self.precision}")
         self.ema = ModelEmaV3(self.model, decay=section.ema_decay, use_warmup=True) if section.ema_decay else None
         self.scaler = torch.amp.GradScaler(job.device.type, FP16_SCALE, enabled=section.precision == "fp16")
         self.mixup = (
@@ -383,8 +386,9 @@ class _Run:
         return (1 - self.job.distill) * loss + self.job.distill * distilled
 
     def _autocast(self) -> Any:
-        precision = self.job.section.precision
-        return nullcontext() if precision == "fp32" else torch.autocast(self.job.device.type, TORCH_DTYPE[precision])
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.job.device.type, TORCH_DTYPE[self.precision])
 
     def _draw(self, purpose: str) -> int:
         """A 32-bit seed that is a function of (seed, purpose, step)."""

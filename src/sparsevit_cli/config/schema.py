@@ -234,7 +234,10 @@ class LoopSection(Section):
     warmup_epochs: Annotated[float, Field(ge=0)] = Field(1.0, description="Linear warm-up, in epochs.")
     min_lr: Annotated[float, Field(ge=0)] = Field(1e-6, description="Learning rate at the end.")
     clip_grad: Positive | None = Field(1.0, description="Largest gradient norm; null does not clip.")
-    precision: Precision = Field("fp32", description="fp32, or autocast to bf16 or fp16 (fp16 with a loss scaler).")
+    precision: Precision = Field(
+        "fp32",
+        description="fp32, or autocast to bf16 (fp32 on a CPU that emulates it) or fp16 (with a loss scaler).",
+    )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Decay of the exponential moving average of the weights; null keeps none."
     )

@@ -19,6 +19,13 @@ from .device import resolve_device
 TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions of the configuration, as torch names them."""
 
+
+def trained_in(precision: str, device: torch.device) -> str:
+    """The precision that a training takes on `device`: fp32 for bf16 on a CPU that emulates it, 50 times slower."""
+    emulated = precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "fp32" if emulated else precision
+
+
 InputSize = int | Sequence[int] | Tensor
 """A side in pixels, (H, W), (C, H, W), or an example input (B, C, H, W)."""
 

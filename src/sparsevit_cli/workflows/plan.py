@@ -8,7 +8,7 @@ import torch
 
 from sparsevit_cli.config.schema import LoopSection
 from sparsevit_cli.profiling.device import synchronize
-from sparsevit_cli.profiling.inputs import TORCH_DTYPE
+from sparsevit_cli.profiling.inputs import TORCH_DTYPE, trained_in
 from sparsevit_cli.profiling.latency_table import measure_configs
 from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.sparsity import SearchSpace
@@ -118,7 +118,8 @@ class _Plan:
 
     def _step_seconds(self, section: LoopSection) -> float:
         """Seconds of one dense step, forward and backward, in the precision of the training; the best of a few."""
-        device, precision = self.session.device, section.precision
+        device = self.session.device
+        precision = trained_in(section.precision, device)
         x = torch.randn(section.batch_size, self.session.config.model.in_chans, *self.session.img_size, device=device)
         set_sparsity(self.model, 0.0)
         best = float("inf")
