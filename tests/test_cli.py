@@ -19,7 +19,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from noise import beside
+from noise import NOISE, beside
 from sparsevit_cli.checkpoints import latest_checkpoint
 from sparsevit_cli.cli import app
 from sparsevit_cli.console import ConsoleReporter
@@ -314,18 +314,34 @@ def test_a_profile_that_does_not_settle_is_shown_and_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("watched")
+@pytest.mark.parametrize("noise", NOISE)
 def test_a_latency_budget_beside_a_busy_process_ends_with_8_and_never_with_5(
-    finished: Path, monkeypatch: pytest.MonkeyPatch
+    noise: str, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     winner = (finished / "runs" / "tiny" / "search" / "winner.yaml").read_bytes()
     command = ("search", "--config", finished / "tiny.yaml", "--set", "search.batch_size=2", *CAREFUL)
-    with beside("one core"):
+    with beside(noise):
         for budget in ("1e-9ms", "70%"):
             done = refused(*command, "--budget-latency", budget, cwd=finished, code=8, monkeypatch=monkeypatch)
             assert "waiting for that to end" in done.stderr
             assert "reachable" not in done.stderr
     assert (finished / "runs" / "tiny" / "search" / "winner.yaml").read_bytes() == winner
     assert not (finished / "runs" / "tiny" / "search" / "latency_table.json").exists()
+
+
+@pytest.mark.usefixtures("watched")
+def test_a_profile_beside_a_busy_process_shows_no_number_and_ends_with_8(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("profile", "--config", finished / "tiny.yaml", "--ratios", "0.5", *CAREFUL)
+    with beside("one core"):
+        done = refused(*command, cwd=tmp_path, code=8, monkeypatch=monkeypatch)
+    assert "6 of 6 rows are not steady" in done.stderr
+    assert done.stdout.count("not steady") == 6
+    assert "x [" not in done.stdout, "no speed-up"
+    assert "Where the time goes" not in done.stdout
+    page = (tmp_path / "runs" / "tiny" / "profile" / "profile.html").read_text()
+    assert page.count("not steady") == 6
 
 
 @pytest.mark.usefixtures("watched")
