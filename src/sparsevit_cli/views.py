@@ -161,7 +161,7 @@ def show_pipeline(summary: PipelineSummary) -> None:
         (
             row.label, f"{row.top1:.2f}", f"{row.gmacs:.3f}",
             _told(row.latency_ms, row.latency_ms_low, row.latency_ms_high, ".2f", NOT_STEADY),
-            _told(row.speedup, row.speedup_low, row.speedup_high, ".2f"),
+            "-" if row.speedup is None else f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
         )
         for row in summary.rows
     ]  # fmt: skip
