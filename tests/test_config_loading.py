@@ -128,11 +128,11 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_all_faults_are_told_in_the_order_of_the_file_up_to_ten(tmp_path: Path) -> None:
     error = refusal("search: {popultion: 3}\nmodel: {in_chans: 0}\nadapt: {lr: x}\ndata: {source: folder}\n", tmp_path)
     assert error.what == "search.popultion"
-    assert [line.split(":")[0].strip() for line in error.do.splitlines()[2:]] == ["model.in_chans", "adapt.lr", "data"]
+    assert [other.split(":")[0] for other in error.others] == ["model.in_chans", "adapt.lr", "data"]
 
     many = refusal("search: {" + ", ".join(f"x{n}: 1" for n in range(14)) + "}", tmp_path)
-    assert len(many.do.splitlines()) == 2 + 9 + 1
-    assert many.do.endswith("  and 4 more")
+    assert len(many.others) == 9 + 1
+    assert many.others[-1] == "and 4 more"
 
 
 def test_long_and_invisible_values_are_shown_short_and_escaped(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -27,6 +26,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from .atomic import FULL
 from .config import yaml_loader
 from .errors import ResourceError, ThreePartError
 from .reporting import Progress
@@ -35,8 +35,6 @@ PLAIN_EVERY_SECONDS = 30.0
 """On anything but a terminal a bar is a line every so often, so that logs stay short."""
 
 PIPED_WIDTH = 200
-GONE = (errno.EPIPE, errno.EBADF, errno.EINVAL, errno.ESHUTDOWN)
-"""Errors of a stream that nobody reads any more."""
 
 
 class _Stream:
@@ -80,7 +78,7 @@ class _Stream:
         except ValueError:  # it was closed meanwhile
             pass
         except OSError as error:
-            if self._name == "stdout" and error.errno not in GONE:
+            if self._name == "stdout" and error.errno in FULL:
                 do = "Make room, or look into the run folder: every result is there too."
                 raise ResourceError("stdout", f"it could not be written ({error.strerror})", do) from error
 
@@ -160,9 +158,9 @@ class ConsoleReporter:
 
     def error(self, error: ThreePartError) -> None:
         """The three parts of an error; the last one may have several lines."""
-        what, got = printable(error.what), printable(error.got)
-        do = "\n".join(map(printable, error.do.split("\n")))
-        text = Text.assemble(("error: ", "bold red"), (what, "bold"), f": {got}.\n", f"       {do}")
+        what, got, do = printable(error.what), printable(error.got), printable(error.do)
+        others = "".join(f"\n       Also wrong: {printable(other)}" for other in error.others)
+        text = Text.assemble(("error: ", "bold red"), (what, "bold"), f": {got}.\n       {do}{others}")
         self._write(text, f"error: {what}: {got}. {' '.join(do.split())}")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

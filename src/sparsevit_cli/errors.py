@@ -14,13 +14,15 @@ class ThreePartError(BaseException):
     """
 
     exit_code = 1
+    others: tuple[str, ...] = ()
+    """Further faults of the same kind, told with this one, a line each."""
 
     def __init__(self, what: str, got: str, do: str) -> None:
         super().__init__(what, got, do)
         self.what, self.got, self.do = what, got, do
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.got}. {self.do}"
+        return f"{self.what}: {self.got}. {self.do}{''.join(f' Also wrong: {other}' for other in self.others)}"
 
 
 class SparseViTError(ThreePartError, Exception):

@@ -37,12 +37,9 @@ def validate(document: Document) -> ExperimentConfig:
     except ValidationError as errors:
         by_path = _errors_by_path(errors.errors(include_url=False), document)
     first, *others = (_fault(path, by_path[path], document) for path in list(by_path)[:MAX_TOLD])
-    do = first.do
-    if others:
-        do += "\nAlso wrong:" + "".join(f"\n  {fault}" for fault in others)
-    if len(by_path) > MAX_TOLD:
-        do += f"\n  and {len(by_path) - MAX_TOLD} more"
-    raise ConfigError(first.what, first.got, do)
+    more = [f"and {len(by_path) - MAX_TOLD} more"] if len(by_path) > MAX_TOLD else []
+    first.others = (*map(str, others), *more)
+    raise first
 
 
 def _errors_by_path(errors: list[ErrorDetails], document: Document) -> dict[FieldPath, list[ErrorDetails]]:
