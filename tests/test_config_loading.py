@@ -26,7 +26,7 @@ from sparsevit_cli.config.loading import (
     section_hash,
 )
 from sparsevit_cli.config.overrides import apply_overrides
-from sparsevit_cli.config.schema import ExperimentConfig
+from sparsevit_cli.config.experiment import ExperimentConfig
 from sparsevit_cli.config.validation import validate
 from sparsevit_cli.config.yaml_loader import parse_yaml
 from sparsevit_cli.errors import ConfigError

@@ -9,7 +9,7 @@ import pytest
 from sparsevit_cli.config import reference
 from sparsevit_cli.config.fields import field_schema
 from sparsevit_cli.config.reference import REFERENCE_PATH, main, render_reference
-from sparsevit_cli.config.schema import ExperimentConfig
+from sparsevit_cli.config.experiment import ExperimentConfig
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparsevit_cli.config.schema import AugmentSection, DataSection
+from sparsevit_cli.config.experiment import AugmentSection, DataSection
 from sparsevit_cli.data import train_batches
 from sparsevit_cli.data.seeding import seeded
 from sparsevit_cli.data.transforms import TransformSpec

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsevit_cli.config.schema import DataSection
+from sparsevit_cli.config.experiment import DataSection
 from sparsevit_cli.data import ImageSource, build_data, eval_batches, train_batches
 from sparsevit_cli.errors import ConfigError, DataError
 from test_data_folder import make_example_tree

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
-from sparsevit_cli.config.schema import DataSection
+from sparsevit_cli.config.experiment import DataSection
 from sparsevit_cli.data import build_data, eval_batches, train_batches
 from sparsevit_cli.data import timm_source as module
 from sparsevit_cli.data.records import check_classes

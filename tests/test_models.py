@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import sparsevit_cli
 from sparsevit_cli.checkpoints import save_checkpoint
-from sparsevit_cli.config.schema import ModelSection
+from sparsevit_cli.config.experiment import ModelSection
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import (
     build_model,
@@ -194,7 +194,7 @@ def test_pretrained_weights_get_a_new_classifier_at_another_size(monkeypatch: py
 
 def test_pretrained_weights_without_a_network(tmp_path: Path) -> None:
     program = (
-        "from sparsevit_cli.models import build_model; from sparsevit_cli.config.schema import ModelSection\n"
+        "from sparsevit_cli.models import build_model; from sparsevit_cli.config.experiment import ModelSection\n"
         "from sparsevit_cli.errors import CheckpointError\n"
         "try: build_model(ModelSection(pretrained=True), 5)\n"
         "except CheckpointError as error: print(error.exit_code, error)"

@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from sparsevit_cli.cli import app
-from sparsevit_cli.config.schema import ModelSection
+from sparsevit_cli.config.experiment import ModelSection
 from sparsevit_cli.workflows import profile
 from sparsevit_cli.workflows.profile import Size
 from test_cli import images_in

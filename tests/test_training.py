@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsevit_cli.checkpoints import latest_checkpoint, load_checkpoint
-from sparsevit_cli.config.schema import LoopSection, Phase
+from sparsevit_cli.config.experiment import LoopSection, Phase
 from sparsevit_cli.data.build import build_data
 from sparsevit_cli.errors import (
     CheckpointError,

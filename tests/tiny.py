@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparsevit_cli.config.schema import ExperimentConfig
+from sparsevit_cli.config.experiment import ExperimentConfig
 
 TINY: dict[str, Any] = {
     "experiment": "tiny",

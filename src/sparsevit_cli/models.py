@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import load_checkpoint
+from .config.experiment import ModelSection
 from .config.paths import as_path
-from .config.schema import ModelSection
 from .config.yaml_loader import printable
 from .documents import exists
 from .errors import CheckpointError, ConfigError, in_one_line, pass_on
@@ -102,21 +102,21 @@ def support_table() -> tuple[SupportedModel, ...]:
     )  # fmt: skip
 
 
-def model_arguments(section: ModelSection, num_classes: int) -> dict[str, Any]:
+def model_arguments(section: ModelSection, outputs: int) -> dict[str, Any]:
     """Arguments of timm.create_model, besides `img_size`, with which the weights of a trained model fit."""
     given = {key: value for key in _OVERRIDES if (value := getattr(section, key)) is not None}
-    return {"in_chans": section.in_chans, "num_classes": num_classes, **given}
+    return {"in_chans": section.in_chans, "num_classes": outputs, **given}
 
 
 def build_model(
     section: ModelSection,
-    num_classes: int,
+    outputs: int,
     *,
     img_size: int | tuple[int, int] | None = None,
     seed: int = 0,
     say: Say = _say,
 ) -> nn.Module:
-    """The dense timm Swin of `section`, with its overrides, weights and `num_classes` outputs.
+    """The dense timm Swin of `section`, with its overrides, weights and so many `outputs` (0: no head).
 
     `img_size` (pixels, one number or (height, width)) replaces the section's. Windows keep their size in tokens
     whatever the image (in V2-CR without `window_size` they are timm's, an eighth of the patch grid); without
@@ -134,7 +134,7 @@ def build_model(
         raise ConfigError("model.pretrained", got, "Drop these overrides, or train from scratch.")
     if section.weight_init == "jax" and not section.name.startswith("swin_"):
         raise ConfigError("model.weight_init", f"'jax' is not offered by timm for {section.name}", "Take 'timm'.")
-    arguments = model_arguments(section, num_classes)
+    arguments = model_arguments(section, outputs)
     scheme = {"weight_init": "jax"} if section.weight_init == "jax" else {}
     try:
         with torch.random.fork_rng(devices=[]):

@@ -21,26 +21,29 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 from .atomic import UNSUPPORTED, disk_errors, json_text, remove_leftovers, sha256_file, write_atomic, write_json
+from .config.experiment import ExperimentConfig
 from .config.loading import config_differences, dump_config, load_config
 from .config.paths import as_path
-from .config.schema import ExperimentConfig
 from .documents import exists, read_json, understood
 from .errors import CheckpointError, ConfigError, SparseViTError
 from .reporting import Reporter
 
 SECTIONS: Mapping[str, tuple[str, ...]] = {
-    "pretrain": ("seed", "model", "data", "train"),
-    "adapt": ("seed", "model", "data", "adapt"),
-    "search": ("model", "data"),
-    "finetune": ("seed", "model", "data", "finetune"),
-    "rival": ("seed", "model", "data", "finetune"),
-    "evaluate": ("model", "data"),
-    "profile": ("model",),
-    "rivals": ("model",),
-    "export": ("model",),
-    "run": ("model", "data"),
+    "pretrain": ("seed", "task", "model", "data", "train"),
+    "adapt": ("seed", "task", "model", "data", "adapt"),
+    "search": ("task", "model", "data"),
+    "finetune": ("seed", "task", "model", "data", "finetune"),
+    "rival": ("seed", "task", "model", "data", "finetune"),
+    "evaluate": ("task", "model", "data"),
+    "profile": ("task", "model"),
+    "rivals": ("task", "model"),
+    "export": ("task", "model"),
+    "run": ("task", "model", "data"),
 }
 """Sections that the result of a command depends on; a second run in the folder must agree on them."""
+
+SCHEMA_VERSION = 2
+"""Of results; those of version 1 know image classification alone."""
 
 WORK = ("checkpoints", "ledger.sqlite", "metrics.json")
 """What a run has paid for; a folder with none of it (data that could not be read, say) holds nothing to protect."""
@@ -50,7 +53,7 @@ TRAININGS = ("pretrain", "adapt", "finetune", "rival")
 
 _log = logging.getLogger(__name__)
 
-EXPERIMENT_FLAGS = ("--config", "-c", "--set", "-s", "--output", "-o", "--seed", "--device")
+EXPERIMENT_FLAGS = ("--config", "-c", "--set", "-s", "--output", "-o", "--seed", "--device", "--task")
 """Flags that say which experiment is meant."""
 
 HARMLESS = (
@@ -64,7 +67,7 @@ class _Check(BaseModel):
     """One line of adapt's closing table."""
 
     model_config = ConfigDict(strict=True)
-    top1: float
+    score: float
     gmacs: float
 
 
@@ -73,7 +76,6 @@ class _Result(BaseModel):
 
     model_config = ConfigDict(strict=True)
     checkpoint: str = ""
-    class_names: list[str] = Field([])
     data_fingerprint: str = ""
     seed: int = 0
     check: dict[str, _Check] = Field({})
@@ -111,6 +113,8 @@ class RunFolder:
         if not exists(self.result):
             return None
         result = read_json(self.result)
+        if result.get("schema_version") == 1:  # its closing table is made again; all else is read as it is
+            result.pop("check", None)
         with understood(self.result):
             _Result.model_validate(result)
         return result
@@ -131,7 +135,7 @@ class RunFolder:
     def write_result(self, result: Mapping[str, object], files: Sequence[str] = ()) -> None:
         """Write the final numbers, with the hashes of the `files` that belong to them."""
         hashes = {name: sha256_file(self.path / name) for name in files}
-        write_json(self.result, {"schema_version": 1, "command": self.command, **result, "files": hashes})
+        write_json(self.result, {"schema_version": SCHEMA_VERSION, "command": self.command, **result, "files": hashes})
 
     def set_aside(self, names: Sequence[str], reporter: Reporter, *, copy: bool = False) -> None:
         """Move (or copy) earlier results called `names` into `earlier-NNN/`, and say so.

@@ -12,13 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -35,11 +33,10 @@ from .checkpoints import (
     save_checkpoint,
     unpack_optimizer,
 )
+from .config.experiment import LoopSection
 from .config.fields import shown
-from .config.schema import LoopSection
-from .data.loader import MAX_WAIT_SECONDS, Batch, train_batches
-from .data.source import ImageSource
-from .data.transforms import as_pair
+from .data.loader import MAX_WAIT_SECONDS, train_batches
+from .data.source import Batch, Source
 from .documents import number, understood
 from .errors import CheckpointError, ConfigError, NonFiniteError, ResourceError, StoppedError, is_out_of_memory
 from .models import load_state, set_img_size
@@ -47,31 +44,26 @@ from .profiling.device import describe_versions
 from .profiling.inputs import TORCH_DTYPE, trained_in
 from .reporting import Progress, Reporter
 from .schedule import SparsitySchedule
+from .seeding import step_seed
+from .sizes import Size, as_pair
 from .stopping import StopRequest
 from .swin import set_sparsity
-from .tasks.classification import classification_loss, distillation_loss, shrink
+from .tasks.task import Score, Task
 
 FP16_SCALE = 2.0**12
 """First loss scale of fp16; torch's own default needs more halvings than MAX_BAD_STEPS allows."""
 MAX_BAD_STEPS = 3
 """Non-finite fp16 steps in a row before training ends; the loss scaler needs a few to settle."""
-Size = tuple[int, int]
-"""Height and width in pixels."""
-
 MAX_MEMORY_RETRIES = 6
-FUSED = ("adam", "adamw")
-"""Optimizers of torch with one kernel for all parameters; with a loss scaler the plain form is taken."""
 """Times that a step may halve its micro-batch after running out of memory."""
+FUSED = ("adam", "adamw")
+"""Optimizers of torch with one kernel for all parameters; with a loss scaler the usual form is taken."""
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """Steps `first_step` ... `first_step + steps - 1` at one image size and learning rate.
+    """Steps `first_step` ... `first_step + steps - 1` with images of one size, at one learning rate."""
 
-    Images are read at `source_size` and shrunk to `img_size` where that is smaller (a rival at lower resolution).
-    """
-
-    source_size: Size
     img_size: Size
     first_step: int
     steps: int
@@ -100,30 +92,25 @@ class TrainingPlan:
         return step % every == 0 or step == self.total_steps
 
 
-def plan_training(
-    section: LoopSection, num_samples: int, img_size: Size, seen_as: Callable[[Size], Size] = lambda size: size
-) -> TrainingPlan:
-    """Lay out the section's curriculum; without one a single phase at `img_size` for `section.epochs`.
-
-    `seen_as` maps the size at which images are read to the size that the model sees.
-    """
+def plan_training(section: LoopSection, num_samples: int, img_size: Size) -> TrainingPlan:
+    """Lay out the section's curriculum; without one a single phase at `img_size` for `section.epochs`."""
     steps_per_epoch = max(1, num_samples // section.batch_size)
     wanted = [(as_pair(p.img_size), p.epochs, p.lr or section.lr) for p in section.curriculum]
     phases, first = [], 0
     for size, epochs, lr in wanted or [(img_size, section.epochs, section.lr)]:
         steps = max(1, round(epochs * steps_per_epoch))
-        phases.append(PhasePlan(size, seen_as(size), first, steps, lr))
+        phases.append(PhasePlan(size, first, steps, lr))
         first += steps
     return TrainingPlan(tuple(phases), steps_per_epoch)
 
 
 class Validate(Protocol):
-    """Metrics of a model on the validation data, at fixed configurations; `top1` decides which is best.
+    """Score of a model on the validation data at a size of images, at a fixed configuration.
 
     `before_batch` may raise, to stop early.
     """
 
-    def __call__(self, model: nn.Module, phase: PhasePlan, before_batch: Callable[[], None]) -> Mapping[str, float]: ...
+    def __call__(self, model: nn.Module, img_size: Size, before_batch: Callable[[], None]) -> Score: ...
 
 
 @dataclass(frozen=True)
@@ -131,23 +118,21 @@ class TrainingJob:
     """Everything a training needs. `model` is changed in place; it must already be sparse (ratio 0 for dense)."""
 
     kind: str
+    task: Task
     model: nn.Module
     section: LoopSection
     schedule: SparsitySchedule
     plan: TrainingPlan
-    source: ImageSource
+    source: Source
     validate: Validate
     checkpoints: Path
     device: torch.device
     seed: int
-    num_classes: int
     workers: int = 0
     max_wait_seconds: float = MAX_WAIT_SECONDS
     teacher: nn.Module | None = None
-    distill: float = 0.0
-    temperature: float = 1.0
     identity: Mapping[str, object] = field(default_factory=dict)
-    """What a checkpoint must agree with to be resumed, besides the seed: data, classes, start weights, settings."""
+    """What a checkpoint must agree with to be resumed, besides the seed: data, categories, start weights, settings."""
     settings: Mapping[str, object] = field(default_factory=dict)
     """The values behind the hashes in `identity`, to name those that differ."""
     validation_fingerprint: str = ""
@@ -202,8 +187,8 @@ def train(
     return TrainingResult(newest, tuple(run.history), resumed_from, run.seconds)
 
 
-ROW = {"step", "epoch", "img_size", "lr", "train_loss", "seconds", "top1"}
-"""What every row of the history holds."""
+ROW = {"step", "epoch", "img_size", "lr", "train_loss", "seconds"}
+"""What every row of the history holds, besides the metric."""
 LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """State of an optimizer in the shape of its parameter, where torch's fused kernels do not look twice."""
 ADDED = ("data_settings",)
@@ -231,11 +216,6 @@ class _Run:
             reporter.warn(f"{job.kind}: this CPU emulates {section.precision}, slowly; training in {self.precision}")
         self.ema = ModelEmaV3(self.model, decay=section.ema_decay, use_warmup=True) if section.ema_decay else None
         self.scaler = torch.amp.GradScaler(job.device.type, FP16_SCALE, enabled=section.precision == "fp16")
-        self.mixup = (
-            Mixup(section.mixup, section.cutmix, label_smoothing=section.label_smoothing, num_classes=job.num_classes)
-            if section.mixup or section.cutmix
-            else None
-        )
         self.lr_of_phase = {phase: self._scheduler(phase) for phase in job.plan.phases}
         self.step = 0
         self.history: list[Mapping[str, float]] = []
@@ -274,11 +254,12 @@ class _Run:
         """Step until a validation or checkpoint is due, the images change, or a signal arrives."""
         plan, section = self.job.plan, self.job.section
         phase = plan.phase(self.step)
-        self._set_size(phase.img_size)
-        for batch in self._batches(phase, stop):
+        source = self.job.source.resized(phase.img_size)
+        self._set_size(source.image_size)
+        for batch in self._batches(source, stop):
             self._step(batch, phase)
             self.step += 1
-            progress.advance(1, loss=f"{self.losses[-1]:.3f}" if self.losses else "-", size=phase.img_size[0])
+            progress.advance(1, loss=f"{self.losses[-1]:.3f}" if self.losses else "-", size=source.image_size[0])
             if (
                 stop.requested
                 or plan.is_due(self.step, section.eval_every)
@@ -302,10 +283,9 @@ class _Run:
                 f"{self.job.kind}.curriculum", got, "Set model.always_partition: true, or use larger images."
             )
 
-    def _batches(self, phase: PhasePlan, stop: StopRequest) -> Iterator[Batch]:
+    def _batches(self, source: Source, stop: StopRequest) -> Iterator[Batch]:
         """Batches from the current step to the end of its epoch; a signal ends the waiting for one."""
         epoch, start = divmod(self.step, self.job.plan.steps_per_epoch)
-        source = self.job.source.with_image_size(phase.source_size)
         return train_batches(
             source,
             batch_size=min(self.job.section.batch_size, len(source)),
@@ -323,7 +303,7 @@ class _Run:
         self.lr_of_phase[phase].step_update(self.step - phase.first_step)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward_with_retries(batch, phase)
+        loss = self._backward_with_retries(batch)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), section.clip_grad or math.inf)
         numbers = f"loss {loss} and gradient norm {float(norm)}"
@@ -338,62 +318,42 @@ class _Run:
         if math.isfinite(loss):  # a step that fp16 skipped has no loss to average
             self.losses.append(loss)
 
-    def _backward_with_retries(self, batch: Batch, phase: PhasePlan) -> float:
+    def _backward_with_retries(self, batch: Batch) -> float:
         """Forward and backward of a step; out of memory halves the micro-batch, the step stays the same."""
         for _ in range(MAX_MEMORY_RETRIES + 1):
             try:
-                return self._backward(batch, phase)
+                return self._backward(batch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self.optimizer.zero_grad(set_to_none=True)
-                micro = math.ceil(len(batch.labels) / self.accumulation)
+                micro = math.ceil(len(batch) / self.accumulation)
                 if micro == 1:
                     break
                 self.accumulation *= 2
                 self.reporter.warn(f"out of memory at micro-batch {micro}: going on with {math.ceil(micro / 2)}")
                 if self.job.device.type == "cuda":
                     torch.cuda.empty_cache()
-        got = f"step {self.step} runs out of memory at micro-batch {math.ceil(len(batch.labels) / self.accumulation)}"
+        got = f"step {self.step} runs out of memory at micro-batch {math.ceil(len(batch) / self.accumulation)}"
         raise ResourceError(f"{self.job.kind}.batch_size", got, "Lower batch_size, or turn grad_checkpointing on.")
 
-    def _backward(self, batch: Batch, phase: PhasePlan) -> float:
-        torch.manual_seed(self._draw("step"))  # dropout and stochastic depth of this step
-        images, target = batch.images.to(self.job.device), batch.labels.to(self.job.device)
-        if self.mixup is not None:
-            np.random.seed(self._draw("mixup"))  # timm's Mixup draws from numpy's global generator
-            even = len(images) // 2 * 2
-            images, target = self.mixup(images[:even], target[:even])
-        images = shrink(images, phase.img_size)
-        micro = math.ceil(len(images) / self.accumulation)
-        total = 0.0
-        for first in range(0, len(images), micro):
-            part, part_target = images[first : first + micro], target[first : first + micro]
+    def _backward(self, batch: Batch) -> float:
+        job, task = self.job, self.job.task
+        torch.manual_seed(step_seed(job.seed, "step", self.step))  # dropout and stochastic depth of this step
+        batch = batch.to(job.device)
+        whole, total = task.weight(batch), 0.0
+        for part in batch.parts(math.ceil(len(batch) / self.accumulation)):
             with self._autocast():
-                loss = self._loss(part, part_target) * (len(part) / len(images))
+                losses = task.loss(self.model, part, job.section, job.teacher)
+                loss = reduce(operator.add, losses.values()) * (task.weight(part) / whole)
             self.scaler.scale(loss).backward()
             total += loss.item()
         return total
-
-    def _loss(self, images: Tensor, target: Tensor) -> Tensor:
-        logits = self.model(images)
-        loss = classification_loss(logits, target, self.job.section.label_smoothing)
-        if self.job.teacher is None or not self.job.distill:
-            return loss
-        with torch.no_grad():
-            teacher_logits = self.job.teacher(images)
-        distilled = distillation_loss(logits, teacher_logits, self.job.temperature)
-        return (1 - self.job.distill) * loss + self.job.distill * distilled
 
     def _autocast(self) -> Any:
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.job.device.type, TORCH_DTYPE[self.precision])
-
-    def _draw(self, purpose: str) -> int:
-        """A 32-bit seed that is a function of (seed, purpose, step)."""
-        words = np.random.SeedSequence([self.job.seed, self.step, *purpose.encode()]).generate_state(1)
-        return int(words[0])
 
     def _update(self, batch: Batch, numbers: str) -> None:
         """The optimizer's step; one that leaves weights or state that are not finite is taken back and refused.
@@ -427,7 +387,7 @@ class _Run:
 
     def _end_training(self, batch: Batch, why: str) -> None:
         """Raise NonFiniteError with all that tells of the present step."""
-        is_bad = ~batch.images.flatten(1).isfinite().all(1)  # the culprits, where it was the images
+        is_bad = ~batch.is_finite()  # the culprits, if it was the images
         indices = batch.indices[is_bad] if is_bad.any() else batch.indices
         names = ", ".join(self.job.source.sample_name(int(i)) for i in indices[:5])
         lr = self.optimizer.param_groups[0]["lr"]
@@ -446,19 +406,21 @@ class _Run:
     def validate(self, before_batch: Callable[[], None]) -> None:
         """Append one row of metrics, of the EMA weights where they are kept."""
         model = self.ema.module if self.ema is not None else self.model
-        phase = self.job.plan.phase(self.step - 1)
-        self._set_size(phase.img_size)
-        metrics = self.job.validate(model, phase, before_batch)
+        img_size = self.job.plan.phase(self.step - 1).img_size
+        seen = self.job.source.resized(img_size).image_size
+        self._set_size(seen)
+        score, metric = self.job.validate(model, img_size, before_batch), self.job.task.metric
+        others = {f"val_{name}": value for name, value in score.values.items() if name != metric.key}
         row: dict[str, float] = {
             "step": self.step,
             "epoch": round(self.step / self.job.plan.steps_per_epoch, 3),
-            "img_size": phase.img_size[0],
+            "img_size": seen[0],
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": sum(self.losses) / max(1, len(self.losses)),
             "seconds": round(self.seconds, 1),
         }
         self.losses = []
-        self.history.append(row | dict(metrics))
+        self.history.append(row | {metric.key: round(score.value, metric.digits + 1)} | others)
 
     def saved_on(self, work: Callable[[], None], *errors: type[BaseException]) -> None:
         """Do `work`; where one of `errors` ends it, save the present step, and only then let it pass."""
@@ -472,10 +434,10 @@ class _Run:
             raise ended
 
     def is_best(self) -> bool:
-        """True where the newest row has the best top1 of all rows at its image size."""
-        newest = self.history[-1]
-        rivals = [row["top1"] for row in self.history if row["img_size"] == newest["img_size"]]
-        return newest["top1"] >= max(rivals)
+        """True if the newest row has the best metric of all rows at its image size."""
+        newest, key = self.history[-1], self.job.task.metric.key
+        rivals = [row[key] for row in self.history if row["img_size"] == newest["img_size"]]
+        return newest[key] >= max(rivals)
 
     def save(self, *, best: bool) -> None:
         """Write a whole checkpoint of the current step."""
@@ -528,7 +490,7 @@ class _Run:
         state: Any = saved.state
         history, losses, seconds = list(state["history"]), list(map(number, state["losses"])), number(state["seconds"])
         for row in history:
-            if row.keys() != history[0].keys() or not row.keys() >= ROW:
+            if row.keys() != history[0].keys() or not row.keys() >= {*ROW, self.job.task.metric.key}:
                 raise ValueError(f"a row of the history holds {', '.join(map(str, row))}")
             list(map(number, row.values()))
         accumulation = operator.index(state["accumulation"])

@@ -34,21 +34,23 @@ def show_models(models: Sequence[SupportedModel]) -> None:
 
 
 def show_training(summary: TrainingSummary) -> None:
-    """Accuracy, the closing table of adapt, and what to type next."""
+    """Score, the closing table of adapt, and what to type next."""
     if summary.rows:
-        rows = [(row.label, f"{row.top1:.2f}", f"{row.gmacs:.3f}") for row in summary.rows]
-        print_table("Adapted weights at fixed sparsity", ("sparsity", "top-1 %", "GMACs"), rows)
+        rows = [(row.label, summary.metric.text(row.score), f"{row.gmacs:.3f}") for row in summary.rows]
+        print_table("Adapted weights at fixed sparsity", ("sparsity", summary.metric.column, "GMACs"), rows)
     print_lines(
-        f"{summary.command}: top-1 {summary.top1:.2f} % after {summary.seconds:.0f} s, in {summary.folder.path}",
+        f"{summary.command}: {summary.metric.told(summary.score)} after {summary.seconds:.0f} s, "
+        f"in {summary.folder.path}",
         f"Next: {next_command(NEXT[summary.command], summary.folder.argv)}",
     )
 
 
 def show_search(summary: SearchSummary) -> None:
     """Finalists, winner, errors of the table, and what to type next."""
+    metric = summary.metric
     rows = [
         (
-            str(f.config), f"{f.top1:.2f}", f"{f.gmacs:.3f}",
+            str(f.config), metric.text(f.score), f"{f.gmacs:.3f}",
             "-" if f.predicted_ms is None else f"{f.predicted_ms:.2f}",
             _told(f.latency_ms, f.latency_ms_low, f.latency_ms_high, ".2f", NOT_STEADY),
             "-" if f.speedup is None else f"{f.speedup:.2f}x",
@@ -56,7 +58,7 @@ def show_search(summary: SearchSummary) -> None:
         )
         for f in summary.finalists
     ]  # fmt: skip
-    columns = ("ratios", "search top-1 %", "GMACs", "predicted ms", "measured ms", "speed-up", "within budget")
+    columns = ("ratios", f"search {metric.column}", "GMACs", "predicted ms", "measured ms", "speed-up", "within budget")
     print_table("Finalists, measured", columns, rows)
     lines = [
         f"search: {summary.asked} candidates, {summary.evaluated} evaluated now, "
@@ -75,8 +77,8 @@ def show_search(summary: SearchSummary) -> None:
 def show_evaluation(summary: EvaluateSummary) -> None:
     """One line."""
     print_lines(
-        f"evaluate: weights of {summary.weights} at {summary.config}: top-1 {summary.top1:.2f} % "
-        f"on {summary.count} validation images, {summary.gmacs:.3f} GMACs"
+        f"evaluate: weights of {summary.weights} at {summary.config}: {summary.metric.told(summary.score.value)} "
+        f"on {summary.score.count} validation images, {summary.gmacs:.3f} GMACs"
     )
 
 
@@ -156,10 +158,11 @@ def show_export(summary: ExportSummary) -> None:
 def show_pipeline(summary: PipelineSummary) -> None:
     """The one table."""
     device = summary.environment["device"]
+    metric = summary.metric
     name = device.get("name", "this machine") if isinstance(device, dict) else "this machine"
     rows = [
         (
-            row.label, f"{row.top1:.2f}", f"{row.gmacs:.3f}",
+            row.label, metric.text(row.score), f"{row.gmacs:.3f}",
             _told(row.latency_ms, row.latency_ms_low, row.latency_ms_high, ".2f", NOT_STEADY),
             "-" if row.speedup is None else f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
         )
@@ -167,14 +170,14 @@ def show_pipeline(summary: PipelineSummary) -> None:
     ]  # fmt: skip
     losing = [number for number, row in enumerate(summary.rows) if number and (row.speedup or 1) < 1]
     title = f"Dense against sparse: {name}, batch {summary.batch}, {summary.count} validation images"
-    print_table(title, ("model", "top-1 %", "GMACs", "ms per batch [95 %]", "speed-up [95 %]"), rows, losing=losing)
+    print_table(title, ("model", metric.column, "GMACs", "ms per batch [95 %]", "speed-up [95 %]"), rows, losing=losing)
     dense, ours, winner = summary.rows[0], summary.rows[1], summary.rows[-1]
     speed = "" if winner.speedup is None else f"{winner.speedup:.2f}x as fast as timm, "
     if winner.speedup is not None and ours.speedup is not None:
         speed += f"{winner.speedup / ours.speedup:.2f}x as our own dense, "
     print_lines(
         f"winner {winner.ratios}: {1 - winner.gmacs / dense.gmacs:.0%} of the multiply-adds gone, "
-        f"{speed}{winner.top1 - dense.top1:+.2f} points of top-1",
+        f"{speed}{winner.score - dense.score:+.{metric.digits}f} points of {metric.label}",
         *([] if not summary.without_clock else ["The search left its latency budget out: the clock was not steady."]),
         *([] if summary.clock is None else [f"not steady: {summary.clock}. Type the command again for latencies."]),
         "written:",

@@ -7,18 +7,20 @@ import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from sparsevit_cli.errors import ConfigError
 
-from .fields import field_schema, shown
-from .overrides import apply_overrides
-from .schema import ExperimentConfig
+from .experiment import ExperimentConfig
+from .fields import Fields, shown
+from .overrides import Override, apply_overrides
 from .validation import validate
 from .yaml_loader import Value, dump_yaml, parse_yaml, read_yaml
 
 DEFAULT_CONFIG = "digits.yaml"
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:
+def load_config(path: Path | None, overrides: Sequence[str | Override] = ()) -> ExperimentConfig:
     """The experiment in a YAML file, changed by `section.field=value` overrides; None is the packaged digits.
 
     Relative paths inside the file (data.root, model.checkpoint, output) are kept as they are and so mean
@@ -62,19 +64,32 @@ def config_differences(old: ExperimentConfig, new: ExperimentConfig, ignore: Col
     `{"output", "search.seconds"}`.
     """
     for name in ignore:
-        assert field_schema(tuple(name.split("."))) is not None, name
+        assert any(Fields.of(type(each)).at(tuple(name.split("."))) is not None for each in (old, new)), name
     before, after = _leaves(_data(old)), _leaves(_data(new))
     return [
-        f"{name}: {shown(before[name])} -> {shown(after[name])}"
-        for name in before
-        if before[name] != after[name] and not any(f"{name}.".startswith(f"{ignored}.") for ignored in ignore)
+        f"{name}: {shown(before.get(name))} -> {shown(after.get(name))}"
+        for name in dict.fromkeys((*before, *after))  # another source has other settings
+        if before.get(name) != after.get(name) and not any(f"{name}.".startswith(f"{ignored}.") for ignored in ignore)
     ]
 
 
-def section_hash(config: ExperimentConfig, *sections: str) -> str:
-    """SHA-256 (hex) of the settings of sections or fields (`"model"`, `"data.root"`, `"seed"`), in any order."""
-    chosen = settings_of(config, *sections)
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+SCHEMA_VERSION = 2
+"""Raised when a default changes, or what a setting means: hashes of before stand for something else."""
+
+
+def section_hash(config: ExperimentConfig, *sections: str, ignore: Collection[str] = ()) -> str:
+    """SHA-256 (hex) of what is set in sections or fields (`"model"`, `"data.root"`, `"seed"`), in any order.
+
+    Settings at their default do not count, so that a new one changes no hash of before. `ignore` names fields.
+    """
+    defaults = _defaults(type(config))
+    chosen = {
+        name: value
+        for name, value in settings_of(config, *sections).items()
+        if name not in ignore and (name not in defaults or defaults[name] != value)
+    }
+    text = json.dumps({"schema": SCHEMA_VERSION, **chosen}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def settings_of(config: ExperimentConfig, *sections: str) -> dict[str, Value]:
@@ -87,6 +102,17 @@ def settings_of(config: ExperimentConfig, *sections: str) -> dict[str, Value]:
         assert found, section
         chosen.update(found)
     return chosen
+
+
+def _defaults(kind: type[BaseModel], prefix: str = "") -> dict[str, Value]:
+    """Dotted name -> default of every field that has one and is not a section."""
+    found: dict[str, Value] = {}
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= _defaults(field.annotation, f"{prefix}{name}.")
+        elif not field.is_required():
+            found[f"{prefix}{name}"] = json.loads(json.dumps(field.get_default(call_default_factory=True)))
+    return found
 
 
 def _data(config: ExperimentConfig) -> dict[str, Value]:

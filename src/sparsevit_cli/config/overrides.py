@@ -3,77 +3,99 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 from sparsevit_cli.errors import ConfigError
 
-from .fields import dotted, field_schema, is_section, nearest, shown
-from .yaml_loader import Document, Value, parse_yaml, printable, shorten
+from .fields import Fields, dotted, shown
+from .tasks import all_types, own_value, type_of
+from .yaml_loader import Document, FieldPath, Value, parse_yaml, printable, shorten
 
 _EXAMPLES = "Write section.field=value, e.g. search.population=32 or finetune.ratios=[[0.6],[0]]."
 
 
-def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
+@dataclass(frozen=True)
+class Override:
+    """One value of the experiment, and how it was typed: `--set a.b=1` or `--seed 1`."""
+
+    path: tuple[str, ...]
+    value: Value
+    origin: str
+
+    @classmethod
+    def typed(cls, text: str) -> Override:
+        """That of `--set section.field=value`; the value is read as in a file. Raises ConfigError."""
+        origin = f"--set {shorten(printable(text))}"
+        key, equals, written = text.partition("=")
+        path = tuple(key.strip().split("."))
+        if not equals:
+            _refuse(origin, "no = in it", _EXAMPLES)
+        if not all(path):
+            _refuse(origin, "no field name before =" if not key.strip() else "an empty name between dots", _EXAMPLES)
+        if not written.strip():
+            _refuse(origin, "no value after =", "Write null for none and '' for empty text.")
+        try:
+            value = parse_yaml(written.encode("utf-8", "surrogateescape"), "value").data
+        except ConfigError as fault:
+            raise ConfigError(dotted(path), f"{fault.got} ({origin})", fault.do) from fault
+        return cls(path, value, origin)
+
+    @classmethod
+    def flag(cls, name: str, field: str, value: str | int) -> Override:
+        """That of a flag of its own, such as `--seed`, for the field at `field` (dotted)."""
+        origin = f"{name} {shorten(printable(str(value)))}"
+        return cls(tuple(field.split(".")), json.loads(json.dumps(value)), origin)
+
+
+def apply_overrides(document: Document, overrides: Sequence[str | Override]) -> Document:
     """A new document with each override applied in order; sections that are not written yet are made.
 
-    The value is read by the same rules as the file; the last of two overrides of one field wins. Whether
-    the value is allowed is left to validation. Raises ConfigError.
+    The last of two overrides of one field wins. Whether the value is allowed is left to validation. Raises ConfigError.
     """
     if not isinstance(document.data, dict):
         return document  # no sections at all: validation says so
     data, places = copy.deepcopy(document.data), dict(document.places)
-    for override in overrides:
-        path, value = parse_override(override)
+    typed = [Override.typed(each) if isinstance(each, str) else each for each in overrides]
+    for override in typed:
+        path = override.path
         section = data
         for depth, name in enumerate(path[:-1], start=1):
             inner = section.setdefault(name, {})
             if not isinstance(inner, dict):
-                got = f"{shown(inner)} ({places[path[:depth]]}) is not a section, and {_origin(override)} needs one"
+                if Fields.of(type_of(document.data)).at(path) is None:  # no setting at all: said below
+                    break
+                got = f"{shown(inner)} ({places[path[:depth]]}) is not a section, and {override.origin} needs one"
                 raise ConfigError(dotted(path[:depth]), got, "Correct the file.")
             section = inner
-        section[path[-1]] = value
-        places = {place: at for place, at in places.items() if place[: len(path)] != path}
-        places[path] = _origin(override)
+        else:
+            section[path[-1]] = override.value
+            places = {place: at for place, at in places.items() if place[: len(path)] != path}
+            places[path] = override.origin
+    fields = Fields.of(type_of(data))  # only now is it known what the experiment is about
+    others = {name: Fields.of(kind) for name, kind in all_types(own_value(data, "task", "name")).items()}
+    for override in typed:
+        _require_field(override, fields, others)
     return Document(data, places)
 
 
-def parse_override(override: str) -> tuple[tuple[str, ...], Value]:
-    """Field path and value of `section.field=value`. Raises ConfigError."""
-    key, equals, text = override.partition("=")
-    path = tuple(key.strip().split("."))
-    if not equals:
-        _refuse(override, "no = in it", _EXAMPLES)
-    if not all(path):
-        _refuse(override, "no field name before =" if not key.strip() else "an empty name between dots", _EXAMPLES)
-    if not text.strip():
-        _refuse(override, "no value after =", "Write null for none and '' for empty text.")
-    _require_field(path, override)
-    try:
-        value = parse_yaml(text.encode("utf-8", "surrogateescape"), "value").data
-    except ConfigError as fault:
-        raise ConfigError(dotted(path), f"{fault.got} ({_origin(override)})", fault.do) from fault
-    return path, value
-
-
-def _require_field(path: tuple[str, ...], override: str) -> None:
-    """Raise ConfigError where `path` does not lead through sections to a field."""
-    origin = f"({_origin(override)})"
+def _require_field(override: Override, fields: Fields, others: dict[str, Fields]) -> None:
+    """Raise ConfigError if the path does not lead through sections to a field."""
+    path: FieldPath = override.path
+    origin = f"({override.origin})"
     for depth in range(len(path)):
-        above = field_schema(path[:depth])
+        above = fields.at(path[:depth])
         assert above is not None, path
-        if not is_section(above):
+        if not fields.is_section(above):
             got = f"{dotted(path[:depth])} is not a section {origin}"
             raise ConfigError(dotted(path), got, f"Set {dotted(path[:depth])} as a whole.")
-        if field_schema(path[: depth + 1]) is None:
-            raise ConfigError(dotted(path), f"unknown setting {origin}", nearest(path[: depth + 1]))
-    if is_section(field_schema(path) or {}):
+        if fields.at(path[: depth + 1]) is None:
+            raise ConfigError(dotted(path), f"unknown setting {origin}", fields.nearest(path[: depth + 1], others))
+    if fields.is_section(fields.at(path) or {}):
         raise ConfigError(dotted(path), f"a section, not a field {origin}", "Set its fields one by one.")
 
 
-def _origin(override: str) -> str:
-    return f"--set {shorten(printable(override))}"
-
-
-def _refuse(override: str, got: str, do: str) -> NoReturn:
-    raise ConfigError(_origin(override), got, do)
+def _refuse(what: str, got: str, do: str) -> NoReturn:
+    raise ConfigError(what, got, do)

@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from .fields import JsonSchema, allowed, dotted, experiment_schema, is_section, resolved
+from .fields import Fields, JsonSchema, dotted
+from .tasks import DEFAULT_TASK, all_types
 from .yaml_loader import FieldPath
 
 REFERENCE_PATH = Path(__file__).resolve().parents[3] / "docs" / "configuration.md"
@@ -36,13 +37,34 @@ exit code 2 before anything starts, up to ten of them told at once. The YAML is 
   than 10,000 values are errors. Files are UTF-8.
 - No value can name code: nothing in a file is imported or executed.
 
-This page is generated from `src/sparsevit_cli/config/schema.py` by `python -m sparsevit_cli.config.reference`.
+`task.name` and `data.source` say which settings an experiment has: the `data` section has a table per source.
+
+This page is generated from `src/sparsevit_cli/config/experiment.py` and `tasks.py` beside it, by
+`python -m sparsevit_cli.config.reference`.
 """
 
 
 def render_reference() -> str:
     """The reference page as Markdown: one table per section with field, allowed values, default and meaning."""
-    return _INTRODUCTION + "".join(_tables(experiment_schema(), (), list_of=False))
+    kinds = {source: Fields.of(kind) for source, kind in all_types(DEFAULT_TASK).items()}
+    fields = next(iter(kinds.values()))
+    page = _tables(fields, fields.schema, (), "")
+    data = [
+        table for source, each in kinds.items() for table in _tables(each, _section(each), DATA, f", source `{source}`")
+    ]
+    first = next(number for number, table in enumerate(page) if table.startswith("\n## `data`"))
+    last = max(number for number, table in enumerate(page) if table.startswith("\n## `data"))
+    return _INTRODUCTION + "".join([*page[:first], *data, *page[last + 1 :]])
+
+
+DATA: FieldPath = ("data",)
+"""The section that differs from source to source."""
+
+
+def _section(fields: Fields) -> JsonSchema:
+    section = fields.at(DATA)
+    assert section is not None
+    return section
 
 
 def main() -> int:
@@ -60,27 +82,28 @@ def main() -> int:
     return 1
 
 
-def _tables(schema: JsonSchema, path: FieldPath, *, list_of: bool) -> list[str]:
-    """The section's table and those of the sections within it."""
-    sentence = " ".join((resolved({"$ref": schema["$ref"]}) if "$ref" in schema else schema)["description"].split())
-    schema = resolved(schema)
+def _tables(fields: Fields, schema: JsonSchema, path: FieldPath, suffix: str) -> list[str]:
+    """The section's table and those of the sections within it; `suffix` ends their titles."""
+    described = fields.resolved({"$ref": schema["$ref"]}) if "$ref" in schema else schema
+    sentence = " ".join(described["description"].split())
+    schema = fields.resolved(schema)
     sections, rows = [], []
     for name, child in schema["properties"].items():
-        items = resolved(child).get("items", {})
-        if is_section(child):
-            sections += _tables(child, (*path, name), list_of=False)
+        items = fields.resolved(child).get("items", {})
+        if fields.is_section(child):
+            sections += _tables(fields, child, (*path, name), suffix)
             continue
-        rows.append(_row(name, child, required=name in schema.get("required", ())))
-        if is_section(items):
-            sections += _tables(items, (*path, name), list_of=True)
-    title = f"`{dotted(path)}`{', each item' if list_of else ''}" if path else "Top level"
+        rows.append(_row(fields, name, child, required=name in schema.get("required", ())))
+        if fields.is_section(items):
+            sections += _tables(fields, items, (*path, name), f", each item{suffix}")
+    title = f"`{dotted(path)}`{suffix}" if path else "Top level"
     head = f"\n## {title}\n\n{sentence}\n\n"
     return [head + "| Field | Allowed | Default | Meaning |\n|---|---|---|---|\n" + "".join(rows), *sections]
 
 
-def _row(name: str, schema: JsonSchema, *, required: bool) -> str:
+def _row(fields: Fields, name: str, schema: JsonSchema, *, required: bool) -> str:
     default = "required" if required else f"`{json.dumps(schema['default'])}`"
-    cells = (f"`{name}`", allowed(schema), default, schema["description"])
+    cells = (f"`{name}`", fields.allowed(schema), default, schema["description"])
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 

@@ -9,18 +9,9 @@ from pydantic_core import ErrorDetails
 
 from sparsevit_cli.errors import ConfigError
 
-from .fields import (
-    JsonSchema,
-    allowed,
-    child_schema,
-    dotted,
-    experiment_schema,
-    field_schema,
-    nearest,
-    resolved,
-    shown,
-)
-from .schema import ExperimentConfig
+from .experiment import ExperimentConfig
+from .fields import Fields, JsonSchema, dotted, shown
+from .tasks import all_types, own_value, type_of
 from .yaml_loader import Document, FieldPath, Value, printable, resolve_scalar, shorten
 
 MAX_TOLD = 10
@@ -31,37 +22,59 @@ def validate(document: Document) -> ExperimentConfig:
     if not isinstance(document.data, dict):
         got = f"{shown(document.data)} instead of sections"
         raise ConfigError(document.places[()], got, "Write `section:` and the indented `field: value` below it.")
+    _refuse_unknown_source(document)
+    kind = type_of(document.data)
+    fields = Fields.of(kind)
     try:
         # JSON mode, because a strict schema takes lists for tuples only there.
-        return ExperimentConfig.model_validate_json(json.dumps(document.data))
+        return kind.model_validate_json(json.dumps(document.data))
     except ValidationError as errors:
-        by_path = _errors_by_path(errors.errors(include_url=False), document)
-    first, *others = (_fault(path, by_path[path], document) for path in list(by_path)[:MAX_TOLD])
+        by_path = _errors_by_path(errors.errors(include_url=False), document, fields)
+    first, *others = (_fault(path, by_path[path], document, fields) for path in list(by_path)[:MAX_TOLD])
     more = [f"and {len(by_path) - MAX_TOLD} more"] if len(by_path) > MAX_TOLD else []
     first.others = (*map(str, others), *more)
     raise first
 
 
-def _errors_by_path(errors: list[ErrorDetails], document: Document) -> dict[FieldPath, list[ErrorDetails]]:
+def _refuse_unknown_source(document: Document) -> None:
+    """The source decides the settings of the data section: nothing else can be said before it is known."""
+    assert isinstance(document.data, dict)
+    source, known = (
+        own_value(document.data, "data", "source"),
+        list(all_types(own_value(document.data, "task", "name"))),
+    )
+    if source is not None and source not in known:
+        *most, last = (f"`{name}`" for name in known)
+        words = f"{', '.join(most)} or {last}" if most else last
+        got = f"{shown(source)} is not allowed{_place(('data', 'source'), document)}; allowed: {words}"
+        raise ConfigError("data.source", got, "Change it. Meaning: Where samples come from.")
+
+
+def _errors_by_path(
+    errors: list[ErrorDetails], document: Document, fields: Fields
+) -> dict[FieldPath, list[ErrorDetails]]:
     """The errors of each path, in the order of the file; each choice of a union reports its own."""
     by_path: dict[FieldPath, list[ErrorDetails]] = {}
     for error in errors:
-        by_path.setdefault(_field_path(error["loc"]), []).append(error)
+        by_path.setdefault(_field_path(error["loc"], fields), []).append(error)
     written = {path: number for number, path in enumerate(document.places)}
     ordered = sorted(by_path, key=lambda path: written[_written(path, document)])
     return {path: by_path[path] for path in ordered}
 
 
-def _fault(path: FieldPath, errors: list[ErrorDetails], document: Document) -> ConfigError:
+def _fault(path: FieldPath, errors: list[ErrorDetails], document: Document, fields: Fields) -> ConfigError:
     what, place = dotted(path), _place(path, document)
     if errors[0]["type"] == "extra_forbidden":
-        return ConfigError(
-            what, f"unknown setting, with the value {shown(_value(path, document))}{place}", nearest(path)
-        )
-    schema = field_schema(path)
+        assert isinstance(document.data, dict)
+        others = {name: Fields.of(kind) for name, kind in all_types(own_value(document.data, "task", "name")).items()}
+        got = f"unknown setting, with the value {shown(_value(path, document))}{place}"
+        return ConfigError(what, got, fields.nearest(path, others))
+    schema = fields.at(path)
     assert schema is not None, path
     if errors[0]["type"] == "missing":
-        return ConfigError(what, f"missing{place}; allowed: {allowed(schema)}", f"Give it. {_meaning(schema)}".rstrip())
+        return ConfigError(
+            what, f"missing{place}; allowed: {fields.allowed(schema)}", f"Give it. {_meaning(schema)}".rstrip()
+        )
     for error in errors:
         if error["type"] == "value_error":
             cause = error["ctx"]["error"]
@@ -71,12 +84,12 @@ def _fault(path: FieldPath, errors: list[ErrorDetails], document: Document) -> C
             return ConfigError(what, f"{shorten(printable(message), 200)}{place}", shorten(do, 200))
     value = _value(path, document)
     return ConfigError(
-        what, f"{shown(value)} is not allowed{place}; allowed: {allowed(schema)}", _advice(value, schema)
+        what, f"{shown(value)} is not allowed{place}; allowed: {fields.allowed(schema)}", _advice(value, schema, fields)
     )
 
 
-def _advice(value: Value, schema: JsonSchema) -> str:
-    kind = resolved(schema).get("type")
+def _advice(value: Value, schema: JsonSchema, fields: Fields) -> str:
+    kind = fields.resolved(schema).get("type")
     if value is None and kind == "object":
         return "Put a setting below it, or remove the line."
     if isinstance(value, str) and kind in ("integer", "number", "boolean") and _is_quoted(value):
@@ -98,14 +111,14 @@ def _meaning(schema: JsonSchema) -> str:
     return f"Meaning: {description}" if description else ""
 
 
-def _field_path(loc: tuple[str | int, ...]) -> FieldPath:
+def _field_path(loc: tuple[str | int, ...], fields: Fields) -> FieldPath:
     """The path of an error without the union members that pydantic appends; an unknown key ends it."""
     path: FieldPath = ()
-    schema: JsonSchema | None = experiment_schema()
+    schema: JsonSchema | None = fields.schema
     for step in loc:
-        if schema is None or "anyOf" in resolved(schema):
+        if schema is None or "anyOf" in fields.resolved(schema):
             break
-        path, schema = (*path, step), child_schema(schema, step)
+        path, schema = (*path, step), fields.child(schema, step)
     return path
 
 

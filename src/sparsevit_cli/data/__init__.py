@@ -1,15 +1,17 @@
-"""Images in, batches out: the embedded digits, ImageFolder trees, and what timm.data.create_dataset reads."""
+"""Samples in, batches out. Nothing here knows a task; the embedded digits are drawn here, for all tasks."""
 
-from .build import DataBundle, build_data
-from .loader import Batch, epoch_order, eval_batches, num_batches, train_batches
-from .source import ImageSource
+from .loader import epoch_order, eval_batches, num_batches, train_batches
+from .shrunk import Shrunk
+from .source import Batch, Categories, Data, Source, WrappedSource
 from .splits import fixed_subset
 
 __all__ = [
     "Batch",
-    "DataBundle",
-    "ImageSource",
-    "build_data",
+    "Categories",
+    "Data",
+    "Shrunk",
+    "Source",
+    "WrappedSource",
     "epoch_order",
     "eval_batches",
     "fixed_subset",

@@ -120,7 +120,7 @@ class DigitsDataset(Dataset[tuple[torch.Tensor, int]]):
     and an int. Training digits are also slightly tilted, sheared and stretched.
     """
 
-    class_names: tuple[str, ...] = tuple(str(digit) for digit in range(10))
+    names: tuple[str, ...] = tuple(str(digit) for digit in range(10))
 
     def __init__(self, spec: DigitsSpec, split: Split, seed: int = 0) -> None:
         if split not in _SPLIT_CODES:

@@ -15,15 +15,14 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sparsevit_cli.errors import DataError, SparseViTError, in_one_line, pass_on
+from sparsevit_cli.seeding import derive_seed
 from sparsevit_cli.stopping import HANG_UP
 
 from .images import UnreadableImageError
-from .seeding import derive_seed
-from .source import ImageSource, shorten
+from .source import Batch, Source, shorten
 from .splits import shuffled
 
 MAX_WAIT_SECONDS = 600.0
@@ -39,14 +38,6 @@ Check = Callable[[], object]
 """Called while a batch is awaited: something true ends the batches, and it may raise."""
 
 
-class Batch(NamedTuple):
-    """Images (B, C, H, W) float32, labels (B,) int64, and the samples' numbers in their source (B,) int64."""
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-
-
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """Order of `n` samples in an epoch: a permutation, a function of the arguments alone."""
     return shuffled(n, derive_seed(seed, "order", epoch)).tolist()  # type: ignore[no-any-return]
@@ -58,7 +49,7 @@ def num_batches(n: int, batch_size: int, drop_last: bool = True) -> int:
 
 
 def train_batches(
-    source: ImageSource,
+    source: Source,
     *,
     batch_size: int,
     seed: int,
@@ -83,12 +74,12 @@ def train_batches(
         raise DataError("data: training images", got, "Lower batch_size or add images.")
     assert 0 <= start <= total, f"batch {start} of {total}"
     order = epoch_order(len(source), seed, epoch)
-    fetch = _TrainFetch(source, order, batch_size, epoch)
+    fetch = _TrainFetch(source, order, batch_size, seed, epoch)
     return _train_batches(fetch, range(start, total), workers, max_wait_seconds, check)
 
 
 def eval_batches(
-    source: ImageSource,
+    source: Source,
     batch_size: int,
     workers: int = 0,
     subset: Sequence[int] | None = None,
@@ -123,7 +114,7 @@ class _Fetched(NamedTuple):
 class _Fetch(Dataset[_Fetched]):
     """Batches by number, of the samples in `order`."""
 
-    def __init__(self, source: ImageSource, order: list[int], batch_size: int) -> None:
+    def __init__(self, source: Source, order: list[int], batch_size: int) -> None:
         self.source, self.order, self.batch_size = source, order, batch_size
 
     def samples(self, number: int) -> list[int]:
@@ -136,26 +127,26 @@ class _Fetch(Dataset[_Fetched]):
 
 
 class _TrainFetch(_Fetch):
-    def __init__(self, source: ImageSource, order: list[int], batch_size: int, epoch: int) -> None:
+    def __init__(self, source: Source, order: list[int], batch_size: int, seed: int, epoch: int) -> None:
         super().__init__(source, order, batch_size)
-        self.epoch = epoch
+        self.seed, self.epoch = seed, epoch
 
     def __getitem__(self, number: int) -> _Fetched:
         self.source.set_epoch(self.epoch)  # here, so that two iterators over one source do not disturb each other
         n, first = len(self.order), number * self.batch_size
         candidates = (self.order[position % n] for position in range(first, first + n))
-        return _take(self.source, candidates, len(self.samples(number)))
+        drawn = derive_seed(self.seed, "collate", self.epoch, number)
+        return _take(self.source, candidates, len(self.samples(number)), drawn)
 
 
-def _take(source: ImageSource, candidates: Iterable[int], wanted: int) -> _Fetched:
+def _take(source: Source, candidates: Iterable[int], wanted: int, seed: int | None = None) -> _Fetched:
     """The first `wanted` readable candidates as a batch, and the unreadable ones met on the way."""
     indices: list[int] = []
-    images: list[Tensor] = []
-    labels: list[int] = []
+    samples: list[Any] = []
     bad: list[tuple[str, str]] = []
     for index in candidates:
         try:
-            image, label = source[index]
+            sample = source[index]
         except UnreadableImageError as error:
             bad.append((error.what, error.got))
             if source.bad_images is not None and source.bad_images.too_many(len(bad)):
@@ -164,12 +155,12 @@ def _take(source: ImageSource, candidates: Iterable[int], wanted: int) -> _Fetch
         except SparseViTError as error:
             return _Fetched(None, tuple(bad), error)
         indices.append(index)
-        images.append(image)
-        labels.append(label)
+        samples.append(sample)
         if len(indices) == wanted:
             break
-    batch = Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices)) if indices else None
-    return _Fetched(batch, tuple(bad))
+    if not indices:
+        return _Fetched(None, tuple(bad))
+    return _Fetched(Batch(*source.collate(samples, seed), torch.tensor(indices)), tuple(bad))
 
 
 def _train_batches(

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsevit_cli.errors import DataError
-
-from .seeding import derive_seed
+from sparsevit_cli.seeding import derive_seed
 
 Indices = NDArray[np.int64]
 

@@ -35,7 +35,8 @@ from sparsevit_cli.windows import IMPORTANCES, Importance
 MANIFEST, WEIGHTS, SPARSITY = "manifest.json", "model.safetensors", "sparsity.json"
 FILES = {"onnx": "model.onnx", "pt2": "model.pt2"}
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 calls the categories `class_names`."""
 _ONNX_DATA = "model.onnx.data"
 NAMES = (*FILES.values(), _ONNX_DATA, WEIGHTS, SPARSITY)
 _BUILD_ARGS = (
@@ -54,7 +55,7 @@ class ModelInfo:
 
     name: str | None = None
     args: Mapping[str, object] = field(default_factory=dict)
-    class_names: tuple[str, ...] | None = None
+    categories: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -79,7 +80,7 @@ def load_sparsity(path: Path | str) -> SparsityFile:
     path = path / SPARSITY if os.path.isdir(path) else path
     parsed = read_json(path, _AGAIN)
     with understood(path, _AGAIN):
-        if parsed["format"] != FORMAT_VERSION:
+        if parsed["format"] not in (1, FORMAT_VERSION):
             got = f"format {parsed['format']!r}, this version reads {FORMAT_VERSION}"
             raise CheckpointError(str(path), got, "Read it with the version of sparsevit-cli that wrote it.")
         depths = tuple(int(depth) for depth in parsed["depths"])
@@ -87,6 +88,8 @@ def load_sparsity(path: Path | str) -> SparsityFile:
         if parsed["importance"] not in IMPORTANCES:
             raise ValueError(f"importance {parsed['importance']!r}")
         model = parsed["model"]
+        if parsed["format"] == 1:
+            model["categories"] = model.pop("class_names")
         if not isinstance(model["name"], (str, type(None))):
             raise TypeError(f"a model named {model['name']!r}")
         return SparsityFile(
@@ -97,7 +100,7 @@ def load_sparsity(path: Path | str) -> SparsityFile:
             model=ModelInfo(
                 name=model["name"],
                 args={key: tuple(arg) if isinstance(arg, list) else arg for key, arg in model["args"].items()},
-                **{key: None if model[key] is None else tuple(model[key]) for key in ("class_names", "mean", "std")},
+                **{key: None if model[key] is None else tuple(model[key]) for key in ("categories", "mean", "std")},
             ),
             versions=dict(parsed["versions"]),
             windows=tuple((int(height), int(width)) for height, width in parsed.get("windows", ())),

@@ -10,6 +10,7 @@ from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
+from sparsevit_cli.tasks.task import Metric, Score
 from sparsevit_cli.winner import parse_ratios
 
 from .session import Session, Weights
@@ -19,14 +20,13 @@ from .weights import chosen_weights
 
 @dataclass(frozen=True)
 class EvaluateSummary:
-    """Accuracy in percent on the validation data, and multiply-adds per image."""
+    """Score on the validation data, and multiply-adds per image."""
 
     folder: RunFolder
     weights: str
     config: SparsityConfig
-    top1: float
-    loss: float
-    count: int
+    metric: Metric
+    score: Score
     gmacs: float
 
 
@@ -37,13 +37,13 @@ def evaluate_checkpoint(session: Session, *, weights: str | None = None, ratios:
     """
     trained = chosen_weights(session, weights, "sparsevit evaluate")
     data = session.data(trained)
-    model = session.model(data.class_names, trained).eval()
+    model = session.model(data.categories, trained).eval()
     config = ratios_to_use(session, model_depths(model), ratios, trained)
     folder = session.folder("evaluate")
     set_sparsity(model, config)
     with session.reporter.progress("evaluate", -(-len(data.val) // session.config.data.eval_batch_size)) as progress:
         check = partial(session.stop.check, "evaluate", "nothing of this evaluation is saved")
-        accuracy = score(session, model, data.val, progress=progress, before_batch=check)
+        found = score(session, model, data.val, progress=progress, before_batch=check)
     macs = macs_cost(model, (session.config.model.in_chans, *session.img_size))(config)
     folder.set_aside(["metrics.json"], session.reporter)
     folder.write_result(
@@ -51,14 +51,15 @@ def evaluate_checkpoint(session: Session, *, weights: str | None = None, ratios:
             "weights": trained.name,
             "weights_sha256": trained.sha256,
             "ratios": config.ratios,
-            "top1": accuracy.top1,
-            "loss": accuracy.loss,
-            "count": accuracy.count,
+            **session.task.about(),
+            "score": found.value,
+            "scores": found.values,
+            "count": found.count,
             "gmacs": macs / 1e9,
             **session.environment,
         }
     )
-    return EvaluateSummary(folder, trained.name, config, accuracy.top1, accuracy.loss, accuracy.count, macs / 1e9)
+    return EvaluateSummary(folder, trained.name, config, session.task.metric, found, macs / 1e9)
 
 
 def ratios_to_use(session: Session, depths: tuple[int, ...], typed: str | None, weights: Weights) -> SparsityConfig:

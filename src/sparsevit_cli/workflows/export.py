@@ -9,7 +9,6 @@ from typing import Any
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.documents import read_json
 from sparsevit_cli.exporting import ExportReport, ModelInfo, export_model
-from sparsevit_cli.models import model_arguments
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
@@ -34,7 +33,7 @@ class ExportSummary:
     def document(self) -> dict[str, Any]:
         """The JSON document of `sparsevit export --json`."""
         return {
-            "schema_version": 1,
+            "schema_version": 2,
             "folder": str(self.folder.path),
             "weights": self.weights,
             "ratios": self.config.ratios,
@@ -44,7 +43,7 @@ class ExportSummary:
 
 def export_settings(session: Session) -> str:
     """Hash of what an export depends on besides weights and ratios."""
-    return section_hash(session.config, "export", "model")
+    return section_hash(session.config, "export", "task", "model")
 
 
 def export_winner(session: Session, *, weights: str | None = None, ratios: str | None = None) -> ExportSummary:
@@ -54,7 +53,7 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
     """
     section = session.config.export
     trained = chosen_weights(session, weights, "sparsevit export")
-    model = session.model(trained.class_names, trained).eval()
+    model = session.model(trained.categories, trained).eval()
     config = ratios_to_use(session, model_depths(model), ratios, trained)
     folder = session.folder("export")
     set_sparsity(model, config)
@@ -62,6 +61,8 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
     folder.set_aside(
         [path.name for path in folder.path.iterdir() if path.name not in KEPT], session.reporter, copy=True
     )
+    name, arguments = session.task.timm_model(trained.state_dict) or (None, {})
+    mean, std = session.task.normalisation() or (None, None)
     report = export_model(
         model,
         folder.path,
@@ -72,13 +73,7 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
         tolerance=section.tolerance,
         measure_ms=section.latency,
         seed=session.config.seed,
-        info=ModelInfo(
-            name=session.config.model.name.partition(".")[0],
-            args=model_arguments(session.config.model, trained.num_outputs),
-            class_names=trained.class_names or None,
-            mean=session.config.data.mean if session.config.data.source != "digits" else None,
-            std=session.config.data.std if session.config.data.source != "digits" else None,
-        ),
+        info=ModelInfo(name=name, args=arguments, categories=trained.categories.names or None, mean=mean, std=std),
         reporter=session.reporter,
         patience=session.patience,
         before_step=partial(session.stop.check, "export", "an earlier export is as it was"),

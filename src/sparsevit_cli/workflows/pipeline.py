@@ -5,7 +5,7 @@ A step that is done is not done again, so a killed run goes on where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from operator import index
@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsevit_cli.atomic import write_json
-from sparsevit_cli.data.build import DataBundle
+from sparsevit_cli.data.shrunk import Scale, Shrunk, multiples
+from sparsevit_cli.data.source import Categories, Data
 from sparsevit_cli.documents import read_json, understood
 from sparsevit_cli.errors import CheckpointError, UnsteadyError
 from sparsevit_cli.exporting import MANIFEST, check_packages
@@ -24,9 +25,10 @@ from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import count_macs, macs_cost
 from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.runs import RunFolder
+from sparsevit_cli.sizes import Size, size_text
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_stages
-from sparsevit_cli.tasks.classification import Accuracy
+from sparsevit_cli.tasks.task import Metric, Score
 
 from .evaluate import evaluate_checkpoint
 from .export import export_settings, export_winner
@@ -62,8 +64,8 @@ class PipelineRow:
 
     label: str
     ratios: tuple[tuple[float, ...], ...] | None
-    image_size: tuple[int, int]
-    top1: float
+    image_size: Size
+    score: float
     gmacs: float
     latency_ms: float | None
     latency_ms_low: float | None
@@ -78,6 +80,8 @@ class PipelineSummary:
     """The closing table and what was written."""
 
     folder: RunFolder
+    metric: Metric
+    about: Mapping[str, str]
     batch: int
     count: int
     rows: tuple[PipelineRow, ...]
@@ -92,7 +96,7 @@ class PipelineSummary:
     def document(self) -> dict[str, Any]:
         """The JSON document of `sparsevit run --json`."""
         return {
-            "schema_version": 1, **self.environment, "batch": self.batch, "validation_images": self.count,
+            "schema_version": 2, **self.about, **self.environment, "batch": self.batch, "validation_images": self.count,
             "rows": [asdict(row) for row in self.rows], "clock": self.clock,
             "searched_without_clock": self.without_clock, "seconds": self.seconds,
             "written": self.written,
@@ -106,8 +110,8 @@ class _Contender:
     label: str
     model: nn.Module
     config: SparsityConfig
-    size: tuple[int, int]
-    accuracy: Accuracy
+    size: Size
+    score: Score
 
 
 def run_pipeline(session: Session) -> PipelineSummary:
@@ -162,7 +166,7 @@ def _check_settings(session: Session) -> None:
     config = session.config
     check_packages(config.export.formats)
     data = session.data()
-    model = session.model(data.class_names)
+    model = session.model(data.categories)
     sections = {"pretrain": config.train, "adapt": config.adapt, "finetune": config.finetune}
     if has_own_weights(session):
         del sections["pretrain"]
@@ -179,7 +183,7 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
     adapted, tuned = (trained_weights(session, name, "sparsevit run") for name in ("adapt", "finetune"))
     dense = dense_weights(session, "run")
     data = session.data(tuned)
-    classes = tuned.class_names
+    classes = tuned.categories
     dense_model, adapted_model, tuned_model = (session.model(classes, w).eval() for w in (dense, adapted, tuned))
     winner = chosen_ratios(session, model_depths(tuned_model), "sparsevit run", adapted.sha256)
     space = session.space(adapted_model, session.config.search.max_ratio)
@@ -190,13 +194,9 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
     ]
     folder = _rival_folder(session, winner)
     rival, size = _smaller_rival(session, folder, dense, classes, tuned_model, winner)
-    patch, share = _patch(rival), size[0] / session.img_size[0]
-
-    def seen_as(full: tuple[int, int]) -> tuple[int, int]:
-        return size if full == session.img_size else _multiples(full, share, patch)
-
-    seconds["rival"] = train_smaller_rival(session, folder, rival, dense, seen_as).seconds
-    label = f"dense at {size[0]}x{size[1]}, our kernels"
+    scale = Scale(session.img_size, size, _patch(rival))
+    seconds["rival"] = train_smaller_rival(session, folder, rival, dense, scale).seconds
+    label = f"dense at {size_text(size)}, our kernels"
     found.append(_score(session, data, label, rival.eval(), space.dense, size, exact=False))
     for config in _uniform_rivals(session, space, adapted_model, winner):
         label = f"uniform {config.ratios[0][0]:g}"
@@ -207,14 +207,15 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
 
 
 def _score(
-    session: Session, data: DataBundle, label: str, model: nn.Module, config: SparsityConfig,
-    size: tuple[int, int] | None = None, *, exact: bool = True,
+    session: Session, data: Data, label: str, model: nn.Module, config: SparsityConfig,
+    size: Size | None = None, *, exact: bool = True,
 ) -> _Contender:  # fmt: skip
     set_sparsity(model, config, exact=exact)
+    images = data.val if size is None else Shrunk(data.val, Scale(session.img_size, size))
     batches = -(-len(data.val) // session.config.data.eval_batch_size)
     with session.reporter.progress("score", batches) as progress:
-        accuracy = score(session, model, data.val, resize=size, progress=progress, before_batch=_check(session))
-    return _Contender(label, model, config, size or session.img_size, accuracy)
+        found = score(session, model, images, progress=progress, before_batch=_check(session))
+    return _Contender(label, model, config, size or session.img_size, found)
 
 
 def _check(session: Session) -> Callable[[], None]:
@@ -239,7 +240,7 @@ def _rival_folder(session: Session, winner: SparsityConfig) -> RunFolder:
     return session.replaced(fresh=session.fresh or stale).folder("rival")
 
 
-def _rival_size(folder: RunFolder, winner: SparsityConfig) -> tuple[int, int] | None:
+def _rival_size(folder: RunFolder, winner: SparsityConfig) -> Size | None:
     """The size chosen for this winner; None where none was, or where the file does not say."""
     path = folder.path / RIVAL_SIZE
     try:
@@ -255,10 +256,10 @@ def _smaller_rival(
     session: Session,
     folder: RunFolder,
     weights: Weights | None,
-    classes: Sequence[str],
+    classes: Categories,
     tuned: nn.Module,
     winner: SparsityConfig,
-) -> tuple[nn.Module, tuple[int, int]]:
+) -> tuple[nn.Module, Size]:
     """The dense model at the lower resolution whose latency is nearest to the winner's."""
     set_sparsity(tuned, winner)
     sizes = rival_sizes(session.img_size, _patch(tuned), max(sparse_stages(tuned)[0].blocks[0].window_size))
@@ -272,24 +273,24 @@ def _smaller_rival(
         set_img_size(model, size)
         set_sparsity(model, 0.0, exact=False)  # as fast as the winner's dense parts
     calls: dict[str, Any] = {"winner": _call(session, tuned, session.img_size)}
-    calls |= {f"{size[0]}x{size[1]}": _call(session, model, size) for size, model in models.items()}
+    calls |= {size_text(size): _call(session, model, size) for size, model in models.items()}
     latencies = _measure(session, calls, rounds=10)
     costs, cost, unit = {name: latency.median_ms for name, latency in latencies.items()}, "latency", "ms"
     if not all(latency.stable for latency in latencies.values()):
-        shapes = {"winner": (tuned, session.img_size), **{f"{s[0]}x{s[1]}": (m, s) for s, m in models.items()}}
+        shapes = {"winner": (tuned, session.img_size), **{size_text(s): (m, s) for s, m in models.items()}}
         channels = session.config.model.in_chans
         costs = {name: count_macs(model, (channels, *s)).gmacs for name, (model, s) in shapes.items()}
         cost, unit = "multiply-adds, for latencies are not steady", "GMACs"
-    size = min(models, key=lambda size: abs(costs[f"{size[0]}x{size[1]}"] - costs["winner"]))
+    size = min(models, key=lambda size: abs(costs[size_text(size)] - costs["winner"]))
     session.reporter.say(
-        f"run: the dense rival of equal {cost}, takes {size[0]}x{size[1]} pixels "
-        f"({costs[f'{size[0]}x{size[1]}']:.3g} {unit}, the winner {costs['winner']:.3g} {unit})"
+        f"run: the dense rival of equal {cost}, takes {size_text(size)} pixels "
+        f"({costs[size_text(size)]:.3g} {unit}, the winner {costs['winner']:.3g} {unit})"
     )
     write_json(folder.path / RIVAL_SIZE, {"img_size": size, "winner": str(winner), "of_equal": cost})
     return models[size], size
 
 
-def rival_sizes(img_size: tuple[int, int], patch: int, window: int) -> set[tuple[int, int]]:
+def rival_sizes(img_size: Size, patch: int, window: int) -> set[Size]:
     """Sizes from a third of `img_size` up, in steps that fill whole windows of the first stage: no padding slows them.
 
     `patch` in pixels, `window` in patches. For 192 pixels, patches of 4 and windows of 4: 64, 80 ... 176.
@@ -298,7 +299,7 @@ def rival_sizes(img_size: tuple[int, int], patch: int, window: int) -> set[tuple
     count = min(img_size) // unit
     numbers = range(max(1, -(-count // 3)), count)
     thinned = numbers[:: max(1, -(-len(numbers) // MOST_RIVALS))]
-    return {_multiples(img_size, number / count, unit) for number in thinned} - {img_size}
+    return {multiples(img_size, number / count, unit) for number in thinned} - {img_size}
 
 
 def _patch(model: nn.Module) -> int:
@@ -306,18 +307,12 @@ def _patch(model: nn.Module) -> int:
     return int(embed.patch_size[0])
 
 
-def _multiples(size: tuple[int, int], share: float, unit: int) -> tuple[int, int]:
-    """About `share` of `size`, in whole multiples of `unit` pixels."""
-    height, width = (max(1, round(side * share / unit)) * unit for side in size)
-    return height, width
-
-
-def _call(session: Session, model: nn.Module, size: tuple[int, int]) -> Any:
+def _call(session: Session, model: nn.Module, size: Size) -> Any:
     measured = placed(model.eval(), session.device, TORCH_DTYPE[session.config.search.precision])
     return partial(measured, _images(session, measured, size))
 
 
-def _images(session: Session, model: nn.Module, size: tuple[int, int]) -> Tensor:
+def _images(session: Session, model: nn.Module, size: Size) -> Tensor:
     section = session.config.search
     image = (session.config.model.in_chans, *size)
     return example_input(model, image, section.batch_size, device=session.device, dtype=TORCH_DTYPE[section.precision])
@@ -355,7 +350,7 @@ def _summary(
                 label=contender.label,
                 ratios=get_sparsity(contender.model).ratios,
                 image_size=contender.size,
-                top1=contender.accuracy.top1,
+                score=contender.score.value,
                 gmacs=count_macs(contender.model, image).gmacs,
                 **_facts(latency, reference),
             )
@@ -369,7 +364,8 @@ def _summary(
         folder.result,
     ]
     summary = PipelineSummary(
-        folder, session.config.search.batch_size, contenders[0].accuracy.count, tuple(rows), seconds,
+        folder, session.task.metric, session.task.about(), session.config.search.batch_size,
+        contenders[0].score.count, tuple(rows), seconds,
         tuple(str(path) for path in written if path.exists() or path == folder.result), session.environment,
         next((latency.unsteady for latency in latencies.values() if latency.unsteady), None),
         bool((session.earlier("search").read_result() or {}).get("without_clock")),

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from sparsevit_cli.config.schema import LoopSection
+from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.profiling.device import synchronize
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, trained_in
 from sparsevit_cli.profiling.latency_table import measure_configs
@@ -64,7 +64,7 @@ class _Plan:
 
     def __init__(self, session: Session) -> None:
         self.session, self.data = session, session.data()
-        self.model = session.model(self.data.class_names).eval()
+        self.model = session.model(self.data.categories).eval()
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
     def model_lines(self) -> list[str]:

@@ -15,6 +15,7 @@ from sparsevit_cli.atomic import write_atomic
 from sparsevit_cli.reporting import Reporter, optional_output
 from sparsevit_cli.search.results import Evaluation
 from sparsevit_cli.sparsity import SparsityConfig
+from sparsevit_cli.tasks.task import Metric
 
 
 def plot_pareto(
@@ -22,15 +23,19 @@ def plot_pareto(
     history: Sequence[Evaluation],
     front: Sequence[Evaluation],
     winner: SparsityConfig,
-    cost_unit: str,
+    units: tuple[Metric, str],
     reporter: Reporter,
 ) -> None:
-    """Accuracy against cost of every evaluated candidate, the front as a line, the winner marked; a PNG."""
-    _draw(path, reporter, partial(_pareto, history, front, winner, cost_unit))
+    """Metric against cost (`units`) of every evaluated candidate, the front as a line, the winner marked; a PNG."""
+    _draw(path, reporter, partial(_pareto, history, front, winner, units))
 
 
 def _pareto(
-    history: Sequence[Evaluation], front: Sequence[Evaluation], winner: SparsityConfig, cost_unit: str, figure: Any
+    history: Sequence[Evaluation],
+    front: Sequence[Evaluation],
+    winner: SparsityConfig,
+    units: tuple[Metric, str],
+    figure: Any,
 ) -> None:
     axes = figure.add_subplot()
     axes.scatter([e.cost for e in history], [e.metric for e in history], s=14, color="#9aa5b1", label="evaluated")
@@ -40,32 +45,34 @@ def _pareto(
     )  # fmt: skip
     best = [e for e in history if e.config == winner]
     axes.plot([e.cost for e in best], [e.metric for e in best], "*", color="#c1121f", ms=15, label=f"winner {winner}")
+    metric, cost_unit = units
     axes.set_xlabel(cost_unit)
-    axes.set_ylabel("top-1 on the search samples, %")
+    axes.set_ylabel(f"{metric.label} on the search samples, {metric.unit}".removesuffix(", "))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
 
 
-def plot_training(path: Path, rows: Sequence[Mapping[str, float]], reporter: Reporter) -> None:
-    """Accuracy and losses of every validation over the epochs; a PNG."""
-    _draw(path, reporter, partial(_training, rows))
+def plot_training(path: Path, rows: Sequence[Mapping[str, float]], metric: Metric, reporter: Reporter) -> None:
+    """Metric and losses of every validation over the epochs; a PNG."""
+    _draw(path, reporter, partial(_training, rows, metric))
 
 
-def _training(rows: Sequence[Mapping[str, float]], figure: Any) -> None:
+def _training(rows: Sequence[Mapping[str, float]], metric: Metric, figure: Any) -> None:
     epochs = [row["epoch"] for row in rows]
-    accuracy, losses = figure.subplots(2, sharex=True)
-    accuracy.plot(epochs, [row["top1"] for row in rows], "o-", color="#0b6e4f", ms=4)
+    scores, losses = figure.subplots(2, sharex=True)
+    scores.plot(epochs, [row[metric.key] for row in rows], "o-", color="#0b6e4f", ms=4)
     for row in rows:
-        accuracy.annotate(f"{row['img_size']:g} px", (row["epoch"], row["top1"]), xytext=(0, 7), fontsize=7,
+        scores.annotate(f"{row['img_size']:g} px", (row["epoch"], row[metric.key]), xytext=(0, 7), fontsize=7,
                           textcoords="offset points", ha="center")  # fmt: skip
-    accuracy.margins(y=0.2)
-    accuracy.set_ylabel("validation top-1, %")
+    scores.margins(y=0.2)
+    scores.set_ylabel(f"validation {metric.column}")
     losses.plot(epochs, [row["train_loss"] for row in rows], "o-", color="#9aa5b1", ms=4, label="training")
-    losses.plot(epochs, [row["val_loss"] for row in rows], "o-", color="#c1121f", ms=4, label="validation")
+    if "val_loss" in rows[0]:  # a score need not hold a loss
+        losses.plot(epochs, [row["val_loss"] for row in rows], "o-", color="#c1121f", ms=4, label="validation")
     losses.set_ylabel("loss")
     losses.set_xlabel("epoch")
     losses.legend(fontsize=8)
-    for axes in (accuracy, losses):
+    for axes in (scores, losses):
         axes.grid(alpha=0.3)
 
 

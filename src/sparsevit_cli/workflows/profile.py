@@ -20,11 +20,10 @@ from torch import nn
 from sparsevit_cli import kernels
 from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.atomic import write_atomic, write_json
+from sparsevit_cli.config.experiment import ExperimentConfig
 from sparsevit_cli.config.loading import section_hash
-from sparsevit_cli.config.schema import AdaptSection, ExperimentConfig, FinetuneSection, ModelSection, TrainSection
-from sparsevit_cli.data.transforms import as_pair
+from sparsevit_cli.data.source import Categories
 from sparsevit_cli.errors import CheckpointError, ConfigError
-from sparsevit_cli.models import build_model
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import analytic_macs, count_macs, flopcounter_macs
@@ -33,18 +32,17 @@ from sparsevit_cli.profiling.neighbours import Disturbed, Vigil, unsteady
 from sparsevit_cli.profiling.stages import StageTimes, time_stages
 from sparsevit_cli.reporting import optional_output
 from sparsevit_cli.runs import RunFolder
+from sparsevit_cli.sizes import Size, as_pair
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
+from sparsevit_cli.tasks.task import BuildOptions
 from sparsevit_cli.winner import parse_ratios
 
 from .pages import layers_csv, profile_page
 from .session import Session
 from .training import winner_ratios
 
-Size = tuple[int, int]
 DENSE, OURS_DENSE, OURS_SPARSE = "dense (timm)", "ours at ratio 0", "ours sparse"
-TIMM_CLASSES = 1000
-"""Outputs of a model that nothing is known of but its name: ImageNet's."""
 FILES = ("profile.json", "profile.html", "samples.npz", "layers.csv", "metrics.json")
 """What one profile writes; an earlier one's are set aside."""
 MACS_TOLERANCE = 0.005
@@ -101,6 +99,7 @@ class ProfileReport:
     macs_check: Mapping[str, float]
     environment: Mapping[str, object]
     settings: Mapping[str, object]
+    about: Mapping[str, str]
 
     def refuse_unsteady(self) -> None:
         """As the function of that name."""
@@ -109,10 +108,10 @@ class ProfileReport:
     def document(self) -> dict[str, object]:
         """The JSON document of `sparsevit profile --json`."""
         return {
-            "schema_version": 1,
+            "schema_version": 2,
+            **self.about,
             **self.environment,
             "model": self.model,
-            "scope": "model",
             "settings": self.settings,
             "rows": [asdict(row) for row in self.rows],
             "stages": {label: asdict(times) for label, times in self.stages.items()},
@@ -183,7 +182,15 @@ def profile_model(
         clock = session.config.clock.model_dump(mode="json")
         settings = {**section.model_dump(mode="json"), "threads": torch.get_num_threads(), "clock": clock}
     report = ProfileReport(
-        folder, session.config.model.name, config, tuple(rows), stages, macs_check, session.environment, settings
+        folder,
+        session.config.model.name,
+        config,
+        tuple(rows),
+        stages,
+        macs_check,
+        session.environment,
+        settings,
+        session.task.about(),
     )
     folder.set_aside(FILES, session.reporter)
     write_json(folder.path / "profile.json", report.document())
@@ -211,14 +218,15 @@ def profile_model(
 def profile_settings(session: Session) -> str:
     """Hash of what a profile depends on besides ratios and image sizes."""
     engine = kernels.running(session.config.kernels, session.device)
-    return f"{section_hash(session.config, 'profile', 'model', 'clock')} kernels {kernels.VERSION} {engine}"
+    return f"{section_hash(session.config, 'profile', 'task', 'model', 'clock')} kernels {kernels.VERSION} {engine}"
 
 
 def _config_of(name: str, config: ExperimentConfig) -> ExperimentConfig:
     """An experiment of timm's model of that name. Nothing is trained: what `config` says of it fits another model."""
     try:
-        trainings = {"train": TrainSection(), "adapt": AdaptSection(), "finetune": FinetuneSection()}
-        return config.model_copy(update={"experiment": name, "model": ModelSection(name=name), **trainings})
+        trainings = {each: type(getattr(config, each))() for each in ("train", "adapt", "finetune")}
+        model = type(config.model)(name=name)
+        return config.model_copy(update={"experiment": name, "model": model, **trainings})
     except ValidationError as error:
         raise ConfigError("--model", f"{name!r} is no timm Swin", "Type: sparsevit models") from error
 
@@ -250,10 +258,11 @@ def _ratios(session: Session, depths: tuple[int, ...], typed: str | None, *, nam
 
 def built(session: Session, size: Size) -> nn.Module:
     """The configuration's dense timm model at an image size, with random weights, in evaluation mode."""
-    section = session.config.model.model_copy(update={"pretrained": False, "checkpoint": None})
-    trained = session.earlier("pretrain").read_result() or session.earlier("adapt").read_result() or {}
-    classes = section.num_classes or len(trained.get("class_names", ())) or TIMM_CLASSES
-    return build_model(section, classes, img_size=size).eval()
+    folder = next(
+        (session.earlier(name) for name in ("pretrain", "adapt") if session.earlier(name).read_result()), None
+    )
+    known = folder and Categories.from_saved(folder.read_result() or {}, str(folder.result))
+    return session.task.build(known or None, BuildOptions(img_size=size, initial_weights=False)).eval()
 
 
 def _models(session: Session, size: Size, config: SparsityConfig) -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsevit_cli.atomic import write_atomic
 from sparsevit_cli.config.loading import section_hash
-from sparsevit_cli.data.build import DataBundle
+from sparsevit_cli.data.source import Data
 from sparsevit_cli.data.splits import fixed_subset
 from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.profiling.macs import macs_cost
@@ -36,6 +36,7 @@ from sparsevit_cli.search.pareto import pareto_front
 from sparsevit_cli.search.results import Evaluation, Progress, SearchResult, best_first
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import set_sparsity
+from sparsevit_cli.tasks.task import Metric
 from sparsevit_cli.winner import read_winner, write_winner
 
 from .latencies import SearchLatencies
@@ -48,13 +49,17 @@ RESULTS = ("winner.yaml", "pareto.csv", "pareto.png", "history.csv", "metrics.js
 """Files of one search; an earlier search's are set aside, the ledger and the latency table are shared."""
 
 
+OF_TRAINING = ("model.pretrained", "model.checkpoint", "model.reset_head", "model.drop_path_rate", "model.weight_init")
+"""Settings of a model that no trained weights depend on any more."""
+
+
 @dataclass(frozen=True)
 class Finalist:
-    """A candidate scored on the whole search split and measured on the device."""
+    """A candidate scored on the whole search split and measured on the device; `proxy_score` is that on the subset."""
 
     config: SparsityConfig
-    top1: float
-    proxy_top1: float
+    score: float
+    proxy_score: float
     cost: float
     gmacs: float
     predicted_ms: float | None
@@ -71,6 +76,7 @@ class SearchSummary:
     """The winner and how it was found."""
 
     folder: RunFolder
+    metric: Metric
     winner: Finalist
     finalists: tuple[Finalist, ...]
     dense_ms: float | None
@@ -94,7 +100,7 @@ class _Costs:
 
 
 def search(session: Session, *, without_clock: bool = False) -> SearchSummary:
-    """Find the configuration with the best accuracy on the search split within the budgets.
+    """Find the configuration with the best score on the search split within the budgets.
 
     `without_clock` leaves a latency budget out, where there is one of multiply-adds too. Raises BudgetError with the
     reachable range before anything is evaluated, UnsteadyError where a latency is asked for and the clock cannot be
@@ -114,7 +120,7 @@ def search(session: Session, *, without_clock: bool = False) -> SearchSummary:
             f"search.max_ratio {session.config.search.max_ratio:g} is above adapt.max_ratio "
             f"{session.config.adapt.max_ratio:g}: weights were not adapted to all that is searched"
         )
-    model = session.model(weights.class_names, weights).eval()
+    model = session.model(weights.categories, weights).eval()
     subset = _subset(session, len(data.search))
     folder = session.folder("search")
     samples = "all" if subset is None else f"{len(subset)} of seed {session.config.seed}"
@@ -127,7 +133,9 @@ def search(session: Session, *, without_clock: bool = False) -> SearchSummary:
 
 
 def _ledger_settings(session: Session, samples: str) -> str:
-    return f"{section_hash(session.config, 'model')} on {samples}"
+    """What a metric depends on besides weights and data: how the weights came about does not matter."""
+    task = session.task
+    return f"{task.metric.key}: {section_hash(session.config, 'task', 'model', ignore=OF_TRAINING)} on {samples}"
 
 
 def budget_requests(session: Session) -> tuple[BudgetRequest, ...]:
@@ -169,7 +177,7 @@ class _Search:
         self,
         session: Session,
         folder: RunFolder,
-        data: DataBundle,
+        data: Data,
         model: nn.Module,
         weights: Weights,
         subset: tuple[int, ...] | None,
@@ -185,10 +193,10 @@ class _Search:
         self.macs = macs_cost(model, self.image)
         self.latencies = SearchLatencies(session, folder, model, self.space, ledger)
 
-    def top1(self, config: SparsityConfig, subset: Sequence[int] | None) -> float:
-        """Accuracy on the search split, with the adapted weights as they are."""
+    def score(self, config: SparsityConfig, subset: Sequence[int] | None) -> float:
+        """The metric on the search split, with the adapted weights as they are."""
         set_sparsity(self.model, config)
-        return score(self.session, self.model, self.data.search, subset=subset, before_batch=self._check).top1
+        return score(self.session, self.model, self.data.search, subset=subset, before_batch=self._check).value
 
     def _check(self) -> None:
         self.session.stop.check("search", "every evaluation so far is in the ledger")
@@ -261,7 +269,7 @@ class _Search:
 
         def evaluate(config: SparsityConfig) -> float:
             began = time.monotonic()
-            return self.ledger.put(config, self.top1(config, self.subset), time.monotonic() - began)
+            return self.ledger.put(config, self.score(config, self.subset), time.monotonic() - began)
 
         (cost, budget), *further = costs.constraints
         total = min(section.population * (section.generations + 1), section.max_evaluations or math.inf)
@@ -326,8 +334,8 @@ class _Search:
                 finalists.append(
                     Finalist(
                         config=config,
-                        top1=candidate.metric if self.subset is None else self._whole_top1(config, whole),
-                        proxy_top1=candidate.metric,
+                        score=candidate.metric if self.subset is None else self._whole_score(config, whole),
+                        proxy_score=candidate.metric,
                         cost=candidate.cost,
                         gmacs=self.macs(config) / 1e9,
                         predicted_ms=costs.table.predict(config) if costs.table else None,
@@ -341,40 +349,47 @@ class _Search:
                 bar.advance()
         return finalists
 
-    def _whole_top1(self, config: SparsityConfig, ledger: Ledger) -> float:
-        """Accuracy on the whole search split, paid once."""
+    def _whole_score(self, config: SparsityConfig, ledger: Ledger) -> float:
+        """The metric on the whole search split, paid once."""
         known = ledger.get(config)
-        return committed(lambda c: self.top1(c, None), ledger)(config) if known is None else known
+        return committed(lambda c: self.score(c, None), ledger)(config) if known is None else known
 
     # -- results ------------------------------------------------------------------------------------------------
 
     def finish(self, costs: _Costs, result: SearchResult, finalists: Sequence[Finalist]) -> SearchSummary:
         """Name the winner and write what was found."""
         within = [finalist for finalist in finalists if finalist.within_budget]
-        winner = min(within, key=lambda f: (-f.top1, f.cost, f.config))  # not by the clock: noise must not decide
+        winner = min(within, key=lambda f: (-f.score, f.cost, f.config))  # not by the clock: noise must not decide
         dense_ms = self.latencies.dense_ms
         self.folder.set_aside(RESULTS, self.session.reporter)
         correlation = None
         if self.subset is not None and len(finalists) > 2:
-            found = spearman([f.proxy_top1 for f in finalists], [f.top1 for f in finalists])
+            found = spearman([f.proxy_score for f in finalists], [f.score for f in finalists])
             correlation = found if math.isfinite(found) else None  # all equal: there is no order to compare
         summary = SearchSummary(
-            self.folder, winner, tuple(finalists), dense_ms, costs.feasibility, costs.table_error,
-            len(result.history), result.evaluations, result.infeasible, correlation, result.note,
+            self.folder, self.session.task.metric, winner, tuple(finalists), dense_ms, costs.feasibility,
+            costs.table_error, len(result.history), result.evaluations, result.infeasible, correlation, result.note,
         )  # fmt: skip
         self._write_winner(summary, costs)
         front = pareto_front(result.history)
         self._write_csv("history.csv", result.history)
         self._write_csv("pareto.csv", front)
         unit = "predicted ms per batch" if costs.table else "multiply-adds per image"
-        plot_pareto(self.folder.path / "pareto.png", result.history, front, winner.config, unit, self.session.reporter)
+        plot_pareto(
+            self.folder.path / "pareto.png",
+            result.history,
+            front,
+            winner.config,
+            (self.session.task.metric, unit),
+            self.session.reporter,
+        )
         return summary
 
     def _write_csv(self, name: str, evaluations: Sequence[Evaluation]) -> None:
         with optional_output(self.session.reporter, name):
             text = io.StringIO()
             writer = csv.writer(text)
-            writer.writerow(["ratios", "top1", "cost", "gmacs", "generation", "cached"])
+            writer.writerow(["ratios", self.session.task.metric.key, "cost", "gmacs", "generation", "cached"])
             for e in evaluations:
                 writer.writerow([e.config, e.metric, e.cost, self.macs(e.config) / 1e9, e.generation, e.cached])
             write_atomic(self.folder.path / name, text.getvalue())
@@ -383,7 +398,7 @@ class _Search:
         winner = summary.winner
         budgets = {row.metric: row.limit for row in costs.feasibility}
         numbers = {
-            "search_top1": winner.top1,
+            "search_score": winner.score,
             "gmacs": winner.gmacs,
             "latency_ms": winner.latency_ms,
             "latency_ms_low": winner.latency_ms_low,
@@ -392,6 +407,7 @@ class _Search:
             "speedup": winner.speedup,
         }
         about = {
+            **self.session.task.about(),
             "depths": list(self.space.depths),
             **{name: None if value is None else round(value, 4) for name, value in numbers.items()},
             "budget": budgets,
@@ -402,6 +418,7 @@ class _Search:
         }  # fmt: skip
         self.folder.write_result(
             {
+                **self.session.task.about(),
                 **numbers,
                 "ratios": winner.config.ratios,
                 "budget": budgets,

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsevit_cli.config.schema import ExperimentConfig
-from sparsevit_cli.data.build import DataBundle, build_data
-from sparsevit_cli.data.transforms import as_pair
-from sparsevit_cli.errors import CheckpointError, ConfigError
-from sparsevit_cli.models import build_model, load_state
+from sparsevit_cli.config.experiment import ExperimentConfig
+from sparsevit_cli.data.source import Categories, Data
+from sparsevit_cli.errors import CheckpointError
+from sparsevit_cli.models import load_state
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
 from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.reporting import Reporter
 from sparsevit_cli.runs import RunFolder, RunLocks, folder_of, open_run
+from sparsevit_cli.sizes import Size
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.swin import model_depths, sparsify_
+from sparsevit_cli.tasks.task import BuildOptions, Task, task_of
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,10 @@ class Weights:
     """The command that made them, or their path."""
     state_dict: dict[str, Tensor]
     sha256: str
-    class_names: tuple[str, ...] = ()
-    """In the order of the outputs; empty where a file does not say."""
+    categories: Categories = field(default_factory=Categories)
+    """In the order of the outputs; none if a file does not say."""
     result: Mapping[str, Any] = field(default_factory=dict)
     """The `metrics.json` of the command that made them."""
-
-    @property
-    def num_outputs(self) -> int:
-        """Outputs of the classifier. Raises CheckpointError where there is none."""
-        head = self.state_dict.get("head.fc.weight")
-        if head is None:
-            got = "it has no classifier (head.fc.weight)"
-            raise CheckpointError(self.name, got, "Give the weights of a whole classifier.")
-        return head.shape[0]
 
 
 @dataclass(frozen=True)
@@ -64,6 +56,11 @@ class Session:
         return Patience(self.config.clock.wait, self.config.clock.max_neighbour)
 
     @cached_property
+    def task(self) -> Task:
+        """What the model is trained for."""
+        return task_of(self.config)
+
+    @cached_property
     def device(self) -> torch.device:
         """The device that `config.device` names."""
         return resolve_device(self.config.device)
@@ -74,9 +71,9 @@ class Session:
         return {"device": describe_device(self.device), "versions": describe_versions()}
 
     @property
-    def img_size(self) -> tuple[int, int]:
+    def img_size(self) -> Size:
         """Input height and width in pixels."""
-        return as_pair(self.config.model.img_size)
+        return self.task.image_size
 
     def folder(self, command: str) -> RunFolder:
         """Open the folder of `command`, and log into it."""
@@ -102,35 +99,23 @@ class Session:
         """The folder of another command, without opening it."""
         return RunFolder(folder_of(self.config, command), command, self.argv)
 
-    def data(self, weights: Weights | None = None) -> DataBundle:
-        """The data of the experiment; class indices are those that `weights` were trained with."""
+    def data(self, weights: Weights | None = None) -> Data:
+        """The data of the experiment; categories are in the order in which `weights` were trained with them."""
+        data = self.task.data(seed=self.config.seed, categories=weights.categories if weights else None)
         seed = weights.result.get("seed") if weights is not None else None
-        if self.config.data.source == "digits" and seed is not None and seed != self.config.seed:
-            got = f"the weights were trained with seed {seed}, which also splits the digits, not {self.config.seed}"
+        if data.split_seed is not None and seed not in (None, self.config.seed):
+            got = f"the weights were trained with seed {seed}, which also splits the data, not {self.config.seed}"
             raise CheckpointError("seed", got, f"Use --seed {seed}: images trained on prove nothing.")
-        return build_data(
-            self.config.data,
-            img_size=self.img_size,
-            in_chans=self.config.model.in_chans,
-            seed=self.config.seed,
-            class_names=(weights.class_names or None) if weights else None,
-        )
+        return data
 
-    def model(self, class_names: Sequence[str], weights: Weights | None = None) -> nn.Module:
-        """A sparse model at ratio 0 with `weights`, or with the configuration's own where there are none.
+    def model(self, categories: Categories, weights: Weights | None = None) -> nn.Module:
+        """A sparse model at ratio 0 with `weights`, or with the configuration's own if there are none.
 
-        It has an output per class, or `model.num_classes` of them where that is set, or as many as the weights where
-        no classes are known. Raises ConfigError for fewer outputs than classes, CheckpointError for weights that do
-        not fit.
+        Raises ConfigError, and CheckpointError for weights that do not fit.
         """
-        section = self.config.model
-        num_classes = section.num_classes or len(class_names) or (weights.num_outputs if weights else 0)
-        if num_classes < len(class_names):
-            got = f"{num_classes} outputs for {len(class_names)} classes of the data"
-            raise ConfigError("model.num_classes", got, "Set it to null, or to the number of classes at least.")
-        if weights is not None:  # everything else that names weights would be loaded for nothing
-            section = section.model_copy(update={"pretrained": False, "checkpoint": None})
-        model = build_model(section, num_classes, seed=self.config.seed, say=self.reporter.say)
+        like = None if weights is None else weights.state_dict
+        options = BuildOptions(self.config.seed, like=like, initial_weights=weights is None, say=self.reporter.say)
+        model = self.task.build(categories, options)
         if weights is not None:
             load_state(model, weights.state_dict, f"weights of {weights.name}")
         return self.sparsified_(model).to(self.device)

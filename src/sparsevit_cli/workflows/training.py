@@ -6,7 +6,7 @@ import csv
 import difflib
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from typing import Any
@@ -15,37 +15,39 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from sparsevit_cli.atomic import write_atomic, write_json
+from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.config.loading import section_hash, settings_of
 from sparsevit_cli.config.paths import as_path
-from sparsevit_cli.config.schema import DataSection, DistilLoopSection, LoopSection
-from sparsevit_cli.data.build import DataBundle
+from sparsevit_cli.data.shrunk import Scale, Shrunk
+from sparsevit_cli.data.source import Data, Source
 from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.evaluation import evaluate
 from sparsevit_cli.models import check_img_size
 from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.reporting import Reporter, optional_output
 from sparsevit_cli.runs import HARMLESS, SECTIONS, RunFolder, missing_result
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
+from sparsevit_cli.sizes import Size
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
-from sparsevit_cli.tasks.classification import Accuracy, evaluate
-from sparsevit_cli.training import PhasePlan, TrainingJob, TrainingPlan, plan_training, train
+from sparsevit_cli.tasks.task import Metric, Score
+from sparsevit_cli.training import TrainingJob, TrainingPlan, plan_training, train
 from sparsevit_cli.winner import read_winner
 
 from .plots import plot_training
 from .session import Session, Weights
 from .weights import file_weights, trained_weights
 
-Size = tuple[int, int]
-DATA_SETTINGS = [f"data.{name}" for name in DataSection.model_fields if f"data.{name}" not in (*HARMLESS, "data.root")]
-"""What makes images what a training sees; the folder itself may move, the fingerprint knows its files."""
+MOVABLE = ("data.root",)
+"""The folder itself may move: the fingerprint knows its files."""
 
 
 @dataclass(frozen=True)
 class CheckRow:
-    """Accuracy and cost of one fixed configuration."""
+    """Score and cost of one fixed configuration."""
 
     label: str
-    top1: float
+    score: float
     gmacs: float
 
 
@@ -55,7 +57,8 @@ class TrainingSummary:
 
     command: str
     folder: RunFolder
-    top1: float
+    metric: Metric
+    score: float
     seconds: float
     already_done: bool
     rows: tuple[CheckRow, ...] = ()
@@ -79,7 +82,7 @@ def pretrain(session: Session) -> TrainingSummary:
     """Train a dense model: from scratch, from timm's weights, or from a checkpoint file."""
     section = session.config.train
     data = session.data()
-    model = session.model(data.class_names)
+    model = session.model(data.categories)
     dense = SparsityConfig.dense(model_depths(model))
     plan = checked_plan(session, "pretrain", section, model, data)
     folder = session.folder("pretrain")  # once everything fits: --fresh sets an earlier run aside
@@ -92,7 +95,7 @@ def adapt(session: Session) -> TrainingSummary:
     section = session.config.adapt
     weights = dense_weights(session, "adapt")
     data = session.data(weights)
-    model = session.model(data.class_names, weights)
+    model = session.model(data.categories, weights)
     space = session.space(model, section.max_ratio)
     middle = space.uniform(min(0.5, section.max_ratio))
     plan = checked_plan(session, "adapt", section, model, data)
@@ -104,32 +107,35 @@ def adapt(session: Session) -> TrainingSummary:
     summary = _train(session, folder, data, model, kind)
     model.load_state_dict(trained_weights(session, "adapt", "sparsevit adapt").state_dict)  # the averaged ones, if any
     rows = _check_rows(session, folder, data, model, space)
-    return TrainingSummary("adapt", folder, summary.top1, summary.seconds, summary.already_done, rows)
+    return replace(summary, rows=rows)
 
 
 def finetune(session: Session) -> TrainingSummary:
     """Train on from the adapted weights with one configuration fixed (paper section 3.4)."""
     section = session.config.finetune
     weights = trained_weights(session, "adapt", "sparsevit finetune")
-    model = session.model(weights.class_names, weights)
+    model = session.model(weights.categories, weights)
     config = chosen_ratios(session, model_depths(model), "sparsevit finetune", weights.sha256)
     data = session.data(weights)
     plan = checked_plan(session, "finetune", section, model, data)
-    teacher = _teacher(session, section, data, dense_weights(session, "finetune") if section.distill else None)
+    teacher = _teacher(
+        session, section, data, dense_weights(session, "finetune") if session.task.wants_teacher(section) else None
+    )
     folder = session.folder("finetune")
     kind = _Kind("finetune", section, FixedSchedule(config), config, plan, f"{weights.sha256} at {config}", teacher)
     return _train(session, folder, data, model, kind)
 
 
 def train_smaller_rival(
-    session: Session, folder: RunFolder, model: nn.Module, weights: Weights | None, seen_as: Callable[[Size], Size]
+    session: Session, folder: RunFolder, model: nn.Module, weights: Weights | None, scale: Scale
 ) -> TrainingSummary:
-    """Train the dense `model` on images shrunk by `seen_as`, with the schedule of finetune."""
-    section = session.config.finetune.model_copy(update={"distill": 0.0})
+    """Train the dense `model` on images shrunk by `scale`, with the schedule of finetune and without a teacher."""
+    section = session.config.finetune
     data = session.data(weights)
+    data = replace(data, train=Shrunk(data.train, scale), val=Shrunk(data.val, scale))
     dense = SparsityConfig.dense(model_depths(model))
-    plan = checked_plan(session, "finetune", section, model, data, seen_as)
-    start = f"{_start(session, weights)} at {seen_as(session.img_size)}"
+    plan = checked_plan(session, "finetune", section, model, data)
+    start = f"{_start(session, weights)} at {scale.small}"
     return _train(session, folder, data, model, _Kind("rival", section, FixedSchedule(dense), dense, plan, start))
 
 
@@ -154,36 +160,33 @@ def winner_ratios(session: Session, depths: tuple[int, ...], needed_by: str) -> 
     return SparsityConfig.from_ratios(read_winner(path)[0], depths)
 
 
-def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Module, kind: _Kind) -> TrainingSummary:
-    config = session.config
-    section = kind.section
+def _train(session: Session, folder: RunFolder, data: Data, model: nn.Module, kind: _Kind) -> TrainingSummary:
+    config, section, settings = session.config, kind.section, _settings(kind)
     job = TrainingJob(
         kind=kind.command,
+        task=session.task,
         model=model,
         section=section,
         schedule=kind.schedule,
         plan=kind.plan,
-        source=data.train,
+        source=session.task.training_source(data, section),
         validate=_validator(session, data, kind),
         checkpoints=folder.checkpoints,
         device=session.device,
         seed=config.seed,
-        num_classes=config.model.num_classes or len(data.class_names),
         workers=config.data.workers,
         max_wait_seconds=config.data.max_wait_seconds,
         teacher=kind.teacher,
-        distill=section.distill if isinstance(section, DistilLoopSection) else 0.0,
-        temperature=section.temperature if isinstance(section, DistilLoopSection) else 1.0,
         identity={
             "data": data.fingerprint,
-            "class_names": list(data.class_names),
-            "model": section_hash(config, "model"),
+            "categories": data.categories.saved(),
+            "model": section_hash(config, "task", "model"),
             "start": kind.start,
             "steps": kind.plan.total_steps,
-            "settings": section_hash(config, *_settings(kind)),
-            "data_settings": section_hash(config, *DATA_SETTINGS),
+            "settings": section_hash(config, *settings),
+            "data_settings": section_hash(config, "data", ignore=(*HARMLESS, *MOVABLE)),
         },
-        settings=settings_of(config, "model", *_settings(kind), *DATA_SETTINGS),
+        settings=settings_of(config, "task", "model", "data", *settings),
         validation_fingerprint=data.val_fingerprint,
     )
     if section.grad_checkpointing:
@@ -191,6 +194,7 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
     result = train(job, session.reporter, session.stop, on_row=lambda rows: _write_rows(folder, rows, session.reporter))
     set_sparsity(model, kind.validate_at)
     last: Mapping[str, Any] = result.history[-1]
+    metric = session.task.metric
     checkpoint = str(result.checkpoint.relative_to(folder.path))
     done = folder.done("sparsity.json").get("checkpoint") == checkpoint
     already_done = result.resumed_from == kind.plan.total_steps and done
@@ -200,10 +204,11 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
         write_json(folder.path / "sparsity.json", {"ratios": kind.validate_at.ratios})
         folder.write_result(
             {
-                "top1": last["top1"],
+                **session.task.about(),
+                "score": last[metric.key],
                 "seed": session.config.seed,
                 "checkpoint": checkpoint,
-                "class_names": list(data.class_names),
+                "categories": data.categories.saved(),
                 "data_fingerprint": data.fingerprint,
                 "steps": kind.plan.total_steps,
                 "seconds": last["seconds"],
@@ -212,8 +217,8 @@ def _train(session: Session, folder: RunFolder, data: DataBundle, model: nn.Modu
             },
             files=["sparsity.json"],
         )
-        plot_training(folder.path / "results.png", result.history, session.reporter)
-    return TrainingSummary(kind.command, folder, float(last["top1"]), float(last["seconds"]), already_done)
+        plot_training(folder.path / "results.png", result.history, metric, session.reporter)
+    return TrainingSummary(kind.command, folder, metric, float(last[metric.key]), float(last["seconds"]), already_done)
 
 
 def _settings(kind: _Kind) -> list[str]:
@@ -222,10 +227,7 @@ def _settings(kind: _Kind) -> list[str]:
     return [f"{name}.{field}" for field in type(kind.section).model_fields if f"{name}.{field}" not in HARMLESS]
 
 
-def checked_plan(
-    session: Session, command: str, section: LoopSection, model: nn.Module, data: DataBundle,
-    seen_as: Callable[[Size], Size] = lambda size: size,
-) -> TrainingPlan:  # fmt: skip
+def checked_plan(session: Session, command: str, section: LoopSection, model: nn.Module, data: Data) -> TrainingPlan:
     """The steps of a training. Raises ConfigError for an optimizer or image size that timm would not take."""
     known = list_optimizers()
     if section.optimizer not in known:
@@ -235,32 +237,30 @@ def checked_plan(
     embed: Any = model.patch_embed
     for number, phase in enumerate(section.curriculum):
         check_img_size(phase.img_size, embed.patch_size[0], f"{command}.curriculum.{number}.img_size")
-    return plan_training(section, len(data.train), session.img_size, seen_as)
+    return plan_training(section, len(data.train), session.img_size)
 
 
-def _validator(session: Session, data: DataBundle, kind: _Kind) -> Any:
+def _validator(session: Session, data: Data, kind: _Kind) -> Any:
     """Validation at one fixed configuration, whatever the schedule."""
 
-    def validate(model: nn.Module, phase: PhasePlan, before_batch: Callable[[], None]) -> Mapping[str, float]:
+    def validate(model: nn.Module, img_size: Size, before_batch: Callable[[], None]) -> Score:
         set_sparsity(model, kind.validate_at)
-        images = data.val.with_image_size(phase.source_size)
-        accuracy = score(session, model, images, resize=phase.img_size, before_batch=before_batch)
-        return {"top1": round(accuracy.top1, 3), "val_loss": accuracy.loss}
+        return score(session, model, data.val.resized(img_size), before_batch=before_batch)
 
     return validate
 
 
-def score(session: Session, model: nn.Module, source: Any, **options: Any) -> Accuracy:
-    """Accuracy at the model's current sparsity, with the configuration's batch size and workers."""
+def score(session: Session, model: nn.Module, source: Source, **options: Any) -> Score:
+    """Score at the model's current sparsity, with the configuration's batch size and workers."""
     data = session.config.data
     return evaluate(
-        model, source, batch_size=data.eval_batch_size, device=session.device, workers=data.workers,
+        session.task, model, source, batch_size=data.eval_batch_size, device=session.device, workers=data.workers,
         max_wait_seconds=data.max_wait_seconds, **options,
     )  # fmt: skip
 
 
 def _check_rows(
-    session: Session, folder: RunFolder, data: DataBundle, model: nn.Module, space: SearchSpace
+    session: Session, folder: RunFolder, data: Data, model: nn.Module, space: SearchSpace
 ) -> tuple[CheckRow, ...]:
     """The closing table of adapt: dense, uniform ratios, and the mean of random configurations."""
     section = session.config.adapt
@@ -281,14 +281,14 @@ def _check_rows(
         check = partial(session.stop.check, "adapt", "the training is saved, its closing table is not")
         with session.reporter.progress("check", total) as progress:
             for label, configs in wanted:
-                top1 = 0.0
+                mean = 0.0
                 for config in configs:
                     set_sparsity(model, config)
-                    top1 += score(session, model, data.val, before_batch=check).top1 / len(configs)
+                    mean += score(session, model, data.val, before_batch=check).value / len(configs)
                     progress.advance()
-                done[label] = {"top1": top1, "gmacs": sum(map(macs, configs)) / len(configs) / 1e9}
+                done[label] = {"score": mean, "gmacs": sum(map(macs, configs)) / len(configs) / 1e9}
         folder.write_result({**(folder.read_result() or {}), "check": done}, files=["sparsity.json"])
-    return tuple(CheckRow(label, row["top1"], row["gmacs"]) for label, row in done.items())
+    return tuple(CheckRow(label, row["score"], row["gmacs"]) for label, row in done.items())
 
 
 def dense_weights(session: Session, needed_by: str) -> Weights | None:
@@ -309,16 +309,14 @@ def _start(session: Session, weights: Weights | None) -> str:
         return weights.sha256
     own = session.config.model.checkpoint
     if own is None:
-        return section_hash(session.config, "model")
+        return section_hash(session.config, "task", "model")
     return file_weights(as_path(own, "model.checkpoint")).sha256
 
 
-def _teacher(
-    session: Session, section: DistilLoopSection, data: DataBundle, weights: Weights | None
-) -> nn.Module | None:
-    if not section.distill:
+def _teacher(session: Session, section: LoopSection, data: Data, weights: Weights | None) -> nn.Module | None:
+    if not session.task.wants_teacher(section):
         return None
-    return session.model(data.class_names, weights).eval().requires_grad_(False)
+    return session.model(data.categories, weights).eval().requires_grad_(False)
 
 
 def _write_rows(folder: RunFolder, rows: tuple[Mapping[str, float], ...], reporter: Reporter) -> None:

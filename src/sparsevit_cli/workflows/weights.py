@@ -10,7 +10,7 @@ from sparsevit_cli.atomic import sha256_file
 from sparsevit_cli.checkpoints import STATE, Checkpoint, load_checkpoint
 from sparsevit_cli.config.loading import config_differences, load_config
 from sparsevit_cli.config.paths import as_path, is_there
-from sparsevit_cli.documents import understood
+from sparsevit_cli.data.source import Categories
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import read_weights
 from sparsevit_cli.runs import RunFolder, missing_result
@@ -35,12 +35,9 @@ def trained_weights(session: Session, command: str, needed_by: str) -> Weights:
     result = folder.read_result()
     if result is None:
         raise missing_result(folder, needed_by)
-    names = result.get("class_names")
-    if not isinstance(names, list):
-        raise CheckpointError(str(folder.result), "it has no class_names", f"Type: {folder.typed} --fresh")
     _tell_differences(session, folder)
     checkpoint = load_checkpoint(folder.path / result.get("checkpoint", "checkpoints"), only=("ema", "model"))
-    return _weights(command, checkpoint, tuple(map(str, names)), result)
+    return _weights(command, checkpoint, Categories.from_saved(result, str(folder.result)), result)
 
 
 def chosen_weights(session: Session, typed: str | None, needed_by: str) -> Weights:
@@ -60,24 +57,24 @@ def chosen_weights(session: Session, typed: str | None, needed_by: str) -> Weigh
 
 
 def file_weights(path: Path, say: Callable[[str], None] = lambda text: None) -> Weights:
-    """Weights of a safetensors or torch file, or of a checkpoint folder of ours, which knows its classes.
+    """Weights of a safetensors or torch file, or of a checkpoint folder of ours, which knows its categories.
 
     `say` is told what was taken from a file. Raises CheckpointError.
     """
     if not os.path.isdir(path):
         return Weights(str(path), read_weights(path, say), sha256_file(path))
     checkpoint = load_checkpoint(path, only=("ema", "model"))
-    with understood(checkpoint.path / STATE):
-        names = tuple(map(str, checkpoint.state.get("identity", {}).get("class_names", ())))
-    return _weights(str(path), checkpoint, names, {"seed": checkpoint.state.get("seed")})
+    identity = checkpoint.state.get("identity", {})
+    categories = Categories.from_saved(identity if isinstance(identity, dict) else {}, str(checkpoint.path / STATE))
+    return _weights(str(path), checkpoint, categories, {"seed": checkpoint.state.get("seed")})
 
 
-def _weights(name: str, checkpoint: Checkpoint, class_names: tuple[str, ...], result: dict[str, object]) -> Weights:
+def _weights(name: str, checkpoint: Checkpoint, categories: Categories, result: dict[str, object]) -> Weights:
     used = "ema" if "ema" in checkpoint.tensors else "model"
     if used not in checkpoint.tensors:
         raise CheckpointError(str(checkpoint.path), "it holds no weights", "Give another checkpoint.")
     digest = sha256_file(checkpoint.path / f"{used}.safetensors")
-    return Weights(name, checkpoint.tensors[used], digest, class_names, result)
+    return Weights(name, checkpoint.tensors[used], digest, categories, result)
 
 
 def _tell_differences(session: Session, folder: RunFolder) -> None:

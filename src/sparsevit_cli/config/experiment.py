@@ -1,6 +1,7 @@
-"""One experiment, as pydantic models: closed, frozen, every field with its unit and a sentence.
+"""The sections that every experiment has, as pydantic models: closed, frozen, every field with a sentence.
 
-`docs/configuration.md` is generated from this file (`make docs`); a test compares the two.
+What a task adds to them stands in `tasks`, which makes the type of a whole experiment. `docs/configuration.md` is
+generated from both (`make docs`); a test compares.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ StageRatios = Annotated[tuple[tuple[Ratio, ...], ...], AfterValidator(_never_dec
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Size = Annotated[int, Field(ge=1, le=16384)]
+Side = Annotated[int, Field(ge=1, le=16384)]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -90,9 +91,8 @@ class ModelSection(Section):
         description="Local weights to start from: safetensors, any file of torch.save, or a checkpoint folder of ours.",
     )
     reset_head: bool = Field(False, description="Start with a new classifier where the checkpoint's does not fit.")
-    img_size: Size | tuple[Size, Size] = Field(224, description="Input size in pixels: one number or [height, width].")
+    img_size: Side | tuple[Side, Side] = Field(224, description="Input size in pixels: one number or [height, width].")
     in_chans: Count = Field(3, description="Input channels.")
-    num_classes: Count | None = Field(None, description="Number of classes; null takes it from the training data.")
     embed_dim: Count | None = Field(None, description="Channels of the first stage; null keeps the architecture's.")
     depths: tuple[Count, ...] | None = Field(None, description="Blocks per stage; null keeps the architecture's.")
     num_heads: tuple[Count, ...] | None = Field(None, description="Attention heads per stage; null keeps them.")
@@ -127,90 +127,27 @@ class ModelSection(Section):
         return self
 
 
-class DigitsSection(Section):
-    """The embedded data set: scikit-learn's handwritten digits on large cluttered canvases."""
+class TaskSection(Section):
+    """What the model is trained for."""
 
-    digit_min: Annotated[int, Field(ge=4)] = Field(16, description="Smallest drawn digit, side in pixels.")
-    digit_max: Annotated[int, Field(ge=4)] = Field(24, description="Largest drawn digit, side in pixels.")
-    clutter: Fraction = Field(0.5, description="Strength of the background clutter, 0 to 1.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> DigitsSection:
-        if self.digit_min > self.digit_max:
-            raise ValueError(f"digit_min {self.digit_min} is above digit_max {self.digit_max}")
-        return self
-
-
-class AugmentSection(Section):
-    """Augmentation of training images from folders and timm data sets (timm.data.create_transform)."""
-
-    scale_min: Fraction = Field(0.35, description="Smallest share of the image area that a random crop keeps.")
-    hflip: Fraction = Field(0.5, description="Probability of a horizontal flip.")
-    color_jitter: Fraction = Field(0.0, description="Strength of colour jitter.")
-    auto_augment: str | None = Field(
-        None,
-        pattern=r"^(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z0-9.]+)*$",
-        description="timm policy: rand, augmix, original, originalr, v0, v0r or 3a, and its settings, "
-        "e.g. `rand-m9-mstd0.5`; null for none.",
-    )
-    random_erasing: Fraction = Field(0.0, description="Probability of erasing a random box.")
-
-
-_OF_FILES = ("search_fraction", "mean", "std", "interpolation", "crop_pct", "max_bad_fraction", "augment")
-"""Settings of the data section that say how image files are read."""
+    name: str = Field("classification", pattern=r"^[a-z][a-z0-9_]*$", description="Name of the task.")
 
 
 class DataSection(Section):
-    """Where images come from and how they are split."""
+    """Where samples come from, and how they are read."""
 
-    source: Literal["digits", "folder", "timm"] = Field(
-        "digits", description="Embedded digits, an ImageFolder tree, or anything timm.data.create_dataset reads."
-    )
-    root: PathText | None = Field(None, description="Folder with the images (source folder and timm).")
-    dataset: Text = Field("", description="timm data set name, e.g. `torch/cifar10` or `hfds/...` (source timm).")
-    train_split: PathText = Field("train", description="Name of the training split or sub-folder.")
-    val_split: PathText = Field("val", description="Name of the validation split or sub-folder.")
-    search_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="Share of the training images held out for search: never trained on, never validated on."
-    )
+    source: str = Field("own", pattern=r"^[a-z][a-z0-9_]*$", description="Name of the source.")
     eval_batch_size: Count = Field(64, description="Images per batch in evaluation and search.")
     workers: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Data loading processes; 0 loads in-process.")
     max_wait_seconds: Positive = Field(
         600.0, description="Longest wait for one batch from loader processes, in seconds; above it exit 3."
     )
-    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="Per-channel mean of normalised images, 0-1.")
-    std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="Per-channel deviation of images, 0-1.")
-    interpolation: Literal["bilinear", "bicubic"] = Field("bicubic", description="Resampling of images.")
-    crop_pct: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Centre crop share in evaluation.")
-    max_bad_fraction: Fraction = Field(
-        0.01, description="Share of unreadable training images tolerated; above it training ends with exit 3."
-    )
-    max_megapixels: Positive = Field(64.0, description="Largest image accepted, in megapixels, before decoding.")
-    digits: DigitsSection = Field(DigitsSection(), description="The embedded data set (source digits).")
-    augment: AugmentSection = Field(AugmentSection(), description="Training augmentation (sources folder, timm).")
-
-    @model_validator(mode="after")
-    def _source_has_what_it_needs(self) -> DataSection:
-        if self.source == "folder" and self.root is None:
-            raise ValueError("source folder needs root: the folder that holds the train and val folders")
-        if self.source == "timm" and not self.dataset:
-            raise ValueError("source timm needs dataset: a name that timm.data.create_dataset knows")
-        if self.source == "digits" and self.root is not None:
-            raise ValueError("root is set, and source digits would ignore it; set source to folder or timm")
-        if self.source != "timm" and self.dataset:
-            raise ValueError(f"dataset is set, and source {self.source} would ignore it; set source to timm")
-        ignored = _OF_FILES if self.source == "digits" else ("digits",)
-        if changed := [name for name in ignored if getattr(self, name) != type(self).model_fields[name].default]:
-            raise ValueError(f"{changed[0]} is set, and source {self.source} would ignore it")
-        if len(self.mean) != len(self.std):
-            raise ValueError(f"mean has {len(self.mean)} channels and std has {len(self.std)}")
-        return self
 
 
 class Phase(Section):
     """One step of a curriculum of growing images."""
 
-    img_size: Size | tuple[Size, Size] = Field(description="Input size in pixels in this phase, as in model.")
+    img_size: Side | tuple[Side, Side] = Field(description="Input size in pixels in this phase, as in model.")
     epochs: Positive = Field(description="Length in epochs.")
     lr: Positive | None = Field(None, description="Peak learning rate of this phase; null takes the section's.")
 
@@ -241,9 +178,6 @@ class LoopSection(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Decay of the exponential moving average of the weights; null keeps none."
     )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Label smoothing.")
-    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="Mixup alpha; 0 is off.")
-    cutmix: Annotated[float, Field(ge=0)] = Field(0.0, description="CutMix alpha; 0 is off.")
     eval_every: Positive = Field(1.0, description="Epochs between validations.")
     save_every: Positive = Field(1.0, description="Epochs between checkpoints.")
     keep: Annotated[int, Field(ge=2)] = Field(2, description="Newest checkpoints kept, besides the best.")
@@ -255,8 +189,6 @@ class LoopSection(Section):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
         if self.schedule != "constant" and self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}, and the rate would rise to it")
-        if self.batch_size < 2 and (self.mixup or self.cutmix):
-            raise ValueError("mixup and cutmix need a batch_size of at least 2")
         return self
 
 
@@ -264,14 +196,7 @@ class TrainSection(LoopSection):
     """Dense training from scratch or from given weights (`sparsevit pretrain`)."""
 
 
-class DistilLoopSection(LoopSection):
-    """A loop that may learn from the dense model."""
-
-    distill: Fraction = Field(0.0, description="Weight of the distillation loss from the dense model; 0 is off.")
-    temperature: Positive = Field(2.0, description="Softmax temperature of distillation.")
-
-
-class AdaptSection(DistilLoopSection):
+class AdaptSection(LoopSection):
     """Sparsity-aware adaptation: a new random configuration at every step (`sparsevit adapt`)."""
 
     epochs: Positive = Field(12.0, description="Length in passes over the training split.")
@@ -281,7 +206,7 @@ class AdaptSection(DistilLoopSection):
     check_random: Count = Field(4, description="Random configurations whose mean stands in the closing table.")
 
 
-class FinetuneSection(DistilLoopSection):
+class FinetuneSection(LoopSection):
     """Training with the found configuration fixed (`sparsevit finetune`)."""
 
     epochs: Positive = Field(36.0, description="Length in passes over the training split.")
@@ -332,7 +257,7 @@ class ProfileSection(Section):
     """Dense against sparse on this machine (`sparsevit profile`)."""
 
     batch_sizes: tuple[Count, ...] = Field((1, 4), min_length=1, description="Images per batch.")
-    image_sizes: tuple[Size | tuple[Size, Size], ...] = Field(
+    image_sizes: tuple[Side | tuple[Side, Side], ...] = Field(
         (), description="Input sizes in pixels, numbers or [height, width]; empty takes model.img_size."
     )
     precision: Precision = Field("fp32", description="Precision of model and input.")
@@ -390,7 +315,7 @@ class ExportSection(Section):
 
 
 class ExperimentConfig(Section):
-    """One YAML file: an experiment."""
+    """One YAML file: an experiment. Its type is made for the task and the source that it names (`tasks`)."""
 
     experiment: str = Field(
         "experiment",
@@ -408,8 +333,9 @@ class ExperimentConfig(Section):
         "is native on an x86-64 CPU with AVX2 and a C++ compiler, and portable elsewhere: nothing else was measured.",
     )
     output: PathText = Field("runs", min_length=1, description="Folder of all run folders.")
+    task: TaskSection = Field(TaskSection(), description="What the model is trained for.")
     model: ModelSection = Field(ModelSection(), description="Which timm Swin, and its weights.")
-    data: DataSection = Field(DataSection(), description="Where images come from.")
+    data: DataSection = Field(DataSection(), description="Where samples come from.")
     train: TrainSection = Field(TrainSection(), description="Dense training.")
     adapt: AdaptSection = Field(AdaptSection(), description="Sparsity-aware adaptation.")
     search: SearchSection = Field(SearchSection(), description="Search under a budget.")

@@ -1,61 +1,36 @@
-"""A data section of the config into three sources that share no image."""
+"""The images of a classification experiment: three sources that share none."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from sparsevit_cli.config.paths import as_path
-from sparsevit_cli.config.schema import DataSection
+from sparsevit_cli.config.tasks import DigitsData, FolderData, LabelledData, TimmData
+from sparsevit_cli.data.digits import DigitsDataset, DigitsSpec
+from sparsevit_cli.data.source import BadImages, Categories, Data, Source, shorten
+from sparsevit_cli.data.splits import carve
 from sparsevit_cli.errors import ConfigError, DataError
+from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
-from .digits import DigitsDataset, DigitsSpec
 from .folder import FolderRecords, read_folder
 from .records import Records, RecordSource, check_names, relabelled
-from .source import BadImages, ImageSize, ImageSource, shorten
-from .splits import carve
 from .timm_source import read_timm
-from .transforms import TransformSpec, as_pair
+from .transforms import TransformSpec
 
 
-@dataclass(frozen=True)
-class DataBundle:
-    """Training images, those held out of them for search, and validation images.
+class DigitsSource(Source):
+    """The embedded digits with their labels."""
 
-    `fingerprint` covers the images that are learned and searched from, `val_fingerprint` those of validation, at the
-    size they were built for. `rows` is what `describe` says of them.
-    """
-
-    train: ImageSource
-    search: ImageSource
-    val: ImageSource
-    class_names: tuple[str, ...]
-    fingerprint: str
-    val_fingerprint: str
-    rows: tuple[tuple[str, str], ...]
-
-    def describe(self) -> list[tuple[str, str]]:
-        """Rows (name, value) for people: source, classes, images per split, ignored and unreadable files."""
-        bad = self.train.bad_images
-        return [*self.rows, *([("unreadable training images so far", str(bad))] if bad is not None else [])]
-
-
-@dataclass(frozen=True)
-class DigitsSource:
-    """The embedded digits as an ImageSource."""
-
-    dataset: DigitsDataset
-    bad_images: None = None
+    def __init__(self, dataset: DigitsDataset) -> None:
+        self.dataset = dataset
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.dataset.class_names
+    def image_size(self) -> Size:
+        return as_pair(self.dataset.spec.canvas)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -66,7 +41,7 @@ class DigitsSource:
     def set_epoch(self, epoch: int) -> None:
         self.dataset.set_epoch(epoch)
 
-    def with_image_size(self, size: ImageSize) -> DigitsSource:
+    def resized(self, size: ImageSize) -> DigitsSource:
         return DigitsSource(self.dataset.with_canvas(_square(size)))
 
     def sample_name(self, index: int) -> str:
@@ -77,15 +52,20 @@ class DigitsSource:
 
 
 def build_data(
-    data: DataSection, *, img_size: ImageSize, in_chans: int, seed: int, class_names: Sequence[str] | None = None
-) -> DataBundle:
+    data: DigitsData | LabelledData,
+    *,
+    img_size: ImageSize,
+    in_chans: int,
+    seed: int,
+    class_names: Sequence[str] | None = None,
+) -> Data:
     """The three sources of a config. Images are listed, none is decoded.
 
     Labels follow the training classes, or `class_names` (a checkpoint's), which must be the same set. `seed`
     moves the augmentation, and for the digits the split; for folders and timm the split is always the same.
     Raises DataError or ConfigError; see `read_folder` and `read_timm`.
     """
-    if data.source == "digits":
+    if isinstance(data, DigitsData):
         return _digits(data, img_size, in_chans, seed, class_names)
     spec = TransformSpec.from_config(data, img_size, in_chans)
     train_records, val_records = _read(data, data.train_split), _read(data, data.val_split)
@@ -98,12 +78,10 @@ def build_data(
     return _bundle(data, train_records, val_records, spec, seed)
 
 
-def _digits(
-    data: DataSection, img_size: ImageSize, in_chans: int, seed: int, class_names: Sequence[str] | None
-) -> DataBundle:
+def _digits(data: DigitsData, img_size: ImageSize, in_chans: int, seed: int, class_names: Sequence[str] | None) -> Data:
     if in_chans != 3:
         raise ConfigError("model.in_chans", f"{in_chans}; the digits have 3", "Set 3, or another data.source.")
-    if class_names is not None and tuple(class_names) != DigitsDataset.class_names:
+    if class_names is not None and tuple(class_names) != DigitsDataset.names:
         got = f"the checkpoint knows the classes {shorten(list(class_names))}"
         raise DataError("data.source digits", got, "Use the data it was trained on, or another checkpoint.")
     digits = data.digits
@@ -111,22 +89,20 @@ def _digits(
     train, search, val = (DigitsSource(DigitsDataset(spec, split, seed)) for split in ("train", "search", "val"))
     rows = [
         ("data", "scikit-learn's handwritten digits on cluttered canvases"),
-        ("classes", str(len(train.class_names))),
+        ("classes", str(len(DigitsDataset.names))),
         ("training images", str(len(train))),
         ("search images", str(len(search))),
         ("validation images", str(len(val))),
     ]
-    return DataBundle(
-        train, search, val, train.class_names, _fingerprint(train, search), val.fingerprint(), tuple(rows)
-    )
+    return Data(train, search, val, Categories(DigitsDataset.names), split_seed=seed, rows=tuple(rows))
 
 
-def _read(data: DataSection, split: str) -> Records:
-    root = None if data.root is None else str(as_path(data.root, "data.root"))
-    if data.source == "timm":
+def _read(data: LabelledData, split: str) -> Records:
+    if isinstance(data, TimmData):
+        root = None if data.root is None else str(as_path(data.root, "data.root"))
         return read_timm(data.dataset, root, split, data.max_megapixels)
-    assert root is not None, "DataSection lets no folder source through without root"
-    return read_folder(Path(root), split, data.max_megapixels)
+    assert isinstance(data, FolderData)
+    return read_folder(as_path(data.root, "data.root"), split, data.max_megapixels)
 
 
 def _check_apart(train: Records, val: Records) -> None:
@@ -149,9 +125,7 @@ def _check_apart(train: Records, val: Records) -> None:
         raise DataError("data.val_split", got, "Validation needs images of its own.")
 
 
-def _bundle(
-    data: DataSection, train_records: Records, val_records: Records, spec: TransformSpec, seed: int
-) -> DataBundle:
+def _bundle(data: LabelledData, train_records: Records, val_records: Records, spec: TransformSpec, seed: int) -> Data:
     faults = train_records.known_faults()
     usable = np.ones(len(train_records.keys), dtype=bool)
     usable[list(faults)] = False
@@ -170,7 +144,7 @@ def _bundle(
     val = RecordSource(val_records, everything, held_spec, seed=seed, bad_images=None)
     names = train.class_names
     rows = [
-        ("data", f"{data.source} {data.dataset}".strip() + (f" in {data.root}" if data.root else "")),
+        ("data", _told(data)),
         ("classes", f"{len(names)}: {shorten(names)}"),
         ("training images", _counts(train)),
         ("search images", f"{_counts(search)}, held out of {train_records.split}"),
@@ -178,17 +152,19 @@ def _bundle(
     ]
     if isinstance(train_records, FolderRecords) and isinstance(val_records, FolderRecords):
         rows.append(("ignored files", f"{train_records.num_ignored + val_records.num_ignored}"))
-    return DataBundle(train, search, val, names, _fingerprint(train, search), val.fingerprint(), tuple(rows))
+    return Data(train, search, val, Categories(names), rows=tuple(rows))
+
+
+def _told(data: LabelledData) -> str:
+    if isinstance(data, TimmData):
+        return f"timm {data.dataset}" + (f" in {data.root}" if data.root else "")
+    return f"folder in {data.root}" if isinstance(data, FolderData) else data.source
 
 
 def _counts(source: RecordSource) -> str:
     per_class = np.bincount(source.labels, minlength=len(source.class_names))
     least, most = int(per_class.min()), int(per_class.max())
     return f"{len(source)} ({least} per class)" if least == most else f"{len(source)} ({least} to {most} per class)"
-
-
-def _fingerprint(*sources: ImageSource) -> str:
-    return hashlib.sha256("\n".join(source.fingerprint() for source in sources).encode()).hexdigest()
 
 
 def _square(size: ImageSize) -> int:

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sparsevit_cli.data.images import IMAGE_EXTENSIONS, decode_image, is_system_name
+from sparsevit_cli.data.source import shorten
 from sparsevit_cli.errors import DataError
 
-from .images import IMAGE_EXTENSIONS, decode_image, is_system_name
 from .records import FileFacts, Records, facts_array, file_facts
-from .source import shorten
 
 _log = logging.getLogger(__name__)
 _Listed = tuple[str, int, FileFacts]

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from sparsevit_cli.data.images import UnreadableImageError
+from sparsevit_cli.data.source import BadImages, Source, shorten
+from sparsevit_cli.data.splits import Indices
 from sparsevit_cli.errors import DataError, pass_on
+from sparsevit_cli.seeding import derive_seed, seeded
+from sparsevit_cli.sizes import ImageSize, Size
 
-from .images import UnreadableImageError
-from .seeding import derive_seed, seeded
-from .source import BadImages, ImageSize, shorten
-from .splits import Indices
 from .transforms import TransformSpec, failed_step
 
 NOT_A_FILE = -1
@@ -154,19 +155,28 @@ def relabelled(records: R, class_names: Sequence[str], owner: str) -> R:
     return replace(records, class_names=tuple(class_names), labels=new_label[records.labels])
 
 
-class RecordSource:
-    """An ImageSource of chosen records. Augmentation is a function of (seed, epoch, index), whoever computes it."""
+class RecordSource(Source):
+    """Chosen records as (image, label). Augmentation is a function of (seed, epoch, index), whoever computes it."""
 
     def __init__(
         self, records: Records, indices: Indices, spec: TransformSpec, *, seed: int, bad_images: BadImages | None
     ) -> None:
-        self.records, self.spec, self.seed, self.bad_images = records, spec, seed, bad_images
+        self.records, self.spec, self.seed, self._bad_images = records, spec, seed, bad_images
         self.epoch = 0
         self._indices = indices
         self._transform = spec.build()
 
     @property
+    def bad_images(self) -> BadImages | None:
+        return self._bad_images
+
+    @property
+    def image_size(self) -> Size:
+        return self.spec.size
+
+    @property
     def class_names(self) -> tuple[str, ...]:
+        """Names in the order of the labels."""
         return self.records.class_names
 
     @property
@@ -205,7 +215,7 @@ class RecordSource:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def with_image_size(self, size: ImageSize) -> RecordSource:
+    def resized(self, size: ImageSize) -> RecordSource:
         other = RecordSource(
             self.records, self._indices, self.spec.resized(size), seed=self.seed, bad_images=self.bad_images
         )

@@ -20,17 +20,17 @@ import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 
-from sparsevit_cli.errors import DataError, pass_on
-
-from .images import (
+from sparsevit_cli.data.images import (
     UnreadableImageError,
     decode_image,
     is_system_name,
     to_rgb,
 )
+from sparsevit_cli.data.source import shorten
+from sparsevit_cli.data.splits import Indices
+from sparsevit_cli.errors import DataError, pass_on
+
 from .records import FileFacts, Records, check_classes, facts_array, file_facts
-from .source import shorten
-from .splits import Indices
 
 _File = tuple[str, int, FileFacts]
 _FOLDER_NAMES = ("folder", "image_folder", "imagefolder", "tar")

@@ -14,11 +14,10 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from torch import Tensor
 
-from sparsevit_cli.config.schema import AugmentSection, DataSection
+from sparsevit_cli.config.tasks import AugmentSection, LabelledData
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
-
-from .seeding import seeded
-from .source import ImageSize
+from sparsevit_cli.seeding import seeded
+from sparsevit_cli.sizes import ImageSize, as_pair
 
 # A random crop of a tiny image may round to no pixel at all, which timm makes black: tiny ones are enlarged first.
 _SMALLEST_CROP = 0.01
@@ -42,7 +41,7 @@ class TransformSpec:
     augment: AugmentSection | None
 
     @classmethod
-    def from_config(cls, data: DataSection, img_size: ImageSize, in_chans: int) -> TransformSpec:
+    def from_config(cls, data: LabelledData, img_size: ImageSize, in_chans: int) -> TransformSpec:
         """The augmenting transform of a config. Raises ConfigError where settings do not fit each other."""
         if in_chans not in (1, 3):
             raise ConfigError("model.in_chans", f"{in_chans}; image files give 1 or 3", "Set 3 for colour, 1 for grey.")
@@ -177,8 +176,3 @@ def _trim_strip(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         return image
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
-
-
-def as_pair(size: ImageSize) -> tuple[int, int]:
-    """(height, width) in pixels."""
-    return (size, size) if isinstance(size, int) else size

@@ -1,0 +1,214 @@
+"""The task contract: what a model is trained for. Training, evaluation and all commands know this, and no task."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparsevit_cli.config.experiment import ExperimentConfig, LoopSection
+from sparsevit_cli.config.paths import as_path
+from sparsevit_cli.config.tasks import Kind, add_task, task_class
+from sparsevit_cli.data.source import Batch, Categories, Data, Source
+from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
+from sparsevit_cli.models import build_model
+from sparsevit_cli.sizes import Size, as_pair
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The number by which models are compared; higher is better.
+
+    `key` names it in files, `label` and `unit` on the terminal, where it has `digits` behind the point.
+    """
+
+    key: str
+    label: str
+    unit: str = "%"
+    digits: int = 2
+
+    @property
+    def column(self) -> str:
+        """Head of a column: `top-1 %`."""
+        return f"{self.label} {self.unit}".rstrip()
+
+    def text(self, value: float) -> str:
+        """`94.29`"""
+        return f"{value:.{self.digits}f}"
+
+    def told(self, value: float) -> str:
+        """`top-1 94.29 %`"""
+        return f"{self.label} {self.text(value)} {self.unit}".rstrip()
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model reached over `count` samples, each counted once: the metric's `value`, and all `values` by name."""
+
+    value: float
+    values: Mapping[str, float]
+    count: int
+
+
+class Scorer(Protocol):
+    """Adds up batches; timm's evaluators have this shape."""
+
+    def update(self, outputs: Any, batch: Batch) -> None:
+        """Take in what the model gave for a batch, both on the model's device."""
+
+    def compute(self) -> Mapping[str, float]:
+        """The numbers by name, the task's metric among them."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a model is built, whatever the task.
+
+    Parameters that are drawn are a function of `seed`. `img_size` replaces the configuration's. Weights `like` these
+    will be loaded: their shapes tell what categories do not. Without `initial_weights` those that the configuration
+    names are left out. `say` is told what was taken from a file.
+    """
+
+    seed: int = 0
+    img_size: Size | None = None
+    like: Mapping[str, Tensor] | None = None
+    initial_weights: bool = True
+    say: Callable[[str], None] = lambda text: None
+
+
+class Task(ABC):
+    """One experiment's task. A subclass says what its data, model, loss and score are; the rest has defaults.
+
+    `name` stands in `task.name` of configurations. `per` is what costs and latencies are told per: image or sample.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[Metric]
+    per: ClassVar[str] = "image"
+    kind: ClassVar[Kind] = Kind()
+    """The sections of its experiments; a task adds settings by types of its own."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config = config
+
+    @property
+    def image_size(self) -> Size:
+        """Height and width in pixels of what the model is built for."""
+        return as_pair(self.config.model.img_size)
+
+    # -- what a task must say -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def data(self, *, seed: int, categories: Categories | None) -> Data:
+        """The three splits, categories in the order of `categories` if given. Raises DataError, ConfigError."""
+
+    @abstractmethod
+    def build(self, categories: Categories | None, options: BuildOptions) -> nn.Module:
+        """The dense model; `model(batch.inputs)` in evaluation mode is inference.
+
+        `categories` are None if only the architecture matters. Raises ConfigError, CheckpointError.
+        """
+
+    @abstractmethod
+    def loss(
+        self, model: nn.Module, batch: Batch, section: LoopSection, teacher: nn.Module | None
+    ) -> Mapping[str, Tensor]:
+        """Losses by name, whose sum is minimised, each a mean over what `weight` counts in the batch."""
+
+    @abstractmethod
+    def scorer(self, source: Source, device: torch.device) -> Scorer:
+        """A fresh scorer for samples of `source`."""
+
+    # -- what most tasks leave as it is -------------------------------------------------------------------------
+
+    def weight(self, batch: Batch) -> float:
+        """How much a batch counts: its images, unless losses are means over boxes or pixels.
+
+        A step that is split into parts weighs each part by its share, so that the split cannot change the training.
+        """
+        return len(batch)
+
+    def training_source(self, data: Data, section: LoopSection) -> Source:
+        """The training samples, with what `section` says of their batches (mixup)."""
+        return data.train
+
+    def wants_teacher(self, section: LoopSection) -> bool:
+        """True if `loss` learns from the dense model too."""
+        return False
+
+    def example(self, size: Size, batch_size: int, *, seed: int = 0) -> Any:
+        """Inputs to measure on: noise (B, C, H, W) of `seed`."""
+        shape = (batch_size, self.config.model.in_chans, *size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def backbone(self, model: nn.Module) -> nn.Module:
+        """The part that scope `backbone` means: the Swin, with its neck if there is one."""
+        return model
+
+    def timm_model(self, like: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
+        """Name and arguments for timm.create_model of the model of weights `like`; None if timm alone cannot build it."""
+        return None
+
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and deviation per channel with which images of 0 to 1 are normalised; None if there are no files."""
+        return None
+
+    # -- said once, for all of them -----------------------------------------------------------------------------
+
+    def swin(self, outputs: int, options: BuildOptions) -> nn.Module:
+        """The configuration's timm Swin with `outputs` outputs; 0 gives its pooled features, without a head."""
+        section = self.config.model
+        if not options.initial_weights:
+            section = section.model_copy(update={"pretrained": False, "checkpoint": None})
+        return build_model(section, outputs, img_size=options.img_size, seed=options.seed, say=options.say)
+
+    def about(self) -> dict[str, str]:
+        """What every record carries: task, metric, and what costs stand for."""
+        return {"task": self.name, "metric": self.metric.key, "scope": "model", "per": self.per}
+
+
+def task_of(config: ExperimentConfig) -> Task:
+    """The task that a configuration names. Raises ConfigError."""
+    found: Task = task_class(config.task.name)(config)
+    return found
+
+
+def load_task(text: str) -> str:
+    """Run a user's file, `path/file.py:Class`, make its task known, and return its name. Raises ConfigError.
+
+    Only what is typed on the command line comes here: no configuration names code.
+    """
+    path_text, colon, name = text.rpartition(":")
+    path = as_path(path_text, "--task") if colon else None
+    if path is None or path.suffix != ".py" or not name.isidentifier():
+        raise ConfigError("--task", f"{text!r} is no task", "Write path/file.py:Class.")
+    if not path.is_file():
+        raise ConfigError("--task", f"there is no file {path}", "Check the path.")
+    spec = importlib.util.spec_from_file_location(f"sparsevit_task_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # loader processes find its classes there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a user's file may raise anything
+        pass_on(error)
+        raise ConfigError("--task", f"{path} cannot be run ({in_one_line(error)})", "Correct the file.") from error
+    task = getattr(module, name, None)
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        got = f"{path} has no class {name} that is a sparsevit_cli.tasks.task.Task"
+        raise ConfigError("--task", got, "Name one.")
+    missing = [each for each in ("name", "metric") if not hasattr(task, each)]
+    missing += sorted(getattr(task, "__abstractmethods__", ()))
+    if missing or not re.fullmatch(r"[a-z][a-z0-9_]*", task.name):
+        got = f"{name} lacks {', '.join(missing)}" if missing else f"{name}.name is {task.name!r}"
+        raise ConfigError("--task", got, "See docs/extending.md; a name is lower-case letters, digits and `_`.")
+    add_task(task)
+    return task.name
