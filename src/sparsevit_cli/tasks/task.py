@@ -153,7 +153,7 @@ class Task(ABC):
         return model
 
     def timm_model(self, like: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
-        """Name and arguments for timm.create_model of the model of weights `like`; None if timm alone cannot build it."""
+        """Name and arguments for timm.create_model of a model of weights `like`; None if timm cannot build it alone."""
         return None
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

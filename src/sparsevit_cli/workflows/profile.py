@@ -258,10 +258,9 @@ def _ratios(session: Session, depths: tuple[int, ...], typed: str | None, *, nam
 
 def built(session: Session, size: Size) -> nn.Module:
     """The configuration's dense timm model at an image size, with random weights, in evaluation mode."""
-    folder = next(
-        (session.earlier(name) for name in ("pretrain", "adapt") if session.earlier(name).read_result()), None
-    )
-    known = folder and Categories.from_saved(folder.read_result() or {}, str(folder.result))
+    folders = [session.earlier(name) for name in ("pretrain", "adapt")]
+    results = [(found, folder.result) for folder in folders if (found := folder.read_result())]
+    known = Categories.from_saved(results[0][0], str(results[0][1])) if results else None
     return session.task.build(known or None, BuildOptions(img_size=size, initial_weights=False)).eval()
 
 

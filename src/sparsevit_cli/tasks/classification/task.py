@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsevit_cli.config.experiment import LoopSection
-from sparsevit_cli.config.tasks import ClassificationLoop, ClassificationModel, DigitsData, LabelledData
+from sparsevit_cli.config.tasks import (
+    ClassificationDistil,
+    ClassificationLoop,
+    ClassificationModel,
+    DigitsData,
+    LabelledData,
+)
 from sparsevit_cli.data.source import Batch, Categories, Data, Source, WrappedSource
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import model_arguments
@@ -58,6 +64,7 @@ class Classification(Task):
         loss = classification_loss(logits, batch.targets, section.label_smoothing)
         if teacher is None:
             return {"loss": loss}
+        assert isinstance(section, ClassificationDistil)
         with torch.no_grad():
             teacher_logits = teacher(batch.inputs)
         distilled = distillation_loss(logits, teacher_logits, section.temperature)
