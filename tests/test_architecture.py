@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ import sparsevit_cli
 
 PACKAGE = Path(sparsevit_cli.__file__).parent
 ROOMS = (  # noqa: SIM905
-    "__init__ errors atomic documents sparsity schedule windows kernels config reporting stopping runs winner search "
-    "swin acceleration checkpoints torch_files models data tasks profiling training exporting workflows console "
-    "views cli"
+    "__init__ errors atomic documents sizes seeding sparsity schedule windows kernels config reporting stopping runs "
+    "winner search swin acceleration checkpoints torch_files models data tasks evaluation profiling training exporting "
+    "workflows console views cli"
 ).split()
 """From top to bottom; a module may import from its own room and from those before it."""
 
@@ -24,6 +25,8 @@ LIGHT = (
     "errors",
     "sparsity",
     "schedule",
+    "sizes",
+    "seeding",
     "config.loading",
     "search.engine",
     "search.ledger",
@@ -75,6 +78,34 @@ def test_a_module_imports_only_from_rooms_above(path: Path) -> None:
     assert room in ROOMS, f"{room} has no place in the order"
     below = {other for other in imported_rooms(path) if ROOMS.index(other) > ROOMS.index(room)}
     assert not below, f"{'.'.join(dotted(path))} imports from {sorted(below)}"
+
+
+def test_a_task_is_known_to_its_own_package_alone() -> None:
+    """Everything else knows `Task`; which class it is, the configuration's name decides."""
+    for path in modules():
+        here = dotted(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
+            named |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            for module in named:
+                found = re.search(r"tasks\.(\w+)", module)
+                if found and found[1] != "task" and "config" not in module:
+                    assert here[:2] == ("tasks", found[1]), f"{path}:{node.lineno}"  # type: ignore[attr-defined]
+
+
+OF_CLASSIFICATION = re.compile("top1|class_names|num_classes|logits")
+HEADS_OWN_PLACES = {("config", "tasks")}
+"""Where the settings of a classifier's head are."""
+
+
+def test_no_identifier_outside_tasks_is_of_classification() -> None:
+    for path in modules():
+        if dotted(path)[0] == "tasks" or dotted(path) in HEADS_OWN_PLACES:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [getattr(node, field, None) for field in ("id", "attr", "arg", "name")]
+            found = [name for name in names if isinstance(name, str) and OF_CLASSIFICATION.search(name)]
+            assert not found, f"{path}:{node.lineno} {found}"  # type: ignore[attr-defined]
 
 
 def test_light_rooms_do_not_load_torch() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from .errors import (
 from .stopping import stop_on_signals
 
 if TYPE_CHECKING:
+    from .config.overrides import Override
     from .console import ConsoleReporter
     from .workflows.session import Session
 
@@ -48,6 +48,9 @@ app = typer.Typer(
 
 Config = Annotated[str | None, typer.Option("--config", "-c", help="Experiment YAML; default: the packaged digits.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Override a field: search.population=32.")]
+TaskFile = Annotated[
+    str | None, typer.Option("--task", help="Your own task, path/file.py:Class; its code is run. Default: task.name.")
+]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder of all run folders; default: runs.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, mps, cuda or cuda:N.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Every random draw is a function of it.")]
@@ -75,24 +78,31 @@ class Options:
     """The flags that every command has."""
 
     config: str | None
-    overrides: tuple[str, ...]
+    overrides: tuple[str | Override, ...]
+    task: str | None
     json: bool
     dry_run: bool
     verbose: bool
     fresh: bool
 
 
+SEARCHED = ("budget_latency", "budget_macs")
+"""Flags of fields of the search section."""
+
+
 def _options(
     config: str | None, set_: Sequence[str] | None, as_json: bool, dry_run: bool, verbose: bool, fresh: bool,
-    **fields: object,
+    task: str | None, **fields: str | int | None,
 ) -> Options:  # fmt: skip
-    """Flags such as --seed are overrides of their field, and come last."""
-    named = [
-        f"{name.replace('__', '.')}={json.dumps(value, ensure_ascii=False)}"
+    """Flags such as --seed set their field, and come after every --set."""
+    from .config.overrides import Override
+
+    typed = [
+        Override.flag(f"--{name.replace('_', '-')}", f"search.{name}" if name in SEARCHED else name, value)
         for name, value in fields.items()
         if value is not None
     ]
-    return Options(config, (*(set_ or ()), *named), as_json, dry_run, verbose, fresh)
+    return Options(config, (*(set_ or ()), *typed), task, as_json, dry_run, verbose, fresh)
 
 
 def _run(
@@ -114,7 +124,8 @@ def _run(
         stop_on_signals(**told) as stop,  # before torch is loaded, which takes seconds
         _library_talk(reporter, options.verbose),
     ):
-        config = load_config(_config_path(options.config), options.overrides)
+        overrides = (*_task_typed(options.task), *options.overrides)
+        config = load_config(_config_path(options.config), overrides)
         parse_budgets(config.search.budget_latency, config.search.budget_macs)  # refused before torch is loaded
         from .kernels.cache import keep_compilers_private
         from .profiling.memory import reuse_freed_memory
@@ -134,6 +145,16 @@ def _run(
             result = work(session)
         print_json(as_document(result)) if options.json else show(result)
         refuse(result)
+
+
+def _task_typed(typed: str | None) -> tuple[Override, ...]:
+    """The override that names a task of the user's own, whose file is run now."""
+    if typed is None:
+        return ()
+    from .config.overrides import Override
+    from .tasks.task import load_task
+
+    return (Override.flag("--task", "task.name", load_task(typed)),)
 
 
 def _config_path(typed: str | None) -> Path | None:
@@ -168,37 +189,40 @@ def _plain(value: Any) -> Any:
 
 @app.command()
 def pretrain(
-    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
+    seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Train a dense model: from scratch, from timm's weights or from a checkpoint file. Resumes."""
     from .views import show_training
 
-    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, task, output=output, device=device, seed=seed)
     _run("pretrain", options, _workflow("training", "pretrain"), show_training)
 
 
 @app.command()
 def adapt(
-    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
+    seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Train on with random sparsity, so that the search can compare configurations. Resumes."""
     from .views import show_training
 
-    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, task, output=output, device=device, seed=seed)
     _run("adapt", options, _workflow("training", "adapt"), show_training)
 
 
 @app.command()
 def finetune(
-    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
+    seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Train the adapted weights on at the winner's ratios. Resumes."""
     from .views import show_training
 
-    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, task, output=output, device=device, seed=seed)
     _run("finetune", options, _workflow("training", "finetune"), show_training)
 
 
@@ -208,7 +232,8 @@ def finetune(
 @app.command()
 def search(
     budget_latency: BudgetLatency = None, budget_macs: BudgetMacs = None,
-    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
+    seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Find the most accurate sparsity configuration within a budget; writes winner.yaml. Resumes, reuses its ledger."""
@@ -217,8 +242,8 @@ def search(
     typed = budget_latency is not None or budget_macs is not None
     cleared = ("search.budget_latency=null", "search.budget_macs=null") if typed else ()  # typed replace the file's
     options = _options(
-        config, (*cleared, *(set_ or ())), as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed,
-        search__budget_latency=budget_latency, search__budget_macs=budget_macs,
+        config, (*cleared, *(set_ or ())), as_json, dry_run, verbose, fresh, task, output=output, device=device,
+        seed=seed, budget_latency=budget_latency, budget_macs=budget_macs,
     )  # fmt: skip
     _run("search", options, _workflow("search", "search"), show_search)
 
@@ -226,13 +251,14 @@ def search(
 @app.command()
 def evaluate(
     weights: WeightsOf = None, ratios: Ratios = None,
-    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
+    seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Score trained weights at given ratios on the validation data."""
     from .views import show_evaluation
 
-    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, task, output=output, device=device, seed=seed)
 
     work = _workflow("evaluate", "evaluate_checkpoint", weights=weights, ratios=ratios)
     _run("evaluate", options, work, show_evaluation)
@@ -248,25 +274,27 @@ def profile(
     rivals: Annotated[
         bool, typer.Option("--rivals", help="Against the best dense timm: fused, compiled, smaller; and an oracle.")
     ] = False,
-    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
+    seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Measure dense against sparse on this machine, interleaved: latency, multiply-adds, memory, time per stage."""
     from .views import show_profile, show_rivals
 
-    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, task, output=output, device=device, seed=seed)
 
     command, name, show = ("rivals", "measure_rivals", show_rivals) if rivals else (
         "profile", "profile_model", show_profile
     )  # fmt: skip
-    flags = {"model": model, "img_size": img_size, "ratios": ratios}
-    _run(command, options, _workflow(command, name, **flags), show, refuse=methodcaller("refuse_unsteady"), **flags)
+    what = {"model": model, "img_size": img_size, "ratios": ratios}
+    _run(command, options, _workflow(command, name, **what), show, refuse=methodcaller("refuse_unsteady"), **what)
 
 
 @app.command()
 def export(
     weights: WeightsOf = None, ratios: Ratios = None,
-    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
+    seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Write ONNX and .pt2 files, checked against PyTorch first, and safetensors + sparsity.json.
@@ -275,20 +303,21 @@ def export(
     """
     from .views import show_export
 
-    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, task, output=output, device=device, seed=seed)
 
     _run("export", options, _workflow("export", "export_winner", weights=weights, ratios=ratios), show_export)
 
 
 @app.command()
 def run(
-    config: Config = None, set_: Set = None, output: Output = None, device: Device = None, seed: Seed = None,
+    config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
+    seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """All in order: pretrain, adapt, search, finetune, evaluate, profile, export; ends with one table. Resumes."""
     from .views import show_pipeline
 
-    options = _options(config, set_, as_json, dry_run, verbose, fresh, output=output, device=device, seed=seed)
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, task, output=output, device=device, seed=seed)
     _run("run", options, _workflow("pipeline", "run_pipeline"), show_pipeline)
 
 
@@ -309,13 +338,13 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command("config")
-def config_command(config: Config = None, set_: Set = None, as_json: Json = False) -> None:
+def config_command(config: Config = None, set_: Set = None, task: TaskFile = None, as_json: Json = False) -> None:
     """Print the resolved configuration: defaults, YAML and overrides together."""
     from .config.loading import dump_config, load_config
     from .console import ConsoleReporter, print_json, write_stdout
 
     with _reported(ConsoleReporter(), False):
-        resolved = load_config(_config_path(config), set_ or ())
+        resolved = load_config(_config_path(config), (*_task_typed(task), *(set_ or ())))
         print_json(resolved.model_dump(mode="json")) if as_json else write_stdout(dump_config(resolved))
 
 
