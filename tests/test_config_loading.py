@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from sparsevit_cli.config import loading
-from sparsevit_cli.config.fields import experiment_schema, resolved
+from sparsevit_cli.config.experiment import ExperimentConfig
+from sparsevit_cli.config.fields import Fields
 from sparsevit_cli.config.loading import (
     config_differences,
     dump_config,
@@ -26,11 +27,13 @@ from sparsevit_cli.config.loading import (
     section_hash,
 )
 from sparsevit_cli.config.overrides import apply_overrides
-from sparsevit_cli.config.experiment import ExperimentConfig
+from sparsevit_cli.config.tasks import experiment_type
 from sparsevit_cli.config.validation import validate
 from sparsevit_cli.config.yaml_loader import parse_yaml
 from sparsevit_cli.errors import ConfigError
 
+EXPERIMENT = experiment_type()
+KNOWN = Fields.of(EXPERIMENT)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -72,13 +75,13 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     "model: {img_size: [224, 224, 3]}": ("model.img_size", ("[224, 224, 3]", "list of 2 whole numbers")),
     "model: [swin]": ("model", ('["swin"]', "section of settings")),
     "search:\n  # population: 3\n": ("search", ("null", "remove the line")),
-    "data: {mean: [0.5, x, 0.5]}": ("data.mean[1]", ('"x"', "number")),
+    "data: {source: folder, root: x, mean: [0.5, x, 0.5]}": ("data.mean[1]", ('"x"', "number")),
     "profile: {ratios: [[x]]}": ("profile.ratios", ('[["x"]]', "list of lists of numbers from 0 to 0.8")),
     "- model\n": ("x.yaml:1:1", ('["model"]', "section:")),
     # ranges and choices
     "search: {population: 1}": ("search.population", ("1", "of at least 2")),
     "adapt: {lr: 0}": ("adapt.lr", ("0", "number above 0")),
-    "data: {search_fraction: 1}": ("data.search_fraction", ("1", "above 0 and below 1")),
+    "data: {source: folder, root: x, search_fraction: 1}": ("data.search_fraction", ("1", "above 0 and below 1")),
     "adapt: {max_ratio: 0.9}": ("adapt.max_ratio", ("0.9", "from 0 to 0.8")),
     "search: {max_ratio: 0}": ("search.max_ratio", ("0", "from 0.1 to 0.8")),
     "adapt: {check_ratios: [0.3, 0.35]}": ("adapt.check_ratios[1]", ("0.35", "0, 0.1 ... 0.8", "nearest tenth")),
@@ -91,14 +94,20 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     "device: gpu": ("device", ('"gpu"', "`cuda:N`")),
     "experiment: ../../etc": ("experiment", ('"../../etc"', "at most 64 letters")),
     "model: {name: resnet50}": ("model.name", ('"resnet50"', "`swin_*`")),
-    "data: {augment: {auto_augment: rnd-m9}}": ("data.augment.auto_augment", ('"rnd-m9"', "augmix")),
-    'data: {root: "a\\u0007b"}': ("data.root", ("control character '\\x07'",)),
+    "data: {source: folder, root: x, augment: {auto_augment: rnd-m9}}": (
+        "data.augment.auto_augment",
+        ('"rnd-m9"', "augmix"),
+    ),
+    'data: {source: folder, root: "a\\u0007b"}': ("data.root", ("control character '\\x07'",)),
     "train: {curriculum: [{epochs: 1}]}": ("train.curriculum[0].img_size", ("missing", "from 1 to 16384")),
     # conflicts
     "search: {population: 10, parents: 20}": ("search", ("parents 20 is above population 10",)),
-    "data: {source: folder}": ("data", ("source folder needs root",)),
-    "data: {source: timm}": ("data", ("source timm needs dataset",)),
-    "data: {root: photos}": ("data", ("source digits would ignore it",)),
+    "data: {source: folder}": ("data.root", ("missing", "holds the train and val folders")),
+    "data: {source: timm, root: x}": ("data.dataset", ("missing", "`torch/cifar10`")),
+    "data: {root: photos}": ("data.root", ("unknown", "set data.source: it is a setting of folder and timm")),
+    "data: {source: folder, root: x, digits: {}}": ("data.digits", ("unknown", "it is a setting of digits")),
+    "data: {source: photos}": ("data.source", ("'photos'", "`digits`, `folder` or `timm`")),
+    "task: {name: segmenting}": ("task.name", ("there is no task 'segmenting'", "classification", "--task")),
     "data: {source: folder, root: x, mean: [0.5]}": ("data", ("mean has 1 channels and std has 3",)),
     "data: {digits: {digit_min: 30}}": ("data.digits", ("digit_min 30 is above digit_max 24",)),
     "train: {batch_size: 10, accumulation: 4}": ("train", ("batch_size 10 is not a multiple of accumulation 4",)),
@@ -128,7 +137,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_all_faults_are_told_in_the_order_of_the_file_up_to_ten(tmp_path: Path) -> None:
     error = refusal("search: {popultion: 3}\nmodel: {in_chans: 0}\nadapt: {lr: x}\ndata: {source: folder}\n", tmp_path)
     assert error.what == "search.popultion"
-    assert [other.split(":")[0] for other in error.others] == ["model.in_chans", "adapt.lr", "data"]
+    assert [other.split(":")[0] for other in error.others] == ["model.in_chans", "adapt.lr", "data.root"]
 
     many = refusal("search: {" + ", ".join(f"x{n}: 1" for n in range(14)) + "}", tmp_path)
     assert len(many.others) == 9 + 1
@@ -146,7 +155,7 @@ def test_long_and_invisible_values_are_shown_short_and_escaped(tmp_path: Path) -
 
 
 def test_unsaid_settings_keep_their_defaults_and_numbers_their_type(tmp_path: Path) -> None:
-    assert load("{}", tmp_path) == ExperimentConfig()
+    assert load("{}", tmp_path) == EXPERIMENT()
     config = load("adapt: {epochs: 3, lr: 1e-4}\nmodel: {img_size: [256, 704]}\nexperiment: no", tmp_path)
     assert (config.adapt.epochs, config.adapt.lr, config.model.img_size) == (3.0, 1e-4, (256, 704))
     assert isinstance(config.adapt.epochs, float)
@@ -295,7 +304,7 @@ assert not heavy, heavy
 def test_no_value_of_an_experiment_imports_or_runs_code(tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text("open('canary', 'w')\ndef run(): open('canary', 'w')\n")
     texts = []
-    for section, fields in ExperimentConfig().model_dump(mode="json").items():
+    for section, fields in EXPERIMENT().model_dump(mode="json").items():
         for name in IMPORT_NAMES:
             if isinstance(fields, dict):
                 texts += [json.dumps({section: dict.fromkeys(fields, name)}), json.dumps({section: {name: 1}})]
@@ -384,7 +393,7 @@ def values_of(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     """Values that a schema allows, without the rules that validators add."""
     if "anyOf" in schema:
         return st.one_of([values_of(choice) for choice in schema["anyOf"]])
-    schema = resolved(schema)
+    schema = KNOWN.resolved(schema)
     if "properties" in schema:
         fields = {
             name: SPECIAL[name] if name in SPECIAL else values_of(child) for name, child in schema["properties"].items()
@@ -393,6 +402,8 @@ def values_of(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
         return st.fixed_dictionaries(
             required, optional={name: values for name, values in fields.items() if name not in required}
         )
+    if "const" in schema:
+        return st.just(schema["const"])
     if "enum" in schema:
         return st.sampled_from(schema["enum"])
     if schema["type"] == "array":
@@ -424,15 +435,15 @@ def values_of(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
 def experiments(draw: st.DrawFn) -> ExperimentConfig:
     """Valid experiments; sections that contradict themselves are left out."""
     sections: dict[str, Any] = {}
-    for name, schema in experiment_schema()["properties"].items():
+    for name, schema in KNOWN.schema["properties"].items():
         value = draw(values_of(schema))
         try:
-            ExperimentConfig.model_validate_json(json.dumps({name: value}))
+            EXPERIMENT.model_validate_json(json.dumps({name: value}))
         except ValidationError:
             continue
         sections[name] = value
     assume(sections)
-    return ExperimentConfig.model_validate_json(json.dumps(sections))
+    return EXPERIMENT.model_validate_json(json.dumps(sections))
 
 
 @settings(suppress_health_check=list(HealthCheck), max_examples=60)
@@ -442,13 +453,13 @@ def test_a_dumped_experiment_loads_equal(tmp_path_factory: pytest.TempPathFactor
     again = load(text, tmp_path_factory.mktemp("dump"))
     assert again == config
     assert dump_config(again) == text
-    assert section_hash(again, *ExperimentConfig.model_fields) == section_hash(config, *ExperimentConfig.model_fields)
+    assert section_hash(again, *EXPERIMENT.model_fields) == section_hash(config, *EXPERIMENT.model_fields)
     assert config_differences(config, again) == []
 
 
 def test_nothing_unvalidated_is_made_of_an_experiment() -> None:
-    config = ExperimentConfig.model_validate({"train": {"curriculum": ({"img_size": 224, "epochs": 1.0},)}})
-    assert config.model_copy(update={"seed": 3}) == ExperimentConfig.model_validate({**dict(config), "seed": 3})
+    config = EXPERIMENT.model_validate({"train": {"curriculum": ({"img_size": 224, "epochs": 1.0},)}})
+    assert config.model_copy(update={"seed": 3}) == EXPERIMENT.model_validate({**dict(config), "seed": 3})
     assert config.model_copy() == config
     with pytest.raises(ValidationError, match="ends at 224"):
         config.model_copy(update={"model": config.model.model_copy(update={"img_size": 192})})
@@ -499,11 +510,12 @@ def test_any_override_that_is_taken_is_read_again_as_it_was(field: str, value: s
 
 
 def test_a_dump_holds_every_setting_and_no_comment() -> None:
-    text = dump_config(ExperimentConfig())
+    text = dump_config(EXPERIMENT())
     assert "#" not in text
     assert "\n  lr: 1.0e-05\n" in text
     assert "  batch_sizes: [1, 4]\n" in text
     assert [line[:-1] for line in text.splitlines() if line.endswith(":") and line[0] != " "] == [
+        "task",
         "model",
         "data",
         "train",
@@ -517,7 +529,7 @@ def test_a_dump_holds_every_setting_and_no_comment() -> None:
 
 
 def test_differences_name_the_field_and_both_values(tmp_path: Path) -> None:
-    old = ExperimentConfig()
+    old = EXPERIMENT()
     new = load("search: {population: 32, seconds: 1}\noutput: elsewhere\nmodel: {img_size: [8, 9]}", tmp_path)
     assert config_differences(old, new) == [
         'output: "runs" -> "elsewhere"',
@@ -536,22 +548,37 @@ def test_differences_name_the_field_and_both_values(tmp_path: Path) -> None:
 def test_every_difference_is_listed(tmp_path: Path) -> None:
     changed = "data: {digits: {clutter: 0.1}}\nsearch: {population: 9, parents: 3, generations: 2, mutation: 0.2}"
     changed += "\nadapt: {epochs: 1, lr: 1, distill: 1, keep: 3}\nseed: 5\nexport: {opset: 18, latency: false}"
-    lines = config_differences(ExperimentConfig(), load(changed, tmp_path))
+    lines = config_differences(EXPERIMENT(), load(changed, tmp_path))
     assert len(lines) == 12
     assert lines[-1] == "export.latency: true -> false"
 
 
 def test_a_hash_follows_its_sections_only() -> None:
-    old = ExperimentConfig()
+    old = EXPERIMENT()
     new = old.model_copy(update={"search": old.search.model_copy(update={"population": 32}), "seed": 3})
-    assert section_hash(old, "model", "data") == section_hash(new, "data", "model", "data.root")
+    assert section_hash(old, "model", "data") == section_hash(new, "data", "model", "data.workers")
     assert section_hash(old, "search") != section_hash(new, "search")
     assert section_hash(old, "search.parents") == section_hash(new, "search.parents")
     assert section_hash(old, "seed") != section_hash(new, "seed")
-    assert section_hash(old, "seed") == "de7d7744ccd7722e315c562dad156564c645209f9c9e27871fc44265ed15c99c"
+    assert section_hash(new, "seed") == "7b6a8cf4d01be513fc5b3adf0c1a70087550709c315ad98f141cad2cea1c6728"
     for wrong in ((), ("serach",)):
         with pytest.raises(AssertionError):
             section_hash(old, *wrong)
+
+
+def test_a_new_setting_at_its_default_changes_no_hash() -> None:
+    """Yesterday's checkpoints and ledgers are not refused because a version knows more settings."""
+    old = load_config(packaged_config_path())
+    section = type(old.train)
+    grown = create_model("Grown", __base__=section, new_setting=(float, 0.5), new_list=(tuple[int, ...], (1, 2)))
+    experiment = create_model("Experiment", __base__=type(old), train=(grown, ...))
+    new = experiment.model_validate({**dict(old), "train": dict(old.train)})
+    assert section_hash(new, "train", "model", "data") == section_hash(old, "train", "model", "data")
+    changed = experiment.model_validate({**dict(old), "train": {**dict(old.train), "new_setting": 0.6}})
+    assert section_hash(changed, "train") != section_hash(old, "train")
+    assert section_hash(old, "model", ignore=("model.weight_init",)) == section_hash(
+        old.model_copy(update={"model": old.model.model_copy(update={"weight_init": "timm"})}), "model"
+    )
 
 
 def float_fields(section: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
@@ -562,7 +589,7 @@ def float_fields(section: type[BaseModel], path: tuple[str, ...] = ()) -> Iterat
             yield (*path, name), field
 
 
-FLOATS = dict(float_fields(ExperimentConfig))
+FLOATS = dict(float_fields(EXPERIMENT))
 
 
 @pytest.mark.parametrize("path", FLOATS, ids=".".join)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from sparsevit_cli.config import reference
-from sparsevit_cli.config.fields import field_schema
+from sparsevit_cli.config.fields import Fields
 from sparsevit_cli.config.reference import REFERENCE_PATH, main, render_reference
-from sparsevit_cli.config.experiment import ExperimentConfig
+from sparsevit_cli.config.tasks import all_types
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -19,19 +19,21 @@ def test_the_page_is_up_to_date() -> None:
 def test_every_field_has_a_row_with_a_sentence() -> None:
     page = render_reference()
 
-    def check(section: dict[str, object], prefix: tuple[str, ...]) -> None:
-        for name, value in section.items():
-            if isinstance(value, dict):
-                assert f"\n## `{'.'.join((*prefix, name))}`\n" in page
-                check(value, (*prefix, name))
-                continue
-            schema = field_schema((*prefix, name))
+    def check(fields: Fields, path: tuple[str, ...], suffix: str) -> None:
+        for name in fields.resolved(fields.at(path) or {})["properties"]:
+            schema = fields.at((*path, name))
             assert schema is not None
+            if fields.is_section(schema):
+                ending = suffix if (*path, name)[0] == "data" else ""
+                assert f"\n## `{'.'.join((*path, name))}`{ending}\n" in page
+                check(fields, (*path, name), suffix)
+                continue
             assert schema["description"].endswith((".", "`"))
             assert f"| `{name}` | " in page
             assert f" | {schema['description']} |\n" in page
 
-    check(ExperimentConfig().model_dump(mode="json"), ())
+    for source, kind in all_types().items():
+        check(Fields.of(kind), (), f", source `{source}`")
     assert "\n## `train.curriculum`, each item\n" in page
     assert "| `ratios` | list of lists of numbers from 0 to 0.8 in steps of 0.1, or null | `null` | Ratios" in page
     assert (

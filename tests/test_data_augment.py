@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparsevit_cli.config.experiment import AugmentSection, DataSection
+from sparsevit_cli.config.tasks import AugmentSection, FolderData
 from sparsevit_cli.data import train_batches
-from sparsevit_cli.data.seeding import seeded
-from sparsevit_cli.data.transforms import TransformSpec
 from sparsevit_cli.errors import ConfigError, DataError, StoppedError
+from sparsevit_cli.seeding import seeded
+from sparsevit_cli.tasks.classification.transforms import TransformSpec
 from test_data_folder import build, make_example_tree
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
@@ -20,7 +20,7 @@ PIXELS = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
 
 def spec_of(policy, in_chans=3):
     grey = {} if in_chans == 3 else {"mean": (0.5,), "std": (0.2,)}
-    section = DataSection(source="folder", root="x", augment=AugmentSection(auto_augment=policy), **grey)
+    section = FolderData(root="x", augment=AugmentSection(auto_augment=policy), **grey)
     return TransformSpec.from_config(section, 16, in_chans)
 
 
@@ -160,4 +160,4 @@ def test_a_second_draw_is_the_same_after_a_resume(source):
         return list(train_batches(source, batch_size=2, seed=0, epoch=0, start=start))
 
     for one, other in zip(run(0)[1:], run(1), strict=True):
-        assert one.images.equal(other.images)
+        assert one.inputs.equal(other.inputs)

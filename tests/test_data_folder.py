@@ -18,12 +18,14 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
-from sparsevit_cli.config.experiment import AugmentSection, DataSection
+from sparsevit_cli.config.tasks import AugmentSection, FolderData, TimmData
 from sparsevit_cli.console import ConsoleReporter
-from sparsevit_cli.data import build_data, eval_batches, train_batches
-from sparsevit_cli.data.folder import _natural_key, read_folder
-from sparsevit_cli.data.transforms import TransformSpec, _trim_strip
+from sparsevit_cli.data import eval_batches, train_batches
 from sparsevit_cli.errors import ConfigError, DataError
+from sparsevit_cli.tasks.classification.data import build_data
+from sparsevit_cli.tasks.classification.folder import _natural_key, read_folder
+from sparsevit_cli.tasks.classification.transforms import TransformSpec, _trim_strip
+from tiny import data_section
 
 
 def make_example_tree(root: Path, classes=("cat", "dog", "owl"), train=10, val=4, suffix=".png") -> Path:
@@ -39,8 +41,8 @@ def make_example_tree(root: Path, classes=("cat", "dog", "owl"), train=10, val=4
     return root
 
 
-def section(root: Path, **changes) -> DataSection:
-    return DataSection(source="folder", root=str(root), **changes)
+def section(root: Path, **changes) -> FolderData:
+    return FolderData(root=str(root), **changes)
 
 
 def build(root: Path, *, img_size=32, class_names=None, seed=0, in_chans=3, **changes):
@@ -69,7 +71,7 @@ def without_root_rights():
 
 def test_splits_are_disjoint_stratified_and_named(tree):
     bundle = build(tree, search_fraction=0.2)
-    assert bundle.class_names == ("cat", "dog", "owl")
+    assert bundle.categories.names == ("cat", "dog", "owl")
     names = {
         split: {source.sample_name(i) for i in range(len(source))}
         for split, source in (("train", bundle.train), ("search", bundle.search), ("val", bundle.val))
@@ -84,7 +86,7 @@ def test_splits_are_disjoint_stratified_and_named(tree):
             image, label = source[i]
             assert image.shape == (3, 32, 32)
             assert str(image.dtype) == "torch.float32"
-            assert source.sample_name(i).split("/")[1] == bundle.class_names[label]
+            assert source.sample_name(i).split("/")[1] == bundle.categories.names[label]
 
 
 def test_the_search_split_does_not_depend_on_the_seed(tree):
@@ -105,7 +107,7 @@ def test_evaluation_sees_no_augmentation_and_training_does(tree):
 def test_image_size_and_channels(tree):
     bundle = build(tree, img_size=(32, 48))
     assert bundle.val[0][0].shape == bundle.train[0][0].shape == (3, 32, 48)
-    assert bundle.train.with_image_size(64)[0][0].shape == (3, 64, 64)
+    assert bundle.train.resized(64)[0][0].shape == (3, 64, 64)
     assert build(tree, in_chans=1, mean=(0.5,), std=(0.2,)).train[0][0].shape == (1, 32, 32)
 
 
@@ -128,7 +130,7 @@ def test_fingerprint_moves_with_files_and_transform_but_not_with_place(tree, tmp
     twin = make_example_tree(tmp_path / "elsewhere")
     assert build(twin).fingerprint == original.fingerprint
     assert build(tree, crop_pct=0.8).val.fingerprint() != original.val.fingerprint()
-    assert original.val.with_image_size(64).fingerprint() != original.val.fingerprint()
+    assert original.val.resized(64).fingerprint() != original.val.fingerprint()
     Image.new("RGB", (9, 9)).save(twin / "val/cat/new.png")
     changed = build(twin)
     assert changed.train.fingerprint() == original.train.fingerprint()
@@ -162,10 +164,10 @@ def test_describe(tree, caplog):
 
 def test_class_numbers_follow_the_given_names(tree):
     bundle = build(tree, class_names=["owl", "cat", "dog"])
-    assert bundle.class_names == ("owl", "cat", "dog")
+    assert bundle.categories.names == ("owl", "cat", "dog")
     for source in (bundle.train, bundle.search, bundle.val):
         for i in range(len(source)):
-            assert source.sample_name(i).split("/")[1] == bundle.class_names[source[i][1]]
+            assert source.sample_name(i).split("/")[1] == bundle.categories.names[source[i][1]]
 
 
 def test_other_classes_than_the_checkpoint(tree):
@@ -199,7 +201,7 @@ def test_same_leaf_names_stay_apart(tmp_path):
             for number in range(3):
                 Image.new("RGB", (8, 8)).save(make / f"{number}.png")
     bundle = build(tmp_path)
-    assert bundle.class_names == ("cat", "dog")
+    assert bundle.categories.names == ("cat", "dog")
     assert dict(bundle.describe())["validation images"] == "6 (3 per class)"
 
 
@@ -221,9 +223,9 @@ def test_class_order_is_timms(tmp_path):
 def test_names_may_hold_anything(tmp_path):
     names = ["[red]", "<b>&", "a\nb", "{x}", "ünï", "\u202eevil"]
     bundle = build(make_example_tree(tmp_path, classes=names, train=2, val=1))
-    assert set(bundle.class_names) == set(names)
+    assert set(bundle.categories.names) == set(names)
     assert len(bundle.fingerprint) == 64
-    assert sum(len(batch.labels) for batch in eval_batches(bundle.val, 3)) == len(names)
+    assert sum(len(batch) for batch in eval_batches(bundle.val, 3)) == len(names)
 
 
 NOT_UTF8 = [os.fsdecode(name) for name in ("café".encode("latin-1"), b"\xff", "猫".encode("shift-jis"), b"a\xc3")]
@@ -233,7 +235,7 @@ NOT_UTF8 = [os.fsdecode(name) for name in ("café".encode("latin-1"), b"\xff", "
 @pytest.mark.parametrize("source", ["folder", "timm"])
 def test_class_names_that_are_not_utf8_are_refused_before_training(tmp_path, name, source):
     make_example_tree(tmp_path, classes=("cat", name), train=2, val=1)
-    section = DataSection(source=source, root=str(tmp_path), dataset="folder" if source == "timm" else "")
+    section = data_section(source, root=str(tmp_path))
     with pytest.raises(DataError, match="1 class names are not UTF-8: ") as caught:
         build_data(section, img_size=32, in_chans=3, seed=0)
     str(caught.value).encode()
@@ -301,7 +303,7 @@ def test_one_split_with_both_forms_of_a_name_is_refused(tmp_path):
 def test_folders_missing(tree, change, expected):
     change(tree)
     if expected is None:
-        assert build(tree).class_names == ("cat", "owl")
+        assert build(tree).categories.names == ("cat", "owl")
         return
     with pytest.raises(DataError, match=expected):
         build(tree)
@@ -369,7 +371,7 @@ def test_what_systems_leave_behind_is_ignored_and_told_in_one_line(tree, kind, c
         for place in ("train", "train/cat", "val/dog"):
             KINDS[kind](tree / place / name)
     bundle = build(tree)
-    assert bundle.class_names == ("cat", "dog", "owl")
+    assert bundle.categories.names == ("cat", "dog", "owl")
     assert dict(bundle.describe())["training images"] == "27 (9 per class)"
     assert dict(bundle.describe())["ignored files"] == str(3 * len(SYSTEM))
     told = [record.getMessage() for record in caplog.records]
@@ -389,7 +391,7 @@ def test_other_files_in_a_class_folder_are_ignored_whatever_they_are(tree, kind,
 def test_timm_folders_with_files_of_a_system_are_refused(tree, name):
     (tree / "train/cat" / name).parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (9, 9)).save(tree / "train/cat" / name)
-    section = DataSection(source="timm", root=str(tree), dataset="folder")
+    section = TimmData(root=str(tree), dataset="folder")
     with pytest.raises(DataError, match=f"1 hidden files or files of a system .*cat/{name}"):
         build_data(section, img_size=32, in_chans=3, seed=0)
 
@@ -410,7 +412,7 @@ def test_validation_images_that_are_training_images_by_a_link_are_refused(tree, 
     else:
         shutil.rmtree(tree / "val")
         (tree / "val").symlink_to(tree / "train")
-    section = DataSection(source=source, root=str(tree), dataset="folder" if source == "timm" else "")
+    section = data_section(source, root=str(tree))
     with pytest.raises(DataError, match=r"by a link: .*dog/\S+ is |read the same images") as caught:
         build_data(section, img_size=32, in_chans=3, seed=0)
     assert caught.value.exit_code == 3
@@ -450,7 +452,7 @@ def test_one_percent_of_bad_training_images_is_forgiven_and_more_is_not(tmp_path
     spoil(tree / bundle.train.sample_name(numbers[0]))
     for epoch in (0, 1):
         batches = list(train_batches(bundle.train, batch_size=10, seed=0, epoch=epoch))
-        assert [len(batch.labels) for batch in batches] == [10] * 10
+        assert [len(batch) for batch in batches] == [10] * 10
         assert numbers[0] not in {int(i) for batch in batches for i in batch.indices}
     bad_name = bundle.train.sample_name(numbers[0])
     assert dict(bundle.describe())["unreadable training images so far"] == f"1 of 100: {bad_name}"
@@ -483,13 +485,13 @@ def test_pipes_and_broken_links_named_like_images_do_not_hang(tree):
     assert len(bundle.train.bad_images) == 2
     reasons = {bundle.train.records.known_fault(i) for i in range(len(bundle.train.records.keys))}
     assert reasons == {None, "cannot be opened as a file"}
-    assert sum(len(batch.labels) for batch in train_batches(bundle.train, batch_size=7, seed=0, epoch=0)) == 28
+    assert sum(len(batch) for batch in train_batches(bundle.train, batch_size=7, seed=0, epoch=0)) == 28
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_never_leaves_an_image_out(tree, workers):
     bundle = build(tree)
-    assert sum(len(batch.labels) for batch in eval_batches(bundle.val, 5, workers)) == 12
+    assert sum(len(batch) for batch in eval_batches(bundle.val, 5, workers)) == 12
     spoil(tree / "val/dog/002.png")
     with pytest.raises(DataError, match=r"val/dog/002.png \(.*truncated") as caught:
         list(eval_batches(bundle.val, 5, workers))
@@ -514,7 +516,7 @@ def test_tiny_images_and_strips(tree, size):
     for number in range(3):
         Image.new("RGB", size, (255, 0, 0)).save(tree / f"train/dog/odd{number}.png")
     bundle = build(tree, augment=AugmentSection(scale_min=0.01))
-    assert next(eval_batches(bundle.val, 100)).images.shape == (13, 3, 32, 32)
+    assert next(eval_batches(bundle.val, 100)).inputs.shape == (13, 3, 32, 32)
     for epoch in range(5):
         list(train_batches(bundle.train, batch_size=9, seed=0, epoch=epoch))
     assert len(bundle.train.bad_images) == 0

@@ -16,24 +16,31 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsevit_cli.config.experiment import AugmentSection
+from sparsevit_cli.config.tasks import AugmentSection
 from sparsevit_cli.data import epoch_order, eval_batches, fixed_subset, loader, num_batches, train_batches
 from sparsevit_cli.data.images import UnreadableImageError
-from sparsevit_cli.data.source import BadImages
+from sparsevit_cli.data.source import BadImages, Source
 from sparsevit_cli.data.splits import carve
 from sparsevit_cli.errors import DataError, StoppedError
 from test_data_folder import build, make_example_tree
 
 
-class Numbers:
+class Numbers(Source):
     """Sample i of epoch e is the image [[[i, e]]] with label i; some cannot be read."""
 
-    class_names = ()
+    bad_images = None
+    image_size = (1, 2)
 
     def __init__(self, length, unreadable=(), max_bad_fraction=1.0):
         self.length, self.unreadable, self.epoch = length, frozenset(unreadable), 0
         self.bad_images = BadImages(length, max_bad_fraction)
         self.read = []
+
+    def resized(self, size):
+        return self
+
+    def fingerprint(self):
+        return "numbers"
 
     def __len__(self):
         return self.length
@@ -94,9 +101,9 @@ def test_training_batches(n, batch_size, unreadable, drop_last, data):
     for number, batch in enumerate(batches):
         wanted = min(batch_size, n - number * batch_size)
         assert len(set(batch.indices.tolist())) == min(wanted, len(readable))
-        assert torch.equal(batch.labels, batch.indices)
-        assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.indices)
-        assert set(batch.images[:, 0, 0, 1].tolist()) == {epoch}
+        assert torch.equal(batch.targets, batch.indices)
+        assert torch.equal(batch.inputs[:, 0, 0, 0].long(), batch.indices)
+        assert set(batch.inputs[:, 0, 0, 1].tolist()) == {epoch}
     if not unreadable & set(range(n)):
         assert flat(indices(batches)) == epoch_order(n, 3, epoch)[: total * batch_size]
     if not drop_last:
@@ -114,8 +121,8 @@ def test_epochs_do_not_disturb_each_other():
     first = train_batches(source, batch_size=2, seed=0, epoch=1)
     second = train_batches(source, batch_size=2, seed=0, epoch=2)
     for one, two in zip(first, second, strict=True):
-        assert set(one.images[..., 1].flatten().tolist()) == {1}
-        assert set(two.images[..., 1].flatten().tolist()) == {2}
+        assert set(one.inputs[..., 1].flatten().tolist()) == {1}
+        assert set(two.inputs[..., 1].flatten().tolist()) == {2}
 
 
 def test_too_many_unreadable_stops_early_and_lists_ten():
@@ -163,8 +170,8 @@ def test_workers_and_resume_change_no_bit_and_no_global_generator(bundle):
     assert len(runs[0]) == 4
     for run in runs[1:]:
         for batch, expected in zip(reversed(run), reversed(runs[0]), strict=False):
-            assert torch.equal(batch.images, expected.images)
-            assert torch.equal(batch.labels, expected.labels)
+            assert torch.equal(batch.inputs, expected.inputs)
+            assert torch.equal(batch.targets, expected.targets)
             assert torch.equal(batch.indices, expected.indices)
     assert [len(run) for run in runs] == [4, 4, 2, 2]
 
@@ -173,7 +180,7 @@ def test_augmentation_follows_the_sample_not_the_batch(bundle):
     drawn = {}
     for batch_size in (4, 9):
         for batch in train_batches(bundle.train, batch_size=batch_size, seed=5, epoch=1, drop_last=False):
-            for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
+            for index, image in zip(batch.indices.tolist(), batch.inputs, strict=True):
                 assert torch.equal(drawn.setdefault(index, image), image)
 
 

@@ -12,17 +12,18 @@ from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
-from sparsevit_cli.config.experiment import DataSection
-from sparsevit_cli.data import build_data, eval_batches, train_batches
-from sparsevit_cli.data import timm_source as module
-from sparsevit_cli.data.records import check_classes
-from sparsevit_cli.data.timm_source import TimmRecords, read_timm
+from sparsevit_cli.config.tasks import FolderData, TimmData
+from sparsevit_cli.data import eval_batches, train_batches
 from sparsevit_cli.errors import DataError
+from sparsevit_cli.tasks.classification import timm_source as module
+from sparsevit_cli.tasks.classification.data import build_data
+from sparsevit_cli.tasks.classification.records import check_classes
+from sparsevit_cli.tasks.classification.timm_source import TimmRecords, read_timm
 from test_data_folder import make_example_tree, spoil
 
 
 def build(root, dataset="folder", *, class_names=None, **changes):
-    section = DataSection(source="timm", root=str(root), dataset=dataset, **changes)
+    section = TimmData(root=str(root), dataset=dataset, **changes)
     return build_data(section, img_size=32, in_chans=3, seed=0, class_names=class_names)
 
 
@@ -48,16 +49,16 @@ def write_mnist(root, train_labels, test_labels):
 def test_folders_agree_with_source_folder(tmp_path, dataset):
     tree = make_example_tree(tmp_path)
     bundle = build(tree, dataset)
-    section = DataSection(source="folder", root=str(tree))
+    section = FolderData(root=str(tree))
     folder = build_data(section, img_size=32, in_chans=3, seed=0)
-    assert bundle.class_names == folder.class_names
+    assert bundle.categories.names == folder.categories.names
     assert len(bundle.train) == 27
     assert len(bundle.search) == 3
     assert bundle.train.fingerprint() == build(tree, dataset).train.fingerprint()
     mine, theirs = eval_batches(bundle.val, 100), eval_batches(folder.val, 100)
     for batch, expected in zip(mine, theirs, strict=True):
-        assert torch.equal(batch.images, expected.images)
-        assert torch.equal(batch.labels, expected.labels)
+        assert torch.equal(batch.inputs, expected.inputs)
+        assert torch.equal(batch.targets, expected.targets)
 
 
 @pytest.mark.parametrize("dataset", ["folder", "torch/image_folder"])
@@ -75,7 +76,7 @@ def test_bad_training_files_are_counted(tmp_path):
     tree = make_example_tree(tmp_path)
     bundle = build(tree, max_bad_fraction=0.05)
     spoil(tree / "train" / bundle.train.sample_name(0))
-    assert [len(batch.labels) for batch in train_batches(bundle.train, batch_size=9, seed=0, epoch=0)] == [9, 9, 9]
+    assert [len(batch) for batch in train_batches(bundle.train, batch_size=9, seed=0, epoch=0)] == [9, 9, 9]
     assert len(bundle.train.bad_images) == 1
 
 
@@ -84,19 +85,19 @@ def test_tars_read_the_same_from_several_processes(tmp_path):
     write_tars(tmp_path, tree)
     bundle = build(tmp_path, train_split="train.tar", val_split="val.tar")
     reference = build(tree)
-    assert bundle.class_names == reference.class_names
+    assert bundle.categories.names == reference.categories.names
     assert bundle.val.sample_name(0).endswith("cat/000.png")
     expected = list(eval_batches(reference.val, 4))
     for workers in (0, 2):
         for batch, wanted in zip(eval_batches(bundle.val, 4, workers), expected, strict=True):
-            assert torch.equal(batch.images, wanted.images)
-            assert torch.equal(batch.labels, wanted.labels)
+            assert torch.equal(batch.inputs, wanted.inputs)
+            assert torch.equal(batch.targets, wanted.targets)
 
 
 def test_torchvision_mnist(tmp_path):
     write_mnist(tmp_path, list(range(10)) * 3, list(range(10)))
     bundle = build(tmp_path, "torch/mnist", mean=(0.0,) * 3, std=(1.0,) * 3)
-    assert bundle.class_names[7] == "7 - seven"
+    assert bundle.categories.names[7] == "7 - seven"
     assert (len(bundle.train), len(bundle.search), len(bundle.val)) == (20, 10, 10)
     assert bundle.val.sample_name(4) == "torch/mnist split val [4]"
     image, label = bundle.val[4]

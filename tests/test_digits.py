@@ -133,7 +133,7 @@ def test_clutter_is_weaker_than_digits():
 def test_labels_and_class_names():
     dataset = DigitsDataset(SPEC, "search")
     labels = [dataset[index][1] for index in range(len(dataset))]
-    assert dataset.class_names == tuple("0123456789")
+    assert dataset.names == tuple("0123456789")
     assert set(labels) == set(range(10))
     assert all(type(label) is int for label in labels)
 

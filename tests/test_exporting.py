@@ -80,7 +80,7 @@ def onnx_outputs(path: Path, images: Tensor) -> list[np.ndarray]:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, ExportReport]:
     """A model with every option, and its export."""
     model = tiny([[0.6], [0.5]])
-    info = ModelInfo(NAME, TINY, class_names=("[red]", "Straße"), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    info = ModelInfo(NAME, TINY, categories=("[red]", "Straße"), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
     return model, export_model(model, tmp_path_factory.mktemp("run") / "export", input_size=SIDE, info=info)
 
 
@@ -214,7 +214,7 @@ def test_weights_load_into_timm_and_back(exported: tuple[nn.Module, ExportReport
     assert saved == load_sparsity(report.directory)
     assert saved.sparsity == get_sparsity(model)
     assert (saved.depths, saved.importance, saved.img_size) == ((1, 2), "mean_abs_l2", (SIDE, SIDE))
-    assert saved.model.class_names == ("[red]", "Straße")
+    assert saved.model.categories == ("[red]", "Straße")
     assert saved.model.args == TINY
 
 

@@ -90,4 +90,4 @@ def test_every_command_can_be_typed_twice(folder: Path, monkeypatch: pytest.Monk
     assert report["validation_images"] == 36
     assert report["rows"][-1]["label"] == "winner, finetuned"
     exported = json.loads((folder / "runs" / "tiny" / "export" / "sparsity.json").read_text())
-    assert exported["model"]["class_names"] == ["cat", "dog", "owl"]
+    assert exported["model"]["categories"] == ["cat", "dog", "owl"]

@@ -30,13 +30,11 @@ from typer.testing import CliRunner
 from sparsevit_cli import atomic, cli, torch_files
 from sparsevit_cli.checkpoints import load_checkpoint, save_checkpoint
 from sparsevit_cli.config import loading
-from sparsevit_cli.config.experiment import AugmentSection, DataSection
+from sparsevit_cli.config.tasks import AugmentSection, FolderData
 from sparsevit_cli.console import ConsoleReporter, print_json, print_lines, print_table
 from sparsevit_cli.data.images import decode_image
 from sparsevit_cli.data.loader import train_batches
 from sparsevit_cli.data.source import BadImages
-from sparsevit_cli.data.timm_source import TimmRecords
-from sparsevit_cli.data.transforms import TransformSpec
 from sparsevit_cli.errors import CheckpointError, ConfigError, ResourceError, StoppedError
 from sparsevit_cli.exporting.programs import trace
 from sparsevit_cli.models import build_model, read_weights
@@ -45,6 +43,8 @@ from sparsevit_cli.runs import RunFolder, RunLocks, open_run
 from sparsevit_cli.search import Ledger, LedgerScope
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.stopping import stop_on_signals
+from sparsevit_cli.tasks.classification.timm_source import TimmRecords
+from sparsevit_cli.tasks.classification.transforms import TransformSpec
 from sparsevit_cli.winner import parse_ratios, write_winner
 from sparsevit_cli.workflows.plots import plot_training
 from sparsevit_cli.workflows.session import Session
@@ -88,7 +88,7 @@ def _exif(patch: pytest.MonkeyPatch, folder: Path, act: Act) -> object:
 
 def _policy(patch: pytest.MonkeyPatch, folder: Path, act: Act) -> object:
     patch.setattr(TransformSpec, "build", does(act))
-    data = DataSection(source="folder", root="x", augment=AugmentSection(auto_augment="rand-m9"))
+    data = FolderData(root="x", augment=AugmentSection(auto_augment="rand-m9"))
     return TransformSpec.from_config(data, 32, 3)
 
 

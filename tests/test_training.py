@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from sparsevit_cli.checkpoints import latest_checkpoint, load_checkpoint
 from sparsevit_cli.config.experiment import LoopSection, Phase
-from sparsevit_cli.data.build import build_data
 from sparsevit_cli.errors import (
     CheckpointError,
     ConfigError,
@@ -36,6 +35,7 @@ from sparsevit_cli.schedule import FixedSchedule, RandomSchedule
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.stopping import StopRequest, stop_on_signals
 from sparsevit_cli.swin import get_sparsity, sparsify_
+from sparsevit_cli.tasks.classification.data import build_data
 from sparsevit_cli.training import PhasePlan, TrainingJob, _Run, plan_training, train
 from tiny import tiny_config
 
@@ -369,7 +369,7 @@ class HungAfter:
         return self.source[index]
 
     def with_image_size(self, size: Any) -> HungAfter:
-        return HungAfter(self.source.with_image_size(size), self.left)
+        return HungAfter(self.source.resized(size), self.left)
 
 
 @pytest.mark.parametrize("steps", [0, 1])

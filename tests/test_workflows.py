@@ -80,8 +80,8 @@ def test_weights_are_taken_by_command_folder_and_file(runs: Path, tmp_path: Path
     assert by_command.loss == by_folder.loss == by_file.loss
     assert by_command.config.ratios == ((0.3,), (0.5,))
     assert evaluate_checkpoint(session_in(runs), weights=str(plain)).config.is_dense  # no ratios, nothing pruned
-    assert file_weights(folder).class_names == tuple("0123456789")
-    assert file_weights(plain).class_names == ()
+    assert file_weights(folder).categories.names == tuple("0123456789")
+    assert file_weights(plain).categories.names == ()
 
 
 def test_a_file_is_exported_without_data_and_without_a_training(trained: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_file_is_exported_without_data_and_without_a_training(trained: Path, t
     torch.save({"state_dict": file_weights(folder).state_dict}, plain)
     summary = export_winner(session_in(tmp_path / "elsewhere"), weights=str(plain), ratios=RATIOS)
     assert summary.report.output_shapes == {"output": ("batch", 10)}
-    assert json.loads(summary.report.sparsity_file.read_text())["model"]["class_names"] is None
+    assert json.loads(summary.report.sparsity_file.read_text())["model"]["categories"] is None
 
 
 @pytest.mark.parametrize("typed", ["nonsense", "no/such/file.safetensors"])

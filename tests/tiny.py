@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsevit_cli.config.experiment import ExperimentConfig
+from sparsevit_cli.config.tasks import DigitsData, FolderData, LabelledData, TimmData, type_of
+from sparsevit_cli.config.yaml_loader import Document
 
 TINY: dict[str, Any] = {
     "experiment": "tiny",
@@ -36,7 +38,15 @@ def tiny_config(**sections: Any) -> ExperimentConfig:
         for name, value in TINY.items()
     }
     merged |= {name: value for name, value in sections.items() if name not in merged}
-    return ExperimentConfig.model_validate_json(json.dumps(merged))
+    return type_of(Document(merged, {})).model_validate_json(json.dumps(merged))
+
+
+def data_section(source: str, **fields: Any) -> DigitsData | LabelledData:
+    """The data section of a source; a data set's name matters to timm alone."""
+    if source == "digits":
+        return DigitsData(**fields)
+    dataset = fields.pop("dataset", "folder")
+    return FolderData(**fields) if source == "folder" else TimmData(dataset=dataset, **fields)
 
 
 def write_tiny(folder: Path, **sections: Any) -> Path:

@@ -65,7 +65,7 @@ def apply_overrides(document: Document, overrides: Sequence[str | Override]) -> 
         for depth, name in enumerate(path[:-1], start=1):
             inner = section.setdefault(name, {})
             if not isinstance(inner, dict):
-                if Fields.of(type_of(document.data)).at(path) is None:  # no setting at all: said below
+                if Fields.of(type_of(document)).at(path) is None:  # no setting at all: said below
                     break
                 got = f"{shown(inner)} ({places[path[:depth]]}) is not a section, and {override.origin} needs one"
                 raise ConfigError(dotted(path[:depth]), got, "Correct the file.")
@@ -74,11 +74,12 @@ def apply_overrides(document: Document, overrides: Sequence[str | Override]) -> 
             section[path[-1]] = override.value
             places = {place: at for place, at in places.items() if place[: len(path)] != path}
             places[path] = override.origin
-    fields = Fields.of(type_of(data))  # only now is it known what the experiment is about
+    changed = Document(data, places)
+    fields = Fields.of(type_of(changed))  # only now is it known what the experiment is about
     others = {name: Fields.of(kind) for name, kind in all_types(own_value(data, "task", "name")).items()}
     for override in typed:
         _require_field(override, fields, others)
-    return Document(data, places)
+    return changed
 
 
 def _require_field(override: Override, fields: Fields, others: dict[str, Fields]) -> None:

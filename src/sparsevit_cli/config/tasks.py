@@ -32,6 +32,7 @@ from .experiment import (
     Text,
     TrainSection,
 )
+from .yaml_loader import Document
 
 ENTRY_POINTS = "sparsevit_cli.tasks"
 """Group under which an installed package offers tasks: name -> class."""
@@ -55,6 +56,12 @@ class Kind:
 
 
 # -- classification ---------------------------------------------------------------------------------------------
+
+
+class ClassificationTask(TaskSection):
+    """What the model is trained for."""
+
+    name: Literal["classification"] = Field("classification", description="Name of the task.")
 
 
 class ClassificationModel(ModelSection):
@@ -84,15 +91,15 @@ class ClassificationDistil(ClassificationLoop):
     temperature: Positive = Field(2.0, description="Softmax temperature of distillation.")
 
 
-class ClassificationTrain(ClassificationLoop, TrainSection):
+class ClassificationTrain(TrainSection, ClassificationLoop):
     """Dense training from scratch or from given weights (`sparsevit pretrain`)."""
 
 
-class ClassificationAdapt(ClassificationDistil, AdaptSection):
+class ClassificationAdapt(AdaptSection, ClassificationDistil):
     """Sparsity-aware adaptation: a new random configuration at every step (`sparsevit adapt`)."""
 
 
-class ClassificationFinetune(ClassificationDistil, FinetuneSection):
+class ClassificationFinetune(FinetuneSection, ClassificationDistil):
     """Training with the found configuration fixed (`sparsevit finetune`)."""
 
 
@@ -177,6 +184,7 @@ class TimmData(LabelledData):
 KINDS: dict[str, Kind] = {
     "classification": Kind(
         home="sparsevit_cli.tasks.classification:Classification",
+        task=ClassificationTask,
         model=ClassificationModel,
         train=ClassificationTrain,
         adapt=ClassificationAdapt,
@@ -263,6 +271,21 @@ def own_value(document: Mapping[str, Any], section: str, name: str) -> str | Non
     return value if isinstance(value, str) else None
 
 
-def type_of(document: Mapping[str, Any]) -> type[ExperimentConfig]:
-    """The type that a document asks for by `task.name` and `data.source`. Raises ConfigError for an unknown task."""
-    return experiment_type(own_value(document, "task", "name") or DEFAULT_TASK, own_value(document, "data", "source"))
+def type_of(document: Document) -> type[ExperimentConfig]:
+    """The type that a document asks for by `task.name` and `data.source`. Raises ConfigError for unknown ones."""
+    assert isinstance(document.data, dict)
+    task, source = own_value(document.data, "task", "name"), own_value(document.data, "data", "source")
+
+    def place(*path: str) -> str:
+        return f" ({document.places[path]})" if path in document.places else ""
+
+    try:
+        known = list(all_types(task))
+    except ConfigError as fault:
+        raise ConfigError(fault.what, f"{fault.got}{place('task', 'name')}", fault.do) from fault
+    if source is not None and source not in known:
+        *most, last = (f"`{name}`" for name in known)
+        words = f"{', '.join(most)} or {last}" if most else last
+        got = f"{source!r:.80} is not allowed{place('data', 'source')}; allowed: {words}"
+        raise ConfigError("data.source", got, "Change it. Meaning: Where samples come from.")
+    return experiment_type(task or DEFAULT_TASK, source)

@@ -22,8 +22,7 @@ def validate(document: Document) -> ExperimentConfig:
     if not isinstance(document.data, dict):
         got = f"{shown(document.data)} instead of sections"
         raise ConfigError(document.places[()], got, "Write `section:` and the indented `field: value` below it.")
-    _refuse_unknown_source(document)
-    kind = type_of(document.data)
+    kind = type_of(document)
     fields = Fields.of(kind)
     try:
         # JSON mode, because a strict schema takes lists for tuples only there.
@@ -34,20 +33,6 @@ def validate(document: Document) -> ExperimentConfig:
     more = [f"and {len(by_path) - MAX_TOLD} more"] if len(by_path) > MAX_TOLD else []
     first.others = (*map(str, others), *more)
     raise first
-
-
-def _refuse_unknown_source(document: Document) -> None:
-    """The source decides the settings of the data section: nothing else can be said before it is known."""
-    assert isinstance(document.data, dict)
-    source, known = (
-        own_value(document.data, "data", "source"),
-        list(all_types(own_value(document.data, "task", "name"))),
-    )
-    if source is not None and source not in known:
-        *most, last = (f"`{name}`" for name in known)
-        words = f"{', '.join(most)} or {last}" if most else last
-        got = f"{shown(source)} is not allowed{_place(('data', 'source'), document)}; allowed: {words}"
-        raise ConfigError("data.source", got, "Change it. Meaning: Where samples come from.")
 
 
 def _errors_by_path(
