@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparsevit_cli.checkpoints import latest_checkpoint, load_checkpoint
 from sparsevit_cli.config.experiment import LoopSection, Phase
+from sparsevit_cli.data.source import WrappedSource
 from sparsevit_cli.errors import (
     CheckpointError,
     ConfigError,
@@ -32,11 +33,13 @@ from sparsevit_cli.models import build_model
 from sparsevit_cli.profiling.inputs import trained_in
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule
+from sparsevit_cli.sizes import ImageSize, Size
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.stopping import StopRequest, stop_on_signals
 from sparsevit_cli.swin import get_sparsity, sparsify_
 from sparsevit_cli.tasks.classification.data import build_data
-from sparsevit_cli.training import PhasePlan, TrainingJob, _Run, plan_training, train
+from sparsevit_cli.tasks.task import Score, task_of
+from sparsevit_cli.training import TrainingJob, _Run, plan_training, train
 from tiny import tiny_config
 
 DEPTHS = (2, 2)
@@ -53,15 +56,17 @@ def job(
     model = sparsify_(build_model(config.model, 10))
     validated: list[SparsityConfig] = []
 
-    def validate(model: nn.Module, phase: PhasePlan, before_batch: Callable[[], None]) -> Mapping[str, float]:
+    def validate(model: nn.Module, img_size: Size, before_batch: Callable[[], None]) -> Score:
         before_batch()
         validated.append(get_sparsity(model))
-        return {"top1": float(sum(p.detach().sum() for p in model.parameters()))}
+        value = float(sum(p.detach().sum() for p in model.parameters()))
+        return Score(value, {"top1": value}, 1)
 
+    task = task_of(config)
     return TrainingJob(
-        kind="train", model=model, section=config.train, schedule=RandomSchedule(SearchSpace(DEPTHS), seed),
-        plan=plan_training(config.train, len(data.train), (32, 32)), source=data.train,
-        validate=validate, checkpoints=folder / "checkpoints", device=torch.device("cpu"), seed=seed, num_classes=10,
+        kind="train", task=task, model=model, section=config.train, schedule=RandomSchedule(SearchSpace(DEPTHS), seed),
+        plan=plan_training(config.train, len(data.train), (32, 32)), source=task.training_source(data, config.train),
+        validate=validate, checkpoints=folder / "checkpoints", device=torch.device("cpu"), seed=seed,
         workers=workers, identity={"data": data.fingerprint, "start": "scratch"},
     )  # fmt: skip
 
@@ -150,9 +155,10 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
     first = run(job(tmp_path, epochs=0.05))
-    again = run(job(tmp_path, epochs=0.05))
+    finished = job(tmp_path, epochs=0.05)
+    again = run(finished)
     assert first.resumed_from is None
-    assert again.resumed_from == job(tmp_path).plan.steps_per_epoch * 0 + load_checkpoint(again.checkpoint).step
+    assert again.resumed_from == finished.plan.total_steps == load_checkpoint(again.checkpoint).step
     assert again.checkpoint == first.checkpoint
 
 
@@ -160,21 +166,12 @@ def test_non_finite_loss_leaves_the_weights_and_names_the_step(tmp_path: Path) -
     bad = job(tmp_path, mixup=0.0)
     poisoned = 3
 
-    class Poisoned:
-        def __init__(self, inner: Any) -> None:
-            self.inner = inner
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.inner, name)
-
-        def __len__(self) -> int:
-            return len(self.inner)
-
+    class Poisoned(WrappedSource):
         def __getitem__(self, index: int) -> tuple[Tensor, int]:
             image, label = self.inner[index]
             return image * (math.nan if index == poisoned else 1), label
 
-        def with_image_size(self, size: Any) -> Any:
+        def resized(self, size: ImageSize) -> Poisoned:
             return self
 
     bad = replace(bad, source=Poisoned(bad.source), plan=plan_training(bad.section, len(bad.source) * 8, (32, 32)))
@@ -262,13 +259,13 @@ def test_the_plan_is_a_pure_function_of_the_section() -> None:
     assert [step for step in range(1, 26) if plan.is_due(step, 1.0)] == [10, 20, 25]
     phases = (Phase(img_size=16, epochs=1.0), Phase(img_size=32, epochs=0.5, lr=1e-5))
     section = section.model_copy(update={"curriculum": phases})
-    plan = plan_training(section, 105, (64, 64), lambda size: (size[0] // 2, size[1] // 2))
-    assert [(p.first_step, p.steps, p.lr, p.source_size, p.img_size) for p in plan.phases] == [
-        (0, 10, 1e-3, (16, 16), (8, 8)),
-        (10, 5, 1e-5, (32, 32), (16, 16)),
+    plan = plan_training(section, 105, (64, 64))
+    assert [(p.first_step, p.steps, p.lr, p.img_size) for p in plan.phases] == [
+        (0, 10, 1e-3, (16, 16)),
+        (10, 5, 1e-5, (32, 32)),
     ]
-    assert plan.phase(9).source_size == (16, 16)
-    assert plan.phase(10).source_size == (32, 32)
+    assert plan.phase(9).img_size == (16, 16)
+    assert plan.phase(10).img_size == (32, 32)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -321,9 +318,9 @@ def test_a_signal_during_validation_saves_and_the_row_is_not_lost(tmp_path: Path
     run(job(tmp_path / "straight"))
     stopping, stop = job(tmp_path / "stopped"), StopRequest()
 
-    def stopped_in(model: nn.Module, phase: PhasePlan, before_batch: Callable[[], None]) -> Mapping[str, float]:
+    def stopped_in(model: nn.Module, img_size: Size, before_batch: Callable[[], None]) -> Score:
         stop.signal_number = 15
-        return stopping.validate(model, phase, before_batch)
+        return stopping.validate(model, img_size, before_batch)
 
     with pytest.raises(StoppedError, match="is saved"):
         run(replace(stopping, validate=stopped_in), stop)
@@ -368,7 +365,7 @@ class HungAfter:
             os.kill(os.getpid(), signal.SIGSTOP)
         return self.source[index]
 
-    def with_image_size(self, size: Any) -> HungAfter:
+    def resized(self, size: Any) -> HungAfter:
         return HungAfter(self.source.resized(size), self.left)
 
 
@@ -457,10 +454,10 @@ def test_averaged_weights_and_buffers_that_are_not_finite_are_not_saved(tmp_path
 def test_a_save_that_fails_after_a_signal_is_not_told_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop = StopRequest()
 
-    def validate(model: nn.Module, phase: PhasePlan, before_batch: Callable[[], None]) -> Mapping[str, float]:
+    def validate(model: nn.Module, img_size: Size, before_batch: Callable[[], None]) -> Score:
         stop.signal_number = signal.SIGTERM
         before_batch()
-        return {}
+        return Score(0.0, {}, 1)
 
     def fsync(descriptor: int) -> None:
         if stop.requested:
