@@ -97,13 +97,13 @@ def launch(
     index = windows.window_token_index(20, 20, window, shift, torch.device("cpu")).repeat(20, 1)
     tokens, bias = torch.zeros(400, channels, dtype=dtype), torch.zeros(4, heads, side**2, side**2, dtype=dtype)
     bias_class = torch.zeros(len(index), dtype=torch.int64)
-    triton_windows.run_windows_(tokens, index, block, bias, bias_class, padded=padded)
+    triton_windows.TritonEngine().run_windows_(tokens, index, block, bias, bias_class, padded=padded)
 
 
 def rank(batch: int, count: int, dtype: torch.dtype) -> None:
     index = windows.window_token_index(20, 20, (7, 7), (3, 3), torch.device("cpu"))
     x = torch.zeros(batch, 20, 20, 96, dtype=dtype)
-    triton_windows.score_and_rank(x, [index, index], count, "mean_abs_l2")
+    triton_windows.TritonEngine().score_and_rank(x, [index, index], count, "mean_abs_l2")
 
 
 def launch_few() -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from sparsevit_cli import windows
 from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.kernels.held import held_indices
 from sparsevit_cli.swin import RememberedBias, SparseStage, are_current, held_biases, is_unwatched
 
 MAX_GRAPHS = 8
@@ -122,7 +122,7 @@ def is_replayable(x: object) -> bool:
 def record(model: nn.Module, x: Tensor) -> Recording:
     """Capture the forward of `model` for inputs like `x`, after some passes that allocate and compile."""
     entered, forward = x.clone(), type(model).forward
-    with torch.cuda.device(x.device), windows.held_indices() as held, held_biases() as biases:
+    with torch.cuda.device(x.device), held_indices() as held, held_biases() as biases:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

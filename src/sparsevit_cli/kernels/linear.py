@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-class Affine(NamedTuple):
-    """Weight (out, in) and bias (out,) of a linear layer, as torch keeps them."""
-
-    weight: Tensor
-    bias: Tensor | None
+from .weights import Affine
 
 
 class LinearOps(Protocol):

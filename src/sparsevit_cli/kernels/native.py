@@ -1,6 +1,6 @@
-"""Blocks, patch merging, patch embedding and scores in C++, on a CPU: some tokens stay in its cache for all steps.
+"""The native engine: blocks, patch merging, patch embedding and scores in C++, on a CPU.
 
-`cpp/` does the work.
+`cpp/` has the code; here its structures are filled. Some tokens stay in the CPU's cache for all steps of a block.
 """
 
 from __future__ import annotations
@@ -12,26 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsevit_cli import windows
-from sparsevit_cli.windows import Padded
+from sparsevit_cli.windows import Importance, Kept
 
-from . import merging, windowed
-from .compiled import is_measured, load, version
-from .embedding import EmbeddingWeights
-from .linear import Affine
-from .merging import MergingWeights
-from .windowed import BlockWeights, Norm
+from .compiled import load, version
+from .fallback import LimitedEngine
+from .weights import Affine, BlockWeights, EmbeddingWeights, MergingWeights, Norm, Weights
 
-__all__ = ["LIMITS", "check_structures", "embed_patches", "is_measured", "load", "merge_patches", "run_windows_",
-           "score_and_rank", "supports", "supports_embedding", "supports_merging", "version"]  # fmt: skip
-
-LIMITS = (
-    "the C++ kernels are for contiguous blocks in float32 (channels a multiple of 16) or, where the CPU has it, "
-    "bfloat16 (of 32), with an even number of at most 32 channels per head and norms with weight and bias"
-)
 MAX_HEAD = 32
 MIN_PATCH = 32
-"""Numbers: as many words in bfloat16 as the longest register has."""
+"""Numbers per patch: as many words in bfloat16 as the longest register has."""
 LINE = 64
 """Bytes of a cache line."""
 
@@ -40,10 +29,14 @@ _NONE, _ROWS, _RESULTS = range(3)
 
 
 class _Norm(ctypes.Structure):
+    """`Norm` of cpp/layers.hpp."""
+
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_float))
 
 
 class _Affine(ctypes.Structure):
+    """`Affine` of cpp/layers.hpp."""
+
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
 
 
@@ -61,7 +54,7 @@ class _Block(ctypes.Structure):
 
 
 class _Projection(ctypes.Structure):
-    """`Projection` of cpp/projection.hpp, like the two after it."""
+    """`Projection` of cpp/projection.hpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("results", "workspace")),
@@ -72,6 +65,8 @@ class _Projection(ctypes.Structure):
 
 
 class _Merging(ctypes.Structure):
+    """`Merging` of cpp/projection.hpp."""
+
     _fields_ = (
         ("tokens", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("height", "width", "channels")),
@@ -80,6 +75,8 @@ class _Merging(ctypes.Structure):
 
 
 class _Embedding(ctypes.Structure):
+    """`Embedding` of cpp/projection.hpp."""
+
     _fields_ = (
         ("images", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("height", "width", "channels", "side")),
@@ -92,96 +89,106 @@ class _Scoring(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "tokens", "plain", "shifted", "magnitude", "scores", "ranking", "rows")),
+            "tokens", "unshifted", "shifted", "magnitude", "scores", "ranking", "rows")),
         *((name, ctypes.c_int64) for name in (
             "batch", "num_tokens", "channels", "num_windows", "area", "count", "is_l2", "threads")),
     )  # fmt: skip
 
 
 def check_structures() -> None:
-    """Raise RuntimeError where the library has other structures than these, or there is no library."""
+    """Raise RuntimeError when the structures of the library have other sizes, or there is no library."""
     ours = [ctypes.sizeof(kind) for kind in (_Block, _Projection, _Merging, _Embedding, _Scoring)]
     if (theirs := [*(ctypes.c_int64 * len(ours)).in_dll(load(), "sizes")]) != ours:
         raise RuntimeError(f"the C++ kernels were compiled for other structures ({theirs} bytes, not {ours})")
 
 
-def run_windows_(
-    tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, *, padded: Padded
-) -> None:
-    """As `windowed.run_windows_`, for blocks that `supports` says yes to; other maps than theirs go there."""
-    if not _fits(tokens, block.qkv.weight, tokens.shape[1]) or tokens.dtype != bias.dtype:
-        windowed.run_windows_(tokens, rows, block, bias, bias_class, padded=padded)
-        return
-    rows, bias = rows.contiguous(), bias.contiguous()
-    classes = None if bias_class is None else bias_class.contiguous()
-    cosine = None if block.cosine_scale is None else block.cosine_scale.flatten().float()
-    call = _Block(
-        tokens=tokens.data_ptr(), rows=rows.data_ptr(), bias=bias.data_ptr(), classes=_address(classes),
-        cosine=_address(cosine), num_tokens=len(tokens), num_windows=len(rows), area=rows.shape[1],
-        channels=tokens.shape[1], heads=block.num_heads, hidden=len(block.fc1.weight), norm_first=block.norm_first,
-        threads=torch.get_num_threads(), scale=block.scale, norm1=_norm(block.norm1), norm2=_norm(block.norm2),
-        qkv=_affine(block.qkv), proj=_affine(block.proj), fc1=_affine(block.fc1), fc2=_affine(block.fc2),
-    )  # fmt: skip
-    _run(load().run_block, call, load().block_workspace, call, tokens.dtype)
+class NativeEngine(LimitedEngine):
+    """C++ on a CPU."""
 
-
-def merge_patches(x: Tensor, weights: MergingWeights) -> Tensor:
-    """As `merging.merge_patches`, for weights that `supports_merging` says yes to; other maps than theirs go there."""
-    if not _fits(x, weights.reduction.weight, 4 * x.shape[-1]):
-        return merging.merge_patches(x, weights)
-    batch, height, width, channels = x.shape
-    merged = x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, len(weights.reduction.weight))
-    projection = _projection(merged, weights.reduction, weights.norm, _ROWS if weights.norm_first else _RESULTS)
-    call = _Merging(tokens=x.data_ptr(), height=height, width=width, channels=channels, projection=projection)
-    _run(load().run_merging, call, load().projection_workspace, call.projection, x.dtype)
-    return merged
-
-
-def embed_patches(x: Tensor, weights: EmbeddingWeights) -> Tensor | None:
-    """Images (B, C, H, W) to a map (B, H/side, W/side, out), for weights that `supports_embedding` says yes to.
-
-    None for images that this engine does not take. As timm's PatchEmbed (timm/layers/patch_embed.py).
-    """
-    batch, channels, height, width = x.shape
-    columns, _, side, _ = weights.proj.weight.shape
-    if not _fits(x, weights.proj.weight, channels) or height % side or width % side:
-        return None
-    embedded = x.new_empty(batch, height // side, width // side, columns)
-    projection = _projection(embedded, weights.proj, weights.norm, _NONE if weights.norm is None else _RESULTS)
-    call = _Embedding(
-        images=x.data_ptr(), height=height, width=width, channels=channels, side=side, projection=projection
+    name = "native"
+    limits = (
+        "the C++ kernels are for contiguous blocks in float32 (channels a multiple of 16) or, where the CPU has it, "
+        "bfloat16 (of 32), with an even number of at most 32 channels per head and norms with weight and bias"
     )
-    _run(load().run_embedding, call, load().projection_workspace, call.projection, x.dtype)
-    return embedded
 
+    def version(self) -> str:
+        return version()
 
-def score_and_rank(
-    x: Tensor, token_indices: Sequence[Tensor], count: int, importance: windows.Importance
-) -> list[tuple[Tensor, Tensor]]:
-    """As `windows.score_and_rank`; of equal scores the first window comes first."""
-    batch, height, width, channels = x.shape
-    if not _is_plain(x) or not _are_supported([x], channels):
-        return windows.score_and_rank(x, token_indices, count, importance)
-    plain, shifted = token_indices[0], token_indices[1] if len(token_indices) > 1 else None
-    num_windows, area = plain.shape
-    assert len(token_indices) <= 2, "a stage has windows and shifted windows"
-    assert shifted is None or shifted.shape == plain.shape
-    magnitude = x.new_empty(batch, height * width, dtype=torch.float32)
-    scores = x.new_empty(len(token_indices), batch, num_windows, dtype=torch.float32)
-    ranking = plain.new_empty(scores.shape)
-    rows = plain.new_empty(len(token_indices), batch, count, area)
-    call = _Scoring(
-        tokens=x.data_ptr(), plain=plain.data_ptr(), shifted=_address(shifted), magnitude=magnitude.data_ptr(),
-        scores=scores.data_ptr(), ranking=ranking.data_ptr(), rows=rows.data_ptr(), batch=batch,
-        num_tokens=height * width, channels=channels, num_windows=num_windows, area=area, count=count,
-        is_l2=importance == "l2", threads=torch.get_num_threads(),
-    )  # fmt: skip
-    load().run_scoring(ctypes.byref(call), x.dtype == torch.bfloat16)
-    return list(zip(ranking[:, :, :count], rows, strict=True))
+    def takes(self, x: Tensor, weights: Weights | None) -> bool:
+        if weights is None:
+            return _has_address(x) and _are_supported([x], x.shape[-1])
+        if isinstance(weights, BlockWeights):
+            return _fits(x, weights.qkv.weight, x.shape[1]) and supports(weights)
+        if isinstance(weights, MergingWeights):
+            return _fits(x, weights.reduction.weight, 4 * x.shape[-1]) and supports_merging(weights)
+        side = weights.proj.weight.shape[-1]
+        if not _fits(x, weights.proj.weight, x.shape[1]) or x.shape[2] % side or x.shape[3] % side:
+            return False
+        return supports_embedding(weights)
+
+    def _run_windows_(
+        self, tokens: Tensor, rows: Tensor, weights: BlockWeights, bias: Tensor, bias_class: Tensor | None, *,
+        padded: bool,
+    ) -> None:  # fmt: skip
+        assert bias.dtype == tokens.dtype, "the bias is read as numbers of the type of the map"
+        rows, bias = rows.contiguous(), bias.contiguous()
+        classes = None if bias_class is None else bias_class.contiguous()
+        cosine = None if weights.cosine_scale is None else weights.cosine_scale.flatten().float()
+        call = _Block(
+            tokens=tokens.data_ptr(), rows=rows.data_ptr(), bias=bias.data_ptr(), classes=_address(classes),
+            cosine=_address(cosine), num_tokens=len(tokens), num_windows=len(rows), area=rows.shape[1],
+            channels=tokens.shape[1], heads=weights.num_heads, hidden=len(weights.fc1.weight),
+            norm_first=weights.norm_first, threads=torch.get_num_threads(), scale=weights.scale,
+            norm1=_norm(weights.norm1), norm2=_norm(weights.norm2), qkv=_affine(weights.qkv),
+            proj=_affine(weights.proj), fc1=_affine(weights.fc1), fc2=_affine(weights.fc2),
+        )  # fmt: skip
+        _run(load().run_block, call, load().block_workspace, call, tokens.dtype)
+
+    def _merge_patches(self, x: Tensor, weights: MergingWeights) -> Tensor:
+        batch, height, width, channels = x.shape
+        merged = x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, len(weights.reduction.weight))
+        projection = _projection(merged, weights.reduction, weights.norm, _ROWS if weights.norm_first else _RESULTS)
+        call = _Merging(tokens=x.data_ptr(), height=height, width=width, channels=channels, projection=projection)
+        _run(load().run_merging, call, load().projection_workspace, call.projection, x.dtype)
+        return merged
+
+    def _embed_patches(self, x: Tensor, weights: EmbeddingWeights) -> Tensor:
+        batch, channels, height, width = x.shape
+        columns, _, side, _ = weights.proj.weight.shape
+        embedded = x.new_empty(batch, height // side, width // side, columns)
+        projection = _projection(embedded, weights.proj, weights.norm, _NONE if weights.norm is None else _RESULTS)
+        call = _Embedding(
+            images=x.data_ptr(), height=height, width=width, channels=channels, side=side, projection=projection
+        )
+        _run(load().run_embedding, call, load().projection_workspace, call.projection, x.dtype)
+        return embedded
+
+    def _score_and_rank(
+        self, x: Tensor, token_indices: Sequence[Tensor], count: int, importance: Importance
+    ) -> list[Kept]:
+        """Of equal scores the first window comes first."""
+        batch, height, width, channels = x.shape
+        unshifted, shifted = token_indices[0], token_indices[1] if len(token_indices) > 1 else None
+        num_windows, area = unshifted.shape
+        assert len(token_indices) <= 2, "a stage has unshifted and shifted windows"
+        assert shifted is None or shifted.shape == unshifted.shape
+        magnitude = x.new_empty(batch, height * width, dtype=torch.float32)
+        scores = x.new_empty(len(token_indices), batch, num_windows, dtype=torch.float32)
+        ranking = unshifted.new_empty(scores.shape)
+        rows = unshifted.new_empty(len(token_indices), batch, count, area)
+        call = _Scoring(
+            tokens=x.data_ptr(), unshifted=unshifted.data_ptr(), shifted=_address(shifted),
+            magnitude=magnitude.data_ptr(), scores=scores.data_ptr(), ranking=ranking.data_ptr(),
+            rows=rows.data_ptr(), batch=batch, num_tokens=height * width, channels=channels,
+            num_windows=num_windows, area=area, count=count, is_l2=importance == "l2",
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+        load().run_scoring(ctypes.byref(call), x.dtype == torch.bfloat16)
+        return [Kept(*found) for found in zip(ranking[:, :, :count], rows, strict=True)]
 
 
 def supports(block: BlockWeights) -> bool:
-    """True for what `LIMITS` says."""
+    """True for blocks within `NativeEngine.limits`."""
     channels, hidden = block.qkv.weight.shape[1], len(block.fc1.weight)
     layers = ((block.qkv, 3 * channels, channels), (block.proj, channels, channels), (block.fc1, hidden, channels),
               (block.fc2, channels, hidden))  # fmt: skip
@@ -192,14 +199,14 @@ def supports(block: BlockWeights) -> bool:
 
 
 def supports_merging(weights: MergingWeights) -> bool:
-    """True for what `LIMITS` says of channels and types."""
+    """True for patch mergings whose channels and types are within `NativeEngine.limits`."""
     columns, inner = weights.reduction.weight.shape
     layer, norm_width = (weights.reduction, columns, inner), inner if weights.norm_first else columns
     return _have_shapes((weights.norm,), norm_width, layer) and _are_supported(weights.tensors(), columns, inner // 4)
 
 
 def supports_embedding(weights: EmbeddingWeights) -> bool:
-    """True for what `LIMITS` says of channels and types, and patches of at least `MIN_PATCH` numbers."""
+    """True for embeddings with channels and types within `NativeEngine.limits`, and `MIN_PATCH` numbers per patch."""
     weight = weights.proj.weight
     depth, columns = weight[0].numel(), len(weight)
     norms = () if weights.norm is None else (weights.norm,)
@@ -209,7 +216,7 @@ def supports_embedding(weights: EmbeddingWeights) -> bool:
 
 
 def _have_shapes(norms: tuple[Norm, ...], width: int, *layers: Any) -> bool:
-    """True where norms are of `width`, and each of `layers` (layer, out, in, ...) has the shapes that it says."""
+    """True when all norms have `width` channels, and each layer of `layers` (layer, out, in, ...) has that shape."""
     for norm in norms:
         if norm.weight is None or norm.bias is None or not norm.weight.shape == norm.bias.shape == (width,):
             return False
@@ -220,6 +227,7 @@ def _have_shapes(norms: tuple[Norm, ...], width: int, *layers: Any) -> bool:
 
 
 def _are_supported(tensors: list[Tensor] | None, *widths: int) -> bool:
+    """True for contiguous CPU tensors of one type that C++ computes, whose `widths` fill its registers."""
     if tensors is None:
         return False
     dtype = tensors[0].dtype
@@ -231,14 +239,14 @@ def _are_supported(tensors: list[Tensor] | None, *widths: int) -> bool:
     return all(tensor.is_contiguous() and tensor.dtype == dtype and tensor.is_cpu for tensor in tensors)
 
 
-def _is_plain(x: Tensor) -> bool:
-    """True where `x` can be handed over by its address."""
+def _has_address(x: Tensor) -> bool:
+    """True when C++ can read `x` at its address: a CPU tensor, contiguous, of no subclass."""
     return type(x) is Tensor and x.device.type == "cpu" and x.is_contiguous()
 
 
 def _fits(x: Tensor, weight: Tensor, inner: int) -> bool:
-    """True where `x` can be handed over, and `weight` (out, inner, ...) multiplies such as it."""
-    return _is_plain(x) and x.dtype == weight.dtype and weight.shape[1] == inner
+    """True when C++ can read `x`, and `weight` (out, inner, ...) has its type and width."""
+    return _has_address(x) and x.dtype == weight.dtype and weight.shape[1] == inner
 
 
 def _projection(results: Tensor, layer: Affine, norm: Norm | None, norm_of: int) -> _Projection:
@@ -251,7 +259,7 @@ def _projection(results: Tensor, layer: Affine, norm: Norm | None, norm_of: int)
 
 
 def _run(function: Any, call: Any, workspace_bytes: Any, part: Any, dtype: torch.dtype) -> None:
-    """Call the C++ function with a workspace of the size that `part` of the call (or all of it) wants."""
+    """Call the C++ `function` with a workspace as large as `workspace_bytes` says; `part` of the call points to it."""
     is_bfloat = dtype == torch.bfloat16
     workspace = _workspace(workspace_bytes(ctypes.byref(part), is_bfloat))
     part.workspace = workspace.data_ptr()
@@ -259,7 +267,7 @@ def _run(function: Any, call: Any, workspace_bytes: Any, part: Any, dtype: torch
 
 
 def _workspace(nbytes: int) -> Tensor:
-    """(nbytes,) from the start of a cache line on."""
+    """Uninitialised bytes (nbytes,), the first of them at the start of a cache line."""
     space = torch.empty(nbytes + LINE, dtype=torch.uint8, device="cpu")
     return space.narrow(0, -space.data_ptr() % LINE, nbytes)
 

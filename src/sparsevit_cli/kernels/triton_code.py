@@ -286,10 +286,10 @@ def norm_add_kernel(
 
 
 @triton.jit
-def _rows_of(place, plain, shifted, partition, mask, other):
+def _rows_of(place, unshifted, shifted, partition, mask, other):
     """Token indices at `place` of one of the two partitions."""
     if partition == 0:
-        row = tl.load(plain + place, mask=mask, other=other)
+        row = tl.load(unshifted + place, mask=mask, other=other)
     else:
         row = tl.load(shifted + place, mask=mask, other=other)
     return row
@@ -297,7 +297,7 @@ def _rows_of(place, plain, shifted, partition, mask, other):
 
 @triton.jit
 def score_kernel(
-    x, plain, shifted, scores, batch, num_tokens, num_windows, channels, area,
+    x, unshifted, shifted, scores, batch, num_tokens, num_windows, channels, area,
     L2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     window, number = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -305,7 +305,7 @@ def score_kernel(
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, area, BLOCK_N):
         t = first + tl.arange(0, BLOCK_N)
-        row = _rows_of(window * area + t, plain, shifted, partition, t < area, num_tokens)
+        row = _rows_of(window * area + t, unshifted, shifted, partition, t < area, num_tokens)
         is_token = row < num_tokens
         place = x + (image * num_tokens + row)[:, None] * channels
         magnitude = tl.zeros((BLOCK_N,), tl.float32)
@@ -324,7 +324,7 @@ def score_kernel(
 
 @triton.jit
 def rank_kernel(
-    scores, plain, shifted, keep, rows, batch, num_windows, num_keep, num_tokens, all_tokens, area,
+    scores, unshifted, shifted, keep, rows, batch, num_windows, num_keep, num_tokens, all_tokens, area,
     BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(1).to(tl.int64)
@@ -345,6 +345,6 @@ def rank_kernel(
     for first in range(0, area, BLOCK_N):
         t = first + tl.arange(0, BLOCK_N)
         inside = is_kept[:, None] & (t < area)[None, :]
-        row = _rows_of(w[:, None] * area + t[None, :], plain, shifted, partition, inside, 0)
+        row = _rows_of(w[:, None] * area + t[None, :], unshifted, shifted, partition, inside, 0)
         row = tl.where(row == num_tokens, all_tokens, row + image * num_tokens)
         tl.store(rows + place[:, None] * area + t[None, :], row, mask=inside)

@@ -1,4 +1,4 @@
-"""Triton kernels for a Swin block on some of its windows, and for scoring and ranking them.
+"""The Triton engine: kernels for a Swin block on some of its windows, and for scoring and ranking them.
 
 A block that normalises first (V1) takes four launches: gather, norm and qkv; window attention; projection and residual;
 norm, MLP, residual and scatter. Where rows are wide it takes seven: the statistics of each norm come first, and the
@@ -21,14 +21,13 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsevit_cli import windows
+from sparsevit_cli.windows import Importance, Kept
 
 from . import triton_code as code
 from . import triton_tuning
-from .linear import Affine
-from .windowed import BlockWeights, Norm
+from .fallback import LimitedEngine
+from .weights import Affine, BlockWeights, Norm, Weights
 
-LIMITS = "Triton's kernels are for contiguous blocks in float32, float16 or bfloat16"
 MAX_FUSED_BYTES = 512
 """Widest rows of a map that one program holds whole, with tiles of both weights, in 99 KB of shared memory: 256
 channels of 16 bits, 128 of 32 bits.
@@ -38,26 +37,66 @@ BLOCK_SLOTS = 4096
 """Tokens of windows that one program compacts."""
 
 
-def run_windows_(
-    tokens: Tensor, rows: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, *, padded: bool
-) -> None:
-    """As `windowed.run_windows_`, for blocks that `supports` says yes to."""
-    area = rows.shape[1]
-    with _on_device_of(tokens):
-        kept = _true_slots(rows.reshape(-1), len(tokens)) if padded else _Kept(rows.reshape(-1))
-        qkv = _project(tokens, block.qkv, kept, gather=True, norm=block.norm1 if block.norm_first else None)
-        attended = _attend(qkv, block, bias, bias_class, kept, area)
-        if not block.norm_first:
-            x = _norm_add(_project(attended, block.proj, kept), block.norm1, kept, tokens, gather_residual=True)
-            hidden = _project(x, block.fc1, kept, gelu=True)
-            _norm_add(_project(hidden, block.fc2, kept), block.norm2, kept, x, into=tokens)
-            return
-        x = _project(attended, block.proj, kept, residual=tokens, gather_residual=True)
-        if _is_held_whole(tokens):
-            _mlp_(tokens, x, block, kept)
-        else:
-            hidden = _project(x, block.fc1, kept, norm=block.norm2, gelu=True)
-            _project(hidden, block.fc2, kept, residual=x, into=tokens)
+class TritonEngine(LimitedEngine):
+    """Triton on a GPU: blocks and scores; patch merging and embedding are the portable engine's."""
+
+    name = "triton"
+    limits = "Triton's kernels are for contiguous blocks in float32, float16 or bfloat16"
+
+    def version(self) -> str:
+        """Of Triton, on which the compiled code depends, and whether launches are tuned."""
+        return f"{triton.__version__}{', tuned' if triton_tuning.is_on() else ''}"
+
+    def takes(self, x: Tensor, weights: Weights | None) -> bool:
+        return weights is None or (isinstance(weights, BlockWeights) and supports(weights))
+
+    def _run_windows_(
+        self, tokens: Tensor, rows: Tensor, weights: BlockWeights, bias: Tensor, bias_class: Tensor | None, *,
+        padded: bool,
+    ) -> None:  # fmt: skip
+        area = rows.shape[1]
+        with _on_device_of(tokens):
+            kept = _true_slots(rows.reshape(-1), len(tokens)) if padded else _Rows(rows.reshape(-1))
+            qkv = _project(tokens, weights.qkv, kept, gather=True, norm=weights.norm1 if weights.norm_first else None)
+            attended = _attend(qkv, weights, bias, bias_class, kept, area)
+            if not weights.norm_first:
+                x = _norm_add(_project(attended, weights.proj, kept), weights.norm1, kept, tokens, gather_residual=True)
+                hidden = _project(x, weights.fc1, kept, gelu=True)
+                _norm_add(_project(hidden, weights.fc2, kept), weights.norm2, kept, x, into=tokens)
+                return
+            x = _project(attended, weights.proj, kept, residual=tokens, gather_residual=True)
+            if _is_held_whole(tokens):
+                _mlp_(tokens, x, weights, kept)
+            else:
+                hidden = _project(x, weights.fc1, kept, norm=weights.norm2, gelu=True)
+                _project(hidden, weights.fc2, kept, residual=x, into=tokens)
+
+    def _score_and_rank(
+        self, x: Tensor, token_indices: Sequence[Tensor], count: int, importance: Importance
+    ) -> list[Kept]:
+        """Two launches; of equal scores the first window comes first."""
+        batch, height, width, channels = x.shape
+        unshifted, shifted = token_indices[0], token_indices[-1]
+        assert len(token_indices) <= 2, "a stage has unshifted and shifted windows"
+        assert unshifted.shape == shifted.shape
+        num_windows, area = unshifted.shape
+        every = batch * len(token_indices)
+        x, device = x.contiguous(), x.device
+        scores = torch.empty(every, num_windows, device=device, dtype=torch.float32)
+        block_n, block_c = _power(area, 64), _power(channels, 128)
+        keep = torch.empty(len(token_indices), batch, count, device=device, dtype=torch.int64)
+        rows = torch.empty(len(token_indices), batch, count, area, device=device, dtype=torch.int64)
+        block_w = 16
+        with _on_device_of(x):
+            code.score_kernel[(num_windows, every)](
+                x, unshifted, shifted, scores, batch, height * width, num_windows, channels, area,
+                L2=importance == "l2", BLOCK_N=block_n, BLOCK_C=block_c,
+            )  # fmt: skip
+            code.rank_kernel[(triton.cdiv(num_windows, block_w), every)](
+                scores, unshifted, shifted, keep, rows, batch, num_windows, count, height * width,
+                batch * height * width, area, BLOCK_W=block_w, BLOCK_J=128, BLOCK_N=block_n,
+            )  # fmt: skip
+        return [Kept(*found) for found in zip(keep, rows, strict=True)]
 
 
 def supports(block: BlockWeights) -> bool:
@@ -68,11 +107,6 @@ def supports(block: BlockWeights) -> bool:
     return all(tensor.is_contiguous() and tensor.dtype in _DTYPES for tensor in tensors)
 
 
-def version() -> str:
-    """Of Triton, on which what is compiled depends, and whether launches are tuned."""
-    return f"{triton.__version__}{', tuned' if triton_tuning.is_on() else ''}"
-
-
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -81,38 +115,10 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def score_and_rank(
-    x: Tensor, token_indices: Sequence[Tensor], count: int, importance: windows.Importance
-) -> list[tuple[Tensor, Tensor]]:
-    """As `windows.score_and_rank`, in two launches; of equal scores the first window comes first."""
-    batch, height, width, channels = x.shape
-    plain, shifted = token_indices[0], token_indices[-1]
-    assert len(token_indices) <= 2, "a stage has windows and shifted windows"
-    assert plain.shape == shifted.shape
-    num_windows, area = plain.shape
-    every = batch * len(token_indices)
-    x, device = x.contiguous(), x.device
-    scores = torch.empty(every, num_windows, device=device, dtype=torch.float32)
-    block_n, block_c = _power(area, 64), _power(channels, 128)
-    keep = torch.empty(len(token_indices), batch, count, device=device, dtype=torch.int64)
-    rows = torch.empty(len(token_indices), batch, count, area, device=device, dtype=torch.int64)
-    block_w = 16
-    with _on_device_of(x):
-        code.score_kernel[(num_windows, every)](
-            x, plain, shifted, scores, batch, height * width, num_windows, channels, area,
-            L2=importance == "l2", BLOCK_N=block_n, BLOCK_C=block_c,
-        )  # fmt: skip
-        code.rank_kernel[(triton.cdiv(num_windows, block_w), every)](
-            scores, plain, shifted, keep, rows, batch, num_windows, count, height * width, batch * height * width,
-            area, BLOCK_W=block_w, BLOCK_J=128, BLOCK_N=block_n,
-        )  # fmt: skip
-    return list(zip(keep, rows, strict=True))
-
-
 # -- launches ---------------------------------------------------------------------------------------------------
 
 
-class _Kept(NamedTuple):
+class _Rows(NamedTuple):
     """The rows of the map that a block computes, and which of them each token of a window is.
 
     rows (R,). With padding only the first `true_count` (1,) of them are true, the other ones are undefined, and
@@ -125,14 +131,14 @@ class _Kept(NamedTuple):
     places: Tensor | None = None
 
 
-def _true_slots(rows: Tensor, num_tokens: int) -> _Kept:
+def _true_slots(rows: Tensor, num_tokens: int) -> _Rows:
     """`rows` (R,) without those of padding, which are `num_tokens`: without waiting for how many there are.
 
     Two launches, one where all fit a single program. No program waits for another, so the order is always the same.
     """
     programs = triton.cdiv(len(rows), BLOCK_SLOTS)
     counts, places = rows.new_empty(programs, dtype=torch.int32), torch.empty_like(rows, dtype=torch.int32)
-    kept = _Kept(torch.empty_like(rows), rows.new_empty(1, dtype=torch.int32), places)
+    kept = _Rows(torch.empty_like(rows), rows.new_empty(1, dtype=torch.int32), places)
     if programs > 1:
         code.count_kernel[(programs,)](rows, counts, len(rows), num_tokens, BLOCK=BLOCK_SLOTS, num_warps=8)
     code.compact_kernel[(programs,)](
@@ -145,7 +151,7 @@ def _true_slots(rows: Tensor, num_tokens: int) -> _Kept:
 def _project(
     x: Tensor,
     layer: Affine,
-    kept: _Kept,
+    kept: _Rows,
     *,
     gather: bool = False,
     norm: Norm | None = None,
@@ -179,7 +185,7 @@ def _project(
     return out
 
 
-def _statistics(x: Tensor, norm: Norm, kept: _Kept, *, gather: bool) -> Tensor:
+def _statistics(x: Tensor, norm: Norm, kept: _Rows, *, gather: bool) -> Tensor:
     """Mean of each (gathered) row of `x` and what its deviation is divided by: (R, 2) float32."""
     count, channels = len(kept.rows), x.shape[1]
     out = x.new_empty(count, 2, dtype=torch.float32)
@@ -198,7 +204,7 @@ def _is_held_whole(x: Tensor) -> bool:
 
 
 def _attend(
-    qkv: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, kept: _Kept, area: int
+    qkv: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, kept: _Rows, area: int
 ) -> Tensor:
     """(R, 3C) to (R, C); `bias` (classes, h, N, N), `bias_class` (M,) or None for the first of all."""
     count, channels = len(qkv) // area, qkv.shape[1] // 3
@@ -225,7 +231,7 @@ def _attend(
 def _norm_add(
     x: Tensor,
     norm: Norm,
-    kept: _Kept,
+    kept: _Rows,
     residual: Tensor,
     *,
     gather_residual: bool = False,
@@ -244,7 +250,7 @@ def _norm_add(
     return out
 
 
-def _mlp_(tokens: Tensor, x: Tensor, block: BlockWeights, kept: _Kept) -> None:
+def _mlp_(tokens: Tensor, x: Tensor, block: BlockWeights, kept: _Rows) -> None:
     """x (R, C) through norm2, MLP and residual, into `tokens`."""
     count, channels = x.shape
     hidden = block.fc1.weight.shape[0]

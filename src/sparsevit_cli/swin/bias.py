@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sparsevit_cli import windows
+from sparsevit_cli.kernels import held as held_tensors
 
 MAX_BYTES = 2 << 20
 """A larger bias is made anew every time on a CPU: that of windows of 24 would hold hundreds of megabytes for good."""
@@ -52,13 +52,13 @@ _held: ContextVar[dict[nn.Module, RememberedBias] | None] = ContextVar("held_bia
 def remembered_bias(block: nn.Module, key: Hashable, sources: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
     """`make()`, or what it gave for this block at the same `key` and of the same, unchanged `sources`."""
     held = _held.get()
-    if held is None and windows.is_capturing(sources[0].device):
+    if held is None and held_tensors.is_capturing(sources[0].device):
         return make()  # part of somebody's graph, which nobody would capture anew
     made = _remembered.get(block)
     if made is None or not made.is_of(key, sources):
         states = tuple(state for state in map(_state, sources) if state is not None)
         bias = make()
-        most = MAX_DEVICE_BYTES if windows.is_asynchronous(bias.device) else MAX_BYTES
+        most = MAX_DEVICE_BYTES if held_tensors.is_asynchronous(bias.device) else MAX_BYTES
         if len(states) < len(sources) or bias.numel() * bias.element_size() > most:
             forget_bias(block)
             return bias
@@ -100,7 +100,7 @@ def remembered_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def _state(source: Tensor) -> Tensor | tuple[int, int] | None:
     """What tells whether a source changed; None where nothing does."""
-    if not windows.is_asynchronous(source.device):
+    if not held_tensors.is_asynchronous(source.device):
         return source.detach().clone()
     return None if source.is_inference() else (source.data_ptr(), source._version)
 

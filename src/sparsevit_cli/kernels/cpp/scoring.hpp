@@ -4,7 +4,7 @@
 
 struct Scoring {  // the same fields in native.py
     const void* tokens;              // (batch, num_tokens, channels)
-    const int64_t *plain, *shifted;  // (num_windows, area), num_tokens for padding; `shifted` may be null
+    const int64_t *unshifted, *shifted;  // (num_windows, area), num_tokens for padding; `shifted` may be null
     float* magnitude;                // (batch, num_tokens)
     float* scores;                   // (one or two partitions, batch, num_windows)
     int64_t* ranking;                // the same shape: windows, the `count` best ones first
@@ -40,7 +40,7 @@ template <class Real>
 void run_scoring(const Scoring& call) {
     const long tokens = call.batch * call.num_tokens, windows = call.batch * call.num_windows;
     const long partitions = call.shifted ? 2 : 1;
-    const auto places_of = [&](long partition) { return partition ? call.shifted : call.plain; };
+    const auto places_of = [&](long partition) { return partition ? call.shifted : call.unshifted; };
 #pragma omp parallel num_threads(call.threads)
     {
 #pragma omp for schedule(static)
