@@ -22,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsevit_cli.cli import _library_talk
-from sparsevit_cli.kernels import cache, choice, compiled, fallback, native
+from sparsevit_cli.kernels import cache, choice, fallback
+from sparsevit_cli.kernels.cpp import compiled, native
 from sparsevit_cli.kernels.portable import PORTABLE
 from sparsevit_cli.reporting import SilentReporter
 
@@ -489,7 +490,28 @@ def test_other_structures_are_refused(place: Place, monkeypatch: pytest.MonkeyPa
 def test_nothing_is_compiled_for_cpus_that_were_not_measured(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled.platform, "machine", lambda: "aarch64")
     assert choice.chosen("auto", CPU) is PORTABLE
+    assert choice.explained("auto", CPU) == f"portable ({compiled.UNMEASURED})"
     assert place.compilations == 0
+
+
+@pytest.mark.parametrize(("flags", "is_left_alone"), [("fpu avx avx512_2", True), ("fpu avx2 fma", False)])
+def test_nothing_is_compiled_for_cpus_without_avx2(
+    flags: str, is_left_alone: bool, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "CPUINFO", place.home / "cpuinfo")
+    assert compiled.may_be_measured(), "where Linux tells nothing, the compiler does"
+    compiled.CPUINFO.write_text(f"processor\t: 0\nvmx flags\t: avx2\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
+    assert (choice.chosen("auto", CPU) is PORTABLE) == is_left_alone
+    assert place.compilations == (not is_left_alone)
+    if is_left_alone:
+        assert choice.chosen("native", CPU).name == "native", "asked for by name, they are compiled all the same"
+
+
+def test_another_c_library_is_another_library(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = compiled.version()
+    compiled._key.cache_clear()
+    monkeypatch.setattr(compiled.platform, "libc_ver", lambda: ("glibc", "2.0"))
+    assert compiled.version() != before
 
 
 def test_what_torch_and_triton_compile_is_private(

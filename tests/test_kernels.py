@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernel_cases
 from sparsevit_cli import windows
 from sparsevit_cli.kernels import Affine, Kernels, TorchLinear, held, linear_ops, portable
-from sparsevit_cli.kernels.native import NativeEngine
+from sparsevit_cli.kernels.cpp.native import NativeEngine
 from sparsevit_cli.models import supported_models
 from sparsevit_cli.profiling.macs import analytic_macs
 from sparsevit_cli.sparsity import SearchSpace

@@ -30,11 +30,10 @@ from sparsevit_cli.kernels import (
     MergingWeights,
     Norm,
     choice,
-    compiled,
     fallback,
-    native,
     portable,
 )
+from sparsevit_cli.kernels.cpp import compiled, native
 from sparsevit_cli.kernels.portable import PORTABLE
 from sparsevit_cli.swin import set_sparsity, sparsify_
 from sparsevit_cli.swin.embedding import SparsePatchEmbed

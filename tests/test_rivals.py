@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsevit_cli.errors import MeasurementError
 from sparsevit_cli.kernels import Kernels, choice, held, portable
-from sparsevit_cli.kernels.native import NativeEngine
+from sparsevit_cli.kernels.cpp.native import NativeEngine
 from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, foreseen, oracle, with_fused_attention
 from sparsevit_cli.reporting import SilentReporter

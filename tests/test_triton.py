@@ -29,10 +29,10 @@ from sparsevit_cli.swin import set_sparsity, sparsify_
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 compute_bfloat16_as_a_gpu = pytest.importorskip("interpreted").compute_bfloat16_as_a_gpu
-triton_code = pytest.importorskip("sparsevit_cli.kernels.triton_code")
-triton_tuning = pytest.importorskip("sparsevit_cli.kernels.triton_tuning")
-triton_windows = pytest.importorskip("sparsevit_cli.kernels.triton_windows")
-TRITON = triton_windows.TritonEngine()
+triton_code = pytest.importorskip("sparsevit_cli.kernels.triton.code")
+triton_tuning = pytest.importorskip("sparsevit_cli.kernels.triton.tuning")
+triton_engine = pytest.importorskip("sparsevit_cli.kernels.triton.engine")
+TRITON = triton_engine.TritonEngine()
 
 
 @pytest.fixture(autouse=True)
@@ -171,10 +171,10 @@ def test_any_shape(
 
 @pytest.mark.parametrize("block_slots", [16, 256, 4096])
 def test_padding_is_never_computed(block_slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_windows, "BLOCK_SLOTS", block_slots)
+    monkeypatch.setattr(triton_engine, "BLOCK_SLOTS", block_slots)
     tokens, rows, *_ = case(32, 1, 7, (8, 15), batch=3)
     rows, layer = rows.flatten(), block(32, 1).qkv
-    kept = triton_windows._true_slots(rows, len(tokens))
+    kept = triton_engine._true_slots(rows, len(tokens))
     is_token = rows < len(tokens)
     count = int(is_token.sum())
     assert 0 < count < len(rows) - 64  # whole programs have nothing to do
@@ -182,7 +182,7 @@ def test_padding_is_never_computed(block_slots: int, monkeypatch: pytest.MonkeyP
     assert torch.equal(kept.rows[:count], rows[is_token])
     assert kept.places[is_token].tolist() == list(range(count))
     assert kept.places[~is_token].eq(-1).all()
-    qkv = triton_windows._project(tokens, layer, kept, gather=True)
+    qkv = triton_engine._project(tokens, layer, kept, gather=True)
     torch.testing.assert_close(qkv[:count], nn.functional.linear(tokens[rows[is_token]], *layer))
     assert qkv[count:].isnan().all()
 
@@ -234,14 +234,14 @@ def test_equal_scores_and_nan_fill_every_place() -> None:
 def test_a_launch_may_be_repeated(norm_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tuning does it: no kernel reads what it writes."""
     arguments = arranged(32, 1, 7, (8, 9), True, 1, norm_first=norm_first)
-    launch, launched = triton_windows._launch, []
+    launch, launched = triton_engine._launch, []
 
     def thrice(name: str, *rest: Any, **more: Any) -> None:
         launched.append(name)
         for _ in range(3):
             launch(name, *rest, **more)
 
-    monkeypatch.setattr(triton_windows, "_launch", thrice)
+    monkeypatch.setattr(triton_engine, "_launch", thrice)
     assert_equal_to_portable(TRITON.run_windows_, *arguments, 2e-6)
     assert launched[:2] == ["project_kernel", "attention_kernel"]
 
@@ -260,7 +260,7 @@ def test_the_fastest_candidate_is_found_once_per_class_of_shapes(monkeypatch: py
         for name, tunable in triton_tuning.TUNABLE.items()
     }
     monkeypatch.setattr(triton_tuning, "is_on", lambda: True)
-    monkeypatch.setattr(triton_windows, "_tuned", lambda name, _: tuners[name])
+    monkeypatch.setattr(triton_engine, "_tuned", lambda name, _: tuners[name])
     assert TRITON.version() == f"{triton.__version__}, tuned"
     arguments = arranged(32, 1, 7, (8, 9), True, 1)
     for _ in range(2):
@@ -292,8 +292,8 @@ def test_tuning_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_the_kernels_do_not_take_is_told() -> None:
     weights = block(32, 1)
-    assert triton_windows.supports(weights)
-    assert not triton_windows.supports(weights._replace(norm1=Norm(None, None, 1e-5)))
+    assert triton_engine.supports(weights)
+    assert not triton_engine.supports(weights._replace(norm1=Norm(None, None, 1e-5)))
 
 
 def tiny(name: str, kernels: Kernels) -> nn.Module:
@@ -309,13 +309,13 @@ def test_a_model_runs_on_them_where_it_is_asked_to(name: str, monkeypatch: pytes
     x = random(2, 3, 72, 72)
     launched: list[str] = []
     for function in ("_run_windows_", "_score_and_rank"):
-        real = getattr(triton_windows.TritonEngine, function)
+        real = getattr(triton_engine.TritonEngine, function)
 
         def counting(*args: Any, of: Any = real, label: str = function, **more: Any) -> Any:
             launched.append(label)
             return of(*args, **more)
 
-        monkeypatch.setattr(triton_windows.TritonEngine, function, counting)
+        monkeypatch.setattr(triton_engine.TritonEngine, function, counting)
     with torch.inference_mode():
         expected = tiny(name, "portable")(x)
         assert not launched
@@ -378,6 +378,6 @@ def test_every_kernel_compiles_for_a_gpu_within_its_shared_memory(capability: in
 def test_only_contiguous_weights_of_known_types_are_taken() -> None:
     weights = block(32, 1)
     turned = Affine(weights.fc1.weight.t().contiguous().t(), weights.fc1.bias)
-    assert not triton_windows.supports(weights._replace(fc1=turned))
+    assert not triton_engine.supports(weights._replace(fc1=turned))
     doubled = Affine(weights.fc1.weight.double(), weights.fc1.bias)
-    assert not triton_windows.supports(weights._replace(fc1=doubled))
+    assert not triton_engine.supports(weights._replace(fc1=doubled))

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-from . import compiled
+from .cpp import compiled
 from .engine import Engine
 from .fallback import LimitedEngine, warn_once
 from .portable import PORTABLE
@@ -67,7 +67,9 @@ def running(kernels: str, device: torch.device) -> str:
 
 
 def explained(kernels: str, device: torch.device) -> str:
-    """`running`, and why it is not what was wanted."""
+    """`running`, and the reason when it is not what was wanted."""
+    if kernels == "auto" and device.type == "cpu" and not compiled.may_be_measured():
+        return f"{running(kernels, device)} ({compiled.UNMEASURED})"  # nothing is compiled to say so
     wanted = "native" if kernels == "auto" and device.type == "cpu" else _named(kernels, device)
     reason = _engine(wanted, device.type)[1]
     return running(kernels, device) + (f" ({reason})" if reason else "")
@@ -97,7 +99,7 @@ def _engine(name: str, device_type: str) -> tuple[Engine | None, str]:
 def _native(device_type: str) -> Engine:
     if device_type != "cpu":
         raise RuntimeError(f"the C++ kernels are for CPUs, not for {device_type}")
-    from . import native
+    from .cpp import native
 
     native.check_structures()
     return native.NativeEngine()
@@ -109,7 +111,7 @@ def _triton(device_type: str) -> Engine:
 
         if device_type != "cuda" and not triton.knobs.runtime.interpret:
             raise RuntimeError(f"Triton has no {device_type} backend here")
-        from .triton_windows import TritonEngine
+        from .triton.engine import TritonEngine
     except (ImportError, AttributeError) as error:  # no Triton, or one without knobs
         raise RuntimeError(f"Triton cannot be used ({error})") from error
     return TritonEngine()

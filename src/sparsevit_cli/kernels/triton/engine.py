@@ -21,12 +21,11 @@ import torch
 import triton
 from torch import Tensor
 
+from sparsevit_cli.kernels.fallback import LimitedEngine
+from sparsevit_cli.kernels.weights import Affine, BlockWeights, Norm, Weights
 from sparsevit_cli.windows import Importance, Kept
 
-from . import triton_code as code
-from . import triton_tuning
-from .fallback import LimitedEngine
-from .weights import Affine, BlockWeights, Norm, Weights
+from . import code, tuning
 
 MAX_FUSED_BYTES = 512
 """Widest rows of a map that one program holds whole, with tiles of both weights, in 99 KB of shared memory: 256
@@ -45,7 +44,7 @@ class TritonEngine(LimitedEngine):
 
     def version(self) -> str:
         """Of Triton, on which the compiled code depends, and whether launches are tuned."""
-        return f"{triton.__version__}{', tuned' if triton_tuning.is_on() else ''}"
+        return f"{triton.__version__}{', tuned' if tuning.is_on() else ''}"
 
     def takes(self, x: Tensor, weights: Weights | None) -> bool:
         return weights is None or (isinstance(weights, BlockWeights) and supports(weights))
@@ -176,7 +175,7 @@ def _project(
         "project_kernel", grid, settings | {"num_warps": 4, "num_stages": 3},
         x, kept.rows, _or(norm and norm.weight, x), _or(norm and norm.bias, x), weight, _or(bias, x),
         _or(residual, x), out, _or(statistics, x), _or(kept.true_count, x), len(kept.rows),
-        triton_tuning.size_class(len(kept.rows)), in_features, out_features, norm.eps if norm else 0.0,
+        tuning.size_class(len(kept.rows)), in_features, out_features, norm.eps if norm else 0.0,
         PADDED=kept.true_count is not None, GATHER=gather, NORM=norm is not None, STATISTICS=statistics is not None,
         BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None, GATHER_RESIDUAL=gather_residual,
         SCATTER=into is not None, PRECISION=_precision(x),
@@ -220,7 +219,7 @@ def _attend(
     _launch(
         "attention_kernel", grid, settings,
         qkv, _or(kept.places, qkv), _or(block.qkv.bias, qkv), bias.contiguous(), _or(bias_class, qkv),
-        _or(block.cosine_scale, qkv), out, block.scale, triton_tuning.size_class(count), area, block.num_heads,
+        _or(block.cosine_scale, qkv), out, block.scale, tuning.size_class(count), area, block.num_heads,
         head_dim, PADDED=kept.places is not None, QKV_BIAS=block.qkv.bias is not None,
         HAS_CLASS=bias_class is not None, COSINE=block.cosine_scale is not None, PRECISION=_precision(qkv),
         BLOCK_D=_power(head_dim),
@@ -264,7 +263,7 @@ def _mlp_(tokens: Tensor, x: Tensor, block: BlockWeights, kept: _Rows) -> None:
         "mlp_kernel", grid, settings | {"num_warps": 8 if block_c > 128 else 4, "num_stages": 2},
         x, kept.rows, block.norm2.weight, block.norm2.bias, block.fc1.weight, _or(block.fc1.bias, x),
         block.fc2.weight, _or(block.fc2.bias, x), tokens, _or(kept.true_count, x), count,
-        triton_tuning.size_class(count), channels, hidden, block.norm2.eps, PADDED=kept.true_count is not None,
+        tuning.size_class(count), channels, hidden, block.norm2.eps, PADDED=kept.true_count is not None,
         BIAS1=block.fc1.bias is not None, BIAS2=block.fc2.bias is not None, PRECISION=_precision(x), BLOCK_C=block_c,
     )  # fmt: skip
 
@@ -278,7 +277,7 @@ def _launch(
     **compiled_in: object,
 ) -> None:
     """Launch a kernel with `settings`, or with those measured to be best where that was asked for."""
-    if triton_tuning.is_on():
+    if tuning.is_on():
         _tuned(name, x.device)[grid](x, *arguments, **compiled_in)
     else:
         getattr(code, name)[grid](x, *arguments, **compiled_in, **settings)
@@ -287,7 +286,7 @@ def _launch(
 @lru_cache
 def _tuned(name: str, device: torch.device) -> Any:
     """Of each GPU its own: another one wants other settings."""
-    return triton_tuning.tuned(getattr(code, name), triton_tuning.TUNABLE[name])
+    return tuning.tuned(getattr(code, name), tuning.TUNABLE[name])
 
 
 def _power(size: int, most: int | None = None) -> int:

@@ -1,6 +1,6 @@
 """The native engine: blocks, patch merging, patch embedding and scores in C++, on a CPU.
 
-`cpp/` has the code; here its structures are filled. Some tokens stay in the CPU's cache for all steps of a block.
+The `.hpp` files beside this one hold the C++. This module fills their structures and calls them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsevit_cli.kernels.fallback import LimitedEngine
+from sparsevit_cli.kernels.weights import Affine, BlockWeights, EmbeddingWeights, MergingWeights, Norm, Weights
 from sparsevit_cli.windows import Importance, Kept
 
 from .compiled import load, version
-from .fallback import LimitedEngine
-from .weights import Affine, BlockWeights, EmbeddingWeights, MergingWeights, Norm, Weights
 
 MAX_HEAD = 32
 MIN_PATCH = 32
@@ -25,23 +25,23 @@ LINE = 64
 """Bytes of a cache line."""
 
 _NONE, _ROWS, _RESULTS = range(3)
-"""`NormOf` of cpp/projection.hpp."""
+"""`NormOf` of projection.hpp."""
 
 
 class _Norm(ctypes.Structure):
-    """`Norm` of cpp/layers.hpp."""
+    """`Norm` of layers.hpp."""
 
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_float))
 
 
 class _Affine(ctypes.Structure):
-    """`Affine` of cpp/layers.hpp."""
+    """`Affine` of layers.hpp."""
 
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
 
 
 class _Block(ctypes.Structure):
-    """`Block` of cpp/block.hpp."""
+    """`Block` of block.hpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("tokens", "rows", "bias", "classes", "cosine", "workspace")),
@@ -54,7 +54,7 @@ class _Block(ctypes.Structure):
 
 
 class _Projection(ctypes.Structure):
-    """`Projection` of cpp/projection.hpp."""
+    """`Projection` of projection.hpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("results", "workspace")),
@@ -65,7 +65,7 @@ class _Projection(ctypes.Structure):
 
 
 class _Merging(ctypes.Structure):
-    """`Merging` of cpp/projection.hpp."""
+    """`Merging` of projection.hpp."""
 
     _fields_ = (
         ("tokens", ctypes.c_void_p),
@@ -75,7 +75,7 @@ class _Merging(ctypes.Structure):
 
 
 class _Embedding(ctypes.Structure):
-    """`Embedding` of cpp/projection.hpp."""
+    """`Embedding` of projection.hpp."""
 
     _fields_ = (
         ("images", ctypes.c_void_p),
@@ -85,7 +85,7 @@ class _Embedding(ctypes.Structure):
 
 
 class _Scoring(ctypes.Structure):
-    """`Scoring` of cpp/scoring.hpp."""
+    """`Scoring` of scoring.hpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
