@@ -54,7 +54,7 @@ class Kept(NamedTuple):
     rows: Tensor
     """(B, K, N) int64 in 0 ... B*H*W: the row of every token in the flattened batch. Padding is row B*H*W."""
     places: Tensor | None = None
-    """`token_places` of `rows`. None without padding, for some of the windows, and where nobody asks for them."""
+    """`token_places` of `rows`. None without padding, for some of the windows, and on a CPU, which does not use them."""
 
     def best(self, count: int) -> Kept:
         """The first `count` windows of each map."""
@@ -195,7 +195,7 @@ def rank(
 
 
 def flatten_map(x: Tensor, *, scratch_row: bool) -> Tensor:
-    """Map (B, H, W, C) as rows (B*H*W, C), with one zero row more where padding tokens need a place."""
+    """Map (B, H, W, C) as rows (B*H*W, C), with one zero row more, the place of padding tokens, if `scratch_row`."""
     tokens = x.reshape(-1, x.shape[-1])
     return torch.nn.functional.pad(tokens, (0, 0, 0, 1)) if scratch_row else tokens
 

@@ -1,7 +1,7 @@
 """How the parts of a sparse Swin are computed at inference: tensors in, tensors out, the map changed in place.
 
 README.md beside this file tells the contract, the layout, and how one kernel is tested and timed. Training, tracing and
-export go through timm's own modules; what is here must agree with them to about 1e-5.
+export go through timm's own modules; engines must agree with them to about 1e-5.
 """
 
 from .choice import KERNELS, Kernels, beside_modules, chosen, explained, running, using
@@ -10,7 +10,7 @@ from .linear import LinearOps, TorchLinear, linear_ops
 from .weights import Affine, BlockWeights, EmbeddingWeights, MergingWeights, Norm, Weights
 
 VERSION = 6
-"""Raised when what is here gets faster or slower: latencies measured before stand for something else."""
+"""Raised when an engine gets faster or slower: latency tables that were measured before are then of no use."""
 
 __all__ = [
     "KERNELS",

@@ -1,4 +1,4 @@
-"""The one place of falling back: an engine with limits computes what it takes, its portable engine the rest."""
+"""The one place of falling back: an engine with limits, and the portable engine for whatever it does not take."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class LimitedEngine(ABC):
 
     @abstractmethod
     def version(self) -> str:
-        """As `Engine.version`."""
+        """Two equal ones are the same code."""
 
     @abstractmethod
     def takes(self, x: Tensor, weights: Weights | None) -> bool:
-        """As `Engine.takes`; the methods with an underscore are called only when it says yes."""
+        """True when the methods with an underscore compute `weights` on `x`; args as in `Engine.takes`."""
 
     def leaves_out_padding(self, x: Tensor, weights: BlockWeights) -> bool:
         return self.takes(x, weights) or self.portable.leaves_out_padding(x, weights)

@@ -1,7 +1,7 @@
 """Tensors that depend on sizes and device alone, made once and kept: token indices, shift masks, all windows.
 
-What a CUDA graph reads must live as long as the graph, and what is made while a graph is traced or captured belongs to
-that graph. `windows` makes these tensors; here is who keeps them.
+Tensors that a CUDA graph reads must live as long as the graph, and tensors that are made while a graph is traced or
+captured belong to that graph. `windows` makes these tensors; this module keeps them.
 
 Sizes everywhere: `height` x `width` tokens of a map; `window_size` and `shift_size` in tokens, (rows, columns).
 """
@@ -80,12 +80,12 @@ def is_capturing(device: torch.device) -> bool:
 
 
 @contextmanager
-def held_indices(held: dict[Any, Any] | None = None) -> Iterator[dict[Any, Any]]:
-    """Inside the block, what is made once goes into a dict, which the block gets; a new one unless `held` is given.
+def held_indices() -> Iterator[dict[Any, Any]]:
+    """Inside the block, what is made once goes into a new dict, which the block gets.
 
     Whoever captures a CUDA graph keeps the dict with the graph, which reads these tensors at every replay.
     """
-    held = {} if held is None else held
+    held: dict[Any, Any] = {}
     token = _held.set(held)
     try:
         yield held

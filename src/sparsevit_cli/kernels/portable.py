@@ -112,8 +112,10 @@ def _run_(ops: LinearOps, tokens: Tensor, slots: _Slots, block: BlockWeights, bi
 
 
 def in_steps_of_8(bias: Tensor) -> Tensor:
-    """(..., N) with zeros after it up to a multiple of 8: a GPU's fused attention copies a mask whose rows start
-    elsewhere, and takes a slice of this one as it is (torch's `scaled_dot_product_attention`, memory-efficient kernel).
+    """`bias` (..., N) with zeros after each row, up to a multiple of 8 numbers.
+
+    torch's memory-efficient `scaled_dot_product_attention` on a GPU wants rows that start at such multiples. It takes a
+    slice [..., :N] of this tensor as it is, and would copy any other.
     """
     return F.pad(bias, (0, -bias.shape[-1] % 8))
 
@@ -124,13 +126,13 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
 
 
 def _with_padding(qkv: Tensor, places: Tensor, bias: Tensor | None, count: int) -> Tensor:
-    """Rows of true tokens at `places` among `count`, the qkv bias everywhere else."""
+    """(count, 3C): qkv (R, 3C) of tokens at `places` (R,), and the bias (3C,), or zeros, for padding."""
     full = qkv.new_zeros(count, qkv.shape[1]) if bias is None else bias.repeat(count, 1)
     return full.index_copy_(0, places, qkv)
 
 
 def _attention(qkv: Tensor, block: BlockWeights, bias: Tensor) -> Tensor:
-    """(M, N, 3C) to (M*N, C)."""
+    """Window attention: qkv (M, N, 3C) to (M*N, C); `bias` (1 or M, h, N, N) is added to the scores."""
     count, area, _ = qkv.shape
     q, k, v = qkv.view(count, area, 3, block.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # each M, h, N, d
     if block.cosine_scale is not None:
@@ -143,8 +145,10 @@ def _attention(qkv: Tensor, block: BlockWeights, bias: Tensor) -> Tensor:
 
 
 def _two_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Attention (M, h, N, d) as two batched products: in bfloat16 on a CPU 15 to 35 % faster than the fused one,
-    which is the faster one in float32. It keeps N x N scores, of one chunk of windows.
+    """Attention as two batched products: q, k, v (M, h, N, d) to (M, h, N, d).
+
+    In bfloat16 on a CPU it is 15 to 35 % faster than fused attention, in float32 slower. It keeps N x N scores of the
+    windows of one chunk.
     """
     count, heads, area, _ = q.shape
     bias = bias.expand(count, heads, area, area).flatten(0, 1)

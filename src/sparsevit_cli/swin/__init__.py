@@ -57,7 +57,7 @@ def sparsify_(
     A second call changes `importance` and `kernels` only. Parameters, buffers and state-dict keys stay timm's.
     `kernels` says what runs at inference: `portable` (any device), `native` (C++ on a CPU, compiled at first use) or
     `triton` (a GPU), which fall back with a warning; `auto` is native on x86-64 with AVX2 and a compiler.
-    Raises ConfigError where `model` holds no timm Swin stage, a subclass of one, or for an unknown name.
+    Raises ConfigError when `model` holds no timm Swin stage, a subclass of one, or for an unknown name.
     """
     if kernels not in KERNELS:
         raise ConfigError("kernels", f"{kernels!r}; allowed are {', '.join(KERNELS)}", "Take auto if in doubt.")
@@ -86,7 +86,7 @@ def sparsify_(
 
 
 def sparse_stages(model: nn.Module) -> list[SparseStage]:
-    """The sparse stages in order. Raises ConfigError where there are none."""
+    """The sparse stages in order. Raises ConfigError when there are none."""
     stages = [module for module in model.modules() if isinstance(module, SparseStage)]
     if not stages:
         raise ConfigError("model", f"{type(model).__name__} is not sparse", "Call sparsify_(model) first.")
@@ -94,7 +94,7 @@ def sparse_stages(model: nn.Module) -> list[SparseStage]:
 
 
 def model_depths(model: nn.Module) -> tuple[int, ...]:
-    """Blocks per stage of a dense or sparse model. Raises ConfigError where there is no timm Swin stage."""
+    """Blocks per stage of a dense or sparse model. Raises ConfigError when there is no timm Swin stage."""
     depths = tuple(len(module.blocks) for module in model.modules() if isinstance(module, STAGES))
     if not depths:
         raise ConfigError("model", f"{type(model).__name__} contains no timm Swin stage", "Give a timm `swin_*`.")
@@ -118,5 +118,5 @@ def set_sparsity(model: nn.Module, ratios: Ratios, *, exact: bool = True) -> Non
 
 
 def get_sparsity(model: nn.Module) -> SparsityConfig:
-    """The sparsity configuration that `model` runs at. Raises ConfigError where it is not sparse."""
+    """The sparsity configuration that `model` runs at. Raises ConfigError when it is not sparse."""
     return SparsityConfig(tuple(stage.sparsity_tenths for stage in sparse_stages(model)))

@@ -35,7 +35,7 @@ class SparseStage(nn.Module):
     """True when the whole model is dense: then the stage must give timm's numbers to the bit, and runs timm's code."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C) to (B, H', W', C'), sparse where `sparsity_tenths` says so."""
+        """Map (B, H, W, C) to (B, H', W', C'); block pairs with `sparsity_tenths` above 0 are sparse."""
         if self.as_timm and not any(self.sparsity_tenths):
             return super().forward(x)  # type: ignore[no-any-return]
         return self._sparse(x)

@@ -35,7 +35,7 @@ UNMEASURED = "the C++ kernels were measured on x86-64 CPUs with AVX2 alone"
 SECONDS = 300
 """A compiler that takes longer hangs."""
 SECONDS_TO_ANSWER = 30
-"""One that takes longer to tell what it knows of itself, too; and a library that takes longer to load."""
+"""A compiler that takes longer to list its macros hangs too, and so does a library that takes longer to load."""
 FUNCTIONS = ("block_workspace", "projection_workspace", "run_block", "run_merging", "run_embedding", "run_scoring",
              "lanes", "has_bfloat", "sizes")  # fmt: skip
 TRIAL = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).lanes()"
@@ -72,7 +72,7 @@ def version() -> str:
 
 @lru_cache
 def load() -> Any:
-    """The compiled library. Raises RuntimeError with the reason where there is none."""
+    """The compiled library. Raises RuntimeError with the reason when there is none."""
     if sys.platform != "linux":
         raise RuntimeError(f"the C++ kernels are for Linux, not {sys.platform}")
     compiler = _compiler()
@@ -186,7 +186,7 @@ def _key(compiler: str) -> str:
 def _said_by(*command: str, seconds: float, scratch: str | None = None) -> bytes:
     """What a command printed; its temporary files lie in `scratch`.
 
-    Raises OSError, or SubprocessError where it fails or takes longer; then nothing that it started goes on.
+    Raises OSError, or SubprocessError when it fails or takes longer; then all that it started is ended.
     """
     environment = {**os.environ, "TMPDIR": scratch} if scratch else None
     with subprocess.Popen(

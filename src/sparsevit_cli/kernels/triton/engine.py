@@ -1,11 +1,12 @@
 """The Triton engine: kernels for a Swin block on some of its windows, and for scoring and ranking them.
 
 A block that normalises first (V1) takes four launches: gather, norm and qkv; window attention; projection and residual;
-norm, MLP, residual and scatter. Where rows are wide it takes seven: the statistics of each norm come first, and the
-MLP takes two. One that normalises after (V2, V2-CR) takes seven: gather and qkv; window attention of cosines;
-projection; norm and residual; the MLP in two; norm, residual and scatter. On a padded map one or two more come first,
-which find the tokens among the slots of the windows: nothing is computed for padding. Imported only where Triton is
-there; with TRITON_INTERPRET=1 set beforehand, everything runs on a CPU, slowly.
+norm, MLP, residual and scatter. With wide rows it takes seven: the statistics of each norm come first, and the MLP
+takes two. A block that normalises after (V2, V2-CR) takes seven: gather and qkv; window attention of cosines;
+projection; norm and residual; the MLP in two; norm, residual and scatter. On a padded map one or two launches come
+first, which find the tokens among the slots of the windows: nothing is computed for padding.
+
+Imported only when Triton can be. With TRITON_INTERPRET=1 set beforehand, all of it runs on a CPU, slowly.
 
 Shapes: R = M*N slots of M kept windows of N tokens, C channels, h heads of D, T rows of all maps; a row T is padding.
 """
@@ -28,8 +29,9 @@ from sparsevit_cli.windows import Importance, Kept
 from . import code, tuning
 
 MAX_FUSED_BYTES = 512
-"""Widest rows of a map that one program holds whole, with tiles of both weights, in 99 KB of shared memory: 256
-channels of 16 bits, 128 of 32 bits.
+"""Bytes of the widest rows that one program holds whole, with tiles of both weights, in 99 KB of shared memory.
+
+That is 256 channels of 16 bits, or 128 of 32 bits.
 """
 
 BLOCK_SLOTS = 4096
@@ -118,11 +120,11 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 class _Rows(NamedTuple):
-    """The rows of the map that a block computes, and which of them each token of a window is.
+    """The rows of the map that a block computes: `rows` (R,) int64.
 
-    rows (R,). With padding only the first `true_count` (1,) of them are true, the other ones are undefined, and
-    `places` (R,) says where among them each token of each window stands, -1 for padding; without, they stand as they
-    are.
+    With padding only the first `true_count` (1,) int32 of them are rows of tokens, and the others are undefined.
+    `places` (R,) int32 is then the place of each slot of each window among them, -1 for padding. Without padding both
+    are None, and slot r is row r.
     """
 
     rows: Tensor
@@ -131,9 +133,10 @@ class _Rows(NamedTuple):
 
 
 def _true_slots(rows: Tensor, num_tokens: int) -> _Rows:
-    """`rows` (R,) without those of padding, which are `num_tokens`: without waiting for how many there are.
+    """`rows` (R,) int64 without those of padding, which are `num_tokens`. The host does not wait for their number.
 
-    Two launches, one where all fit a single program. No program waits for another, so the order is always the same.
+    It takes two launches, or one when a single program takes all slots. No program waits for another, so the order is
+    always the same.
     """
     programs = triton.cdiv(len(rows), BLOCK_SLOTS)
     counts, places = rows.new_empty(programs, dtype=torch.int32), torch.empty_like(rows, dtype=torch.int32)
@@ -159,8 +162,18 @@ def _project(
     gather_residual: bool = False,
     into: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer on (gathered, normalised) rows of `x`, then GELU and (gathered) residual: (R, out), or `into` a
-    map.
+    """`project_kernel`: residual + gelu(norm(x) @ weight.T + bias) of `kept` rows, (R, out).
+
+    Args:
+        x: (T, in) with `gather`, otherwise (R, in).
+        layer: weight (out, in), and bias (out,) or None.
+        kept: the rows.
+        gather: take rows of a map.
+        norm: of the rows, weight and bias (in,); None for none.
+        gelu: after the layer.
+        residual: (T, out) with `gather_residual`, otherwise (R, out); None for none.
+        gather_residual: take rows of a map.
+        into: a map (T, out), whose rows are written and which is returned; None for a new tensor (R, out).
     """
     weight, bias = layer
     out_features, in_features = weight.shape
@@ -185,7 +198,10 @@ def _project(
 
 
 def _statistics(x: Tensor, norm: Norm, kept: _Rows, *, gather: bool) -> Tensor:
-    """Mean of each (gathered) row of `x` and what its deviation is divided by: (R, 2) float32."""
+    """`statistics_kernel`: mean and 1 / deviation of rows of `x`, (R, 2) float32.
+
+    `x` is (T, C) with `gather`, otherwise (R, C).
+    """
     count, channels = len(kept.rows), x.shape[1]
     out = x.new_empty(count, 2, dtype=torch.float32)
     block_c = _power(channels)
@@ -198,14 +214,18 @@ def _statistics(x: Tensor, norm: Norm, kept: _Rows, *, gather: bool) -> Tensor:
 
 
 def _is_held_whole(x: Tensor) -> bool:
-    """True where one program can hold rows as wide as those of `x`, and so norm them without another launch."""
+    """True when one program can hold rows as wide as those of `x`: then it norms them without another launch."""
     return _power(x.shape[1]) * x.element_size() <= MAX_FUSED_BYTES
 
 
 def _attend(
     qkv: Tensor, block: BlockWeights, bias: Tensor, bias_class: Tensor | None, kept: _Rows, area: int
 ) -> Tensor:
-    """(R, 3C) to (R, C); `bias` (classes, h, N, N), `bias_class` (M,) or None for the first of all."""
+    """`attention_kernel`: qkv (R, 3C) to (R, C), one row per token in the order of `kept`.
+
+    `bias` (classes, h, N, N) is added to the scores; `bias_class` (M,) is the class of each window, None for the first.
+    `area` is N.
+    """
     count, channels = len(qkv) // area, qkv.shape[1] // 3
     head_dim = channels // block.num_heads
     out = qkv.new_empty(len(qkv), channels)
@@ -236,7 +256,10 @@ def _norm_add(
     gather_residual: bool = False,
     into: Tensor | None = None,
 ) -> Tensor:
-    """Rows of `x` (R, C) normalised, plus (gathered) residual: (R, C), or `into` a map."""
+    """`norm_add_kernel`: residual + norm(x), for x (R, C): (R, C), or `into` a map (T, C), which is returned.
+
+    `residual` is (T, C) with `gather_residual`, otherwise (R, C).
+    """
     count, channels = x.shape
     out = torch.empty_like(x) if into is None else into
     block_c = _power(channels)
@@ -250,7 +273,7 @@ def _norm_add(
 
 
 def _mlp_(tokens: Tensor, x: Tensor, block: BlockWeights, kept: _Rows) -> None:
-    """x (R, C) through norm2, MLP and residual, into `tokens`."""
+    """`mlp_kernel`: x + mlp(norm2(x)) for x (R, C), into rows of `tokens` (T, C)."""
     count, channels = x.shape
     hidden = block.fc1.weight.shape[0]
     block_c = _power(channels)
@@ -276,7 +299,7 @@ def _launch(
     *arguments: object,
     **compiled_in: object,
 ) -> None:
-    """Launch a kernel with `settings`, or with those measured to be best where that was asked for."""
+    """Launch the kernel `name` with `settings`, or with those measured to be best when launches are tuned."""
     if tuning.is_on():
         _tuned(name, x.device)[grid](x, *arguments, **compiled_in)
     else:
@@ -285,21 +308,21 @@ def _launch(
 
 @lru_cache
 def _tuned(name: str, device: torch.device) -> Any:
-    """Of each GPU its own: another one wants other settings."""
+    """The kernel `name` with its candidates; one for each GPU, since another one wants other settings."""
     return tuning.tuned(getattr(code, name), tuning.TUNABLE[name])
 
 
 def _power(size: int, most: int | None = None) -> int:
-    """The power of two that holds `size`, at least 16 (what a matrix product takes), at most `most`."""
+    """The power of two that holds `size`, at least 16 (the least that a matrix product takes), at most `most`."""
     power: int = max(16, triton.next_power_of_2(size))
     return power if most is None else min(power, most)
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer is needed where nothing is read, too."""
+    """`tensor`, or `other` in its place: Triton needs a pointer even when the kernel reads nothing."""
     return other if tensor is None else tensor
 
 
 def _precision(x: Tensor) -> str:
-    """As torch multiplies float32: exactly, unless TF32 was allowed."""
+    """PRECISION of a kernel, as torch multiplies float32: exactly, unless TF32 was allowed."""
     return "tf32" if x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
