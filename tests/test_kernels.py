@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import re
+import runpy
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernel_cases
+from sparsevit_cli import kernels as kernels_module
 from sparsevit_cli import windows
-from sparsevit_cli.kernels import Affine, Kernels, TorchLinear, held, linear_ops, portable
+from sparsevit_cli.kernels import Affine, EngineAround, Kernels, Moves, TorchLinear, held, linear_ops, portable
 from sparsevit_cli.kernels.cpp.native import NativeEngine
 from sparsevit_cli.models import supported_models
 from sparsevit_cli.profiling.macs import analytic_macs
+from sparsevit_cli.profiling.stages import time_stages
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import bias, remembered_tensors, set_sparsity, sparse_stages, sparsify_, without_kernels
 from sparsevit_cli.windows import shift_mask
@@ -177,6 +183,49 @@ def test_masks_of_a_gpu_start_their_rows_where_no_kernel_copies_them(area: int) 
     chosen = portable.in_steps_of_8(bias).index_select(0, torch.tensor([3, 0, 0]))[..., :area]
     assert torch.equal(chosen, bias[[3, 0, 0]])
     assert all(stride % 8 == 0 for stride in chosen.stride()[:-1])
+
+
+@pytest.mark.parametrize(("kernels", "moves"), [("portable", 2 * 2), ("native", 0)])
+def test_gather_and_scatter_are_timed_apart_unless_a_kernel_does_them(kernels: Kernels, moves: int) -> None:
+    """A clock that ticks when it is read: a move costs a millisecond, and so does all between two of them."""
+    if not kernels_module.running(kernels, torch.device("cpu")).startswith(kernels):
+        pytest.skip("no C++ compiler")
+    model, ticks = swin(img_size=224, kernels=kernels), itertools.count(0, 10**6)
+    set_sparsity(model, [[0.5], [0], [0, 0], [0]])
+    times = time_stages(model, torch.randn(1, 3, 224, 224), passes=2, clock=ticks.__next__)
+    (row,) = [row for row in times.rows if row.name == "stage 0"]
+    rows_of_both_partitions = 2 * (kernels == "portable")
+    assert row.moves_ms == moves + rows_of_both_partitions
+    assert kernels_module.beside_modules() is portable.PORTABLE, "nothing is left of it"
+
+
+def test_what_an_engine_does_not_take_runs_portable_with_the_moves_of_its_wrapper() -> None:
+    class Noted(Moves):
+        def gather_rows(self, tokens: Tensor, rows: Tensor) -> Tensor:
+            seen.append(len(rows))
+            return super().gather_rows(tokens, rows)
+
+    seen, device = list[int](), torch.device("cpu")
+    tokens, rows, bias, bias_class = kernel_cases.case(40, 2, 7, (14, 14))  # of widths that no C++ takes
+    weights, expected = kernel_cases.block(40, 2), tokens.clone()
+    portable.run_windows_(expected, rows, weights, bias, bias_class, padded=False)
+    with kernels_module.using(lambda inner: EngineAround(inner.with_moves(Noted())).with_moves(Noted())):
+        engine = kernels_module.chosen("native", device)
+    if engine.name != "native":
+        pytest.skip("no C++ compiler")
+    assert not engine.takes(tokens, weights)
+    assert engine.leaves_out_padding(tokens, weights)
+    engine.run_windows_(tokens, rows, weights, bias, bias_class, padded=False)
+    assert torch.equal(tokens, expected)
+    assert sum(seen) == rows.numel()
+
+
+@pytest.mark.parametrize("part", ["run_windows_", "merge_patches", "embed_patches", "score_and_rank"])
+def test_one_kernel_can_be_timed(part: str) -> None:
+    script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "time_kernel.py"))
+    small = ["--channels", "32", "--size", "9", "14", "--seconds", "0.001", "--device", "cpu"]
+    assert re.fullmatch(rf"{part}: portable .* ms, portable .* ms, .*x; largest difference 0.0e\+00",
+                        script["main"](["portable", part, *small]))  # fmt: skip
 
 
 @pytest.mark.parametrize("chunk", [1, 60, 10**9])

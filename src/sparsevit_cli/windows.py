@@ -54,7 +54,7 @@ class Kept(NamedTuple):
     rows: Tensor
     """(B, K, N) int64 in 0 ... B*H*W: the row of every token in the flattened batch. Padding is row B*H*W."""
     places: Tensor | None = None
-    """`token_places` of `rows`. None without padding, for some of the windows, and on a CPU, which does not use them."""
+    """`token_places` of `rows`. None without padding, for some of the windows, and on a CPU, which needs none."""
 
     def best(self, count: int) -> Kept:
         """The first `count` windows of each map."""
