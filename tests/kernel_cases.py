@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from sparsevit_cli import windows
-from sparsevit_cli.kernels import Affine, BlockWeights, Norm, RunWindows, windowed
+from sparsevit_cli.kernels import Affine, BlockWeights, Norm
+from sparsevit_cli.kernels.portable import run_windows_ as portable_run_windows_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where tensors are made; read at every call, so that a test may set it."""
@@ -15,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def block(
     channels: int, heads: int, ratio: int = 4, *, with_bias: bool = True, norm_first: bool = True
 ) -> BlockWeights:
-    """Of V1, or with cosine attention and norms after attention and MLP of V2."""
+    """As in V1; without `norm_first` as in V2: cosine attention, and norms after attention and MLP."""
 
     def affine(inner: int, outer: int, bias: bool = True) -> Affine:
         return Affine(random(outer, inner) / inner**0.5, random(outer) if bias else None)
@@ -53,7 +56,7 @@ def case(
 
 
 def assert_equal_to_portable(
-    run_windows_: RunWindows,
+    run_windows_: Callable[..., None],
     tokens: Tensor,
     rows: Tensor,
     weights: BlockWeights,
@@ -64,7 +67,7 @@ def assert_equal_to_portable(
     """Within `tolerance` of the largest value; skipped tokens to the bit."""
     padded = bool((rows == len(tokens)).any())
     expected, found = tokens.clone(), tokens.clone()
-    windowed.run_windows_(expected, rows, weights, bias, bias_class, padded=padded)
+    portable_run_windows_(expected, rows, weights, bias, bias_class, padded=padded)
     run_windows_(found, rows, weights, bias, bias_class, padded=padded)
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
     skipped = torch.ones(len(tokens) + 1, dtype=torch.bool, device=tokens.device)

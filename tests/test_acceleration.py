@@ -11,9 +11,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sparsevit_cli import acceleration, windows
+from sparsevit_cli import acceleration
 from sparsevit_cli.acceleration import Recording, accelerate_
 from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.kernels import held
 from sparsevit_cli.swin import blocks, held_biases, is_unwatched, set_sparsity, sparsify_
 
 
@@ -83,7 +84,7 @@ def test_ratios_and_moved_weights_are_recorded_anew(recorded: list[tuple[int, ..
 def test_a_changed_position_bias_is_recorded_anew(
     recorded: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(windows, "is_asynchronous", lambda device: True)
+    monkeypatch.setattr(held, "is_asynchronous", lambda device: True)
     model, x = small_swin(), torch.randn(2, 3, 56, 56)
     table = model.layers[0].blocks[0].attn.relative_position_bias_table
 
@@ -159,13 +160,13 @@ def test_somebody_elses_forward_is_refused() -> None:
 
 def test_held_indices_outlive_the_common_memory() -> None:
     partition = (14, 14, (7, 7), (3, 3), torch.device("cpu"))
-    with windows.held_indices() as held:
-        index = windows.token_index_of(*partition)
-        assert windows.token_index_of(*partition) is index
-        windows.shift_mask_of(*partition)
-    assert len(held) == 2
-    assert windows.token_index_of(*partition) is not index
-    assert torch.equal(windows.token_index_of(*partition), index)
+    with held.held_indices() as kept:
+        index = held.token_index_of(*partition)
+        assert held.token_index_of(*partition) is index
+        held.shift_mask_of(*partition)
+    assert len(kept) == 2
+    assert held.token_index_of(*partition) is not index
+    assert torch.equal(held.token_index_of(*partition), index)
 
 
 @pytest.mark.gpu
@@ -191,11 +192,11 @@ def test_a_graph_equals_the_model(kernels: str, size: int, ratio: float) -> None
     model = sparsify_(small_swin("cuda"), kernels=kernels)  # type: ignore[arg-type]
     model.set_input_size((size, size), window_size=7)
     set_sparsity(model, ratio, exact=False)
-    plain, inputs = copy.deepcopy(model), torch.randn(3, 2, 3, size, size, device="cuda")
+    unaccelerated, inputs = copy.deepcopy(model), torch.randn(3, 2, 3, size, size, device="cuda")
     with torch.inference_mode():
         accelerate_(model, inputs[0])
         for x in inputs:
-            torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
-            for either in (model, plain):  # the position bias too counts at once
+            torch.testing.assert_close(model(x), unaccelerated(x), atol=1e-5, rtol=1e-5)
+            for either in (model, unaccelerated):  # the position bias too counts at once
                 for parameter in either.parameters():
                     parameter.mul_(1.1)

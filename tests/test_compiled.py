@@ -21,9 +21,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel_cases import block
 from sparsevit_cli.cli import _library_talk
-from sparsevit_cli.kernels import cache, choice, compiled, native, windowed
+from sparsevit_cli.kernels import cache, choice, fallback
+from sparsevit_cli.kernels.cpp import compiled, native
+from sparsevit_cli.kernels.portable import PORTABLE
 from sparsevit_cli.reporting import SilentReporter
 
 CPU = torch.device("cpu")
@@ -97,7 +98,7 @@ class Place:
         return path
 
 
-MEMORIES: tuple[Any, ...] = (choice._engine, choice._warn_once, compiled.load, compiled._key)
+MEMORIES: tuple[Any, ...] = (choice._engine, fallback.warn_once, compiled.load, compiled._key)
 
 
 @pytest.fixture
@@ -462,9 +463,8 @@ def test_without_a_compiler_the_portable_ones_run(
 
 
 def assert_portable_with_one_warning(reason: str, caplog: pytest.LogCaptureFixture) -> None:
-    weights = block(32, 1)
     for kernels in ("auto", "native", "auto"):
-        assert choice.chosen(kernels, weights, CPU) is windowed.run_windows_
+        assert choice.chosen(kernels, CPU) is PORTABLE
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert re.search(f"{reason}.*the portable kernels run instead", warning), warning
     assert "\n" not in warning
@@ -489,8 +489,29 @@ def test_other_structures_are_refused(place: Place, monkeypatch: pytest.MonkeyPa
 
 def test_nothing_is_compiled_for_cpus_that_were_not_measured(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled.platform, "machine", lambda: "aarch64")
-    assert choice.chosen("auto", block(32, 1), CPU) is windowed.run_windows_
+    assert choice.chosen("auto", CPU) is PORTABLE
+    assert choice.explained("auto", CPU) == f"portable ({compiled.UNMEASURED})"
     assert place.compilations == 0
+
+
+@pytest.mark.parametrize(("flags", "is_left_alone"), [("fpu avx avx512_2", True), ("fpu avx2 fma", False)])
+def test_nothing_is_compiled_for_cpus_without_avx2(
+    flags: str, is_left_alone: bool, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "CPUINFO", place.home / "cpuinfo")
+    assert compiled.may_be_measured(), "where Linux tells nothing, the compiler does"
+    compiled.CPUINFO.write_text(f"processor\t: 0\nvmx flags\t: avx2\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
+    assert (choice.chosen("auto", CPU) is PORTABLE) == is_left_alone
+    assert place.compilations == (not is_left_alone)
+    if is_left_alone:
+        assert choice.chosen("native", CPU).name == "native", "asked for by name, they are compiled all the same"
+
+
+def test_another_c_library_is_another_library(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = compiled.version()
+    compiled._key.cache_clear()
+    monkeypatch.setattr(compiled.platform, "libc_ver", lambda: ("glibc", "2.0"))
+    assert compiled.version() != before
 
 
 def test_what_torch_and_triton_compile_is_private(
@@ -524,7 +545,7 @@ def test_a_command_says_that_it_compiles_and_what_it_cannot_do(place: Place) -> 
             memory.cache_clear()
         place.library.unlink()
         assert not runs_native()
-        assert choice.chosen("native", block(32, 1), CPU) is windowed.run_windows_
+        assert choice.chosen("native", CPU) is PORTABLE
     assert [message.partition(" (")[0] for message in said] == ["compiling the C++ kernels for this CPU"] * 2
     assert len(reporter.warnings) == 1
     assert logging.getLogger("sparsevit_cli").propagate

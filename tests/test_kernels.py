@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import re
+import runpy
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,16 +24,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernel_cases
+from sparsevit_cli import kernels as kernels_module
 from sparsevit_cli import windows
-from sparsevit_cli.kernels import Affine, Kernels, TorchLinear, linear_ops, native, windowed
+from sparsevit_cli.kernels import Affine, EngineAround, Kernels, Moves, TorchLinear, held, linear_ops, portable
+from sparsevit_cli.kernels.cpp.native import NativeEngine
 from sparsevit_cli.models import supported_models
 from sparsevit_cli.profiling.macs import analytic_macs
+from sparsevit_cli.profiling.stages import time_stages
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import bias, remembered_tensors, set_sparsity, sparse_stages, sparsify_, without_kernels
 from sparsevit_cli.windows import shift_mask
 
 TOLERANCE = 1e-5
-IS_ASYNCHRONOUS = (windows, "is_asynchronous", lambda device: True)
+IS_ASYNCHRONOUS = (held, "is_asynchronous", lambda device: True)
 """For monkeypatch.setattr: the CPU is treated as a device that the host must not wait for."""
 OF_EACH = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224")
 
@@ -140,7 +147,7 @@ def test_padding_that_is_masked_equals_padding_that_is_left_out(
     def masked(*args: Any, **kwargs: Any) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(*IS_ASYNCHRONOUS)
-            windowed.run_windows_(*args, **kwargs)
+            portable.run_windows_(*args, **kwargs)
 
     tokens, rows, bias, bias_class = kernel_cases.case(16, 2, 7, size, batch=batch, shifted=shifted)
     for with_bias in (True, False):
@@ -152,10 +159,10 @@ def test_padding_that_is_masked_equals_padding_that_is_left_out(
 def test_of_all_windows_true_tokens_alone_are_computed(norm_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(*IS_ASYNCHRONOUS)
-        every = windows.all_windows(9, 20, (7, 7), (3, 3), 2, torch.device("cpu"))
+        every = held.all_windows(9, 20, (7, 7), (3, 3), 2, torch.device("cpu"))
     tokens, rows, bias = torch.randn(2 * 9 * 20, 16), every.rows.flatten(0, 1), torch.randn(1, 2, 49, 49)
     weights, expected = kernel_cases.block(16, 2, norm_first=norm_first), tokens.clone()
-    windowed.run_windows_(expected, rows, weights, bias, None, padded=True)
+    portable.run_windows_(expected, rows, weights, bias, None, padded=True)
     computed = []
 
     class Counted(TorchLinear):
@@ -164,8 +171,8 @@ def test_of_all_windows_true_tokens_alone_are_computed(norm_first: bool, monkeyp
             return super().linear(x, layer)
 
     monkeypatch.setattr(*IS_ASYNCHRONOUS)
-    monkeypatch.setattr(windowed, "linear_ops", lambda x: Counted())
-    windowed.run_windows_(tokens, rows, weights, bias, None, padded=every.places)
+    monkeypatch.setattr(portable, "linear_ops", lambda x: Counted())
+    portable.run_windows_(tokens, rows, weights, bias, None, padded=True, places=every.places)
     assert computed == [len(tokens)] * 4
     assert (tokens - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
@@ -173,9 +180,52 @@ def test_of_all_windows_true_tokens_alone_are_computed(norm_first: bool, monkeyp
 @pytest.mark.parametrize("area", [49, 64, 144])
 def test_masks_of_a_gpu_start_their_rows_where_no_kernel_copies_them(area: int) -> None:
     bias = torch.randn(4, 3, area, area)
-    chosen = windowed.in_steps_of_8(bias).index_select(0, torch.tensor([3, 0, 0]))[..., :area]
+    chosen = portable.in_steps_of_8(bias).index_select(0, torch.tensor([3, 0, 0]))[..., :area]
     assert torch.equal(chosen, bias[[3, 0, 0]])
     assert all(stride % 8 == 0 for stride in chosen.stride()[:-1])
+
+
+@pytest.mark.parametrize(("kernels", "moves"), [("portable", 2 * 2), ("native", 0)])
+def test_gather_and_scatter_are_timed_apart_unless_a_kernel_does_them(kernels: Kernels, moves: int) -> None:
+    """A clock that ticks when it is read: a move costs a millisecond, and so does all between two of them."""
+    if not kernels_module.running(kernels, torch.device("cpu")).startswith(kernels):
+        pytest.skip("no C++ compiler")
+    model, ticks = swin(img_size=224, kernels=kernels), itertools.count(0, 10**6)
+    set_sparsity(model, [[0.5], [0], [0, 0], [0]])
+    times = time_stages(model, torch.randn(1, 3, 224, 224), passes=2, clock=ticks.__next__)
+    (row,) = [row for row in times.rows if row.name == "stage 0"]
+    rows_of_both_partitions = 2 * (kernels == "portable")
+    assert row.moves_ms == moves + rows_of_both_partitions
+    assert kernels_module.beside_modules() is portable.PORTABLE, "nothing is left of it"
+
+
+def test_what_an_engine_does_not_take_runs_portable_with_the_moves_of_its_wrapper() -> None:
+    class Noted(Moves):
+        def gather_rows(self, tokens: Tensor, rows: Tensor) -> Tensor:
+            seen.append(len(rows))
+            return super().gather_rows(tokens, rows)
+
+    seen, device = list[int](), torch.device("cpu")
+    tokens, rows, bias, bias_class = kernel_cases.case(40, 2, 7, (14, 14))  # of widths that no C++ takes
+    weights, expected = kernel_cases.block(40, 2), tokens.clone()
+    portable.run_windows_(expected, rows, weights, bias, bias_class, padded=False)
+    with kernels_module.using(lambda inner: EngineAround(inner.with_moves(Noted())).with_moves(Noted())):
+        engine = kernels_module.chosen("native", device)
+    if engine.name != "native":
+        pytest.skip("no C++ compiler")
+    assert not engine.takes(tokens, weights)
+    assert engine.leaves_out_padding(tokens, weights)
+    engine.run_windows_(tokens, rows, weights, bias, bias_class, padded=False)
+    assert torch.equal(tokens, expected)
+    assert sum(seen) == rows.numel()
+
+
+@pytest.mark.parametrize("part", ["run_windows_", "merge_patches", "embed_patches", "score_and_rank"])
+def test_one_kernel_can_be_timed(part: str) -> None:
+    script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "time_kernel.py"))
+    small = ["--channels", "32", "--size", "9", "14", "--seconds", "0.001", "--device", "cpu"]
+    assert re.fullmatch(rf"{part}: portable .* ms, portable .* ms, .*x; largest difference 0.0e\+00",
+                        script["main"](["portable", part, *small]))  # fmt: skip
 
 
 @pytest.mark.parametrize("chunk", [1, 60, 10**9])
@@ -185,7 +235,7 @@ def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> N
     x = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
         whole = model(x)
-        monkeypatch.setattr(windowed, "CHUNK_TOKENS", chunk)
+        monkeypatch.setattr(portable, "CHUNK_TOKENS", chunk)
         assert (model(x) - whole).abs().max() < TOLERANCE
 
 
@@ -237,7 +287,7 @@ def calls_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     count = lambda function: lambda *arguments, **more: counts.append(1) or function(*arguments, **more)  # noqa: E731
     monkeypatch.setattr(windows, "scatter_rows_", count(windows.scatter_rows_))
-    monkeypatch.setattr(native, "run_windows_", count(native.run_windows_))
+    monkeypatch.setattr(NativeEngine, "_run_windows_", count(NativeEngine._run_windows_))
     return counts
 
 
@@ -564,7 +614,7 @@ def test_two_products_are_attention(classes: int) -> None:
     q, k, v = torch.randn(3, 6, 2, 49, 8).unbind(0)  # windows, heads, tokens, channels
     added = torch.randn(classes, 2, 49, 49)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=0.3)
-    assert torch.allclose(windowed._two_products(q, k, v, added, 0.3), expected, atol=1e-5)
+    assert torch.allclose(portable._two_products(q, k, v, added, 0.3), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OF_EACH)
@@ -576,12 +626,12 @@ def test_bfloat16_is_as_near_to_float32_as_timm_is(name: str, size: int, monkeyp
     with torch.inference_mode():
         exact = model(x)
     calls = []
-    products = windowed._two_products
-    monkeypatch.setattr(windowed, "_two_products", lambda *args: calls.append(1) or products(*args))
+    products = portable._two_products
+    monkeypatch.setattr(portable, "_two_products", lambda *args: calls.append(1) or products(*args))
     fast, slow = both_ways(model.to(torch.bfloat16), x.to(torch.bfloat16))
     assert fast.dtype == torch.bfloat16
     assert (fast - exact).abs().mean() <= 2 * (slow - exact).abs().mean()
-    assert bool(calls) == windowed.onednn_takes(torch.bfloat16)
+    assert bool(calls) == portable.onednn_takes(torch.bfloat16)
 
 
 def test_a_sparse_bfloat16_model_runs() -> None:

@@ -30,16 +30,17 @@ from sparsevit_cli.kernels import (
     MergingWeights,
     Norm,
     choice,
-    compiled,
-    merging,
-    native,
-    windowed,
+    fallback,
+    portable,
 )
+from sparsevit_cli.kernels.cpp import compiled, native
+from sparsevit_cli.kernels.portable import PORTABLE
 from sparsevit_cli.swin import set_sparsity, sparsify_
 from sparsevit_cli.swin.embedding import SparsePatchEmbed
-from sparsevit_cli.swin.inference import plain_embedding
+from sparsevit_cli.swin.inference import stock_embedding
 
 CPU = torch.device("cpu")
+NATIVE = native.NativeEngine()
 
 
 def _cannot_compile() -> str:
@@ -88,7 +89,7 @@ def check_any(
         if narrow and native.load().has_bfloat() and channels % 32 == 0:
             assert_near_in_bfloat16(tokens, rows, weights, bias, bias_class)
         else:
-            assert_equal_to_portable(native.run_windows_, tokens, rows, weights, bias, bias_class, 2e-6)
+            assert_equal_to_portable(NATIVE.run_windows_, tokens, rows, weights, bias, bias_class, 2e-6)
 
 
 @contextmanager
@@ -107,8 +108,8 @@ def assert_near_in_bfloat16(
     exact, found, narrow = tokens.clone(), tokens.bfloat16(), in_type(weights, torch.bfloat16)
     assert isinstance(narrow, BlockWeights)
     assert native.supports(narrow)
-    windowed.run_windows_(exact, rows, weights, bias, bias_class, padded=bool((rows == len(tokens)).any()))
-    native.run_windows_(found, rows, narrow, bias.bfloat16(), bias_class, padded=True)
+    portable.run_windows_(exact, rows, weights, bias, bias_class, padded=bool((rows == len(tokens)).any()))
+    NATIVE.run_windows_(found, rows, narrow, bias.bfloat16(), bias_class, padded=True)
     assert (found.float() - exact).abs().max() <= 0.04 * exact.abs().max()
 
 
@@ -166,7 +167,7 @@ def test_tiles_of_older_cpus_fit_their_scratch() -> None:
     tokens, _, weights, bias, _ = arranged(64, 2, 7, (14, 14), True, 2)
     rows = windows.window_token_index(28, 14, (7, 7), (0, 0), CPU)  # 392 rows in strips of 6: tiles of 100 and more
     for count in range(1, len(rows) + 1):
-        assert_equal_to_portable(native.run_windows_, tokens, rows[:count], weights, bias[:1], None, 2e-6)
+        assert_equal_to_portable(NATIVE.run_windows_, tokens, rows[:count], weights, bias[:1], None, 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_tiles_of_older_cpus_fit_their_scratch() -> None:
 def test_every_width(channels: int, side: int, norm_first: bool) -> None:
     torch.manual_seed(channels)
     arguments = arranged(channels, channels // 32, side, (25, 30), True, 1, norm_first=norm_first)
-    assert_equal_to_portable(native.run_windows_, *arguments, 2e-6)
+    assert_equal_to_portable(NATIVE.run_windows_, *arguments, 2e-6)
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -195,11 +196,11 @@ def test_windows_of_padding_alone_and_maps_in_other_layouts() -> None:
     tokens, rows, weights, bias, bias_class = arranged(64, 2, 7, (14, 14), True, 1)
     rows = torch.cat((torch.full_like(rows[:1], len(tokens)), rows))
     classes = None if bias_class is None else torch.cat((bias_class[:1], bias_class))
-    assert_equal_to_portable(native.run_windows_, tokens, rows, weights, bias, classes, 2e-6)
+    assert_equal_to_portable(NATIVE.run_windows_, tokens, rows, weights, bias, classes, 2e-6)
     spread_rows, spread_bias = rows.t().contiguous().t(), bias.transpose(2, 3).contiguous().transpose(2, 3)
     expected, found = tokens.clone(), tokens.t().contiguous().t()
-    native.run_windows_(expected, rows, weights, bias, classes, padded=True)
-    native.run_windows_(found, spread_rows, weights, spread_bias, classes, padded=True)
+    NATIVE.run_windows_(expected, rows, weights, bias, classes, padded=True)
+    NATIVE.run_windows_(found, spread_rows, weights, spread_bias, classes, padded=True)
     torch.testing.assert_close(found, expected)
 
 
@@ -224,14 +225,14 @@ def check_merging(
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     x, weights = torch.randn(batch, height, width, channels), reduction(channels, columns, norm_first, with_bias)
-    expected, tolerance = merging.merge_patches(x, weights), 2e-6
+    expected, tolerance = portable.merge_patches(x, weights), 2e-6
     assert native.supports_merging(weights)
     if narrow and native.load().has_bfloat() and channels % 32 == columns % 32 == 0:
         narrowed = in_type(weights, torch.bfloat16)
         assert isinstance(narrowed, MergingWeights)
         x, weights, tolerance = x.bfloat16(), narrowed, 0.04
     with threads_of(threads):
-        found = native.merge_patches(x, weights)
+        found = NATIVE.merge_patches(x, weights)
     assert found.dtype == x.dtype
     assert (found.float() - expected).abs().max() <= tolerance * expected.abs().max()
 
@@ -254,13 +255,13 @@ def test_mergings_they_do_not_take() -> None:
     weights = reduction(32, 64, True, False)
     x = torch.randn(1, 6, 10, 32)
     spread = x.transpose(1, 2).contiguous().transpose(1, 2)
-    torch.testing.assert_close(native.merge_patches(spread, weights), native.merge_patches(x, weights))
+    torch.testing.assert_close(NATIVE.merge_patches(spread, weights), NATIVE.merge_patches(x, weights))
     assert not native.supports_merging(weights._replace(norm=Norm(None, None, 1e-5)))
     assert not native.supports_merging(reduction(24, 64, True, False))
     assert not native.supports_merging(reduction(32, 72, True, False))
-    assert choice.chosen_merging("portable", weights, CPU) is merging.merge_patches
-    assert choice.chosen_merging("native", weights, CPU) is native.merge_patches
-    assert choice.chosen_merging("native", reduction(24, 64, True, False), CPU) is merging.merge_patches
+    assert choice.chosen("portable", CPU) is PORTABLE
+    assert choice.chosen("native", CPU).takes(x, weights)
+    assert not choice.chosen("native", CPU).takes(x[..., :24].contiguous(), reduction(24, 64, True, False))
 
 
 EMBEDDINGS = {
@@ -285,11 +286,12 @@ def check_embedding(
         embed.__class__ = SparsePatchEmbed
         embed.as_timm, embed.kernels = False, "native"
         embed.to(dtype)
-        plain = plain_embedding(embed, images.to(dtype))
-        assert plain is not None
+        images = images.to(dtype)
+        weights = stock_embedding(embed, images)
+        assert weights is not None
+        assert NATIVE.takes(images, weights)
         with threads_of(threads):
-            found = plain.embed_patches(images.to(dtype), plain.weights)
-    assert found is not None
+            found = embed(images)
     assert found.shape == expected.shape
     assert found.dtype == dtype
     tolerance = 2e-6 if dtype == torch.float32 else 0.04
@@ -315,10 +317,14 @@ def test_embeddings_that_somebody_changed_run_as_timm_has_them() -> None:
     model = tiny("swin_tiny_patch4_window7_224", "native")
     embed: Any = model.patch_embed
     x = torch.randn(1, 3, 72, 72)
-    plain = plain_embedding(embed, x)
-    assert plain is not None
-    assert plain.embed_patches(x.transpose(2, 3).contiguous().transpose(2, 3), plain.weights) is None
-    assert plain.embed_patches(x.bfloat16(), plain.weights) is None
+    weights = stock_embedding(embed, x)
+    assert weights is not None
+    spread = x.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not NATIVE.takes(spread, weights)
+    torch.testing.assert_close(embed(spread), embed(x), atol=1e-5, rtol=1e-5)
+    assert not NATIVE.takes(x.bfloat16(), weights)
+    with pytest.raises(RuntimeError):
+        embed(x.bfloat16())
     for wrong in (torch.randn(1, 1, 72, 72), torch.randn(3, 72, 72)):
         with pytest.raises((RuntimeError, ValueError)):
             embed(wrong)
@@ -334,11 +340,11 @@ def test_embeddings_that_somebody_changed_run_as_timm_has_them() -> None:
     assert not embed(x).any()
     handle.remove()
     embed.proj = nn.Conv2d(3, 32, 4, 4, padding=4).eval()
-    assert plain_embedding(embed, x) is None
+    assert stock_embedding(embed, x) is None
     embed.proj = nn.Conv2d(3, 32, 4, 4).eval()
-    assert plain_embedding(embed, x) is not None
+    assert stock_embedding(embed, x) is not None
     embed.train()
-    assert plain_embedding(embed, x) is None
+    assert stock_embedding(embed, x) is None
 
 
 @pytest.mark.usefixtures("_older_cpu")
@@ -362,12 +368,12 @@ def check_scores_and_ranks(importance: windows.Importance, dtype: torch.dtype, s
     indices = [windows.window_token_index(*size, (7, 7), (shift, shift), CPU) for shift in (0, 3)]
     for several in (indices, indices[1:]):
         expected = windows.score_and_rank(x, several, 9, importance)
-        for pair, (keep, rows) in zip(native.score_and_rank(x, several, 9, importance), expected, strict=True):
-            assert torch.equal(pair[0], keep)
-            assert torch.equal(pair[1], rows)
+        for found, kept in zip(NATIVE.score_and_rank(x, several, 9, importance), expected, strict=True):
+            assert torch.equal(found.indices, kept.indices)
+            assert torch.equal(found.rows, kept.rows)
     spread = x.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(native.score_and_rank(spread, indices, 9, importance)[0][0],
-                       windows.score_and_rank(x, indices, 9, importance)[0][0])  # fmt: skip
+    assert torch.equal(NATIVE.score_and_rank(spread, indices, 9, importance)[0].indices,
+                       windows.score_and_rank(x, indices, 9, importance)[0].indices)  # fmt: skip
 
 
 def test_equal_scores_rank_in_order_and_nan_before_all() -> None:
@@ -375,30 +381,30 @@ def test_equal_scores_rank_in_order_and_nan_before_all() -> None:
     x[:, :7, 14:21] = 2.0  # window 2 of 12
     x[1, 7:14, :7] = torch.nan  # window 4 of the second image
     index = windows.window_token_index(21, 28, (7, 7), (0, 0), CPU)
-    ((keep, _),) = native.score_and_rank(x, [index], 5, "l2")
-    assert keep.tolist() == [[2, 0, 1, 3, 4], [4, 2, 0, 1, 3]]
-    ((every, rows),) = native.score_and_rank(x, [index], 12, "l2")
-    assert every[0].tolist() == [2, 0, 1, *range(3, 12)]
-    assert torch.equal(rows, windows.rows_of(every, index, 21 * 28))
+    (kept,) = NATIVE.score_and_rank(x, [index], 5, "l2")
+    assert kept.indices.tolist() == [[2, 0, 1, 3, 4], [4, 2, 0, 1, 3]]
+    (every,) = NATIVE.score_and_rank(x, [index], 12, "l2")
+    assert every.indices[0].tolist() == [2, 0, 1, *range(3, 12)]
+    assert torch.equal(every.rows, windows.rows_of(every.indices, index, 21 * 28))
 
 
 def test_maps_of_other_widths_are_refused_as_torch_refuses_them() -> None:
     tokens, rows, weights, bias, _ = arranged(64, 2, 7, (14, 14), False, 1)
     with pytest.raises(RuntimeError):
-        native.run_windows_(tokens[:, :32].contiguous(), rows, weights, bias, None, padded=False)
+        NATIVE.run_windows_(tokens[:, :32].contiguous(), rows, weights, bias, None, padded=False)
     with pytest.raises(RuntimeError):
-        native.merge_patches(torch.randn(1, 4, 4, 16), reduction(32, 64, True, False))
+        NATIVE.merge_patches(torch.randn(1, 4, 4, 16), reduction(32, 64, True, False))
 
 
 def test_several_threads_at_once() -> None:
     cases = [arranged(96, 3, 7, (30, 40), True) for _ in range(4)]
     alone = [tokens.clone() for tokens, *_ in cases]
     for tokens, (_, rows, weights, bias, bias_class) in zip(alone, cases, strict=True):
-        native.run_windows_(tokens, rows, weights, bias, bias_class, padded=True)
+        NATIVE.run_windows_(tokens, rows, weights, bias, bias_class, padded=True)
 
     def run(number: int) -> Tensor:
         tokens, rows, weights, bias, bias_class = cases[number]
-        native.run_windows_(tokens, rows, weights, bias, bias_class, padded=True)
+        NATIVE.run_windows_(tokens, rows, weights, bias, bias_class, padded=True)
         return tokens
 
     with ThreadPoolExecutor(4) as pool:
@@ -410,14 +416,14 @@ def test_gelu_and_softmax_at_their_ends() -> None:
     """A block that only does one of them: far from zero, where approximations go wrong."""
     tokens, rows, weights, bias, bias_class = arranged(32, 1, 7, (7, 7), False, 1)
     far = weights.fc1._replace(bias=torch.linspace(-3e4, 3e4, len(weights.fc1.weight)))
-    assert_equal_to_portable(native.run_windows_, tokens, rows, weights._replace(fc1=far), bias, bias_class, 1e-6)
+    assert_equal_to_portable(NATIVE.run_windows_, tokens, rows, weights._replace(fc1=far), bias, bias_class, 1e-6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so(value: float) -> None:
     tokens, rows, weights, bias, bias_class = arranged(64, 2, 7, (14, 14), True, 1)
     tokens[int(rows[0, 10])] = value
-    native.run_windows_(tokens, rows, weights, bias, bias_class, padded=False)
+    NATIVE.run_windows_(tokens, rows, weights, bias, bias_class, padded=False)
     assert not tokens[rows[0]].isfinite().any()  # all tokens of a window look at each other
     assert tokens[rows[1:].flatten()].isfinite().all()
 
@@ -425,7 +431,7 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
 def test_large_scores_overflow_nowhere() -> None:
     tokens, rows, weights, bias, bias_class = arranged(64, 2, 7, (14, 14), True, 1)
     weights = weights._replace(scale=1000.0)
-    assert_equal_to_portable(native.run_windows_, tokens, rows, weights, bias * 1e4, bias_class, 1e-4)
+    assert_equal_to_portable(NATIVE.run_windows_, tokens, rows, weights, bias * 1e4, bias_class, 1e-4)
 
 
 def test_the_same_bits_every_time() -> None:
@@ -433,7 +439,7 @@ def test_the_same_bits_every_time() -> None:
     results = []
     for _ in range(3):
         found = tokens.clone()
-        native.run_windows_(found, rows, weights, bias, bias_class, padded=True)
+        NATIVE.run_windows_(found, rows, weights, bias, bias_class, padded=True)
         results.append(found)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -442,7 +448,7 @@ def test_the_same_bits_every_time() -> None:
 def test_no_windows_change_nothing() -> None:
     tokens, rows, weights, bias, bias_class = arranged(32, 1, 7, (14, 14), False, 1)
     found = tokens.clone()
-    native.run_windows_(found, rows[:0], weights, bias, bias_class, padded=False)
+    NATIVE.run_windows_(found, rows[:0], weights, bias, bias_class, padded=False)
     assert torch.equal(found, tokens)
 
 
@@ -472,21 +478,21 @@ def tiny(name: str, kernels: Kernels) -> nn.Module:
 )
 def test_models_run_on_them(name: str, embeddings: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    for function in ("run_windows_", "merge_patches", "embed_patches", "score_and_rank"):
-        real = getattr(native, function)
+    for function in ("_run_windows_", "_merge_patches", "_embed_patches", "_score_and_rank"):
+        real = getattr(native.NativeEngine, function)
 
         def counting(*args: Any, of: Any = real, label: str = function, **more: Any) -> Any:
             calls.append(label)
             return of(*args, **more)
 
-        monkeypatch.setattr(native, function, counting)
+        monkeypatch.setattr(native.NativeEngine, function, counting)
     x = torch.randn(2, 3, 72, 72)
     with torch.inference_mode():
         expected = tiny(name, "portable")(x)
         assert not calls
         torch.testing.assert_close(tiny(name, "native")(x), expected, atol=1e-5, rtol=1e-5)
     assert Counter(calls) == Counter(
-        {"run_windows_": 4, "score_and_rank": 2, "merge_patches": 1} | ({"embed_patches": 1} if embeddings else {})
+        {"_run_windows_": 4, "_score_and_rank": 2, "_merge_patches": 1} | ({"_embed_patches": 1} if embeddings else {})
     )
 
 
@@ -496,7 +502,7 @@ def test_heads_of_another_width_run_on_the_portable_kernels(head_dim: int, caplo
     model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", **options).eval(), kernels="native")
     set_sparsity(model, 0.5)
     x = torch.randn(1, 3, 56, 56)
-    choice._warn_once.cache_clear()
+    fallback.warn_once.cache_clear()
     with torch.inference_mode():
         found = model(x)
         assert caplog.text.count("kernels are for") == 1
@@ -516,6 +522,5 @@ def test_weights_of_wrong_shapes_are_not_theirs() -> None:
 
 @pytest.mark.usefixtures("_older_cpu")
 def test_auto_leaves_cpus_alone_that_were_not_measured() -> None:
-    weights = block(32, 1)
-    assert choice.chosen("native", weights, CPU) is native.run_windows_
-    assert (choice.chosen("auto", weights, CPU) is native.run_windows_) == (native.load().lanes() >= 8)
+    assert choice.chosen("native", CPU).name == "native"
+    assert (choice.chosen("auto", CPU).name == "native") == (native.load().lanes() >= 8)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.profiling import macs
+from sparsevit_cli.kernels import held
 from sparsevit_cli.profiling.macs import analytic_macs, count_macs, flopcounter_macs, macs_cost, padding_macs
 from sparsevit_cli.sparsity import Ratios, SearchSpace, SparsityConfig
 from sparsevit_cli.swin import get_sparsity, set_sparsity, sparse_stages, sparsify_
@@ -125,7 +125,7 @@ def test_padding_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < kept_padding < 2 * rows[16]
     for stage in sparse_stages(model):
         stage.kernels = "portable"
-    monkeypatch.setattr(macs, "is_asynchronous", lambda device: True)
+    monkeypatch.setattr(held, "is_asynchronous", lambda device: True)
     assert padding_macs(model, x) == dense_stages  # in stage 0 it is masked
 
 

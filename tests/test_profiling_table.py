@@ -11,8 +11,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sparsevit_cli import windows
+from sparsevit_cli import kernels, windows
 from sparsevit_cli.errors import ConfigError, UnsteadyError
+from sparsevit_cli.kernels.portable import PORTABLE
 from sparsevit_cli.profiling.inputs import example_input
 from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
 from sparsevit_cli.profiling.neighbours import Moment, Patience
@@ -69,11 +70,11 @@ def patched(fake: FakeTime, monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 
     real_forward = SparseBlock.forward
 
-    def forward(self: Any, x: Tensor, keep_indices: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    def forward(self: Any, x: Tensor, kept: windows.Kept | None = None, **more: Any) -> Tensor:
         high, wide = windows.window_grid(x.shape[1], x.shape[2], self.window_size)
-        count = high * wide if keep_indices is None else keep_indices.shape[1]
+        count = high * wide if kept is None else kept.indices.shape[1]
         fake.spend(fake.BLOCK_MS + fake.WINDOW_MS * count)
-        return real_forward(self, x, keep_indices, rows)
+        return real_forward(self, x, kept, **more)
 
     monkeypatch.setattr(SparseBlock, "forward", forward)
     spends(windows, "token_magnitude", fake.RANK_MS)
@@ -213,14 +214,14 @@ def test_dense_models_spend_on_blocks_and_merging_only() -> None:
 def test_marked_passes_compute_the_same_and_leave_no_trace(pruned: nn.Module) -> None:
     pruned.eval()
     x = torch.randn(1, 3, SIZE, SIZE)
-    before, gather = pruned(x), windows.gather_rows
+    before = pruned(x)
     time_stages(pruned, x, passes=2)
     assert torch.equal(pruned(x), before)
     with pytest.raises(RuntimeError, match="to have 3 channels"):
         time_stages(pruned, torch.zeros(1, 4, SIZE, SIZE))
     with pytest.raises(ConfigError, match="64 x 64 pixels"):
         time_stages(pruned, torch.zeros(1, 3, 64, 64))
-    assert windows.gather_rows is gather
+    assert kernels.beside_modules() is PORTABLE
 
 
 def test_compiled_models_have_no_parts(pruned: nn.Module) -> None:

@@ -11,9 +11,9 @@ import timm
 import torch
 from torch import nn
 
-from sparsevit_cli import windows
 from sparsevit_cli.errors import MeasurementError
-from sparsevit_cli.kernels import Kernels, native, windowed
+from sparsevit_cli.kernels import Kernels, choice, held, portable
+from sparsevit_cli.kernels.cpp.native import NativeEngine
 from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, foreseen, oracle, with_fused_attention
 from sparsevit_cli.reporting import SilentReporter
@@ -60,13 +60,12 @@ def test_the_oracle_skips_moves_and_ranking_and_leaves_all_as_it_was(
     set_sparsity(model, 0.5)
     x = torch.randn(1, 3, img_size, img_size)
     memory = foreseen(model, x)
-    before = {name: getattr(windows, name) for name in ("gather_rows", "scatter_rows_", "rank_windows", "flat_rows")}
-    for owner, name in ((torch, "topk"), (native, "score_and_rank")):
+    for owner, name in ((torch, "topk"), (NativeEngine, "_score_and_rank")):
         monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("the oracle scores or ranks"))
     for _ in range(2):
         with torch.inference_mode(), oracle(memory):
             assert model(x).isfinite().all()
-    assert {name: getattr(windows, name) for name in before} == before
+    assert choice.beside_modules() is portable.PORTABLE
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -74,13 +73,13 @@ def test_the_oracle_skips_moves_and_ranking_and_leaves_all_as_it_was(
 def test_the_oracle_computes_as_much_as_ours_and_leaves_nothing_behind(
     ratios: object, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(windows, "is_asynchronous", lambda device: asynchronous)
+    monkeypatch.setattr(held, "is_asynchronous", lambda device: asynchronous)
     model, x = sparsify_(swin(img_size=248), kernels="portable"), torch.randn(2, 3, 248, 248)
     set_sparsity(model, ratios)  # type: ignore[arg-type]
-    windows._remembered_batch.cache_clear()
+    held._remembered_batch.cache_clear()
     rows = list[int]()
-    linear = windowed.layer_norm
-    monkeypatch.setattr(windowed, "layer_norm", lambda y, norm: rows.append(len(y)) or linear(y, norm))
+    linear = portable.layer_norm
+    monkeypatch.setattr(portable, "layer_norm", lambda y, norm: rows.append(len(y)) or linear(y, norm))
     memory = foreseen(model, x)
     expected, rows[:] = list(rows), []
     with torch.inference_mode(), oracle(memory):
@@ -92,7 +91,7 @@ def test_the_oracle_computes_as_much_as_ours_and_leaves_nothing_behind(
         model(x)
     with torch.inference_mode():
         assert torch.equal(model(x), first)
-    windows._remembered_batch.cache_clear()
+    held._remembered_batch.cache_clear()
 
 
 def test_a_benchmark_names_the_best_dense_and_compares_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ class _ForceGather:
         (x,) = args
         index = token_index_of(block, x)
         order = torch.stack([torch.randperm(index.shape[0]) for _ in range(x.shape[0])])
-        return args, {"keep_indices": order, "rows": windows.rows_of(order, index, x.shape[1] * x.shape[2])}
+        return args, {"kept": windows.Kept(order, windows.rows_of(order, index, x.shape[1] * x.shape[2]))}
 
 
 def token_index_of(block: Any, x: torch.Tensor) -> torch.Tensor:
@@ -143,9 +143,9 @@ def test_skipped_windows_keep_their_bits(
 
     def check(block: SparseBlock, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
         x = entered.pop()
-        if "keep_indices" not in kwargs or not isinstance(getattr(block, "norm3", nn.Identity()), nn.Identity):
+        if "kept" not in kwargs or not isinstance(getattr(block, "norm3", nn.Identity()), nn.Identity):
             return
-        keep, index = kwargs["keep_indices"], token_index_of(block, x)
+        keep, index = kwargs["kept"].indices, token_index_of(block, x)
         for image in range(x.shape[0]):
             kept = torch.zeros(x.shape[1] * x.shape[2] + 1, dtype=torch.bool)
             kept[index[keep[image]].flatten()] = True
@@ -170,17 +170,17 @@ def test_one_ranking_per_partition_and_prefixes_after(monkeypatch: pytest.Monkey
     counts: list[int] = []
     rank = windows.rank_windows
     monkeypatch.setattr(windows, "rank_windows", lambda s, k: counts.append(k) or rank(s, k))
-    kept: list[torch.Tensor] = []
+    kept: list[Any] = []
     for block in sparse_stages(model)[2].blocks:
-        block.register_forward_pre_hook(lambda _m, _a, kw: kept.append(kw.get("keep_indices")), with_kwargs=True)
+        block.register_forward_pre_hook(lambda _m, _a, kw: kept.append(kw.get("kept")), with_kwargs=True)
     with torch.no_grad():
         model(torch.randn(1, 3, 448, 448))
     windows_of_stage = 16
-    assert counts == [windows.num_keep(windows_of_stage, 4)] * 2  # plain and shifted, once each
+    assert counts == [windows.num_keep(windows_of_stage, 4)] * 2  # unshifted and shifted, once each
     assert kept[0] is None
     assert kept[1] is None
-    assert torch.equal(kept[4], kept[2][:, : windows.num_keep(windows_of_stage, 5)])
-    assert torch.equal(kept[5], kept[3][:, : windows.num_keep(windows_of_stage, 5)])
+    assert torch.equal(kept[4].indices, kept[2].indices[:, : windows.num_keep(windows_of_stage, 5)])
+    assert torch.equal(kept[5].indices, kept[3].indices[:, : windows.num_keep(windows_of_stage, 5)])
 
 
 def test_each_image_of_a_batch_has_its_own_ranking() -> None:
@@ -361,7 +361,8 @@ def test_blocks_of_one_stage_may_have_other_windows() -> None:
     counts = []
 
     def record(block: Any, args: tuple, kwargs: dict) -> None:
-        counts.append((block.window_size, kwargs["keep_indices"].shape[1], kwargs["rows"].shape[2]))
+        kept = kwargs["kept"]
+        counts.append((block.window_size, kept.indices.shape[1], kept.rows.shape[2]))
 
     record.keeps_nothing = True  # type: ignore[attr-defined]
     for block in model.layers[0].blocks[:2]:

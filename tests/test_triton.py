@@ -20,16 +20,19 @@ from torch import Tensor, nn
 from kernel_cases import DEVICE, arranged, assert_equal_to_portable, block, case, random
 from sparsevit_cli import windows
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.kernels import Affine, Kernels, Norm, choice, windowed
+from sparsevit_cli.kernels import Affine, Kernels, Norm, choice, fallback
+from sparsevit_cli.kernels.portable import PORTABLE
+from sparsevit_cli.kernels.portable import run_windows_ as portable_run_windows_
 from sparsevit_cli.models import support_table
 from sparsevit_cli.swin import set_sparsity, sparsify_
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 compute_bfloat16_as_a_gpu = pytest.importorskip("interpreted").compute_bfloat16_as_a_gpu
-triton_code = pytest.importorskip("sparsevit_cli.kernels.triton_code")
-triton_tuning = pytest.importorskip("sparsevit_cli.kernels.triton_tuning")
-triton_windows = pytest.importorskip("sparsevit_cli.kernels.triton_windows")
+triton_code = pytest.importorskip("sparsevit_cli.kernels.triton.code")
+triton_tuning = pytest.importorskip("sparsevit_cli.kernels.triton.tuning")
+triton_engine = pytest.importorskip("sparsevit_cli.kernels.triton.engine")
+TRITON = triton_engine.TritonEngine()
 
 
 @pytest.fixture(autouse=True)
@@ -66,12 +69,12 @@ WINDOWS = [
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("shifted", [False, True])
 def test_blocks_of_every_timm_swin_equal_the_portable_ones(window: Window, shifted: bool) -> None:
-    """Plain on a map of whole windows; shifted on one whose last windows hold one row and half of the columns."""
+    """Unshifted on a map of whole windows; shifted on one whose last windows hold one row and half of the columns."""
     norm_first, side, head_dim = window
     torch.manual_seed(side)
     heads, size = (1 if side > 12 else 2), ((side + 1, side + side // 2) if shifted else (side, 2 * side))
     arguments = arranged(heads * head_dim, heads, side, size, shifted, norm_first=norm_first)
-    assert_equal_to_portable(triton_windows.run_windows_, *arguments, 2e-6)
+    assert_equal_to_portable(TRITON.run_windows_, *arguments, 2e-6)
 
 
 def test_these_are_the_windows_of_every_timm_swin() -> None:
@@ -94,7 +97,7 @@ def test_these_are_the_windows_of_every_timm_swin() -> None:
 def test_every_width_takes_its_way(channels: int, norm_first: bool) -> None:
     torch.manual_seed(channels)
     arguments = arranged(channels, channels // 32, 7, (9, 14), True, 1, norm_first=norm_first)
-    assert_equal_to_portable(triton_windows.run_windows_, *arguments, 2e-6)
+    assert_equal_to_portable(TRITON.run_windows_, *arguments, 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +119,8 @@ def test_half_precision_accumulates_in_float32(
     tokens, rows, weights, bias, bias_class = _of_type(dtype, arguments)
     exact, *_ = _of_type(torch.float32, (tokens,))
     padded = windows.has_padding(*size, (side, side))
-    windowed.run_windows_(exact, rows, *_of_type(torch.float32, (weights, bias)), bias_class, padded=padded)
-    triton_windows.run_windows_(tokens, rows, weights, bias, bias_class, padded=padded)
+    portable_run_windows_(exact, rows, *_of_type(torch.float32, (weights, bias)), bias_class, padded=padded)
+    TRITON.run_windows_(tokens, rows, weights, bias, bias_class, padded=padded)
     assert tokens.dtype == dtype
     assert (tokens.float() - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()
 
@@ -163,15 +166,15 @@ def test_any_shape(
     channels = heads * head_dim
     tokens, rows, bias, bias_class = case(channels, heads, side, (height, width), shifted=bool(seed % 2))
     weights = block(channels, heads, 2, with_bias=with_bias, norm_first=norm_first)
-    assert_equal_to_portable(triton_windows.run_windows_, tokens, rows, weights, bias, bias_class, 5e-6)
+    assert_equal_to_portable(TRITON.run_windows_, tokens, rows, weights, bias, bias_class, 5e-6)
 
 
 @pytest.mark.parametrize("block_slots", [16, 256, 4096])
 def test_padding_is_never_computed(block_slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_windows, "BLOCK_SLOTS", block_slots)
+    monkeypatch.setattr(triton_engine, "BLOCK_SLOTS", block_slots)
     tokens, rows, *_ = case(32, 1, 7, (8, 15), batch=3)
     rows, layer = rows.flatten(), block(32, 1).qkv
-    kept = triton_windows._true_slots(rows, len(tokens))
+    kept = triton_engine._true_slots(rows, len(tokens))
     is_token = rows < len(tokens)
     count = int(is_token.sum())
     assert 0 < count < len(rows) - 64  # whole programs have nothing to do
@@ -179,7 +182,7 @@ def test_padding_is_never_computed(block_slots: int, monkeypatch: pytest.MonkeyP
     assert torch.equal(kept.rows[:count], rows[is_token])
     assert kept.places[is_token].tolist() == list(range(count))
     assert kept.places[~is_token].eq(-1).all()
-    qkv = triton_windows._project(tokens, layer, kept, gather=True)
+    qkv = triton_engine._project(tokens, layer, kept, gather=True)
     torch.testing.assert_close(qkv[:count], nn.functional.linear(tokens[rows[is_token]], *layer))
     assert qkv[count:].isnan().all()
 
@@ -199,7 +202,7 @@ def test_scores_ranking_and_rows_are_those_of_torch(
     count = windows.num_keep(len(index), tenths)
     scores = windows.window_scores(windows.token_magnitude(x, importance), index)
     expected = windows.rank_windows(scores, count)
-    ((keep, rows),) = triton_windows.score_and_rank(x, [index], count, importance)
+    ((keep, rows, _),) = TRITON.score_and_rank(x, [index], count, importance)
     torch.testing.assert_close(scores.gather(1, keep), scores.gather(1, expected))  # rounding may swap equal ones
     assert all(len(set(image.tolist())) == count for image in keep)
     padded = windows.has_padding(height, width, window)
@@ -209,9 +212,9 @@ def test_scores_ranking_and_rows_are_those_of_torch(
 def test_both_partitions_are_ranked_at_once() -> None:
     x = random(3, 15, 20, 24)
     indices = [windows.window_token_index(15, 20, (7, 7), shift, x.device) for shift in ((0, 0), (3, 3))]
-    both = triton_windows.score_and_rank(x, indices, 4, "mean_abs_l2")
-    for index, (keep, rows) in zip(indices, both, strict=True):
-        ((alone, its_rows),) = triton_windows.score_and_rank(x, [index], 4, "mean_abs_l2")
+    both = TRITON.score_and_rank(x, indices, 4, "mean_abs_l2")
+    for index, (keep, rows, _) in zip(indices, both, strict=True):
+        ((alone, its_rows, _),) = TRITON.score_and_rank(x, [index], 4, "mean_abs_l2")
         assert torch.equal(keep, alone)
         assert torch.equal(rows, its_rows)
     assert not torch.equal(both[0][1], both[1][1])
@@ -220,10 +223,10 @@ def test_both_partitions_are_ranked_at_once() -> None:
 def test_equal_scores_and_nan_fill_every_place() -> None:
     x = torch.ones(1, 28, 28, 16, device=DEVICE)
     index = windows.window_token_index(28, 28, (7, 7), (0, 0), x.device)
-    ((keep, _),) = triton_windows.score_and_rank(x, [index], 8, "l2")
+    ((keep, *_),) = TRITON.score_and_rank(x, [index], 8, "l2")
     assert keep.tolist() == [list(range(8))]
     x[0, :14] = float("nan")
-    ((keep, _),) = triton_windows.score_and_rank(x, [index], 12, "l2")
+    ((keep, *_),) = TRITON.score_and_rank(x, [index], 12, "l2")
     assert sorted(keep[0].tolist()) == list(range(12))
 
 
@@ -231,15 +234,15 @@ def test_equal_scores_and_nan_fill_every_place() -> None:
 def test_a_launch_may_be_repeated(norm_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tuning does it: no kernel reads what it writes."""
     arguments = arranged(32, 1, 7, (8, 9), True, 1, norm_first=norm_first)
-    launch, launched = triton_windows._launch, []
+    launch, launched = triton_engine._launch, []
 
     def thrice(name: str, *rest: Any, **more: Any) -> None:
         launched.append(name)
         for _ in range(3):
             launch(name, *rest, **more)
 
-    monkeypatch.setattr(triton_windows, "_launch", thrice)
-    assert_equal_to_portable(triton_windows.run_windows_, *arguments, 2e-6)
+    monkeypatch.setattr(triton_engine, "_launch", thrice)
+    assert_equal_to_portable(TRITON.run_windows_, *arguments, 2e-6)
     assert launched[:2] == ["project_kernel", "attention_kernel"]
 
 
@@ -257,11 +260,11 @@ def test_the_fastest_candidate_is_found_once_per_class_of_shapes(monkeypatch: py
         for name, tunable in triton_tuning.TUNABLE.items()
     }
     monkeypatch.setattr(triton_tuning, "is_on", lambda: True)
-    monkeypatch.setattr(triton_windows, "_tuned", lambda name, _: tuners[name])
-    assert triton_windows.version() == f"{triton.__version__}, tuned"
+    monkeypatch.setattr(triton_engine, "_tuned", lambda name, _: tuners[name])
+    assert TRITON.version() == f"{triton.__version__}, tuned"
     arguments = arranged(32, 1, 7, (8, 9), True, 1)
     for _ in range(2):
-        assert_equal_to_portable(triton_windows.run_windows_, *arguments, 2e-6)
+        assert_equal_to_portable(TRITON.run_windows_, *arguments, 2e-6)
     sizes = {name: len(tunable.candidates) for name, tunable in triton_tuning.TUNABLE.items()}
     assert len(runs) == 2 * sizes["project_kernel"] + sizes["attention_kernel"] + sizes["mlp_kernel"]
     for name, tuner in tuners.items():
@@ -289,8 +292,8 @@ def test_tuning_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_the_kernels_do_not_take_is_told() -> None:
     weights = block(32, 1)
-    assert triton_windows.supports(weights)
-    assert not triton_windows.supports(weights._replace(norm1=Norm(None, None, 1e-5)))
+    assert triton_engine.supports(weights)
+    assert not triton_engine.supports(weights._replace(norm1=Norm(None, None, 1e-5)))
 
 
 def tiny(name: str, kernels: Kernels) -> nn.Module:
@@ -305,25 +308,25 @@ def tiny(name: str, kernels: Kernels) -> nn.Module:
 def test_a_model_runs_on_them_where_it_is_asked_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = random(2, 3, 72, 72)
     launched: list[str] = []
-    for function in ("run_windows_", "score_and_rank"):
-        real = getattr(triton_windows, function)
+    for function in ("_run_windows_", "_score_and_rank"):
+        real = getattr(triton_engine.TritonEngine, function)
 
         def counting(*args: Any, of: Any = real, label: str = function, **more: Any) -> Any:
             launched.append(label)
             return of(*args, **more)
 
-        monkeypatch.setattr(triton_windows, function, counting)
+        monkeypatch.setattr(triton_engine.TritonEngine, function, counting)
     with torch.inference_mode():
         expected = tiny(name, "portable")(x)
         assert not launched
         found = tiny(name, "triton")(x)
-    assert sorted(launched) == ["run_windows_"] * 4 + ["score_and_rank"] * 2  # two stages of two blocks
+    assert sorted(launched) == ["_run_windows_"] * 4 + ["_score_and_rank"] * 2  # two stages of two blocks
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_what_they_do_not_take_falls_back_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     name, x = "swin_tiny_patch4_window7_224", random(1, 3, 72, 72).double()
-    choice._warn_once.cache_clear()
+    fallback.warn_once.cache_clear()
     with torch.inference_mode():
         expected = tiny(name, "portable").double()(x)
         model = tiny(name, "triton").double()
@@ -335,13 +338,12 @@ def test_what_they_do_not_take_falls_back_with_one_warning(caplog: pytest.LogCap
 def test_without_a_gpu_or_triton_the_portable_kernels_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    weights = block(32, 1)
     for package, reason in ((None, "cannot be used"), (triton, "no cpu backend")):
         monkeypatch.setitem(sys.modules, "triton", package)
         monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
         choice._engine.cache_clear()
-        choice._warn_once.cache_clear()
-        assert choice.chosen("triton", weights, torch.device("cpu")) is windowed.run_windows_
+        fallback.warn_once.cache_clear()
+        assert choice.chosen("triton", torch.device("cpu")) is PORTABLE
         assert caplog.text.count(reason) == 1
     choice._engine.cache_clear()
 
@@ -376,6 +378,6 @@ def test_every_kernel_compiles_for_a_gpu_within_its_shared_memory(capability: in
 def test_only_contiguous_weights_of_known_types_are_taken() -> None:
     weights = block(32, 1)
     turned = Affine(weights.fc1.weight.t().contiguous().t(), weights.fc1.bias)
-    assert not triton_windows.supports(weights._replace(fc1=turned))
+    assert not triton_engine.supports(weights._replace(fc1=turned))
     doubled = Affine(weights.fc1.weight.double(), weights.fc1.bias)
-    assert not triton_windows.supports(weights._replace(fc1=doubled))
+    assert not triton_engine.supports(weights._replace(fc1=doubled))

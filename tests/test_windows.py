@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from timm.models.swin_transformer import window_partition
 
 from sparsevit_cli import windows
+from sparsevit_cli.kernels import held
 
 
 def test_num_keep_is_exact_for_every_count() -> None:
@@ -38,15 +39,15 @@ def test_token_index_is_roll_pad_partition(height: int, width: int, window: tupl
     assert torch.equal((index + 1) % (height * width + 1), expected)
     assert windows.has_padding(height, width, window) == bool((index == height * width).any())
 
-    assert windows.all_windows(height, width, window, shift, 2, torch.device("cpu")).places is None
+    assert held.all_windows(height, width, window, shift, 2, torch.device("cpu")).places is None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "is_asynchronous", lambda device: True)
-        every = windows.all_windows(height, width, window, shift, 2, torch.device("cpu"))
-    assert torch.equal(every.keep_indices, torch.arange(len(index)).expand(2, -1))
-    assert torch.equal(every.rows, windows.rows_of(every.keep_indices, index, height * width))
+        patch.setattr(held, "is_asynchronous", lambda device: True)
+        every = held.all_windows(height, width, window, shift, 2, torch.device("cpu"))
+    assert torch.equal(every.indices, torch.arange(len(index)).expand(2, -1))
+    assert torch.equal(every.rows, windows.rows_of(every.indices, index, height * width))
     assert (every.places is not None) == windows.has_padding(height, width, window)
     if every.places is not None:
-        assert torch.equal(every.rows.flatten()[every.places.places], torch.arange(2 * height * width))
+        assert torch.equal(every.rows.flatten()[every.places], torch.arange(2 * height * width))
 
 
 @given(batch=st.integers(1, 3), side=st.integers(2, 12), seed=st.integers(0, 99))

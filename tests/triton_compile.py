@@ -18,7 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparsevit_cli import windows
-from sparsevit_cli.kernels import Affine, BlockWeights, Norm, triton_code, triton_windows
+from sparsevit_cli.kernels import Affine, BlockWeights, Norm
+from sparsevit_cli.kernels.triton import code as triton_code
+from sparsevit_cli.kernels.triton.engine import TritonEngine, supports
 
 FLOATS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TYPES = FLOATS | {torch.int64: "*i64", torch.int32: "*i32"}
@@ -92,18 +94,18 @@ def launch(
         scale=head_dim**-0.5 if norm_first else 1.0, norm_first=norm_first,
         cosine_scale=None if norm_first else torch.ones(heads, 1, 1, dtype=dtype),
     )  # fmt: skip
-    assert triton_windows.supports(block)
+    assert supports(block)
     window, shift = (side, side), (side // 2, side // 2)
     index = windows.window_token_index(20, 20, window, shift, torch.device("cpu")).repeat(20, 1)
     tokens, bias = torch.zeros(400, channels, dtype=dtype), torch.zeros(4, heads, side**2, side**2, dtype=dtype)
     bias_class = torch.zeros(len(index), dtype=torch.int64)
-    triton_windows.run_windows_(tokens, index, block, bias, bias_class, padded=padded)
+    TritonEngine().run_windows_(tokens, index, block, bias, bias_class, padded=padded)
 
 
 def rank(batch: int, count: int, dtype: torch.dtype) -> None:
     index = windows.window_token_index(20, 20, (7, 7), (3, 3), torch.device("cpu"))
     x = torch.zeros(batch, 20, 20, 96, dtype=dtype)
-    triton_windows.score_and_rank(x, [index, index], count, "mean_abs_l2")
+    TritonEngine().score_and_rank(x, [index, index], count, "mean_abs_l2")
 
 
 def launch_few() -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from sparsevit_cli import windows
 from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.kernels.held import held_indices
 from sparsevit_cli.swin import RememberedBias, SparseStage, are_current, held_biases, is_unwatched
 
 MAX_GRAPHS = 8
@@ -26,14 +26,14 @@ def accelerate_(model: nn.Module, example: Tensor | None = None) -> nn.Module:
 
     The first forward of every input shape, type, ratio and window size captures a graph; `example` (B, C, H, W) is
     captured at once, for `torch.inference_mode`, if the model is in evaluation mode. Graphs read the weights where they
-    stand: changes in place count, moved ones are noticed. The position bias is made of its weights beforehand: where
+    stand: changes in place count, moved ones are noticed. The position bias is made of its weights beforehand: when
     torch counted a change of those, or the model's mode changed, graphs are captured anew (see `swin.bias`). Whatever
     else is exchanged afterwards (`sparsify_`, `load_state_dict(assign=True)`, modules, attributes, global precision
     settings) needs `accelerate_` again.
 
     Training, gradients, autocast, observers of operators and calls with anything but one CUDA tensor run as before.
     Hooks inside the model are called at capture only. Calls wait for each other, and are meant for one stream. The
-    model must not wait for the device; a window-sparse Swin does not. Raises ConfigError where somebody else replaced
+    model must not wait for the device; a window-sparse Swin does not. Raises ConfigError when somebody else replaced
     `model.forward`.
     """
     replaced = model.__dict__.get("forward")
@@ -113,7 +113,7 @@ def _settings(stage: SparseStage) -> Hashable:
 
 
 def is_replayable(x: object) -> bool:
-    """True for a plain CUDA tensor where nobody differentiates or watches, outside of a capture that goes on."""
+    """True for a CUDA tensor of no subclass, when nobody differentiates, watches, or captures a graph."""
     if not (type(x) is Tensor and x.is_cuda and is_unwatched(x.device)):
         return False
     return not torch.cuda.is_current_stream_capturing()
@@ -122,7 +122,7 @@ def is_replayable(x: object) -> bool:
 def record(model: nn.Module, x: Tensor) -> Recording:
     """Capture the forward of `model` for inputs like `x`, after some passes that allocate and compile."""
     entered, forward = x.clone(), type(model).forward
-    with torch.cuda.device(x.device), windows.held_indices() as held, held_biases() as biases:
+    with torch.cuda.device(x.device), held_indices() as held, held_biases() as biases:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -1,15 +1,15 @@
-"""Windows of a feature map as rows of tokens: index, score, rank, gather, scatter. Pure functions, no timm.
+"""Windows of a feature map as rows of tokens: index, score, rank, gather, scatter.
 
-Shapes: B images, H x W tokens, C channels, n windows of N tokens, K kept windows.
+Pure functions: they remember nothing (`kernels.held` does), and know neither timm nor kernels.
+
+Shapes: B images, H x W tokens, C channels, n windows of N tokens, K kept windows. A window has N slots; a slot holds a
+token, or padding at the bottom and right of the map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -46,114 +46,34 @@ def window_token_index(
     return source.reshape(rows * cols, window_size[0] * window_size[1])
 
 
-def token_index_of(
-    height: int, width: int, window_size: tuple[int, int], shift_size: tuple[int, int], device: torch.device
-) -> Tensor:
-    """`window_token_index`, made once per map size and device."""
-    return _made_once(window_token_index, height, width, window_size, shift_size, device)  # type: ignore[no-any-return]
+class Kept(NamedTuple):
+    """The windows that a block computes of a batch of maps, and the tokens that they hold."""
 
-
-class TokenPlaces(NamedTuple):
-    """Where every token of a batch of maps stands among the slots of all its windows."""
-
-    places: Tensor
-    """(B*H*W,) int64 in 0 ... B*n*N - 1."""
-
-
-Padded = bool | TokenPlaces
-"""Whether windows may hold padding; places where they may, and all windows are computed in order."""
-
-
-class AllWindows(NamedTuple):
-    """What computing all windows of a batch needs, as `rank` gives it for some of them."""
-
-    keep_indices: Tensor
-    """(B, n)"""
+    indices: Tensor
+    """(B, K) int64: the windows of each map. A ranking puts the best one first."""
     rows: Tensor
-    """(B, n, N)"""
-    places: TokenPlaces | None
-    """None where there is no padding, or nobody asks."""
+    """(B, K, N) int64 in 0 ... B*H*W: the row of every token in the flattened batch. Padding is row B*H*W."""
+    places: Tensor | None = None
+    """`token_places` of `rows`. None without padding, for some of the windows, and on a CPU, which needs none."""
+
+    def best(self, count: int) -> Kept:
+        """The first `count` windows of each map."""
+        return Kept(self.indices[:, :count], self.rows[:, :count])
 
 
-def all_windows(
-    height: int,
-    width: int,
-    window_size: tuple[int, int],
-    shift_size: tuple[int, int],
-    batch: int,
-    device: torch.device,
-) -> AllWindows:
-    """All windows of `batch` maps, in order; made once per map size, batch and device where launches cost time.
+def every_window(token_index: Tensor, batch: int) -> Tensor:
+    """Indices of all windows in order: (n, N) -> (B, n) int64."""
+    return torch.arange(len(token_index), device=token_index.device).expand(batch, -1)
 
-    On a CPU they are not worth the memory, and the places of tokens are not asked for.
+
+def token_places(rows: Tensor, num_tokens: int) -> Tensor | None:
+    """Slots of all tokens among those of all windows: rows (B, n, N) -> (B*H*W,) int64; None without padding.
+
+    `num_tokens` is B*H*W, the row of padding. `places[r]` is the slot in 0 ... B*n*N - 1 that holds row r.
     """
-    partition = (height, width, window_size, shift_size, batch, device)
-    if not is_asynchronous(device):
-        return _all_windows(*partition)
-    return _made_once(_all_windows_and_places, *partition, remembered=_remembered_batch)  # type: ignore[no-any-return]
-
-
-def _all_windows(height: int, width: int, *partition: Any) -> AllWindows:
-    window_size, shift_size, batch, device = partition
-    index = token_index_of(height, width, window_size, shift_size, device)  # n, N
-    every = torch.arange(len(index), device=device).expand(batch, -1)
-    return AllWindows(every, rows_of(every, index, height * width), None)
-
-
-def _all_windows_and_places(height: int, width: int, *partition: Any) -> AllWindows:
-    found = _all_windows(height, width, *partition)
-    tokens = len(found.rows) * height * width
-    if found.rows.numel() == tokens:
-        return found
-    return found._replace(places=TokenPlaces(found.rows.flatten().argsort()[:tokens]))  # padding is last
-
-
-def is_asynchronous(device: torch.device) -> bool:
-    """True where work is queued, and the host would wait to see a value: no shape or branch may depend on one."""
-    return device.type != "cpu"
-
-
-def is_capturing(device: torch.device) -> bool:
-    """True while work for `device` is recorded into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-@contextmanager
-def held_indices(held: dict[Any, Any] | None = None) -> Iterator[dict[Any, Any]]:
-    """What is made once inside the block stays in the dict that this gives: a captured graph reads it ever after."""
-    held = {} if held is None else held
-    token = _held.set(held)
-    try:
-        yield held
-    finally:
-        _held.reset(token)
-
-
-_held: ContextVar[dict[Any, Any] | None] = ContextVar("held_indices", default=None)
-
-
-def _made(make: Callable[..., Any], *partition: Any) -> Any:
-    with torch.inference_mode(False):  # a tensor made in inference mode could not serve a training step later
-        return make(*partition)
-
-
-_remembered = lru_cache(maxsize=128)(_made)
-_remembered_batch = lru_cache(maxsize=16)(_made)
-"""For what grows with the batch: the partitions of one model at two shapes."""
-
-
-def _made_once(make: Callable[..., Any], *partition: Any, remembered: Callable[..., Any] = _remembered) -> Any:
-    """`make(*partition)`; while a graph is traced or captured it is part of the graph, unless held before."""
-    if torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
-        return make(*partition)
-    held = _held.get()
-    if held is not None:
-        if (make, partition) not in held:
-            held[make, partition] = make(*partition)
-        return held[make, partition]
-    if is_capturing(partition[-1]):
-        return make(*partition)
-    return remembered(make, *partition)
+    if rows.numel() == num_tokens:
+        return None
+    return rows.flatten().argsort()[:num_tokens]  # padding has the highest row, so it comes last
 
 
 def shift_mask(
@@ -182,15 +102,8 @@ def shift_mask(
     return torch.stack(masks), (2 * last_row[:, None] + last_col.long()).flatten()
 
 
-def shift_mask_of(
-    height: int, width: int, window_size: tuple[int, int], shift_size: tuple[int, int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """`shift_mask`, made once per map size and device."""
-    return _made_once(shift_mask, height, width, window_size, shift_size, device)  # type: ignore[no-any-return]
-
-
 def has_padding(height: int, width: int, window_size: tuple[int, int]) -> bool:
-    """True where the windows cover more than the map."""
+    """True when the windows cover more than the map."""
     return height % window_size[0] != 0 or width % window_size[1] != 0
 
 
@@ -243,35 +156,46 @@ def flat_rows(token_index: Tensor, keep_indices: Tensor, num_tokens: int, *, scr
     return torch.where(rows == num_tokens, batch * num_tokens, rows + offset)
 
 
-def score_and_rank(
-    x: Tensor, token_indices: Sequence[Tensor], count: int, importance: Importance
-) -> list[tuple[Tensor, Tensor]]:
-    """Windows kept of maps x (B, H, W, C), and the rows of their tokens, for one or two partitions.
-
-    Each of `token_indices` (n, N) is of `window_token_index`, all of one shape. Returns for each of them indices
-    (B, count), best first, and rows (B, count, N) in 0 ... B*H*W. Only `mean_abs_l2` and `l2`.
-    """
-    magnitude = token_magnitude(x, importance)
-    scores = (window_scores(magnitude, index) for index in token_indices)
-    return rank(scores, token_indices, count, x.shape[1] * x.shape[2])
-
-
-def rank(
-    scores: Iterable[Tensor], token_indices: Sequence[Tensor], count: int, num_tokens: int
-) -> list[tuple[Tensor, Tensor]]:
-    """The same from scores (B, n) of each partition, for maps of `num_tokens` tokens."""
-    kept = [rank_windows(values, count) for values in scores]
-    return [(keep, rows_of(keep, index, num_tokens)) for keep, index in zip(kept, token_indices, strict=True)]
-
-
 def rows_of(keep_indices: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
-    """Rows (B, K, N) of the tokens of windows `keep_indices` (B, K); padding, where there is any, stands at B*H*W."""
+    """Rows of the tokens of some windows: (B, K), (n, N) -> (B, K, N) in 0 ... B*H*W; padding is row B*H*W.
+
+    `num_tokens` is H*W. The windows hold padding when they have more slots than the map has tokens.
+    """
     padded = token_index.numel() != num_tokens
     return flat_rows(token_index, keep_indices, num_tokens, scratch_row=padded)
 
 
+RowsOf = Callable[[Tensor, Tensor, int], Tensor]
+"""`rows_of`, or a function with its arguments."""
+
+
+def score_and_rank(
+    x: Tensor, token_indices: Sequence[Tensor], count: int, importance: Importance, rows_of: RowsOf = rows_of
+) -> list[Kept]:
+    """The `count` best windows of maps x (B, H, W, C), for one or two partitions of the same maps.
+
+    Each of `token_indices` (n, N) comes from `window_token_index`; all have one shape. `importance` is `mean_abs_l2`
+    or `l2`. Returns one `Kept` per partition: indices (B, count), best first, and rows (B, count, N).
+    """
+    magnitude = token_magnitude(x, importance)
+    scores = (window_scores(magnitude, index) for index in token_indices)
+    return rank(scores, token_indices, count, x.shape[1] * x.shape[2], rows_of)
+
+
+def rank(
+    scores: Iterable[Tensor],
+    token_indices: Sequence[Tensor],
+    count: int,
+    num_tokens: int,
+    rows_of: RowsOf = rows_of,
+) -> list[Kept]:
+    """The `count` best windows by the scores (B, n) of each partition, for maps of `num_tokens` tokens."""
+    kept = [rank_windows(values, count) for values in scores]
+    return [Kept(keep, rows_of(keep, index, num_tokens)) for keep, index in zip(kept, token_indices, strict=True)]
+
+
 def flatten_map(x: Tensor, *, scratch_row: bool) -> Tensor:
-    """Map (B, H, W, C) as rows (B*H*W, C), with one zero row more where padding tokens need a place."""
+    """Map (B, H, W, C) as rows (B*H*W, C), with one zero row more, the place of padding tokens, if `scratch_row`."""
     tokens = x.reshape(-1, x.shape[-1])
     return torch.nn.functional.pad(tokens, (0, 0, 0, 1)) if scratch_row else tokens
 

@@ -1,51 +1,37 @@
-"""How the kept windows of a Swin block are computed at inference: plain tensors in, the map changed in place.
+"""How the parts of a sparse Swin are computed at inference: tensors in, tensors out, the map changed in place.
 
-Training, tracing and export go through timm's own modules; what is here must agree with them to about 1e-5.
+README.md beside this file tells the contract, the layout, and how one kernel is tested and timed. Training, tracing and
+export go through timm's own modules; engines must agree with them to about 1e-5.
 """
 
-from .choice import (
-    KERNELS,
-    EmbedPatches,
-    Kernels,
-    MergePatches,
-    RunWindows,
-    ScoreAndRank,
-    chosen,
-    chosen_embedding,
-    chosen_merging,
-    chosen_ranking,
-    explained,
-    running,
-)
-from .embedding import EmbeddingWeights
-from .linear import Affine, LinearOps, TorchLinear, linear_ops
-from .merging import MergingWeights
-from .windowed import BlockWeights, Norm, run_windows_
+from .choice import KERNELS, Kernels, beside_modules, chosen, explained, running, using
+from .engine import MOVES, Engine, EngineAround, Moves
+from .linear import LinearOps, TorchLinear, linear_ops
+from .weights import Affine, BlockWeights, EmbeddingWeights, MergingWeights, Norm, Weights
 
 VERSION = 6
-"""Raised when what is here gets faster or slower: latencies measured before stand for something else."""
+"""Raised when an engine gets faster or slower: latency tables that were measured before are then of no use."""
 
 __all__ = [
     "KERNELS",
+    "MOVES",
     "VERSION",
     "Affine",
     "BlockWeights",
-    "EmbedPatches",
     "EmbeddingWeights",
+    "Engine",
+    "EngineAround",
     "Kernels",
     "LinearOps",
-    "MergePatches",
     "MergingWeights",
+    "Moves",
     "Norm",
-    "RunWindows",
-    "ScoreAndRank",
     "TorchLinear",
+    "Weights",
+    "beside_modules",
     "chosen",
-    "chosen_embedding",
-    "chosen_merging",
-    "chosen_ranking",
     "explained",
     "linear_ops",
-    "run_windows_",
     "running",
+    "using",
 ]

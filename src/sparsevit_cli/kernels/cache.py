@@ -1,7 +1,7 @@
-"""The folder in which compiled code is kept from one process to the next, where nobody else can put anything.
+"""The folder that keeps compiled code from one process to the next, and that nobody else can write.
 
 Loading a library runs it. A library is therefore taken only from a folder that no other user can change, as ssh asks of
-its own files, and only where its bytes are those that were written: a cut library ends the process.
+its own files, and only when its bytes are those that were written: a library that is cut short ends the process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sparsevit_cli.errors import SparseViTError, first_line
 
 MAX_BYTES = 1 << 26
 MAX_LINKS = 40
-"""As many as Linux follows."""
+"""Symbolic links on the way to a folder; Linux follows as many."""
 SECONDS_OF_OTHERS = 300
 """Longest wait for another process that compiles; after it both compile."""
 
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 def cache_folder(name: str = "") -> Path:
     """The user's own folder, `$XDG_CACHE_HOME/sparsevit-cli` or `~/.cache/sparsevit-cli`, or `name` in it.
 
-    Made where it is missing. Raises OSError where there is none that only this user can write.
+    Made when it is missing. Raises OSError when there is none that only this user can write.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():  # the specification of XDG: such a path is invalid and ignored
@@ -46,14 +46,14 @@ def cache_folder(name: str = "") -> Path:
 
 
 def scratch_folder() -> Path:
-    """The folder for temporary files, where it is safe to make a private one in it. Raises OSError elsewhere."""
+    """The folder for temporary files. Raises OSError when it is not safe to make a private folder in it."""
     return private_folder(Path(tempfile.gettempdir()), shared=True)
 
 
 def private_folder(path: Path, *, shared: bool = False) -> Path:
-    """`path` with its symbolic links followed; made where it is missing.
+    """`path` with its symbolic links followed; made when it is missing.
 
-    Raises OSError where another user than root owns a folder or link on the way, or can put something there. In a
+    Raises OSError when another user than root owns a folder or link on the way, or can put something there. In a
     sticky folder, such as /tmp, nobody can exchange what belongs to somebody else: it may stand on the way, and with
     `shared` at the end.
     """
@@ -79,7 +79,7 @@ def private_folder(path: Path, *, shared: bool = False) -> Path:
 
 
 def keep_compilers_private() -> None:
-    """Code of torch.compile and Triton is kept in folders of ours, where the user names none.
+    """Keep code of torch.compile and Triton in folders of ours, unless the user names others.
 
     torch's own stands in the folder for temporary files, under a name that another user may take first.
     """
@@ -98,7 +98,7 @@ def _process_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def read_library(path: Path) -> bytes | None:
-    """The library that `keep_library` wrote to `path`; None where there is none, something else or a damaged one."""
+    """The library that `keep_library` wrote to `path`; None when it is missing, damaged, or something else."""
     content = read_own_file(path)
     if content is None or content != sealed(path.name, library := content[: -hashlib.sha256().digest_size]):
         return None
@@ -106,7 +106,7 @@ def read_library(path: Path) -> bytes | None:
 
 
 def keep_library(path: Path, library: bytes) -> None:
-    """Write `library` to `path`, for `read_library`; where that fails it is told, and no more."""
+    """Write `library` to `path`, for `read_library`; a failure is only told."""
     try:
         write_atomic(path, sealed(path.name, library))
         path.chmod(0o600)  # whatever the umask: what others can write is not read again
@@ -151,12 +151,12 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def in_words(error: OSError) -> str:
-    """What `private_folder` objects to."""
+    """The path and the reason of an error of `private_folder`."""
     return f"{error.filename} {first_line(error.strerror)}"
 
 
 def _refuse_strangers(path: Path, state: os.stat_result, *, shared: bool) -> None:
-    """Raise PermissionError where others than this user and root own `path` or can write it."""
+    """Raise PermissionError when another user than this one and root owns `path` or can write it."""
     if state.st_uid not in (os.geteuid(), 0, *(_disguises_of_root() if shared else ())):
         raise PermissionError(errno.EPERM, f"belongs to user {state.st_uid}", str(path))
     if stat.S_ISLNK(state.st_mode) or (shared and state.st_mode & stat.S_ISVTX):

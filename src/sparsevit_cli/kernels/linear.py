@@ -1,23 +1,18 @@
-"""Linear layers with what follows them: the part of a block that the multiply-adds are in."""
+"""Linear layers with GELU or a residual after them: nearly all multiply-adds of a block."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-class Affine(NamedTuple):
-    """Weight (out, in) and bias (out,) of a linear layer, as torch keeps them."""
-
-    weight: Tensor
-    bias: Tensor | None
+from .weights import Affine
 
 
 class LinearOps(Protocol):
-    """Three forms of a linear layer; x is (rows, in), the result (rows, out)."""
+    """Three forms of a linear layer on x (rows, in); each returns (rows, out)."""
 
     def linear(self, x: Tensor, layer: Affine) -> Tensor:
         """x @ weight.T + bias"""
@@ -30,7 +25,7 @@ class LinearOps(Protocol):
 
 
 class TorchLinear:
-    """Public torch functions, on any device."""
+    """`LinearOps` by public torch functions, on any device."""
 
     def linear(self, x: Tensor, layer: Affine) -> Tensor:
         return F.linear(x, layer.weight, layer.bias)
@@ -43,7 +38,7 @@ class TorchLinear:
 
 
 class OneDnnLinear:
-    """oneDNN's matrix product with GELU and addition as its epilogue, on the CPU.
+    """`LinearOps` by oneDNN on a CPU: GELU and the residual are epilogues of its matrix product.
 
     These operators are the ones TorchInductor calls on a CPU when it freezes a model. The weights are handed over as
     they are: packing them would gain a few percent more, double their memory, and go stale when they change.
@@ -63,12 +58,12 @@ class OneDnnLinear:
 
 
 def linear_ops(x: Tensor) -> LinearOps:
-    """The fastest of them for inputs like `x`."""
+    """The fastest `LinearOps` for inputs like `x`."""
     return OneDnnLinear() if x.device.type == "cpu" and onednn_takes(x.dtype) else TorchLinear()
 
 
 def onednn_takes(dtype: torch.dtype) -> bool:
-    """True where oneDNN computes `dtype` on this CPU."""
+    """True when oneDNN computes `dtype` on this CPU."""
     backend, ops = torch.backends.mkldnn, torch.ops.mkldnn
     if not (backend.is_available() and backend.enabled and hasattr(ops, "_linear_pointwise")):
         return False

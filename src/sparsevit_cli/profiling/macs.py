@@ -22,11 +22,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsevit_cli import kernels
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
-from sparsevit_cli.swin import Block
-from sparsevit_cli.windows import is_asynchronous, num_keep, window_grid
+from sparsevit_cli.swin import Block, StockBlock
+from sparsevit_cli.windows import num_keep, window_grid
 
 from .inputs import InputSize, Measured, evaluating, example_input, image_shape, named_stages, stem_name, uncompiled
 from .memory import memory_errors
@@ -95,11 +94,12 @@ def padding_macs(model: nn.Module, x: Tensor) -> float:
 
     def count(block: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         nonlocal left_out
-        if kwargs.get("plain") is None:
+        stock: StockBlock | None = kwargs.get("stock")
+        if stock is None:
             return
-        rows, (batch, height, width, _) = kwargs["rows"], args[0].shape
+        rows, (batch, height, width, _) = kwargs["kept"].rows, args[0].shape
         skips = rows.shape[1] < math.prod(window_grid(height, width, block.window_size))
-        if skips and kwargs["plain"].run_windows_ is kernels.run_windows_ and is_asynchronous(x.device):
+        if skips and not stock.engine.leaves_out_padding(args[0].flatten(0, 2), stock.weights):
             return
         layers = (block.attn.qkv, block.attn.proj, *((block.mlp,) if skips else ()))
         left_out += int((rows == batch * height * width).sum()) * sum(map(weights_in, layers))

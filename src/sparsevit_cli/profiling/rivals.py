@@ -6,8 +6,9 @@ Letters are those of the benchmark's table: B0 the authors' flow at equal ratios
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from sparsevit_cli import kernels, windows
 from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.swin import SparseSwinTransformerStage, sparse_stages
+from sparsevit_cli.windows import Importance, Kept
 
 from .inputs import evaluating
-from .timeline import replaced
 
 Compile = Callable[[nn.Module], Any]
 
@@ -137,24 +138,13 @@ def authors_flow(model: nn.Module) -> nn.Module | None:
 
 
 Memory = dict[Any, Any]
-"""What an oracle knows of one model and one batch of images."""
+"""What an oracle knows of one model and one batch of images: the windows kept, and rows that follow each other."""
 
 
 def foreseen(model: nn.Module, x: Tensor) -> Memory:
     """What `oracle` needs: the windows that `model` keeps of images `x`, found in one forward."""
     memory: Memory = {}
-    real = kernels.chosen_ranking
-
-    def watched(name: str, device: torch.device) -> kernels.ScoreAndRank:
-        def score_and_rank(x: Tensor, token_indices: Any, count: int, importance: Any) -> list[tuple[Tensor, Tensor]]:
-            found = real(name, device)(x, token_indices, count, importance)
-            num_rows = x.shape[0] * x.shape[1] * x.shape[2]
-            memory[_ranking_key(x, count)] = [(keep, _following(rows, num_rows)) for keep, rows in found]
-            return found
-
-        return score_and_rank
-
-    with evaluating(model), replaced(kernels, {"chosen_ranking": watched}):
+    with evaluating(model), kernels.using(partial(ForeseeingEngine, memory=memory)):
         model(x)
     return memory
 
@@ -163,46 +153,90 @@ def foreseen(model: nn.Module, x: Tensor) -> Memory:
 def oracle(memory: Memory) -> Iterator[None]:
     """O: our kernels on equally many windows and tokens, whose rows follow each other, without scores and ranking.
 
-    Instead of gather and scatter a chunk is read where it stands, and written back by one plain copy; kernels that move
-    rows themselves get rows that follow each other. The outputs mean nothing. What a sparse model takes longer than
-    this is the sparsity tax. `memory` is what was `foreseen` for this model and shape.
+    Inside the block every engine is an `OracleEngine`. Outputs mean nothing. What a sparse model takes longer than this
+    is the sparsity tax. `memory` is what was `foreseen` for this model and shape.
     """
-    place, flat_rows = [0], windows.flat_rows
+    with kernels.using(partial(OracleEngine, memory=memory, moves=FollowingMoves(memory))):
+        yield
 
-    def read(tokens: Tensor, rows: Tensor) -> Tensor:
+
+class ForeseeingEngine(kernels.EngineAround):
+    """`inner`; it notes in `memory` the windows that it ranks, with rows that follow each other."""
+
+    def __init__(self, inner: kernels.Engine, memory: Memory) -> None:
+        super().__init__(inner)
+        self.memory = memory
+
+    def score_and_rank(
+        self, x: Tensor, token_indices: Sequence[Tensor], count: int, importance: Importance
+    ) -> list[Kept]:
+        found = super().score_and_rank(x, token_indices, count, importance)
+        self.memory[_ranking_key(x, count)] = [_followed(kept, x.shape[0] * x.shape[1] * x.shape[2]) for kept in found]
+        return found
+
+
+class OracleEngine(kernels.EngineAround):
+    """`inner` without scores and ranking, which `memory` knows, and with `moves` that follow each other."""
+
+    def __init__(self, inner: kernels.Engine, memory: Memory, moves: FollowingMoves) -> None:
+        super().__init__(inner.with_moves(moves))
+        self.memory = memory
+
+    def score_and_rank(
+        self, x: Tensor, token_indices: Sequence[Tensor], count: int, importance: Importance
+    ) -> list[Kept]:
+        return self.memory[_ranking_key(x, count)]  # type: ignore[no-any-return]
+
+
+class FollowingMoves(kernels.Moves):
+    """Instead of gather and scatter a chunk is read at the place after the last one, and copied back there.
+
+    Kernels that move rows themselves get rows that follow each other, which `memory` keeps.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self._place = 0
+
+    def rows_of(self, keep_indices: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
+        key = (token_index.shape, keep_indices.shape, num_tokens)
+        if key not in self.memory:
+            rows = super().rows_of(keep_indices, token_index, num_tokens)
+            self.memory[key] = _following(rows, len(keep_indices) * num_tokens)
+        return self.memory[key]  # type: ignore[no-any-return]
+
+    def all_windows(self, height: int, width: int, *partition: Any) -> Kept:
+        key = (height, width, *partition)
+        if key not in self.memory:
+            found = super().all_windows(height, width, *partition)
+            self.memory[key] = _followed(found, len(found.rows) * height * width)
+        return self.memory[key]  # type: ignore[no-any-return]
+
+    def gather_rows(self, tokens: Tensor, rows: Tensor) -> Tensor:
         if len(rows) > len(tokens):  # with padding that is computed
             return tokens.index_select(0, rows)
-        place[0] = place[0] if place[0] + len(rows) <= len(tokens) else 0
-        return tokens.narrow(0, place[0], len(rows))
+        self._place = self._place if self._place + len(rows) <= len(tokens) else 0
+        return tokens.narrow(0, self._place, len(rows))
 
-    def write(tokens: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    def scatter_rows_(self, tokens: Tensor, rows: Tensor, values: Tensor) -> Tensor:
         if len(rows) > len(tokens):
             return tokens.index_copy_(0, rows, values)
-        tokens.narrow(0, place[0], len(rows)).copy_(values)
-        place[0] += len(rows)
+        tokens.narrow(0, self._place, len(rows)).copy_(values)
+        self._place += len(rows)
         return tokens
-
-    def all_following(token_index: Tensor, keep_indices: Tensor, num_tokens: int, *, scratch_row: bool) -> Tensor:
-        key = (token_index.shape, keep_indices.shape, num_tokens)
-        if key not in memory:
-            rows = flat_rows(token_index, keep_indices, num_tokens, scratch_row=scratch_row)
-            memory[key] = _following(rows, len(keep_indices) * num_tokens)
-        return memory[key]  # type: ignore[no-any-return]
-
-    def known(x: Tensor, token_indices: Any, count: int, importance: Any) -> list[tuple[Tensor, Tensor]]:
-        return memory[_ranking_key(x, count)]  # type: ignore[no-any-return]
-
-    moves: dict[str, Callable[..., Any]] = {"flat_rows": all_following, "gather_rows": read, "scatter_rows_": write}
-    ranking: dict[str, Callable[..., Any]] = {"chosen_ranking": lambda name, device: known}
-    with windows.held_indices(memory), replaced(windows, moves), replaced(kernels, ranking):
-        yield
 
 
 def _ranking_key(x: Tensor, count: int) -> Any:
     return x.shape, count
 
 
+def _followed(kept: Kept, num_tokens: int) -> Kept:
+    """`kept` of maps of `num_tokens` tokens together (B*H*W), with rows that follow each other."""
+    rows = _following(kept.rows, num_tokens)
+    return kept._replace(rows=rows, places=None if kept.places is None else windows.token_places(rows, num_tokens))
+
+
 def _following(rows: Tensor, padding: int) -> Tensor:
-    """Rows (B, K, N) that follow each other, `padding` where it was."""
+    """Rows (B, K, N) that follow each other, and row `padding` for the padding among them."""
     is_token = rows != padding
     return torch.where(is_token, is_token.flatten().cumsum(0).view_as(rows) - 1, padding)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 from torch import Tensor, nn
 
+from sparsevit_cli import kernels
+
 from .inputs import evaluating, image_shape, named_stages
 from .latency import Clock
 from .memory import memory_errors
-from .timeline import Label, Timeline, hooked, moves_labelled, timed_forward
+from .timeline import Label, TimedEngine, Timeline, hooked, timed_forward
 
 WARMUP_PASSES = 3
 
@@ -79,7 +82,8 @@ def time_stages(
     timeline = Timeline(x.device, clock)
     samples: dict[Label, list[float]] = {}
     forward = f"forward of {tuple(x.shape)}"
-    with evaluating(model), memory_errors(forward), hooked(model, timeline), moves_labelled(timeline):
+    timed = partial(TimedEngine, timeline=timeline)
+    with evaluating(model), memory_errors(forward), hooked(model, timeline), kernels.using(timed):
         for _ in range(WARMUP_PASSES):
             timed_forward(model, x, timeline)
         for _ in range(passes):

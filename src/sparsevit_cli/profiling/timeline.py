@@ -6,26 +6,23 @@ For passes of their own: the marks cost some microseconds each, so no figure of 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsevit_cli import windows
 from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.kernels import Engine, EngineAround, Moves
 
 from .device import synchronize
 from .inputs import named_stages, stem_name
 from .latency import Clock
 
 Label = tuple[Any, ...]
-GATHER_SCATTER = ("flat_rows", "flatten_map", "gather_rows", "scatter_rows", "scatter_rows_", "unflatten_map")
-"""Functions of `windows` that move rows, called by the sparse block, and by the stage for what its blocks share."""
 
 
 class Timeline:
@@ -83,7 +80,7 @@ def timed_forward(model: nn.Module, x: Tensor, timeline: Timeline) -> dict[Label
     """Milliseconds of one forward pass per label, which add up to the whole pass.
 
     Labels: `("stem",)`; per stage s `("merging", s)` and `("scoring", s)`, the stage's own work, which is scoring
-    and ranking; per block pair p `("pair", s, p)`, less the moves that `moves_labelled` takes out of it; and
+    and ranking; per block pair p `("pair", s, p)`, less the moves that a `TimedEngine` takes out of it; and
     `("rest",)` for what is in no other one: final norm, pooling, head.
     """
     timeline.enter(("rest",))
@@ -107,24 +104,42 @@ def hooked(model: nn.Module, timeline: Timeline) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def moves_labelled(timeline: Timeline) -> Iterator[None]:
-    """Charge gather and scatter to `("moves", s)`, s being the stage that is running."""
-    with replaced(windows, {name: partial(_moving, timeline, getattr(windows, name)) for name in GATHER_SCATTER}):
-        yield
+class TimedEngine(EngineAround):
+    """`inner`, whose gather and scatter are charged to `("moves", s)`, s being the stage that is running.
+
+    Kernels that move rows themselves do it inside their block, and it stays charged to the block.
+    """
+
+    def __init__(self, inner: Engine, timeline: Timeline) -> None:
+        super().__init__(inner.with_moves(TimedMoves(inner.moves, timeline)))
 
 
-@contextmanager
-def replaced(module: ModuleType, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Other functions in the place of those of `module` with their names."""
-    before = {name: getattr(module, name) for name in functions}
-    for name, function in functions.items():
-        setattr(module, name, function)
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(module, name, function)
+def _charged(name: str) -> Any:
+    """A method that calls `name` of the moves inside, and charges its time to the moves of the stage."""
+
+    def method(self: TimedMoves, *args: Any, **kwargs: Any) -> Any:
+        _, stage, *_ = self.timeline.top
+        self.timeline.enter(("moves", stage))
+        result = getattr(self.inner, name)(*args, **kwargs)
+        self.timeline.leave()
+        return result
+
+    return method
+
+
+class TimedMoves(Moves):
+    """`inner`, every call of which is charged to the moves of the stage that is running."""
+
+    def __init__(self, inner: Moves, timeline: Timeline) -> None:
+        self.inner, self.timeline = inner, timeline
+
+    rows_of = _charged("rows_of")
+    all_windows = _charged("all_windows")
+    flatten_map = _charged("flatten_map")
+    unflatten_map = _charged("unflatten_map")
+    gather_rows = _charged("gather_rows")
+    scatter_rows = _charged("scatter_rows")
+    scatter_rows_ = _charged("scatter_rows_")
 
 
 def _labelled_modules(model: nn.Module) -> Iterator[tuple[nn.Module, Label]]:
@@ -144,11 +159,3 @@ def _enter(timeline: Timeline, label: Label, *_: object) -> None:
 
 def _leave(timeline: Timeline, *_: object) -> None:
     timeline.leave()
-
-
-def _moving(timeline: Timeline, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    _, stage, *_ = timeline.top
-    timeline.enter(("moves", stage))
-    result = function(*args, **kwargs)
-    timeline.leave()
-    return result

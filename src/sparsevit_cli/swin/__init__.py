@@ -1,11 +1,11 @@
-"""Window sparsity for timm's Swin: the only room that knows timm's Swin.
+"""Window sparsity for timm's Swin: the only package that knows timm's Swin.
 
 `sparsify_` swaps the classes of stages, blocks, patch mergings and patch embeddings in place, so parameters keep their
 names and a dense model runs timm's own code. What is stored on the model are settings: tenths per block pair,
 importance, kernels, and whether it must equal timm to the bit.
 
-A sparse model takes one of two ways, which agree to about 1e-5: in training, tracing and export timm's own modules
-between gather and scatter; at inference the functions of `kernels`, on a map that is changed in place.
+A sparse model is computed in one of two ways, which agree to about 1e-5. In training, tracing and export timm's own
+modules run between gather and scatter. At inference an engine of `kernels` runs, on a map that is changed in place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparsevit_cli.kernels import KERNELS, Kernels
 from sparsevit_cli.sparsity import Ratios, SparsityConfig
 
 from .bias import RememberedBias, are_current, held_biases, remembered_tensors
-from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, SparseBlock
+from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, SparseBlock, StockBlock
 from .embedding import SparsePatchEmbed, embeddings_of
 from .inference import is_unwatched, without_kernels
 from .stages import SPARSE_STAGES, SparseStage, SparseSwinTransformerStage
@@ -33,6 +33,7 @@ __all__ = [
     "SparseStage",
     "SparseSwinTransformerStage",
     "Stage",
+    "StockBlock",
     "are_current",
     "get_sparsity",
     "held_biases",
@@ -56,7 +57,7 @@ def sparsify_(
     A second call changes `importance` and `kernels` only. Parameters, buffers and state-dict keys stay timm's.
     `kernels` says what runs at inference: `portable` (any device), `native` (C++ on a CPU, compiled at first use) or
     `triton` (a GPU), which fall back with a warning; `auto` is native on x86-64 with AVX2 and a compiler.
-    Raises ConfigError where `model` holds no timm Swin stage, a subclass of one, or for an unknown name.
+    Raises ConfigError when `model` holds no timm Swin stage, a subclass of one, or for an unknown name.
     """
     if kernels not in KERNELS:
         raise ConfigError("kernels", f"{kernels!r}; allowed are {', '.join(KERNELS)}", "Take auto if in doubt.")
@@ -85,7 +86,7 @@ def sparsify_(
 
 
 def sparse_stages(model: nn.Module) -> list[SparseStage]:
-    """The sparse stages in order. Raises ConfigError where there are none."""
+    """The sparse stages in order. Raises ConfigError when there are none."""
     stages = [module for module in model.modules() if isinstance(module, SparseStage)]
     if not stages:
         raise ConfigError("model", f"{type(model).__name__} is not sparse", "Call sparsify_(model) first.")
@@ -93,7 +94,7 @@ def sparse_stages(model: nn.Module) -> list[SparseStage]:
 
 
 def model_depths(model: nn.Module) -> tuple[int, ...]:
-    """Blocks per stage of a dense or sparse model. Raises ConfigError where there is no timm Swin stage."""
+    """Blocks per stage of a dense or sparse model. Raises ConfigError when there is no timm Swin stage."""
     depths = tuple(len(module.blocks) for module in model.modules() if isinstance(module, STAGES))
     if not depths:
         raise ConfigError("model", f"{type(model).__name__} contains no timm Swin stage", "Give a timm `swin_*`.")
@@ -103,8 +104,8 @@ def model_depths(model: nn.Module) -> tuple[int, ...]:
 def set_sparsity(model: nn.Module, ratios: Ratios, *, exact: bool = True) -> None:
     """Set the sparsity ratio of every block pair: a SparsityConfig, lists per stage and pair, or one number.
 
-    A model that is dense everywhere runs timm's own code, equal to the bit; with `exact=False` it too takes our faster
-    way at inference, equal to about 1e-5. Everything is validated before anything changes. Raises ConfigError
+    A model that is dense everywhere runs timm's own code, equal to the bit; with `exact=False` an engine computes it
+    too at inference, equal to about 1e-5. Everything is validated before anything changes. Raises ConfigError
     (a ValueError).
     """
     stages = sparse_stages(model)
@@ -117,5 +118,5 @@ def set_sparsity(model: nn.Module, ratios: Ratios, *, exact: bool = True) -> Non
 
 
 def get_sparsity(model: nn.Module) -> SparsityConfig:
-    """The sparsity configuration that `model` runs at. Raises ConfigError where it is not sparse."""
+    """The sparsity configuration that `model` runs at. Raises ConfigError when it is not sparse."""
     return SparsityConfig(tuple(stage.sparsity_tenths for stage in sparse_stages(model)))

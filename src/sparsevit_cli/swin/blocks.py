@@ -8,56 +8,51 @@ import torch
 from torch import Tensor, nn
 
 from sparsevit_cli import kernels, windows
+from sparsevit_cli.kernels import held
+from sparsevit_cli.windows import Kept
 
 from .bias import forget_bias, remembered_bias
 from .timm_swin import v1, v2, v2cr
 
 
-class PlainMerging(NamedTuple):
-    """The tensors of a patch merging that nobody changed, and the function of `kernels` that merges with them."""
+class StockMerging(NamedTuple):
+    """A patch merging of timm's own code, ready to be computed by `engine`."""
 
     weights: kernels.MergingWeights
-    merge_patches: kernels.MergePatches
+    engine: kernels.Engine
 
 
-class PlainEmbedding(NamedTuple):
-    """The same of a patch embedding; the function may yet say no to its images, with None."""
+class StockBlock(NamedTuple):
+    """A block of timm's own code, ready to be computed by `engine`."""
 
-    weights: kernels.EmbeddingWeights
-    embed_patches: kernels.EmbedPatches
+    weights: kernels.BlockWeights
+    engine: kernels.Engine
 
 
 class SparseMerging(nn.Module):
-    """timm's patch merging; given its tensors, it takes the faster way."""
+    """timm's patch merging. Differs: given `stock`, an engine computes it."""
 
-    def forward(self, x: Tensor, plain: PlainMerging | None = None) -> Tensor:
+    def forward(self, x: Tensor, stock: StockMerging | None = None) -> Tensor:
         """Map (B, H, W, C) to (B, H/2, W/2, out)."""
-        if plain is None:
+        if stock is None:
             return super().forward(x)  # type: ignore[no-any-return]
-        return plain.merge_patches(x, plain.weights)
+        return stock.engine.merge_patches(x, stock.weights)
 
 
 class SparsePatchMerging(SparseMerging, v1.PatchMerging):
-    """Of V1."""
+    """timm's patch merging of V1. Differs as `SparseMerging` says, and in nothing else."""
 
 
 class SparsePatchMergingV2(SparseMerging, v2.PatchMerging):
-    """Of V2."""
+    """timm's patch merging of V2. Differs as `SparseMerging` says, and in nothing else."""
 
 
 class SparsePatchMergingV2Cr(SparseMerging, v2cr.PatchMerging):
-    """Of V2-CR."""
-
-
-class PlainBlock(NamedTuple):
-    """The tensors of a block that nobody changed, and the function of `kernels` that runs its windows."""
-
-    weights: kernels.BlockWeights
-    run_windows_: kernels.RunWindows
+    """timm's patch merging of V2-CR. Differs as `SparseMerging` says, and in nothing else."""
 
 
 class SparseBlock(nn.Module):
-    """timm's block; given `keep_indices`, it computes those windows and leaves the others as they are."""
+    """timm's block. Differs: given `kept`, it computes those windows and leaves the others as they are."""
 
     window_size: tuple[int, int]
     shift_size: tuple[int, int]
@@ -72,35 +67,34 @@ class SparseBlock(nn.Module):
     drop_path2: Any
 
     def forward(
-        self,
-        x: Tensor,
-        keep_indices: Tensor | None = None,
-        rows: Tensor | None = None,
-        places: windows.TokenPlaces | None = None,
-        plain: PlainBlock | None = None,
+        self, x: Tensor, kept: Kept | None = None, stock: StockBlock | None = None, moves: kernels.Moves = kernels.MOVES
     ) -> Tensor:
-        """Map (B, H, W, C) to the same shape; `keep_indices` (B, K), and the `rows` (B, K, N) of their tokens, of
-        `windows.rows_of`, and the `places` of `windows.AllWindows`. With `plain` the map itself is changed and
-        returned.
+        """Map (B, H, W, C) to the same shape.
+
+        Args:
+            x: the map. It is changed and returned when `stock` is given, and left alone otherwise.
+            kept: the windows to compute; None for timm's own forward, on all of them.
+            stock: weights and engine that compute the windows; None for timm's modules between gather and scatter.
+            moves: gathers and scatters around timm's modules.
         """
-        if keep_indices is None or rows is None:
+        if kept is None:
             return super().forward(x)  # type: ignore[no-any-return]
-        if plain is not None:
-            return self._on_whole_map(self._run_(x, keep_indices, rows, places, plain))
+        if stock is not None:
+            return self._on_whole_map(self._run_(x, kept, stock))
         batch, height, width, channels = x.shape
-        kept, area = keep_indices.shape[1], self.window_area
+        count, area = kept.indices.shape[1], self.window_area
         padded = windows.has_padding(height, width, self.window_size)
 
-        rows = rows.flatten()  # B*K*N
-        tokens = windows.flatten_map(x, scratch_row=padded)  # B*H*W (+ 1), C
-        kept_tokens = windows.gather_rows(tokens, rows).view(batch, kept, area, channels)
-        is_token = (rows != batch * height * width).view(batch, kept, area, 1) if padded else None
-        kept_tokens = self._residuals(kept_tokens, is_token, self._kept_mask(x, keep_indices))
-        tokens = windows.scatter_rows(tokens, rows, kept_tokens.view(-1, channels))
-        return self._on_whole_map(windows.unflatten_map(tokens, (batch, height, width), scratch_row=padded))
+        rows = kept.rows.flatten()  # B*K*N
+        tokens = moves.flatten_map(x, scratch_row=padded)  # B*H*W (+ 1), C
+        kept_tokens = moves.gather_rows(tokens, rows).view(batch, count, area, channels)
+        is_token = (rows != batch * height * width).view(batch, count, area, 1) if padded else None
+        kept_tokens = self._residuals(kept_tokens, is_token, self._kept_mask(x, kept.indices))
+        tokens = moves.scatter_rows(tokens, rows, kept_tokens.view(-1, channels))
+        return self._on_whole_map(moves.unflatten_map(tokens, (batch, height, width), scratch_row=padded))
 
     def train(self, mode: bool = True) -> Self:
-        """As torch's; a change of mode forgets the position bias."""
+        """torch's `train`. Differs: a change of mode forgets the position bias."""
         if mode != self.training:
             forget_bias(self)
         return super().train(mode)
@@ -121,21 +115,20 @@ class SparseBlock(nn.Module):
         """What timm does with the whole map after its windows."""
         return x
 
-    def _run_(
-        self, x: Tensor, keep_indices: Tensor, rows: Tensor, places: windows.TokenPlaces | None, plain: PlainBlock
-    ) -> Tensor:
+    def _run_(self, x: Tensor, kept: Kept, stock: StockBlock) -> Tensor:
+        """The map (B, H, W, C) itself, its `kept` windows replaced."""
         _, height, width, channels = x.shape
-        padded = places or windows.has_padding(height, width, self.window_size)
+        padded = windows.has_padding(height, width, self.window_size)
         bias, class_of = self._attention_bias(x)
-        bias_class = None if class_of is None else class_of[keep_indices.flatten()]
-        tokens = x.view(-1, channels)  # shares the map's memory
-        plain.run_windows_(tokens, rows.flatten(0, 1), plain.weights, bias, bias_class, padded=padded)
+        bias_class = None if class_of is None else class_of[kept.indices.flatten()]
+        tokens, rows = x.view(-1, channels), kept.rows.flatten(0, 1)  # T, C, sharing the map's memory; M, N
+        stock.engine.run_windows_(tokens, rows, stock.weights, bias, bias_class, padded=padded, places=kept.places)
         return x
 
     def _attention_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Added to the attention scores of all windows (1, h, N, N); with a shift (4, h, N, N), by the class (n,)."""
         partition = (x.shape[1], x.shape[2], self.window_size, self.shift_size, x.device)
-        masks, class_of = windows.shift_mask_of(*partition) if any(self.shift_size) else (None, None)
+        masks, class_of = held.shift_mask_of(*partition) if any(self.shift_size) else (None, None)
 
         def make() -> Tensor:
             bias = self._position_bias().to(x.dtype)
@@ -156,7 +149,10 @@ class SparseBlock(nn.Module):
 
 
 class SparseSwinTransformerBlock(SparseBlock, v1.SwinTransformerBlock):
-    """Of V1: norms come before attention and MLP, and timm pads after the first."""
+    """timm's block of V1. Differs as `SparseBlock` says.
+
+    Norms come before attention and MLP. timm pads after the first norm, so padding enters attention as zeros.
+    """
 
     def _residuals(self, tokens: Tensor, is_token: Tensor | None, mask: Tensor | None) -> Tensor:
         normed = self.norm1(tokens)
@@ -174,7 +170,7 @@ class SparseSwinTransformerBlock(SparseBlock, v1.SwinTransformerBlock):
 
 
 class PostNormBlock(SparseBlock):
-    """Norms come after attention and MLP, so padding enters attention as the map's own zeros."""
+    """What blocks of V2 and V2-CR share: norms come after attention and MLP, so padding is the map's own zeros."""
 
     def _residuals(self, tokens: Tensor, is_token: Tensor | None, mask: Tensor | None) -> Tensor:
         attended = self.norm1(self.attn(tokens.flatten(0, 1), mask=mask)).view(tokens.shape)
@@ -183,7 +179,7 @@ class PostNormBlock(SparseBlock):
 
 
 class SparseSwinTransformerV2Block(PostNormBlock, v2.SwinTransformerV2Block):
-    """Of V2."""
+    """timm's block of V2. Differs as `SparseBlock` says, and in nothing else."""
 
     def _position_bias(self) -> Tensor:
         attn, area = self.attn, self.window_area  # as in timm's WindowAttention.forward
@@ -197,7 +193,10 @@ class SparseSwinTransformerV2Block(PostNormBlock, v2.SwinTransformerV2Block):
 
 
 class SparseSwinTransformerV2CrBlock(PostNormBlock, v2cr.SwinTransformerV2CrBlock):
-    """Of V2-CR: a third norm, where there is one, is taken of the whole map, skipped windows too."""
+    """timm's block of V2-CR. Differs as `SparseBlock` says.
+
+    A third norm, in blocks that have one, takes the whole map: it changes the skipped windows too.
+    """
 
     def _position_bias(self) -> Tensor:
         return self.attn._relative_positional_encodings()  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""timm's patch embedding of V1 and V2, which may take the faster way at inference."""
+"""timm's patch embedding of V1 and V2, which an engine may compute at inference."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from torch import Tensor, nn
 
 from sparsevit_cli import kernels
 
-from .inference import plain_embedding
+from .inference import stock_embedding
 from .timm_swin import STAGES
 
 
 class SparsePatchEmbed(PatchEmbed):
-    """timm's, to the bit where `as_timm`."""
+    """timm's patch embedding. Differs: an engine computes it at inference, unless `as_timm`."""
 
     kernels: kernels.Kernels = "auto"
     as_timm = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to a map (B, H/side, W/side, out)."""
-        plain = None if self.as_timm else plain_embedding(self, x)
-        embedded = None if plain is None else plain.embed_patches(x, plain.weights)
-        return super().forward(x) if embedded is None else embedded
+        weights = None if self.as_timm else stock_embedding(self, x)
+        if weights is None:
+            return super().forward(x)  # type: ignore[no-any-return]
+        return kernels.chosen(self.kernels, x.device).embed_patches(x, weights)
 
 
 def embeddings_of(model: nn.Module) -> list[Any]:

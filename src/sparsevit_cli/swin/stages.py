@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,13 +11,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsevit_cli import kernels, windows
+from sparsevit_cli.kernels import held
+from sparsevit_cli.windows import Kept
 
-from .inference import is_inference, plain_blocks, plain_merging
+from .inference import is_inference, stock_blocks, stock_merging
 from .timm_swin import v1, v2, v2cr
 
 
 class SparseStage(nn.Module):
-    """timm's stage; scores its windows once, at the first pruned block, and hands each block its share."""
+    """timm's stage. Differs: it scores its windows once, at the first pruned block, and hands each block its share.
+
+    At inference it chooses one engine in each forward, which computes its patch merging, its ranking and its blocks.
+    """
 
     sparsity_tenths: tuple[int, ...]
     importance: windows.Importance
@@ -26,44 +32,53 @@ class SparseStage(nn.Module):
     grad_checkpointing: bool
     stage_number: int
     as_timm = True
-    """True where a stage without sparsity must give timm's numbers to the bit: the whole model is dense."""
+    """True when the whole model is dense: then the stage must give timm's numbers to the bit, and runs timm's code."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C) to (B, H', W', C'), sparse where `sparsity_tenths` says so."""
+        """Map (B, H, W, C) to (B, H', W', C'); block pairs with `sparsity_tenths` above 0 are sparse."""
         if self.as_timm and not any(self.sparsity_tenths):
             return super().forward(x)  # type: ignore[no-any-return]
         return self._sparse(x)
 
     def _sparse(self, x: Tensor) -> Tensor:
         infers = is_inference(self, x.device)
-        merging = plain_merging(self, x) if infers else None
-        x = self.downsample(x) if merging is None else self.downsample(x, plain=merging)
-        plain = plain_blocks(self, x) if infers else None
-        if plain is not None and merging is None:  # the caller's map, or a view of it, is not ours to change
+        engine = kernels.chosen(self.kernels, x.device) if infers else kernels.beside_modules()
+        merging = stock_merging(self, engine) if infers else None
+        x = self.downsample(x) if merging is None else self.downsample(x, merging)
+        stock = stock_blocks(self, engine) if infers else None
+        if stock is None:
+            engine = kernels.beside_modules()
+        elif merging is None:  # the caller's map, or a view of it, is not ours to change
             x = x.clone(memory_format=torch.contiguous_format)
-        score_and_rank = windows.score_and_rank if plain is None else kernels.chosen_ranking(self.kernels, x.device)
-        ranking = _Ranking(self, x.shape[1], x.shape[2], score_and_rank)
+        ranking = _Ranking(self, x.shape[1], x.shape[2], engine)
         for number, block in enumerate(self.blocks):
             kept = ranking.keep(x, number)
-            if plain is not None:
-                x = block(x, **(kept or ranking.all_windows(x, number)), plain=plain[number])
-            elif self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(partial(block, **kept), x, use_reentrant=False)
+            if stock is not None:
+                x = block(x, kept=kept or ranking.all_windows(x, number), stock=stock[number])
+            elif kept is None:
+                x = _checkpointed(self, block, x)
             else:
-                x = block(x, **kept)
+                x = _checkpointed(self, partial(block, kept=kept, moves=engine.moves), x)
         return x
 
 
+def _checkpointed(stage: SparseStage, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`block(x)`; with gradient checkpointing it is computed once more in the backward pass, to save memory."""
+    if stage.grad_checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, x, use_reentrant=False)
+    return block(x)
+
+
 class SparseSwinTransformerStage(SparseStage, v1.SwinTransformerStage):
-    """Of V1."""
+    """timm's stage of V1. Differs as `SparseStage` says, and in nothing else."""
 
 
 class SparseSwinTransformerV2Stage(SparseStage, v2.SwinTransformerV2Stage):
-    """Of V2."""
+    """timm's stage of V2. Differs as `SparseStage` says, and in nothing else."""
 
 
 class SparseSwinTransformerV2CrStage(SparseStage, v2cr.SwinTransformerV2CrStage):
-    """Of V2-CR, whose stages take and give maps (B, C, H, W)."""
+    """timm's stage of V2-CR. Differs as `SparseStage` says; timm's takes and gives maps (B, C, H, W), so this does."""
 
     def _sparse(self, x: Tensor) -> Tensor:
         return super()._sparse(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -77,34 +92,33 @@ SPARSE_STAGES: dict[type[nn.Module], type[SparseStage]] = {
 
 
 class _Ranking:
-    """The rankings of one forward pass of one stage: one per partition (plain, shifted).
+    """The windows that each block of a stage computes in one forward pass, ranked once per partition.
 
-    Lives for one forward only: all are made of the map that enters the first pruned block, and since ratios never
-    decrease with depth, later blocks take prefixes.
+    The partitions are unshifted and shifted windows. Both are ranked on the map that enters the first pruned block.
+    Ratios never decrease with depth, so each later block takes a prefix of the ranking.
     """
 
-    def __init__(self, stage: SparseStage, height: int, width: int, score_and_rank: kernels.ScoreAndRank) -> None:
-        self.stage, self.height, self.width = stage, height, width
-        self.score_and_rank = score_and_rank
+    def __init__(self, stage: SparseStage, height: int, width: int, engine: kernels.Engine) -> None:
+        self.stage, self.height, self.width, self.engine = stage, height, width, engine
         self.counts = [self._counts(number) for number in range(len(stage.blocks))]
-        self.ranked: dict[_Partition, dict[str, Tensor]] = {}
-        self.all: dict[_Partition, dict[str, Any]] = {}
+        self.ranked: dict[_Partition, Kept] = {}
+        self.all: dict[_Partition, Kept] = {}
 
-    def keep(self, x: Tensor, number: int) -> dict[str, Tensor]:
-        """Arguments that make block `number` compute the windows it keeps of its map `x`; none where it keeps all."""
-        count, all_windows = self.counts[number]
-        if count == all_windows:
-            return {}
+    def keep(self, x: Tensor, number: int) -> Kept | None:
+        """The windows that block `number` keeps of its map `x` (B, H, W, C); None when it keeps all."""
+        count, num_windows = self.counts[number]
+        if count == num_windows:
+            return None
         if not self.ranked:
             self._rank(x, number)
-        return {name: value[:, :count] for name, value in self.ranked[self._partition(number)].items()}
+        return self.ranked[self._partition(number)].best(count)
 
-    def all_windows(self, x: Tensor, number: int) -> dict[str, Any]:
-        """Arguments that make block `number` compute all windows."""
+    def all_windows(self, x: Tensor, number: int) -> Kept:
+        """All windows of block `number`."""
         partition = self._partition(number)
         if partition not in self.all:
-            every = windows.all_windows(self.height, self.width, *partition, x.shape[0], x.device)
-            self.all[partition] = every._asdict()
+            moves = self.engine.moves
+            self.all[partition] = moves.all_windows(self.height, self.width, *partition, x.shape[0], x.device)
         return self.all[partition]
 
     def _partition(self, number: int) -> _Partition:
@@ -112,7 +126,7 @@ class _Ranking:
         return block.window_size, block.shift_size
 
     def _token_index(self, partition: _Partition, device: torch.device) -> Tensor:
-        return windows.token_index_of(self.height, self.width, *partition, device)  # n, N
+        return held.token_index_of(self.height, self.width, *partition, device)  # n, N
 
     def _counts(self, number: int) -> tuple[int, int]:
         """Windows that block `number` keeps, and windows there are."""
@@ -128,17 +142,14 @@ class _Ranking:
             same = {partition: number for partition, number in partitions.items() if partition[0] == window}
             count, num_windows = self.counts[min(same.values())]
             ranked = self._ranked(x, [self._token_index(partition, x.device) for partition in same], count, num_windows)
-            self.ranked |= {partition: _kept(*found) for partition, found in zip(same, ranked, strict=True)}
+            self.ranked.update(zip(same, ranked, strict=True))
 
-    def _ranked(self, x: Tensor, indices: list[Tensor], count: int, num_windows: int) -> list[tuple[Tensor, Tensor]]:
+    def _ranked(self, x: Tensor, indices: list[Tensor], count: int, num_windows: int) -> list[Kept]:
         if self.stage.importance != "random":
-            return self.score_and_rank(x, indices, count, self.stage.importance)
+            return self.engine.score_and_rank(x, indices, count, self.stage.importance)
         scores = windows.random_scores(x.shape[0], num_windows, self.stage.stage_number, x.device)
-        return windows.rank([scores] * len(indices), indices, count, self.height * self.width)
-
-
-def _kept(keep_indices: Tensor, rows: Tensor) -> dict[str, Tensor]:
-    return {"keep_indices": keep_indices, "rows": rows}
+        rows_of = self.engine.moves.rows_of
+        return windows.rank([scores] * len(indices), indices, count, self.height * self.width, rows_of)
 
 
 _Partition = tuple[tuple[int, int], tuple[int, int]]

@@ -1,31 +1,32 @@
-// A Swin block on some of its windows, in place; `windowed.py` says what it computes. Tensors are contiguous, of float or
-// bfloat16 ("Real"); sums are kept in float.
+// A Swin block on some of its windows, in place; `portable.py` has the same in Python. Tensors are contiguous, of float
+// or bfloat16 ("Real"); sums are kept in float.
 //
-// Two passes over the rows of the map: attention, a few windows at a time, and the MLP, some tokens at a time. What a
-// thread holds meanwhile stays in its second-level cache.
+// Two passes over the rows of the map: attention, a few windows at a time, and the MLP, some tokens at a time. The
+// workspace of a thread stays in its second-level cache.
 #pragma once
 #include "layers.hpp"
 
 constexpr int HEAD = 32;  // most channels of an attention head; the number in every timm Swin
 
-struct Block {  // the same fields in native.py
-    void* tokens;            // (num_tokens, channels)
+struct Block {  // the fields of `_Block` in native.py
+    void* tokens;            // (num_tokens, channels), changed in place
     const int64_t* rows;     // (num_windows, area), num_tokens for padding
     const void* bias;        // (classes, heads, area, area)
     const int64_t* classes;  // (num_windows), or null
     const float* cosine;     // (heads), or null: queries and keys as they are
-    void* workspace;
+    void* workspace;         // as many bytes as `workspace_of` says
     int64_t num_tokens, num_windows, area, channels, heads, hidden, norm_first, threads;
-    float scale;
+    float scale;  // of the attention scores
     Norm norm1, norm2;
     Affine qkv, proj, fc1, fc2;
 };
 
 namespace {
 
+// As `packs_once` of layers.hpp, for the rows of all windows.
 bool packs_once(const Block& call) { return packs_once(call.num_windows * call.area, call.threads); }
 
-// Scratch space of one thread.
+// Workspace of one thread.
 template <class Real>
 struct Scratch {
     Real *entered, *wide, *keys, *values, *shares, *zeros, *panel;
@@ -58,7 +59,9 @@ struct Scratch {
     }
 };
 
-// Queries divided by their norms and multiplied by the head's scale, keys divided by theirs: row (3, heads, head).
+// Cosine attention: queries are divided by their norms and multiplied by the head's scale, keys divided by their norms.
+//
+// Args: row (3, heads, channels / heads), queries, keys and values of one token; changed in place.
 template <class Real>
 void to_cosines(Real* row, const Block& call) {
     const long width = call.channels / call.heads;
@@ -74,8 +77,11 @@ void to_cosines(Real* row, const Block& call) {
     }
 }
 
-// Keys of a head, (HEAD, width) in panels, and its values, (width, HEAD) in panels; `tokens[j] + offset` is the head's
-// query of token j, or zeros past the window. Past `head` channels stands something, which nobody reads.
+// Keys and values of one head of one window, packed into panels.
+//
+// Args: tokens (width), each pointing to queries, keys and values (3, channels) of one token, or to zeros past `area`;
+// offset, the first channel of the head, which has `head` channels; keys (HEAD, width) and values (width, HEAD), written
+// in panels. Their places past `head` channels are not defined, and nobody reads them.
 template <class Real>
 void pack_keys_and_values(const Real* const* tokens, long area, long width, long offset, long head, long channels,
                           Real* keys, Real* values) {
@@ -104,7 +110,11 @@ void pack_keys_and_values(const Real* const* tokens, long area, long width, long
         }
 }
 
-// exp(scores * scale + bias - largest) of some rows, at most LANES, into `shares`, and one over their sums into `factor`.
+// Softmax of some rows of scores, without its division: exp(scores * scale + bias - largest) goes to `own.shares`, and
+// one over the sum of each row to `own.factor`.
+//
+// Args: own.scores (.., width), the scores; first, count: the rows, at most LANES; bias (area, area) of the head;
+// position (..), the slot of each row in its window. Columns past `area` get a share of about 0.
 template <class Real>
 void softmax(Scratch<Real>& own, long first, long count, long area, long width, float scale, const Real* bias,
              const int64_t* position) {
@@ -146,8 +156,12 @@ void softmax(Scratch<Real>& own, long first, long count, long area, long width, 
     store(own.factor + first, 1.0f / totals);
 }
 
-// One head of one window: queries of its `count` true tokens, one after another, with keys and values of all `tokens`.
-// What it writes past its channels of `out` belongs to the next head, which comes later, or to nobody.
+// Attention of one head of one window.
+//
+// Args: queries (count, ..) with `own.wide_stride` elements from row to row, of the tokens of the window, padding left
+// out; tokens, as in `pack_keys_and_values`, padding included; position (count), as in `softmax`; number, of the head;
+// bias (area, area) of the head; out (count, channels) with `own.entered_stride`, whose channels of this head are
+// written. It writes past them too: over channels of the next head, which comes later, or into slack.
 template <class Real>
 void attend(const Block& call, Scratch<Real>& own, const Real* queries, const Real* const* tokens, long count,
             const int64_t* position, long number, const Real* bias, Real* out) {
@@ -167,7 +181,9 @@ void attend(const Block& call, Scratch<Real>& own, const Real* queries, const Re
         });
 }
 
-// Rows `place` of the map plus what `layer` makes of `from`: at once, or normalised first.
+// A residual: rows `own.place` of the map += layer(from), or += norm(layer(from)) when norms come after.
+//
+// Args: from (count, depth) with `stride` elements from row to row.
 template <class Real>
 void add_to_map(const Block& call, Scratch<Real>& own, long count, const Real* from, long stride,
                 const Layer<Real>& layer, const Norm& norm) {
@@ -188,7 +204,7 @@ void add_to_map(const Block& call, Scratch<Real>& own, long count, const Real* f
     }
 }
 
-// Rows `place` of the map, normalised where norms come first, to where a thread reads them in order.
+// Gather: rows `own.place` of the map into own.entered (count, channels), normalised when norms come first.
 template <class Real>
 void enter(const Block& call, Scratch<Real>& own, long count, const Norm& norm) {
     const long channels = call.channels;
@@ -202,7 +218,10 @@ void enter(const Block& call, Scratch<Real>& own, long count, const Norm& norm) 
     }
 }
 
-// Attention of windows `first` to `last`: into the map.
+// Attention of some windows, with its norm and residual, into the map.
+//
+// Args: qkv and proj, the layers; of_padding (3, channels), queries, keys and values of padding; windows `first` to
+// `last` - 1, of at most `Tiles::MOST` tokens unless it is one window.
 template <class Real>
 void attention_pass(const Block& call, Scratch<Real>& own, const Layer<Real>& qkv, const Layer<Real>& proj,
                     const Real* of_padding, long first, long last) {
@@ -236,6 +255,9 @@ void attention_pass(const Block& call, Scratch<Real>& own, const Layer<Real>& qk
     add_to_map(call, own, count, own.entered, own.entered_stride, proj, call.norm1);
 }
 
+// The MLP of some tokens, with its norm and residual, into the map.
+//
+// Args: fc1 and fc2, the layers; rows (count) of the tokens in the map, at most `Tiles::MOST`.
 template <class Real>
 void mlp_pass(const Block& call, Scratch<Real>& own, const Layer<Real>& fc1, const Layer<Real>& fc2, const int64_t* rows,
               long count) {
@@ -247,10 +269,10 @@ void mlp_pass(const Block& call, Scratch<Real>& own, const Layer<Real>& fc1, con
     add_to_map(call, own, count, own.wide, own.wide_stride, fc2, call.norm2);
 }
 
-// What all threads share, laid out at the start of the workspace.
+// What all threads share, at the start of the workspace.
 template <class Real>
 struct Shared {
-    // Panels, where they are packed once; the MLP's take the place of attention's.
+    // Panels, when they are packed once; those of the MLP take the place of those of attention.
     Real *qkv = nullptr, *proj = nullptr, *fc1 = nullptr, *fc2 = nullptr;
     Real* of_padding;
     int64_t* rows;
@@ -272,6 +294,7 @@ struct Shared {
     }
 };
 
+// The whole block on all windows of `call`: attention of all windows first, then the MLP of all their tokens.
 template <class Real>
 void run_block(const Block& call) {
     const long channels = call.channels, hidden = call.hidden, threads = call.threads;
@@ -309,6 +332,7 @@ void run_block(const Block& call) {
     }
 }
 
+// Bytes of workspace that `call` needs.
 template <class Real>
 int64_t workspace_of(const Block& call) {
     return bytes_of<Shared<Real>>(call) + call.threads * bytes_of<Scratch<Real>>(call);

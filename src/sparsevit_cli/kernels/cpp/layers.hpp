@@ -1,4 +1,4 @@
-// What blocks and projections share: their layers, and room for what they compute.
+// What blocks and projections share: linear layers, LayerNorm, and the layout of their workspace.
 #pragma once
 #include "products.hpp"
 
@@ -9,16 +9,17 @@
 constexpr long TILE = 98;   // rows that a thread works on: two windows of 49
 constexpr long SLACK = 32;  // elements after a row that may be read and written
 
-struct Norm {
-    const void *weight, *bias;
+struct Norm {  // the fields of `_Norm` in native.py
+    const void *weight, *bias;  // (channels), (channels); null when there is no norm
     float eps;
 };
-struct Affine {
+struct Affine {  // the fields of `_Affine` in native.py
     const void *weight, *bias;  // (out, in), (out) or null
 };
 
 namespace {
 
+// The number of this thread among those of a parallel region.
 long thread_number() {
 #ifdef _OPENMP
     return omp_get_thread_num();
@@ -27,12 +28,18 @@ long thread_number() {
 #endif
 }
 
+// The first multiple of `step` that is not below `value`.
 long rounded_up(long value, long step) { return (value + step - 1) / step * step; }
 
-// True where threads have more than a tile each: then packing all weights beforehand takes less time.
+// True when each thread has more than one tile: packing all weights once is then faster than packing them per tile.
+//
+// Args: rows that are multiplied in all; threads.
 bool packs_once(long rows, long threads) { return rows > TILE * threads; }
 
-// LayerNorm of one row of `channels` in float.
+// LayerNorm of one row, computed in float.
+//
+// Args: row (channels); norm, whose weight and bias are Real; end(channel, Floats) gets LANES results from that channel
+// on. `channels` is a multiple of LANES. `end` may write over `row`: a channel is read before its result is given.
 template <class Real, class From, class End>
 void normalise(const From* row, long channels, const Norm& norm, End&& end) {
     Floats total = {}, squares = {};
@@ -48,12 +55,13 @@ void normalise(const From* row, long channels, const Norm& norm, End&& end) {
         end(c, (load(row + c) - mean) * scale * load(weight + c) + load(bias + c));
 }
 
+// LANES numbers of the bias of a layer from `column` on; zeros when it has none.
 template <class Real>
 Floats bias_at(const Affine& layer, long column) {
     return layer.bias ? load(static_cast<const Real*>(layer.bias) + column) : Floats{};
 }
 
-// Rows times weights, plus bias.
+// A linear layer: rows times weights, plus bias. `columns` are its outputs, `depth` its inputs.
 template <class Real>
 struct Layer {
     Affine affine;
@@ -62,7 +70,10 @@ struct Layer {
     Layer(const Affine& affine, long columns, long depth, Real* panels)
         : affine(affine), matrix{affine.weight, columns, depth, panels} {}
 
-    // `a` (rows, depth); `space` for a panel; `end` as in `multiply`.
+    // The layer on some rows.
+    //
+    // Args: a (rows, depth) with `stride` elements from row to row; space (depth, PANEL) of this thread, for a panel
+    // that is not packed yet; end(row, column, Floats) as in `multiply`.
     template <class End>
     void apply(long rows, const Real* a, long stride, Real* space, End&& end) const {
         multiply(
@@ -71,7 +82,8 @@ struct Layer {
     }
 };
 
-// Rows shared out among threads, in strips that fit the registers: tile i goes from first(i) to first(i + 1).
+// Tiles of rows for threads to take, at most MOST rows each: tile i has the rows first(i) to first(i + 1) - 1.
+// Their number is a multiple of the threads, their borders lie between strips of TALL rows.
 struct Tiles {
     static constexpr long MOST = (TILE + TALL - 1) / TALL * TALL;  // rows in one
     long rows, strips, count;
@@ -82,7 +94,7 @@ struct Tiles {
     long first(long tile) const { return std::min(rows, strips * tile / count * TALL); }
 };
 
-// Lays out arrays one after another, each at the start of a cache line.
+// Lays out arrays in a workspace one after another, each at the start of a cache line; `at` moves on.
 struct Taker {
     char*& at;
 
@@ -93,7 +105,7 @@ struct Taker {
     }
 };
 
-// Bytes that a layout takes from the start of a cache line on.
+// Bytes of workspace that a `Layout` takes for a call, from the start of a cache line on.
 template <class Layout, class Call>
 long bytes_of(const Call& call) {
     Layout layout;

@@ -1,4 +1,8 @@
-// What `native.py` calls; `is_bfloat` says what tensors are of.
+// The functions that `native.py` calls, each with a structure of arguments, and whether its tensors are bfloat16 (else
+// float).
+//
+// `run_block` takes a workspace of `block_workspace` bytes, `run_merging` and `run_embedding` one of
+// `projection_workspace` bytes, which starts at a cache line. `run_scoring` takes none.
 #include "block.hpp"
 #include "projection.hpp"
 #include "scoring.hpp"
@@ -23,10 +27,12 @@ void run_scoring(const Scoring* call, int is_bfloat) {
     is_bfloat ? run_scoring<BFloat>(*call) : run_scoring<float>(*call);
 }
 
-// What `native.py` compares with its own idea of these structures.
+// Bytes of the structures, in the order of `native.check_structures`, which compares them with its own.
 extern const int64_t sizes[] = {sizeof(Block), sizeof(Projection), sizeof(Merging), sizeof(Embedding), sizeof(Scoring)};
 
+// Numbers in a vector: 16 with AVX-512, 8 with AVX2, 4 without.
 int lanes() { return LANES; }
+// 1 when the CPU multiplies bfloat16, and tensors may be of it.
 int has_bfloat() {
 #ifdef __AVX512BF16__
     return 1;

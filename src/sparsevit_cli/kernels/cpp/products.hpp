@@ -1,11 +1,16 @@
-// Matrix products with weights in panels.
+// Matrix products with packed weights.
+//
+// A panel holds PANEL columns (outputs) of a matrix, input by input: (depth, PANEL). In bfloat16 two inputs stand
+// together, as one word: (depth / 2, PANEL, 2), and `depth` is even.
 #pragma once
 #include "vectors.hpp"
 
 namespace {
 
-// Rows of `a` (TALLNESS, depth) times a panel of packed columns: PANEL sums for each row, `apart` from row to row. In
-// bfloat16 `depth` is even, and a panel holds pairs: (depth / 2, PANEL, 2).
+// A few rows times one panel. All sums stay in registers until the end.
+//
+// Args: a (TALLNESS, depth) with `stride` elements from row to row; panel, as above; sums (TALLNESS, PANEL), written,
+// with `apart` elements from row to row.
 template <int TALLNESS>
 __attribute__((noinline)) void product(long depth, const float* a, long stride, const float* panel, float* sums,
                                        long apart) {
@@ -29,6 +34,7 @@ __attribute__((noinline)) void product(long depth, const float* a, long stride, 
     }
 }
 
+// The same in bfloat16, with sums in float; called only where the CPU multiplies bfloat16 (`has_bfloat`).
 template <int TALLNESS>
 __attribute__((noinline)) void product(long depth, const BFloat* a, long stride, const BFloat* panel, float* sums,
                                        long apart) {
@@ -56,7 +62,8 @@ __attribute__((noinline)) void product(long depth, const BFloat* a, long stride,
     }
 }
 
-// Calls `strip` for all of `rows`, as many at a time as fit the registers: strip(first, how many as a constant).
+// Calls strip(first row, number of rows) for all `rows`, TALL at a time and fewer at the end. The number is a
+// std::integral_constant.
 template <class Strip>
 void in_strips(long rows, Strip&& strip) {
     long row = 0;
@@ -66,8 +73,10 @@ void in_strips(long rows, Strip&& strip) {
     for (; row < rows; ++row) strip(row, std::integral_constant<int, 1>());
 }
 
-// a (rows, depth), with `stride` from row to row, times panels of `columns` in all (a multiple of LANES);
-// `panel_at(column)` tells where one stands, until it is asked again. `end(row, column, sums)` gets LANES sums from that
+// Rows times a matrix in panels.
+//
+// Args: a (rows, depth) with `stride` elements from row to row; columns, a multiple of LANES; panel_at(column) -> the
+// panel that starts there, which must stand until the next call; end(row, column, Floats) gets LANES sums from that
 // column on.
 template <class Real, class PanelAt, class End>
 void multiply(long rows, long depth, long columns, const Real* a, long stride, PanelAt&& panel_at, End&& end) {
@@ -84,7 +93,7 @@ void multiply(long rows, long depth, long columns, const Real* a, long stride, P
     }
 }
 
-// The same into `sums` (rows, columns), of whole panels.
+// The same into sums (rows, columns), written; `columns` is a multiple of PANEL.
 template <class Real, class PanelAt>
 void multiply_into(float* sums, long rows, long depth, long columns, const Real* a, long stride, PanelAt&& panel_at) {
     for (long column = 0; column < columns; column += PANEL)
@@ -93,7 +102,9 @@ void multiply_into(float* sums, long rows, long depth, long columns, const Real*
         });
 }
 
-// LANES rows of LANES words each, `sources[i]` onwards, into a square of a panel: word k of row j to panel[k][j].
+// A square of words into a panel: word k of row j goes to panel[k][j].
+//
+// Args: sources (LANES), each pointing to LANES words; panel (LANES, PANEL), of which LANES columns are written.
 void transpose(const int32_t* const sources[LANES], int32_t* panel) {
     Ints rows[LANES];
 #pragma GCC unroll 16
@@ -108,16 +119,17 @@ void transpose(const int32_t* const sources[LANES], int32_t* panel) {
     for (int i = 0; i < LANES; ++i) std::memcpy(panel + i * PANEL, &rows[i], sizeof rows[i]);
 }
 
-// A matrix of weights, (columns, depth) as torch keeps it, whose columns are multiplied in panels; in bfloat16 pairs along
-// depth stay together, as one word. Where many rows are multiplied, all threads pack all panels once (`panels`); where
-// few are, writing them all and reading them again takes longer than packing each where it is needed.
+// A matrix of weights (columns, depth), as torch keeps it, multiplied in panels.
+//
+// For many rows all threads pack all panels once, into `panels`. For few rows that takes longer than packing each panel
+// when it is needed: then `panels` is null.
 template <class Real>
 struct Matrix {
     const void* weights;
     long columns, depth;
     Real* panels;  // or null
 
-    // All of them; the threads share the work.
+    // Packs all panels; called by all threads of a parallel region, which share the work and wait for its end.
     void pack() const {
         if (!panels) return;
 #pragma omp for schedule(static)
@@ -125,7 +137,8 @@ struct Matrix {
             pack(column, panels + column / PANEL * PANEL * depth + column % PANEL * PAIR);
     }
 
-    // The one from `column` on; `space` (depth * PANEL) belongs to this thread.
+    // The panel that starts at `column`. When it is not packed yet, it is packed into space (depth, PANEL), which
+    // belongs to this thread.
     const Real* panel(long column, Real* space) const {
         if (panels) return panels + column * depth;
         for (long half = 0; half < PANEL && column + half < columns; half += LANES)
@@ -135,9 +148,10 @@ struct Matrix {
 
   private:
     static constexpr long PAIR = 4 / sizeof(Real);
-    static constexpr long AHEAD = 8 * LANES;  // words of a row until one that is fetched is needed
+    static constexpr long AHEAD = 8 * LANES;  // words between the one that is read and the one that is fetched
 
-    void pack(long column, Real* to) const {  // LANES columns: half a panel
+    // Packs LANES columns from `column` on, half a panel, into `to` (depth, PANEL).
+    void pack(long column, Real* to) const {
         const long words = depth / PAIR;
         const int32_t* from = static_cast<const int32_t*>(weights) + column * words;
         for (long first = 0; first < words; first += LANES) {

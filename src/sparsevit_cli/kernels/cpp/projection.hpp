@@ -1,14 +1,15 @@
-// Patch merging and patch embedding: rows gathered from a map or an image, times weights. `merging.py` and timm's
-// PatchEmbed say what they compute.
+// Patch merging and patch embedding: rows gathered from a map or from images, times weights.
+//
+// timm's PatchMerging and PatchEmbed say what they compute.
 #pragma once
 #include "layers.hpp"
 
-enum NormOf : int64_t { NONE, ROWS, RESULTS };
+enum NormOf : int64_t { NONE, ROWS, RESULTS };  // what is normalised: nothing, gathered rows, or results
 
-// The same fields of all three in native.py.
+// The fields of `_Projection`, `_Merging` and `_Embedding` in native.py.
 struct Projection {
-    void* results;  // (rows, columns)
-    void* workspace;
+    void* results;    // (rows, columns), written
+    void* workspace;  // as many bytes as `workspace_of` says
     int64_t rows, depth, columns, norm_of, threads;
     Norm norm;
     Affine layer;
@@ -26,7 +27,9 @@ struct Embedding {  // depth is channels * side * side
 
 namespace {
 
-// Four neighbours of one another, column by column as timm has it, zeros past odd sides.
+// Row `number` of a merging: four neighbours, those of the left column first as timm has it, zeros past odd sides.
+//
+// Args: number, of a merged token in all maps; to (4 * channels), written.
 template <class Real>
 void gather(const Merging& call, long number, Real* to) {
     const long cols = (call.width + 1) / 2, rows = (call.height + 1) / 2, channels = call.channels;
@@ -42,7 +45,9 @@ void gather(const Merging& call, long number, Real* to) {
         }
 }
 
-// A square of an image, channel by channel.
+// Row `number` of an embedding: a square of an image, channel by channel.
+//
+// Args: number, of a patch in all images; to (channels * side * side), written.
 template <class Real>
 void gather(const Embedding& call, long number, Real* to) {
     const long cols = call.width / call.side, rows = call.height / call.side, side = call.side;
@@ -57,6 +62,7 @@ void gather(const Embedding& call, long number, Real* to) {
         }
 }
 
+// Workspace of one thread.
 template <class Real>
 struct Gathered {
     Real *rows, *panel;
@@ -73,6 +79,9 @@ struct Gathered {
     }
 };
 
+// Some rows of the result: gathered, normalised if need be, multiplied, normalised if need be.
+//
+// Args: own, the workspace of this thread; first, count: the rows.
 template <class Real, class Call>
 void project(const Call& whole, Gathered<Real>& own, const Layer<Real>& layer, long first, long count) {
     const Projection& call = whole.projection;
@@ -95,7 +104,7 @@ void project(const Call& whole, Gathered<Real>& own, const Layer<Real>& layer, l
                         [&](long c, Floats value) { store(results + row * columns + c, value); });
 }
 
-// All panels, or null where each thread packs its own; laid out at the start of the workspace.
+// All panels, at the start of the workspace; null when each thread packs its own.
 template <class Real>
 struct Panels {
     Real* all = nullptr;
@@ -106,6 +115,7 @@ struct Panels {
     }
 };
 
+// A patch merging or a patch embedding, written to `results`.
 template <class Real, class Call>
 void run_projection(const Call& whole) {
     const Projection& call = whole.projection;
@@ -125,6 +135,7 @@ void run_projection(const Call& whole) {
     }
 }
 
+// Bytes of workspace that `call` needs.
 template <class Real>
 int64_t workspace_of(const Projection& call) {
     return bytes_of<Panels<Real>>(call) + call.threads * bytes_of<Gathered<Real>>(call);

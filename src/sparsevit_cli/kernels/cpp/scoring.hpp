@@ -1,20 +1,22 @@
-// Scores of windows and their ranking, for one or two partitions of the same maps; `windows.py` says what they are.
+// Scores and ranking of windows, for one or two partitions of the same maps; `windows.py` says what is computed.
 #pragma once
 #include "vectors.hpp"
 
-struct Scoring {  // the same fields in native.py
-    const void* tokens;              // (batch, num_tokens, channels)
-    const int64_t *plain, *shifted;  // (num_windows, area), num_tokens for padding; `shifted` may be null
-    float* magnitude;                // (batch, num_tokens)
-    float* scores;                   // (one or two partitions, batch, num_windows)
-    int64_t* ranking;                // the same shape: windows, the `count` best ones first
-    int64_t* rows;                   // (partitions, batch, count, area), batch * num_tokens for padding
+struct Scoring {  // the fields of `_Scoring` in native.py
+    const void* tokens;                  // (batch, num_tokens, channels)
+    const int64_t *unshifted, *shifted;  // (num_windows, area), num_tokens for padding; `shifted` may be null
+    float* magnitude;                    // (batch, num_tokens), written
+    float* scores;                       // (one or two partitions, batch, num_windows), written
+    int64_t* ranking;                    // the same shape, written: windows, the `count` best ones first
+    int64_t* rows;                       // (partitions, batch, count, area), written; batch * num_tokens for padding
     int64_t batch, num_tokens, channels, num_windows, area, count, is_l2, threads;
 };
 
 namespace {
 
-// A token's share in the score of its window: the mean of its absolute values, or its norm.
+// A token's share in the score of its window: the mean of its absolute values, or their L2 norm when `is_l2`.
+//
+// Args: token (channels), a multiple of LANES.
 template <class Real>
 float magnitude_of(const Real* token, const Scoring& call) {
     Floats total = {};
@@ -25,7 +27,9 @@ float magnitude_of(const Real* token, const Scoring& call) {
     return call.is_l2 ? std::sqrt(sum(total)) : sum(total) / call.channels;
 }
 
-// Windows by falling score, NaN before all, and of equal scores the first one first.
+// The best windows of one map: by falling score, NaN before all numbers, and of equal scores the first window first.
+//
+// Args: scores (num_windows); ranking (num_windows), written, of which the first `count` are in order.
 void rank(const float* scores, int64_t* ranking, const Scoring& call) {
     std::iota(ranking, ranking + call.num_windows, 0);
     std::partial_sort(ranking, ranking + call.count, ranking + call.num_windows, [&](int64_t one, int64_t other) {
@@ -36,11 +40,12 @@ void rank(const float* scores, int64_t* ranking, const Scoring& call) {
     });
 }
 
+// Scores, ranking and rows, for all maps and partitions: writes the four arrays of `call` that are not const.
 template <class Real>
 void run_scoring(const Scoring& call) {
     const long tokens = call.batch * call.num_tokens, windows = call.batch * call.num_windows;
     const long partitions = call.shifted ? 2 : 1;
-    const auto places_of = [&](long partition) { return partition ? call.shifted : call.plain; };
+    const auto places_of = [&](long partition) { return partition ? call.shifted : call.unshifted; };
 #pragma omp parallel num_threads(call.threads)
     {
 #pragma omp for schedule(static)

@@ -1,4 +1,6 @@
-// Registers of numbers, the same for every CPU; bfloat16 is widened to float.
+// Vectors of LANES numbers and what is computed on one: the same code for AVX-512, AVX2 and CPUs without them.
+//
+// "Real" is the type of the tensors, float or BFloat. BFloat is only stored: numbers are widened to float to compute.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -12,7 +14,7 @@
 #endif
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, TALL = 14;  // 28 of 32 registers hold sums
+constexpr int LANES = 16, TALL = 14;  // rows of a product at a time: 28 of 32 registers hold sums
 #elif defined(__AVX2__)
 constexpr int LANES = 8, TALL = 6;
 #else
@@ -24,11 +26,12 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
 struct BFloat {
-    uint16_t bits;
+    uint16_t bits;  // the upper half of a float
 };
 
 namespace {
 
+// LANES numbers from memory, which need not be aligned; bfloat16 is widened.
 Floats load(const float* from) {
     Floats value;
     std::memcpy(&value, from, sizeof value);
@@ -41,9 +44,11 @@ Floats load(const BFloat* from) {
     return (Floats)(__builtin_convertvector(bits, Ints) << 16);
 }
 
+// LANES numbers into memory, which need not be aligned.
 void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
-void store(BFloat* to, Floats value) {  // rounded to nearest, ties to even; NaN stays NaN
+// The same in bfloat16: rounded to the nearest, of two to the even one; NaN stays NaN.
+void store(BFloat* to, Floats value) {
 #ifdef __AVX512BF16__
     __m256bh narrow = _mm512_cvtneps_pbh((__m512)value);
 #else
@@ -55,7 +60,10 @@ void store(BFloat* to, Floats value) {  // rounded to nearest, ties to even; NaN
     std::memcpy(to, &narrow, sizeof narrow);
 }
 
-// Squares of `step` lanes change places: those of `upper` that have the bit `step` with those of `lower` that do not.
+// One step of a transposition. Lanes whose number has the bit `step` move from `upper` to `lower`; lanes of `lower`
+// without that bit move to `upper`. The lanes that stay keep their place, the others move by `step`.
+//
+// Args: upper, lower (LANES), changed in place; step, a power of two below LANES.
 template <class Vector>
 void exchange(Vector& upper, Vector& lower, int step) {
     Ints first, second;
@@ -68,7 +76,9 @@ void exchange(Vector& upper, Vector& lower, int step) {
     lower = __builtin_shuffle(above, lower, second);
 }
 
-// Lane i of the result is all of rows[i] together; `rows` (LANES) is used up.
+// LANES reductions at once: lane i of the result is rows[i] reduced by `both`.
+//
+// Args: rows (LANES, LANES), overwritten; both(Floats, Floats) -> Floats, such as a sum or a maximum.
 template <class Both>
 Floats reduced(Floats* rows, Both&& both) {
 #pragma GCC unroll 4
@@ -82,6 +92,7 @@ Floats reduced(Floats* rows, Both&& both) {
     return rows[0];
 }
 
+// One number as float.
 float widened(float value) { return value; }
 float widened(BFloat value) {
     uint32_t bits = (uint32_t)value.bits << 16;
@@ -90,6 +101,7 @@ float widened(BFloat value) {
     return wide;
 }
 
+// One float as Real, rounded as `store` does.
 template <class Real>
 Real narrowed(float value) {
     Real lanes[LANES];
@@ -97,6 +109,7 @@ Real narrowed(float value) {
     return lanes[0];
 }
 
+// Sum of all lanes.
 float sum(Floats value) {
 #pragma GCC unroll 4
     for (int step = 1; step < LANES; step *= 2) {
@@ -107,7 +120,7 @@ float sum(Floats value) {
     return value[0];
 }
 
-// e^x for x up to 0, to about 2e-7; what is below -87 counts as -87, and NaN stays NaN.
+// e^x of each lane, for x up to 0, to about 2e-7. Values below -87 count as -87; NaN stays NaN.
 Floats exponential(Floats x) {
     x = x < -87.0f ? Floats{} - 87.0f : x;
     Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer stands in the low bits
@@ -123,7 +136,7 @@ Floats exponential(Floats x) {
     return x == x ? scaled : x;
 }
 
-// The exact GELU; erf(x / sqrt 2) is a rational function fitted to 2e-8 up to 5.6, where it is 1.
+// The exact GELU of each lane. erf(x / sqrt 2) is a rational function, fitted to 2e-8 up to x = 5.6; beyond, it is 1.
 Floats gelu(Floats x) {
     Floats z = x < -5.6f ? Floats{} - 5.6f : x;
     z = z > 5.6f ? Floats{} + 5.6f : z;

@@ -1,4 +1,4 @@
-"""Launch settings: block sizes, warps and stages of a kernel, measured on the GPU at hand where that is asked for.
+"""Launch settings: block sizes, warps and stages of a kernel, measured on the GPU at hand when that is asked for.
 
 With SPARSEVIT_TUNE=1 in the environment, the first launch of a kernel on each class of shapes tries its candidates, by
 Triton's own autotuner: seconds per class. The choice is kept in Triton's cache folder, by GPU, Triton, code, types and
@@ -60,7 +60,7 @@ TUNABLE = {
 
 
 def is_on() -> bool:
-    """True where launches are tuned."""
+    """True when launches are tuned."""
     return os.environ.get(VARIABLE) == "1" and not triton.knobs.runtime.interpret
 
 

@@ -1,8 +1,17 @@
-"""The code of Triton's kernels: what one program does with a block of rows, or a head of a window.
+"""Triton's kernels: what one program does with a block of rows, or with a head of a window. `engine` launches them.
 
-Pointers first, then sizes, then what is compiled in; `size_class` is what tuned settings are chosen by. Rows are
-contiguous, in one of three types of floating point; matrix products, norms and scores are summed up in float32. No
-kernel reads what it writes: a launch may be repeated.
+Arguments are pointers first, then sizes, then constants that are compiled in (in capitals). Tensors are contiguous, of
+float32, float16 or bfloat16, and indices are int64 unless a docstring says otherwise. Matrix products, norms and scores
+are summed up in float32. No kernel reads what it writes, so a launch may be repeated.
+
+Shapes: T rows of all maps; R = M*N slots of M kept windows of N slots; C channels, h heads of D channels.
+Arguments of several kernels:
+    rows: (R,), the row of the map that each computed row stands for.
+    true_count: (1,) int32. With PADDED only the first `true_count` of the computed rows exist, the host knows just
+        their greatest number `count`, and programs past `true_count` return at once.
+    size_class: a power of two near the number of rows, by which tuned settings are chosen; no kernel reads it.
+    PRECISION: of matrix products in float32, `ieee` or `tf32`.
+    BLOCK_*: the rows, columns or inputs that one program takes at a time; powers of two.
 """
 
 from __future__ import annotations
@@ -13,12 +22,18 @@ import triton.language as tl
 
 @triton.jit
 def _gelu(x):
+    """The exact GELU, elementwise."""
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
 def count_kernel(rows, counts, num_slots, num_tokens, BLOCK: tl.constexpr):
-    """Counts the tokens among every BLOCK slots: rows that are none of padding."""
+    """Counts the tokens among every BLOCK slots of windows, so that `compact_kernel` knows where its own begin.
+
+    Args:
+        rows: (num_slots,), the row of each slot in the map; `num_tokens` for padding.
+        counts: (programs,) int32, written: tokens among the slots of each program.
+    """
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + slot, mask=slot < num_slots, other=num_tokens)
     tl.store(counts + tl.program_id(0), tl.sum((row < num_tokens).to(tl.int32), 0))
@@ -28,7 +43,16 @@ def count_kernel(rows, counts, num_slots, num_tokens, BLOCK: tl.constexpr):
 def compact_kernel(
     rows, counts, true_rows, true_count, places, num_slots, num_tokens, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr
 ):
-    """Moves the rows of tokens to the front, in order; `places` says where each slot went, -1 for padding."""
+    """Moves the rows of tokens to the front, in order, and notes where each slot went.
+
+    Args:
+        rows: (num_slots,), the row of each slot in the map; `num_tokens` for padding.
+        counts: (programs,) int32 of `count_kernel`; read by all programs but the first.
+        true_rows: (num_slots,), written: rows of tokens; the rest is left undefined.
+        true_count: (1,) int32, written: how many there are.
+        places: (num_slots,) int32, written: the place of each slot in `true_rows`, -1 for padding.
+        BLOCK_P: counts of other programs that are summed up at a time.
+    """
     program = tl.program_id(0)
     before = tl.zeros((BLOCK_P,), tl.int32)
     for first in range(0, program, BLOCK_P):
@@ -47,7 +71,7 @@ def compact_kernel(
 
 @triton.jit
 def _indexed(r, rows, is_row, INDEXED: tl.constexpr):
-    """The row that each of `r` stands for."""
+    """`rows[r]` when INDEXED, otherwise `r` itself."""
     place = r
     if INDEXED:
         place = tl.load(rows + r, mask=is_row, other=0)
@@ -84,6 +108,12 @@ def statistics_kernel(
     x, rows, statistics, true_count, count, channels, eps,
     PADDED: tl.constexpr, GATHER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """Mean and 1 / deviation of rows that are too wide for one program of `project_kernel`.
+
+    Args:
+        x: (T, C) when GATHER, whose rows `rows` are taken; otherwise (count, C).
+        statistics: (count, 2) float32, written: mean and 1 / deviation of each row.
+    """
     if PADDED:
         count = tl.load(true_count)
         if tl.program_id(0) * BLOCK_R >= count:
@@ -107,6 +137,21 @@ def project_kernel(
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """A linear layer with what comes before and after it: out = residual + gelu(norm(x) @ weight.T + bias).
+
+    One program computes BLOCK_R rows and BLOCK_O columns. Each part that a constant names may be left out.
+
+    Args:
+        x: (T, in_features) when GATHER, whose rows `rows` are taken; otherwise (count, in_features).
+        norm_weight, norm_bias: (in_features,), when NORM.
+        weight: (out_features, in_features).
+        bias: (out_features,), when BIAS.
+        residual: (T, out_features) when GATHER_RESIDUAL, otherwise (count, out_features); when RESIDUAL.
+        out: (T, out_features) when SCATTER, whose rows `rows` are written; otherwise (count, out_features), written.
+        statistics: (count, 2) of `statistics_kernel` when STATISTICS; otherwise a program norms whole rows itself.
+        eps: of the norm.
+        BLOCK_C: a power of two that holds `in_features`, when a program norms whole rows itself.
+    """
     if PADDED:  # how many tokens there are is known on the device alone: programs past them have nothing to do
         count = tl.load(true_count)
         if tl.program_id(0) * BLOCK_R >= count:
@@ -155,7 +200,7 @@ def project_kernel(
 
 @triton.jit
 def _place_of(slot, places, is_slot, PADDED: tl.constexpr):
-    """The row of a token of a window, and whether there is one: padding has none."""
+    """The row of each slot in qkv, and whether it has one: padding has none."""
     place = slot
     if PADDED:
         place = tl.load(places + slot, mask=is_slot, other=-1).to(tl.int64)
@@ -169,6 +214,20 @@ def attention_kernel(
     PADDED: tl.constexpr, QKV_BIAS: tl.constexpr, HAS_CLASS: tl.constexpr, COSINE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Attention of one head of one window, for BLOCK_Q queries; its softmax goes over the keys BLOCK_K at a time.
+
+    Args:
+        qkv: (R, 3, h, D), one row per slot, or one per token in the order of `places` when PADDED.
+        places: (R,) int32, the row of each slot in `qkv`, -1 for padding, when PADDED.
+        qkv_bias: (3, h, D), when PADDED and QKV_BIAS: keys and values of padding.
+        bias: (classes, h, N, N), added to the scores.
+        bias_class: (M,), the class of each window, when HAS_CLASS; otherwise all have the first.
+        cosine_scale: (h,), which multiplies cosines of queries and keys, when COSINE.
+        out: (R, h, D), written; rows as in `qkv`.
+        scale: multiplies the scores.
+        area: N.
+        BLOCK_D: a power of two that holds D.
+    """
     window = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     channels = num_heads * head_dim
@@ -190,7 +249,7 @@ def attention_kernel(
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     weights = tl.zeros((BLOCK_Q,), tl.float32)
     total = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for first in range(0, area, BLOCK_K):  # one step where a window has at most 64 tokens
+    for first in range(0, area, BLOCK_K):  # one step for windows of at most 64 tokens
         j = first + tl.arange(0, BLOCK_K)
         is_key = j < area
         key, is_token = _place_of(window * area + j, places, is_key, PADDED)
@@ -228,6 +287,17 @@ def mlp_kernel(
     PADDED: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    """Norm, MLP and residual of BLOCK_R rows, scattered into the map; the hidden map is never stored.
+
+    Args:
+        kept: (count, C), the rows after attention.
+        norm_weight, norm_bias: (C,).
+        weight1, bias1: (hidden, C) and (hidden,), the latter when BIAS1.
+        weight2, bias2: (C, hidden) and (C,), the latter when BIAS2.
+        tokens: (T, C), whose rows `rows` are written.
+        eps: of the norm.
+        BLOCK_C: a power of two that holds C.
+    """
     if PADDED:  # how many tokens there are is known on the device alone: programs past them have nothing to do
         count = tl.load(true_count)
         if tl.program_id(0) * BLOCK_R >= count:
@@ -241,7 +311,7 @@ def mlp_kernel(
     mean, rstd = _moments(value, inside, channels, eps)
     normed = _normalised(value, inside, mean, rstd, norm_weight, norm_bias, c, channels).to(entered.dtype)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for first in range(0, hidden, BLOCK_H):  # the hidden map is never stored
+    for first in range(0, hidden, BLOCK_H):
         h = first + tl.arange(0, BLOCK_H)
         is_hidden = h < hidden
         both = is_channel[:, None] & is_hidden[None, :]
@@ -267,6 +337,16 @@ def norm_add_kernel(
     PADDED: tl.constexpr, GATHER_RESIDUAL: tl.constexpr, SCATTER: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """A norm and a residual, for blocks that normalise after (V2, V2-CR): out = residual + norm(x).
+
+    Args:
+        x: (count, C).
+        norm_weight, norm_bias: (C,).
+        residual: (T, C) when GATHER_RESIDUAL, whose rows `rows` are taken; otherwise (count, C).
+        out: (T, C) when SCATTER, whose rows `rows` are written; otherwise (count, C), written.
+        eps: of the norm.
+        BLOCK_C: a power of two that holds C.
+    """
     if PADDED:  # how many tokens there are is known on the device alone: programs past them have nothing to do
         count = tl.load(true_count)
         if tl.program_id(0) * BLOCK_R >= count:
@@ -286,10 +366,10 @@ def norm_add_kernel(
 
 
 @triton.jit
-def _rows_of(place, plain, shifted, partition, mask, other):
-    """Token indices at `place` of one of the two partitions."""
+def _rows_of(place, unshifted, shifted, partition, mask, other):
+    """Token indices at `place` in `unshifted` when `partition` is 0, otherwise in `shifted`."""
     if partition == 0:
-        row = tl.load(plain + place, mask=mask, other=other)
+        row = tl.load(unshifted + place, mask=mask, other=other)
     else:
         row = tl.load(shifted + place, mask=mask, other=other)
     return row
@@ -297,15 +377,23 @@ def _rows_of(place, plain, shifted, partition, mask, other):
 
 @triton.jit
 def score_kernel(
-    x, plain, shifted, scores, batch, num_tokens, num_windows, channels, area,
+    x, unshifted, shifted, scores, batch, num_tokens, num_windows, channels, area,
     L2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """The score of one window of one map in one partition: the L2 norm of the magnitudes of its tokens.
+
+    Args:
+        x: (batch, num_tokens, channels).
+        unshifted, shifted: (num_windows, area), the token index of each partition; `num_tokens` for padding.
+        scores: (partitions, batch, num_windows) float32, written.
+        L2: the magnitude of a token is the L2 norm of its channels; otherwise the mean of their absolute values.
+    """
     window, number = tl.program_id(0), tl.program_id(1).to(tl.int64)
     partition, image = number // batch, number % batch
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, area, BLOCK_N):
         t = first + tl.arange(0, BLOCK_N)
-        row = _rows_of(window * area + t, plain, shifted, partition, t < area, num_tokens)
+        row = _rows_of(window * area + t, unshifted, shifted, partition, t < area, num_tokens)
         is_token = row < num_tokens
         place = x + (image * num_tokens + row)[:, None] * channels
         magnitude = tl.zeros((BLOCK_N,), tl.float32)
@@ -324,9 +412,22 @@ def score_kernel(
 
 @triton.jit
 def rank_kernel(
-    scores, plain, shifted, keep, rows, batch, num_windows, num_keep, num_tokens, all_tokens, area,
+    scores, unshifted, shifted, keep, rows, batch, num_windows, num_keep, num_tokens, all_tokens, area,
     BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """The rank of BLOCK_W windows among all of their map, and the rows of those among the best `num_keep`.
+
+    A rank is counted, not sorted: the windows with a higher score, and those before it with an equal one. NaN is the
+    highest score.
+
+    Args:
+        scores: (partitions, batch, num_windows) float32 of `score_kernel`.
+        unshifted, shifted: (num_windows, area), the token index of each partition; `num_tokens` for padding.
+        keep: (partitions, batch, num_keep), written: windows, best first.
+        rows: (partitions, batch, num_keep, area), written: rows of their tokens; `all_tokens` for padding.
+        all_tokens: batch * num_tokens.
+        BLOCK_J: windows that they are compared with at a time.
+    """
     number = tl.program_id(1).to(tl.int64)
     partition, image = number // batch, number % batch
     w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -345,6 +446,6 @@ def rank_kernel(
     for first in range(0, area, BLOCK_N):
         t = first + tl.arange(0, BLOCK_N)
         inside = is_kept[:, None] & (t < area)[None, :]
-        row = _rows_of(w[:, None] * area + t[None, :], plain, shifted, partition, inside, 0)
+        row = _rows_of(w[:, None] * area + t[None, :], unshifted, shifted, partition, inside, 0)
         row = tl.where(row == num_tokens, all_tokens, row + image * num_tokens)
         tl.store(rows + place[:, None] * area + t[None, :], row, mask=inside)

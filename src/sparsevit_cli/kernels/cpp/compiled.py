@@ -1,4 +1,8 @@
-"""The C++ of `cpp/`, compiled once per source, compiler and CPU, and kept in the folder of `cache`."""
+"""The C++ of this folder, compiled with GCC at first use and kept in the folder of `kernels.cache`.
+
+One library per source, flags, compiler, CPU and C library. It is loaded only when it is whole and nobody else can have
+written it; a process of its own tries a new one first.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -19,17 +24,18 @@ from typing import Any
 
 from sparsevit_cli.atomic import TEMPORARY
 from sparsevit_cli.errors import first_line
+from sparsevit_cli.kernels import cache
 
-from . import cache
-
-SOURCES = Path(__file__).with_name("cpp")
+SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-fopenmp",
          "-shared", "-fPIC")  # fmt: skip
 LANES_OF_AVX2 = 8
+CPUINFO = Path("/proc/cpuinfo")
+UNMEASURED = "the C++ kernels were measured on x86-64 CPUs with AVX2 alone"
 SECONDS = 300
 """A compiler that takes longer hangs."""
 SECONDS_TO_ANSWER = 30
-"""One that takes longer to tell what it knows of itself, too; and a library that takes longer to load."""
+"""A compiler that takes longer to list its macros hangs too, and so does a library that takes longer to load."""
 FUNCTIONS = ("block_workspace", "projection_workspace", "run_block", "run_merging", "run_embedding", "run_scoring",
              "lanes", "has_bfloat", "sizes")  # fmt: skip
 TRIAL = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).lanes()"
@@ -38,23 +44,35 @@ _log = logging.getLogger(__name__)
 
 
 def is_measured() -> bool:
-    """True on CPUs of a kind on which these kernels were found to be faster: x86-64 with AVX2 or AVX-512."""
+    """True on a CPU of a kind on which these kernels were found to be faster: x86-64 with AVX2 or AVX-512.
+
+    Compiles them if need be. Raises RuntimeError when there is no library.
+    """
     return may_be_measured() and load().lanes() >= LANES_OF_AVX2
 
 
 def may_be_measured() -> bool:
-    """False where `is_measured` is, and nothing has to be compiled to say so."""
-    return sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
+    """False when `is_measured` would be, found out without compiling anything."""
+    return sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64") and _has_avx2()
+
+
+def _has_avx2() -> bool:
+    """False when Linux lists the abilities of this CPU without AVX2."""
+    try:
+        flags = re.search(rb"^flags\s*:(.*)$", CPUINFO.read_bytes(), re.MULTILINE)
+    except OSError:
+        return True  # unknown: the compiler will say
+    return flags is None or b"avx2" in flags[1].split()
 
 
 def version() -> str:
-    """Of source, compiler and CPU: two equal ones are the same code."""
+    """Of source, flags, compiler, CPU and C library: two equal ones are the same code."""
     return _key(_compiler())
 
 
 @lru_cache
 def load() -> Any:
-    """The compiled library. Raises RuntimeError with the reason where there is none."""
+    """The compiled library. Raises RuntimeError with the reason when there is none."""
     if sys.platform != "linux":
         raise RuntimeError(f"the C++ kernels are for Linux, not {sys.platform}")
     compiler = _compiler()
@@ -76,7 +94,7 @@ def load() -> Any:
 
 
 def _made(compiler: str, folder: Path | None) -> tuple[ctypes.CDLL, bytes]:
-    """The library, loaded, and its bytes, compiled in a private folder inside `folder`."""
+    """The library, loaded, and its bytes, compiled in a private folder inside `folder`. Raises RuntimeError."""
     _log.info("compiling the C++ kernels for this CPU (%s, some seconds)", compiler)
     try:
         prefix, parent = (TEMPORARY, folder) if folder else ("sparsevit-cli-", cache.scratch_folder())
@@ -85,7 +103,9 @@ def _made(compiler: str, folder: Path | None) -> tuple[ctypes.CDLL, bytes]:
             _said_by(compiler, *FLAGS, str(SOURCES / "library.cpp"), "-o", str(made), seconds=SECONDS, scratch=private)
             content = cache.read_own_file(made)
     except subprocess.SubprocessError as error:
-        raise RuntimeError(f"{compiler} did not compile the C++ kernels ({_complaint(error)})") from error
+        raise RuntimeError(
+            f"{compiler} did not compile the C++ kernels, written for GCC ({_complaint(error)})"
+        ) from error
     except OSError as error:
         raise RuntimeError(f"the C++ kernels cannot be compiled ({cache.in_words(error)})") from error
     if not content:
@@ -129,7 +149,7 @@ def _in_memory(content: bytes) -> int:
 
 
 def _refuse_deadly(path: str, descriptor: int) -> None:
-    """Raise OSError where a process that loads the library is killed by a signal: for a bad address, or instruction."""
+    """Raise OSError when a signal kills a process that loads the library: for a bad address, or an instruction."""
     command = (sys.executable, "-I", "-S", "-c", TRIAL, path)
     tried = subprocess.run(
         command, pass_fds=[descriptor], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS_TO_ANSWER,
@@ -143,12 +163,15 @@ def _compiler() -> str:
     for name in (os.environ.get("CXX"), "g++", "c++"):
         if name and shutil.which(name):
             return name
-    raise RuntimeError("there is no C++ compiler (g++, c++ or $CXX)")
+    raise RuntimeError("there is no C++ compiler (install GCC, or name one in $CXX)")
 
 
 @lru_cache
 def _key(compiler: str) -> str:
-    """What the library depends on: the source, the flags, and all that the compiler knows of itself and this CPU."""
+    """A hash of what the library depends on.
+
+    That is the source, the flags, the C library, and all that the compiler knows of itself and of this CPU.
+    """
     try:
         known = _said_by(compiler, *FLAGS, "-x", "c++", "-dM", "-E", os.devnull, seconds=SECONDS_TO_ANSWER)
         sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]pp"))]
@@ -156,13 +179,14 @@ def _key(compiler: str) -> str:
         raise RuntimeError(f"{compiler} does not run ({_complaint(error)})") from error
     except OSError as error:
         raise RuntimeError(f"{compiler} does not run ({first_line(error)})") from error
-    return hashlib.sha256(b"\0".join((*sources, *map(os.fsencode, FLAGS), known))).hexdigest()[:16]
+    told = map(os.fsencode, (*FLAGS, *platform.libc_ver()))
+    return hashlib.sha256(b"\0".join((*sources, *told, known))).hexdigest()[:16]
 
 
 def _said_by(*command: str, seconds: float, scratch: str | None = None) -> bytes:
     """What a command printed; its temporary files lie in `scratch`.
 
-    Raises OSError, or SubprocessError where it fails or takes longer; then nothing that it started goes on.
+    Raises OSError, or SubprocessError when it fails or takes longer; then all that it started is ended.
     """
     environment = {**os.environ, "TMPDIR": scratch} if scratch else None
     with subprocess.Popen(

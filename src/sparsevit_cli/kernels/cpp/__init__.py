@@ -1,0 +1,1 @@
+"""The native engine: C++ for CPUs, what compiles it (`compiled`), and what calls it (`native`)."""

@@ -1,0 +1,1 @@
+"""The Triton engine: kernels for GPUs (`code`), their launches (`engine`), and settings of launches (`tuning`)."""
