@@ -200,7 +200,7 @@ def _median(rows: list[dict[str, Any]], name: str, form: str) -> str:
 
 
 def front_table(path: Path) -> str:
-    """The README's table: dense timm, its best rival, and ours, in the cells of `IN_README`; empty if one is missing."""
+    """The README's table: dense timm, its best rival and ours, in the cells of `IN_README`; empty if one is missing."""
     found = {where[:-1]: cell for where, cell in _cells_of(_newest(path)).items() if where[:-1] in IN_README}
     if len(found) < len(IN_README):
         return ""

@@ -15,6 +15,7 @@ import pytest
 from torch import nn
 from typer.testing import CliRunner
 
+from sparsevit_cli import errors
 from sparsevit_cli.cli import app
 from sparsevit_cli.config.schema import ModelSection
 from sparsevit_cli.workflows import profile
@@ -33,7 +34,7 @@ TAKES_NO_SETTINGS = ("models", "doctor", "config")
 def typed_commands() -> Iterator[list[str]]:
     """Every `sparsevit ...` in the pages' shell blocks, as words."""
     for page in PAGES:
-        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        for block in re.findall(r"^ *```sh\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
             for line in block.splitlines():
                 for command in re.split(r"&&|\|\||;", line.partition(" #")[0]):
                     words = shlex.split(command)
@@ -125,3 +126,20 @@ def test_every_make_target_and_script_is_there(page: Path) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for script in re.findall(r"\b(?:benchmarks|docs|tests)/[\w/]+\.(?:py|yaml|md)\b", text):
         assert (ROOT / script).exists(), script
+
+
+def test_messages_of_troubleshooting_are_ours() -> None:
+    """What stands there in quotes is what people search for: every piece between dots is in the code."""
+    code = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "src").rglob("*.py")))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r'"([^"]+)"', page)
+    assert len(quoted) > 20
+    for piece in (piece.strip() for text in quoted for piece in text.split("...")):
+        assert piece in code, piece
+
+
+def test_exit_codes_of_troubleshooting_are_those_of_the_errors() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    kinds = (kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code"))
+    assert listed == {0, 75, 130, *kinds}
