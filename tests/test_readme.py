@@ -143,3 +143,7 @@ def test_exit_codes_of_troubleshooting_are_those_of_the_errors() -> None:
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
     kinds = (kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code"))
     assert listed == {0, 75, 130, *kinds}
+
+
+def test_the_readme_stays_a_front_door() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
