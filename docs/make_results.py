@@ -61,7 +61,7 @@ def sentences(documents: dict[str, dict[str, Any]]) -> str:
     first = next(iter(documents.values()))
     height, width = pairs[0][0]["image_size"]
     return (
-        f"The demo was run with {len(documents)} seeds ({height} x {width}, fp32, batch {first['batch']}, "
+        f"The demo was run with {len(documents)} seeds ({height} x {width}, timed in fp32 at batch {first['batch']}, "
         f"{first['device']['name']}, {first['device']['cores']} cores). "
         f"Its winners need {min(gone):.0%} to {max(gone):.0%} fewer multiply-adds than dense timm.\n"
         f"They run at {min(gains):.2f}x to {max(gains):.2f}x the speed of eager timm, "
