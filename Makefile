@@ -26,7 +26,7 @@ test-gpu: install
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m pytest tests/test_triton.py tests/test_kernels.py
 
-# Ours against the best dense model, on this machine; the README's table is made of what is kept.
+# Ours against the best dense model, on this machine; the tables of README and docs/benchmarks.md are made of what is kept.
 BENCH_MODEL ?= swin_tiny_patch4_window7_224
 BENCH_CELLS ?= 672:1 672:4 256x704:6
 BENCH_PRECISIONS ?= fp32 bf16
@@ -62,6 +62,8 @@ style: install
 
 docs: install
 	$(BIN)/python -m sparsevit_cli.config.reference
+	$(BIN)/python docs/make_results.py
+	$(BIN)/python benchmarks/collect.py
 	$(BIN)/python docs/make_pictures.py
 
 clean:

@@ -1,5 +1,5 @@
-"""Keep a `sparsevit profile --rivals` in benchmarks/results/<device>.json, and write the README's tables and its plot
-from all kept.
+"""Keep a `sparsevit profile --rivals` in benchmarks/results/<device>.json, and write from all kept ones the tables of
+docs/benchmarks.md, the table of the README and the plot.
 
 usage: python benchmarks/collect.py FOLDER_OF_RIVALS...
 """
@@ -21,6 +21,7 @@ from sparsevit_cli.workflows.plots import plot_rivals
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
 PLOT = HERE.parent / "docs" / "benchmark.png"
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 SHOWN = re.compile(r"ours, |timm at .*|authors' flow|timm compile, frozen")
@@ -42,6 +43,8 @@ GOALS = {
 """Gains that the engine is built for: type of device, model, size, batch, precision -> row -> gain."""
 
 PLOTTED = ("cpu", SWIN_T, "672x672", 1, "fp32")
+IN_README = (PLOTTED, (*PLOTTED[:-1], "bf16"))
+"""Cells whose medians the README shows side by side: they differ in precision alone."""
 
 Cell = tuple[Any, ...]
 """Type of device, model, size, batch, precision, kernels."""
@@ -68,23 +71,33 @@ def table(path: Path) -> str:
     A single run shows its own 95 % interval.
     """
     runs = _newest(path)
+    cells = _cells_of(runs)
+    lines = [_measured_with(runs), "", *_summary(cells)]
+    for where, found in cells.items():
+        lines += ["", _heading(where, found), "", *_cell_table(where, found)]
+    return "\n".join(lines)
+
+
+def _cells_of(runs: list[dict[str, Any]]) -> dict[Cell, list[dict[str, Any]]]:
+    """For each cell its runs: the rows by label, and the row that was the best dense timm."""
     cells: dict[Cell, list[dict[str, Any]]] = {}
     for run in runs:
         for cell in run["cells"]:
             rows = {row["label"]: row for row in cell["rows"]}
             cells.setdefault(_cell_of(run, cell), []).append({"best": rows[cell["best_dense"]], "rows": rows})
+    return cells
+
+
+def _measured_with(runs: list[dict[str, Any]]) -> str:
+    """Device, versions and dates of runs, and what their gain is."""
     versions, device = runs[0]["versions"], runs[0]["device"]
-    lines = [
+    dates = ", ".join(sorted({run["date"] for run in runs}))
+    return (
         f"{device['name']}, {device['cores']} cores, torch {versions['torch']}, timm {versions['timm']}, "
-        f"revision {versions.get('git', 'unknown')}, {', '.join(sorted({run['date'] for run in runs}))}. "
-        "Gain is the best dense timm's time over this one's in the same rounds: the median of the runs, [lowest, "
-        "highest], or of a single run its 95 % interval; each * is a run in which it or the best dense was unsteady.",
-        "",
-        *_summary(cells),
-    ]
-    for where, found in cells.items():
-        lines += ["", _heading(where, found), "", *_cell_table(where, found)]
-    return "\n".join(lines)
+        f"revision {versions.get('git', 'unknown')}, {dates}. "
+        "Gain is the best dense timm's time over this one's in the same rounds. It is the median of the runs, [lowest, "
+        "highest], or of a single run its 95 % interval. Each * is a run in which it or the best dense was unsteady."
+    )
 
 
 def _newest(path: Path) -> list[dict[str, Any]]:
@@ -186,16 +199,67 @@ def _median(rows: list[dict[str, Any]], name: str, form: str) -> str:
     return format(median(values), form) if values else "-"
 
 
-def write_readme() -> None:
-    """Replace what stands between the markers by the tables of all devices."""
-    tables = "\n\n".join(table(path) for path in sorted(RESULTS.glob("*.json")))
-    text = README.read_text(encoding="utf-8")
+def front_table(path: Path) -> str:
+    """The README's table: dense timm, its best rival and ours, in the cells of `IN_README`; empty if one is missing."""
+    found = {where[:-1]: cell for where, cell in _cells_of(_newest(path)).items() if where[:-1] in IN_README}
+    if len(found) < len(IN_README):
+        return ""
+    cells = [found[where] for where in IN_README]
+    _, model, size, batch, _ = IN_README[0]
+    columns = " | ".join(f"{where[-1]}, ms | {where[-1]}, gain" for where in IN_README)
+    lines = [f"| {model}, {size}, batch {batch} | GMACs | {columns} |", "|---" * (2 + 2 * len(cells)) + "|"]
+    runs = [[run["rows"] for run in cell] for cell in cells]
+    best = [[{"best": run["best"]} for run in cell] for cell in cells]
+    smaller = _usual_smaller(runs)
+    named = {
+        "timm eager": "dense: timm as installed",
+        "best": "dense, best rival: timm, the fastest of eager, fused and compiled",
+        smaller: f"dense, smaller images: {smaller}",
+        "ours, ratio 0": "dense, our kernels",
+        "ours, config 2": "sparse, our kernels: config 2",
+        "ours, 60% everywhere": "sparse, our kernels: 60% everywhere",
+    }
+    for label, name in named.items():
+        rows = best if label == "best" else [[run for run in cell if label in run] for cell in runs]
+        if all(rows):
+            told = (_front_cells(of_cell, cell, label) for of_cell, cell in zip(rows, cells, strict=True))
+            lines.append(f"| {name} | {rows[0][-1][label]['gmacs']:.1f} | {' | '.join(told)} |")
+    return "\n".join([*lines, "", _measured_with(_newest(path))])
+
+
+def _front_cells(rows: list[dict[str, Any]], cell: list[dict[str, Any]], label: str) -> str:
+    """Milliseconds and gain of a row: medians over the runs that have it."""
+    ms = median(run[label]["latency_ms"] for run in rows)
+    if label == "best":
+        return f"{ms:.0f} | 1.00x"
+    seldom = f", {len(rows)} of {len(cell)} runs" if len(rows) < len(cell) else ""
+    return f"{ms:.0f} | {_gain([run for run in cell if label in run['rows']], label)}{seldom}"
+
+
+def _usual_smaller(runs: list[list[dict[str, Any]]]) -> str:
+    """Label of the smaller dense timm that most runs have; the fastest of several. Runs choose its size themselves."""
+    gains: dict[str, list[float]] = {}
+    for rows in (rows for cell in runs for rows in cell):
+        for label in filter(re.compile(r"timm at ").match, rows):
+            gains.setdefault(label, []).append(rows[label]["speedup"])
+    return max(gains, key=lambda label: (len(gains[label]), median(gains[label])), default="")
+
+
+def write_pages() -> None:
+    """Replace what stands between the markers of docs/benchmarks.md and of the README."""
+    paths = sorted(RESULTS.glob("*.json"))
+    _replace(PAGE, "\n\n".join(map(table, paths)))
+    _replace(README, "\n\n".join(filter(None, map(front_table, paths))))
+
+
+def _replace(page: Path, tables: str) -> None:
+    text = page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def draw_plot() -> None:
-    """The last run of the cell that the README shows."""
+    """The last run of the cell that the plot shows."""
     runs = [run for path in sorted(RESULTS.glob("*.json")) for run in _newest(path)]
     cells = [cell["rows"] for run in runs for cell in run["cells"] if _cell_of(run, cell)[:-1] == PLOTTED]
     if cells:
@@ -205,5 +269,5 @@ def draw_plot() -> None:
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         sys.stdout.write(f"kept in {keep(Path(argument))}\n")
-    write_readme()
+    write_pages()
     draw_plot()

@@ -1,15 +1,22 @@
-"""Draw docs/kept_windows.png: which windows of a validation image the winner of `make demo` computes, per stage."""
+"""Draw docs/dropped_window.png, how a block drops windows, and docs/kept_windows.png: which windows of a validation
+image the winner of `make demo` computes, per stage.
+
+usage: python docs/make_pictures.py [CONFIG OUTPUT]    (of a finished run; default: configs/digits.yaml runs)
+"""
 
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import ConnectionPatch, Rectangle
 
+from sparsevit_cli import windows
 from sparsevit_cli.config.loading import load_config
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import model_depths, set_sparsity, sparse_stages
@@ -19,6 +26,62 @@ from sparsevit_cli.workflows.weights import trained_weights
 
 IMAGES = (3, 11)
 OUTPUT = Path(__file__).parent / "kept_windows.png"
+DRAWING = Path(__file__).parent / "dropped_window.png"
+SIDE, WINDOW, TENTHS = 16, 4, 5
+"""The drawing's map of SIDE x SIDE tokens, its windows, and their sparsity ratio in tenths."""
+
+
+def draw_dropped_window() -> None:
+    """One block at a sparsity ratio of a half, on a small map. The windows are those that `windows` really keeps."""
+    y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    tokens = 0.12 + 0.1 * torch.rand(SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    tokens += torch.exp(-(((y - 6) / 3.4) ** 2 + ((x - 8) / 3.0) ** 2)) + 0.5 * (((x - y) % SIDE == 5) & (y > 9))
+    index = windows.window_token_index(SIDE, SIDE, (WINDOW, WINDOW), (0, 0), torch.device("cpu"))
+    count = windows.num_keep(len(index), TENTHS)
+    scores = windows.window_scores(tokens.flatten()[None], index)
+    kept, grid = windows.rank_windows(scores, count)[0].tolist(), SIDE // WINDOW
+    corners = [(n % grid * WINDOW - 0.5, n // grid * WINDOW - 0.5) for n in range(len(index))]
+
+    figure = Figure(figsize=(11.5, 2.9))
+    panels = [figure.add_axes((0.01 + 0.2 * number, 0.17, 0.165, 0.7)) for number in range(5)]
+    told = (
+        ("map of a stage", "shade: magnitude of a token\n16 windows of 4 x 4 tokens"),
+        ("score every window", "window_scores: once per stage,\nat its first sparse block"),
+        ("rank, keep half", "num_keep = 8; a higher ratio\nkeeps a prefix of the ranks"),
+        ("compute the kept", "attention and MLP, each window\non its own: an engine's work"),
+        ("write them back", "tokens of dropped windows\nkeep their bits"),
+    )
+    for number, (axes, (title, text)) in enumerate(zip(panels, told, strict=True)):
+        axes.set(xlim=(-0.7, SIDE - 0.3), ylim=(SIDE - 0.3, -0.7), aspect="equal")
+        axes.set_axis_off()
+        axes.set_title(f"{number + 1}. {title}", fontsize=10, weight="bold")
+        axes.text(SIDE / 2 - 0.5, SIDE + 0.6, text, ha="center", va="top", fontsize=8.5)
+    for axes in (panels[0], panels[4]):
+        axes.imshow(tokens, cmap="Greys", vmin=0, vmax=1.6)
+    for number, corner in enumerate(corners):
+        is_kept, middle = number in kept, (corner[0] + WINDOW / 2, corner[1] + WINDOW / 2)
+        centred = {"ha": "center", "va": "center", "fontsize": 9}
+        panels[1].text(*middle, f"{scores[0, number]:.1f}", **centred)
+        panels[2].text(*middle, f"{kept.index(number) + 1}" if is_kept else "-", **centred)
+        for axes, fill in zip(panels, (None, None, is_kept, None, is_kept or None), strict=True):
+            colour = {None: "none", True: (0.95, 0.75, 0.1, 0.55), False: "0.88"}[fill]
+            if axes is not panels[3]:
+                axes.add_patch(Rectangle(corner, WINDOW, WINDOW, fc=colour, ec="0.35", lw=0.8))
+    for place, number in enumerate(kept):
+        left, top = 2.5 + 6 * (place % 2), 4 * (place // 2) - 0.3
+        rows = tokens.flatten()[index[number]].view(WINDOW, WINDOW)
+        panels[3].imshow(rows, cmap="Greys", vmin=0, vmax=1.6, extent=(left, left + 3.5, top + 3.5, top))
+        panels[3].add_patch(Rectangle((left, top), 3.5, 3.5, fc=(0.95, 0.75, 0.1, 0.4), ec="0.35", lw=0.8))
+        panels[3].text(left + 4.0, top + 1.75, f"{place + 1}", va="center", fontsize=9)
+    panels[3].set(xlim=(-0.7, SIDE - 0.3), ylim=(SIDE - 0.3, -0.7))
+    for first, second in pairwise(panels):
+        start, end = (SIDE - 0.2, SIDE / 2 - 0.5), (-0.8, SIDE / 2 - 0.5)
+        arrow = ConnectionPatch(
+            start, end, "data", "data", axesA=first, axesB=second, arrowstyle="-|>", mutation_scale=14
+        )
+        arrow.set_annotation_clip(False)  # its ends lie beside the panels
+        figure.add_artist(arrow)
+    FigureCanvasAgg(figure).print_png(str(DRAWING))
 
 
 def kept_pixels(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
@@ -81,4 +144,5 @@ def main(config_path: str, output_folder: str) -> None:
 
 
 if __name__ == "__main__":
+    draw_dropped_window()
     main(*(sys.argv[1:] or ("configs/digits.yaml", "runs")))

@@ -1,4 +1,5 @@
-"""Write the README's tables of the demo from the documents kept in docs/results (`runs/digits/run/metrics.json`).
+"""Write the demo's tables in docs/benchmarks.md, and its two sentences in the README, from the documents kept in
+docs/results (`runs/digits/run/metrics.json`).
 
 usage: python docs/make_results.py
 """
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+PAGE = HERE / "benchmarks.md"
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
 
@@ -49,13 +51,38 @@ def tables(documents: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def sentences(documents: dict[str, dict[str, Any]]) -> str:
+    """What the winners of all seeds cost and gain, at worst and at best."""
+    found = [{row["label"]: row for row in document["rows"]} for document in documents.values()]
+    pairs = [(rows["dense (timm)"], rows["winner, finetuned"]) for rows in found]
+    gone = [1 - winner["gmacs"] / dense["gmacs"] for dense, winner in pairs]
+    lost = [dense["top1"] - winner["top1"] for dense, winner in pairs]
+    gains = [winner["speedup"] for _, winner in pairs]
+    first = next(iter(documents.values()))
+    height, width = pairs[0][0]["image_size"]
+    return (
+        f"The demo was run with {len(documents)} seeds ({height} x {width}, timed in fp32 at batch {first['batch']}, "
+        f"{first['device']['name']}, {first['device']['cores']} cores). "
+        f"Its winners need {min(gone):.0%} to {max(gone):.0%} fewer multiply-adds than dense timm.\n"
+        f"They run at {min(gains):.2f}x to {max(gains):.2f}x the speed of eager timm, "
+        f"and lose {min(lost):.2f} to {max(lost):.2f} points of top-1 accuracy "
+        f"on {first['validation_images']} validation images."
+    )
+
+
 def _gain(row: dict[str, Any]) -> str:
     return f"{row['speedup']:.2f}x [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
 
 
-if __name__ == "__main__":
+def documents() -> dict[str, dict[str, Any]]:
+    """The kept documents by seed."""
     paths = sorted((HERE / "results").glob("digits_seed*_cpu.json"))
-    found = {path.stem.split("_")[1].removeprefix("seed"): json.loads(path.read_text("utf-8")) for path in paths}
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{tables(found)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    return {path.stem.split("_")[1].removeprefix("seed"): json.loads(path.read_text("utf-8")) for path in paths}
+
+
+if __name__ == "__main__":
+    found = documents()
+    for page, told in ((PAGE, tables(found)), (README, sentences(found))):
+        text = page.read_text(encoding="utf-8")
+        before, rest = text.split(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n{told}\n{END}{rest.split(END)[1]}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""benchmarks/collect.py: runs are kept, never replaced, and the README's table is made of them."""
+"""benchmarks/collect.py and docs/make_results.py: runs are kept, never replaced, and all tables are made of them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,27 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "collect.py"
+ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("collect", SCRIPT)
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = script("benchmarks/collect.py")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(module, "README", tmp_path / "README.md")
     monkeypatch.setattr(module, "PLOT", tmp_path / "benchmark.png")
-    (tmp_path / "README.md").write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
+    for name in ("README", "PAGE"):
+        path = tmp_path / f"{name}.md"
+        monkeypatch.setattr(module, name, path)
+        path.write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
     return module
 
 
@@ -56,8 +63,8 @@ def test_every_run_is_kept_and_the_table_tells_their_median_and_range(collect: M
     assert path.name == "a-cpu-r-2-cores.json"
     assert collect.keep(tmp_path / "run-0") == path  # the same run counts once
     assert len(json.loads(path.read_text())["runs"]) == 3
-    collect.write_readme()
-    text = (tmp_path / "README.md").read_text()
+    collect.write_pages()
+    text = (tmp_path / "PAGE.md").read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
@@ -72,8 +79,8 @@ def test_goals_are_told_with_what_became_of_them(
 ) -> None:
     monkeypatch.setattr(collect, "GOALS", {("cpu", "swin", "672x672", 1, "fp32"): {"ours, config 2": 1.7}})
     collect.keep(run_of(tmp_path / "run", speedup))
-    collect.write_readme()
-    text = (tmp_path / "README.md").read_text()
+    collect.write_pages()
+    text = (tmp_path / "PAGE.md").read_text()
     gain = f"{speedup:.2f}x [0.90, 1.10] {told}"
     assert f"| swin, 672x672, batch 1, fp32, portable | 1 | 700 | - | {gain} | - | - |" in text
     assert f"| {gain} | 1.10 [1.00, 1.20] | +5.0% [-1.0%, +10.0%] |" in text
@@ -82,8 +89,8 @@ def test_goals_are_told_with_what_became_of_them(
 def test_a_run_is_as_steady_as_its_best_dense_and_its_own_rows_are_shown(collect: ModuleType, tmp_path: Path) -> None:
     collect.keep(run_of(tmp_path / "first", 1.9, steady=False, smaller="timm at 416x416, fused"))
     collect.keep(run_of(tmp_path / "second", 1.7, smaller="timm at 448x448, fused"))
-    collect.write_readme()
-    text = (tmp_path / "README.md").read_text()
+    collect.write_pages()
+    text = (tmp_path / "PAGE.md").read_text()
     assert "| ours, config 2 | 40.0 | 390 | 1.80x [1.70, 1.90]* |" in text
     assert "| timm at 416x416, fused (1 of 2 runs) | 40.0 | 700 | 1.00x [0.90, 1.10]* |" in text
     assert "| timm at 448x448, fused (1 of 2 runs) | 40.0 | 700 | 1.00x [0.90, 1.10] |" in text
@@ -92,10 +99,45 @@ def test_a_run_is_as_steady_as_its_best_dense_and_its_own_rows_are_shown(collect
 def test_engines_are_cells_of_their_own(collect: ModuleType, tmp_path: Path) -> None:
     for kernels, speedup in (("portable, 4", 1.5), ("triton 3.9.0, 4", 2.0)):
         collect.keep(run_of(tmp_path / kernels, speedup, kernels))
-    collect.write_readme()
-    text = (tmp_path / "README.md").read_text()
+    collect.write_pages()
+    text = (tmp_path / "PAGE.md").read_text()
     assert "**swin, 672x672, batch 1, fp32, portable**; 1 run" in text
     assert "**swin, 672x672, batch 1, fp32, triton**; 1 run" in text
+
+
+def test_the_readme_shows_dense_its_best_rival_and_ours_side_by_side(
+    collect: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "IN_README", (("cpu", "swin", "672x672", 1, "fp32"),))
+    collect.keep(run_of(tmp_path / "first", 1.9, steady=False, smaller="timm at 416x416, fused"))
+    collect.keep(run_of(tmp_path / "second", 1.7, smaller="timm at 448x448, fused"))
+    collect.keep(run_of(tmp_path / "third", 1.6, smaller="timm at 448x448, fused"))
+    collect.write_pages()
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "A CPU (R), 2 cores, torch 2.15.0, timm 1.0.31" in text
+    assert "| dense: timm as installed | 40.0 | 700 | 1.00x [1.00, 1.00]* |" in text
+    assert "| dense, best rival: timm, the fastest of eager, fused and compiled | 40.0 | 700 | 1.00x |" in text
+    assert "| dense, smaller images: timm at 448x448, fused | 40.0 | 700 | 1.00x [1.00, 1.00], 2 of 3 runs |" in text
+    assert "| sparse, our kernels: config 2 | 40.0 | 412 | 1.70x [1.60, 1.90]* |" in text
+    assert "60% everywhere" not in text
+
+
+def between(page: str, begin: str, end: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip()
+
+
+def test_the_pages_hold_what_the_kept_runs_say() -> None:
+    """Whoever edits a generated table by hand, or forgets to make it anew, fails here."""
+    collect, results = script("benchmarks/collect.py"), script("docs/make_results.py")
+    kept, demo = sorted(collect.RESULTS.glob("*.json")), results.documents()
+    assert between("docs/benchmarks.md", collect.BEGIN, collect.END) == "\n\n".join(map(collect.table, kept))
+    front = "\n\n".join(filter(None, map(collect.front_table, kept)))
+    assert between("README.md", collect.BEGIN, collect.END) == front
+    assert "best rival" in front
+    assert between("docs/benchmarks.md", results.BEGIN, results.END) == results.tables(demo)
+    assert between("README.md", results.BEGIN, results.END) == results.sentences(demo)
 
 
 def test_the_plot_shows_the_last_run_of_one_cell(

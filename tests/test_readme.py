@@ -1,4 +1,7 @@
-"""What the README tells people to type, typed twice: small images and models stand in for theirs."""
+"""README and docs: what they tell people to type is typed twice, and what they link to is there.
+
+Small images and models stand in for people's own.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import pytest
 from torch import nn
 from typer.testing import CliRunner
 
+from sparsevit_cli import errors
 from sparsevit_cli.cli import app
 from sparsevit_cli.config.experiment import ModelSection
 from sparsevit_cli.workflows import profile
@@ -19,20 +23,23 @@ from sparsevit_cli.workflows.profile import Size
 from test_cli import images_in
 from tiny import write_tiny
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = (README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
 QUICK = ("profile.batch_sizes=[1]", "profile.seconds=0.01", "profile.rounds=6", "profile.max_spread=100.0",
          "export.formats=[]")  # fmt: skip
 TAKES_NO_SETTINGS = ("models", "doctor", "config")
 
 
 def typed_commands() -> Iterator[list[str]]:
-    """Every `sparsevit ...` in the README's shell blocks, as words."""
-    for block in re.findall(r"^```sh\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-        for line in block.splitlines():
-            for command in re.split(r"&&|\|\||;", line.partition(" #")[0]):
-                words = shlex.split(command)
-                if words[:1] == ["sparsevit"]:
-                    yield words[1:]
+    """Every `sparsevit ...` in the pages' shell blocks, as words."""
+    for page in PAGES:
+        for block in re.findall(r"^ *```sh\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+            for line in block.splitlines():
+                for command in re.split(r"&&|\|\||;", line.partition(" #")[0]):
+                    words = shlex.split(command)
+                    if words[:1] == ["sparsevit"]:
+                        yield words[1:]
 
 
 def listed_commands() -> list[str]:
@@ -91,3 +98,52 @@ def test_every_command_can_be_typed_twice(folder: Path, monkeypatch: pytest.Monk
     assert report["rows"][-1]["label"] == "winner, finetuned"
     exported = json.loads((folder / "runs" / "tiny" / "export" / "sparsity.json").read_text())
     assert exported["model"]["categories"] == ["cat", "dog", "owl"]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the page's headings, as GitHub makes them: lower case, hyphens for blanks, no other punctuation."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_make_target_and_script_is_there(page: Path) -> None:
+    """`make target` at the start of a shell line or of code in a sentence, and `python path.py` anywhere."""
+    text = page.read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"(?:^|`|&& )make ([a-z-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for script in re.findall(r"\b(?:benchmarks|docs|tests)/[\w/]+\.(?:py|yaml|md)\b", text):
+        assert (ROOT / script).exists(), script
+
+
+def test_messages_of_troubleshooting_are_ours() -> None:
+    """What stands there in quotes is what people search for: every piece between dots is in the code."""
+    code = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "src").rglob("*.py")))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r'"([^"]+)"', page)
+    assert len(quoted) > 20
+    for piece in (piece.strip() for text in quoted for piece in text.split("...")):
+        assert piece in code, piece
+
+
+def test_exit_codes_of_troubleshooting_are_those_of_the_errors() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    kinds = (kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code"))
+    assert listed == {0, 75, 130, *kinds}
+
+
+def test_the_readme_stays_a_front_door() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150

@@ -10,7 +10,7 @@ class ThreePartError(BaseException):
     """What is told in three parts: `what` is wrong, what we `got`, what to `do` about it.
 
     `what` names the thing (a config field path, a file, a step), `got` the value met and what was
-    allowed, `do` the next step. Exit codes are the table of the README ("Exit codes").
+    allowed, `do` the next step. Exit codes are the table in docs/troubleshooting.md.
     """
 
     exit_code = 1
