@@ -116,7 +116,7 @@ def main(config_path: str, output_folder: str) -> None:
     session = Session(config, SilentReporter())
     weights = trained_weights(session, "finetune", "the picture")
     data = session.data(weights)
-    model = session.model(weights.class_names, weights).eval()
+    model = session.model(weights.categories, weights).eval()
     winner = winner_ratios(session, model_depths(model), "the picture")
     set_sparsity(model, winner)
     images = torch.stack([data.val[index][0] for index in IMAGES])

@@ -16,6 +16,11 @@ README = HERE.parent / "README.md"
 BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
 
 
+def score(row: dict[str, Any]) -> float:
+    """The metric of a row; documents from before 2026-11-29 call it by its name."""
+    return float(row["score"] if "score" in row else row["top1"])
+
+
 def tables(documents: dict[str, dict[str, Any]]) -> str:
     """One line per seed, then every row of the first."""
     lines = [
@@ -32,10 +37,10 @@ def tables(documents: dict[str, dict[str, Any]]) -> str:
         dense, winner = rows["dense (timm)"], rows["winner, finetuned"]
         rival = next(row for label, row in rows.items() if label.startswith("dense at"))
         lines.append(
-            f"| {seed} | {dense['top1']:.2f} | `{json.dumps(winner['ratios'])}` "
-            f"| {winner['top1']:.2f} ({winner['top1'] - dense['top1']:+.2f}) "
+            f"| {seed} | {score(dense):.2f} | `{json.dumps(winner['ratios'])}` "
+            f"| {score(winner):.2f} ({score(winner) - score(dense):+.2f}) "
             f"| {1 - winner['gmacs'] / dense['gmacs']:.0%} | {_gain(winner)} "
-            f"| {rival['image_size'][0]} px: {rival['top1']:.2f} % in {rival['latency_ms'] / winner['latency_ms']:.2f} "
+            f"| {rival['image_size'][0]} px: {score(rival):.2f} % in {rival['latency_ms'] / winner['latency_ms']:.2f} "
             "of the winner's time |"
         )
     seed, document = next(iter(documents.items()))
@@ -44,7 +49,7 @@ def tables(documents: dict[str, dict[str, Any]]) -> str:
         "| model | top-1 % | GMACs | ms per batch [95 %] | speed-up [95 %] |", "|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [
-        f"| {row['label']} | {row['top1']:.2f} | {row['gmacs']:.3f} "
+        f"| {row['label']} | {score(row):.2f} | {row['gmacs']:.3f} "
         f"| {row['latency_ms']:.1f} [{row['latency_ms_low']:.1f}, {row['latency_ms_high']:.1f}] | {_gain(row)} |"
         for row in document["rows"]
     ]
@@ -56,7 +61,7 @@ def sentences(documents: dict[str, dict[str, Any]]) -> str:
     found = [{row["label"]: row for row in document["rows"]} for document in documents.values()]
     pairs = [(rows["dense (timm)"], rows["winner, finetuned"]) for rows in found]
     gone = [1 - winner["gmacs"] / dense["gmacs"] for dense, winner in pairs]
-    lost = [dense["top1"] - winner["top1"] for dense, winner in pairs]
+    lost = [score(dense) - score(winner) for dense, winner in pairs]
     gains = [winner["speedup"] for _, winner in pairs]
     first = next(iter(documents.values()))
     height, width = pairs[0][0]["image_size"]

@@ -124,7 +124,7 @@ def test_every_make_target_and_script_is_there(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"(?:^|`|&& )make ([a-z-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for script in re.findall(r"\b(?:benchmarks|docs|tests)/[\w/]+\.(?:py|yaml|md)\b", text):
+    for script in re.findall(r"\b(?:benchmarks|docs|examples|tests)/[\w/]+\.(?:py|yaml|md)\b", text):
         assert (ROOT / script).exists(), script
 
 
