@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from sparsevit_cli import kernels
 from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
-from sparsevit_cli.swin import get_sparsity, set_sparsity, sparse_stages
+from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_stages
+from sparsevit_cli.swin.geometry import images_seen, map_sizes, stage_channels, uses_fused_attention, window_sizes
 from sparsevit_cli.windows import num_keep, window_grid
 
 from .device import describe_versions, device_identity
@@ -160,10 +161,10 @@ def table_identity(model: nn.Module, x: Tensor) -> dict[str, object]:
         "torch": versions["torch"],
         "timm": versions["timm"],
         "importance": stages[0].importance,
-        "fused_attention": bool(getattr(stages[0].blocks[0].attn, "fused_attn", False)),
-        "depths": [len(stage.blocks) for stage in stages],
-        "channels": [stage.blocks[0].dim for stage in stages],
-        "windows": [list(stage.blocks[0].window_size) for stage in stages],
+        "fused_attention": uses_fused_attention(model),
+        "depths": list(model_depths(model)),
+        "channels": list(stage_channels(model)),
+        "windows": [list(window) for window in window_sizes(model)],
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
@@ -261,25 +262,14 @@ def _scaled_to_whole(table: LatencyTable, taken: Sequence[_Round], uniform: list
 
 def _kept_windows(model: nn.Module, x: Tensor, max_tenths: int) -> list[list[int]]:
     """Windows computed per stage at 0 ... `max_tenths` tenths, on the maps that `x` makes."""
-    kept = []
-    for stage, shape in zip(sparse_stages(model), _map_shapes(model, x), strict=True):
-        rows, cols = window_grid(shape[1], shape[2], stage.blocks[0].window_size)
-        kept.append([num_keep(rows * cols, t) for t in range(max_tenths + 1)])
-    return kept
-
-
-def _map_shapes(model: nn.Module, x: Tensor) -> list[torch.Size]:
-    """Shape (B, H, W, C) of every stage's map."""
-    shapes: list[torch.Size] = []
-
-    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        shapes.append(inputs[0].shape)
-
-    with ExitStack() as stack:
-        for stage in sparse_stages(model):
-            stack.callback(stage.blocks[0].register_forward_pre_hook(record).remove)
+    with images_seen(model) as seen:
         model(x)
-    return shapes
+    _, _, *image = seen[0]
+    counts = []
+    for (height, width), window in zip(map_sizes(model, image), window_sizes(model), strict=True):
+        rows, cols = window_grid(height, width, window)
+        counts.append([num_keep(rows * cols, t) for t in range(max_tenths + 1)])
+    return counts
 
 
 @contextmanager

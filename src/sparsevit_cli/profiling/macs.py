@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,10 +24,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsevit_cli import kernels
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
-from sparsevit_cli.swin import Block
+from sparsevit_cli.swin.geometry import (
+    BlockShape,
+    StageShape,
+    named_stages,
+    sparsity_or_dense,
+    stem_name,
+    swin_shape,
+    weights_in,
+)
 from sparsevit_cli.windows import is_asynchronous, num_keep, window_grid
 
-from .inputs import InputSize, Measured, evaluating, example_input, image_shape, named_stages, stem_name, uncompiled
+from .inputs import InputSize, Measured, evaluating, example_input, image_shape, uncompiled
 from .memory import memory_errors
 
 
@@ -136,13 +143,11 @@ def analytic_macs(model: nn.Module, input_size: InputSize = 224) -> MacsReport:
     Counts the Swin inside `model` and its classifier; other modules around it are left out. Works on the meta
     device. Raises ConfigError.
     """
-    shapes = _model_shapes(model, input_size)
-    stages = [stage for _, stage in named_stages(model)]
+    shapes = _model_macs(model, input_size)
     parts: dict[str, float] = {"stem": shapes.stem}
-    for number, (stage, pairs) in enumerate(zip(stages, shapes.pairs, strict=True)):
-        tenths = getattr(stage, "sparsity_tenths", (0,) * len(pairs))
-        macs = sum(pair[t] for pair, t in zip(pairs, tenths, strict=True))
-        parts[f"stage {number}"] = shapes.merging[number] + macs
+    stages = zip(sparsity_or_dense(model).tenths, shapes.merging, shapes.pairs, strict=True)
+    for number, (tenths, merging, pairs) in enumerate(stages):
+        parts[f"stage {number}"] = merging + sum(pair[t] for pair, t in zip(pairs, tenths, strict=True))
     parts["head"] = shapes.head
     return MacsReport(sum(parts.values()), parts, "analytic", {})
 
@@ -152,7 +157,7 @@ def macs_cost(model: nn.Module, input_size: InputSize = 224) -> Callable[[Sparsi
 
     Raises ConfigError here; the function itself does for a configuration of another model.
     """
-    shapes = _model_shapes(model, input_size)
+    shapes = _model_macs(model, input_size)
     fixed = shapes.stem + sum(shapes.merging) + shapes.head
     pairs = tuple(len(stage) for stage in shapes.pairs)
     genes = [pair for stage in shapes.pairs for pair in stage]
@@ -168,7 +173,7 @@ def macs_cost(model: nn.Module, input_size: InputSize = 224) -> Callable[[Sparsi
 
 
 @dataclass(frozen=True)
-class _ModelShapes:
+class _ModelMacs:
     """Multiply-adds of a Swin: fixed ones, and `pairs[stage][pair][tenths]`."""
 
     stem: int
@@ -177,55 +182,35 @@ class _ModelShapes:
     head: int
 
 
-def _model_shapes(model: nn.Module, input_size: InputSize) -> _ModelShapes:
-    trunk = next((m for m in model.modules() if hasattr(m, "patch_embed") and named_stages(m)), None)
-    if trunk is None:
-        got = f"{type(model).__name__} contains no timm Swin Transformer"
-        raise ConfigError("model", got, "Give a timm Swin, V2 or V2-CR.")
+def _model_macs(model: nn.Module, input_size: InputSize) -> _ModelMacs:
     _, *image = image_shape(model, input_size)
-    embed: Any = trunk.patch_embed
-    round_up, head = getattr(embed, "dynamic_img_pad", False), getattr(trunk, "head", None)
-    height, width = (math.ceil(n / p) if round_up else n // p for n, p in zip(image, embed.patch_size, strict=True))
-    stem = height * width * weights_in(embed)
-    merging, pairs = [], []
-    for _, stage in named_stages(trunk):
-        reduction = weights_in(stage.downsample)
-        if reduction:
-            height, width = (height + 1) // 2, (width + 1) // 2
-        merging.append(height * width * reduction)
-        starts = [*range(0, len(stage.blocks), 2), len(stage.blocks)]
-        pairs.append(tuple(_pair_macs(stage.blocks[a:b], height, width) for a, b in pairwise(starts)))
-    return _ModelShapes(stem, tuple(merging), tuple(pairs), weights_in(head) if head else 0)
+    shape = swin_shape(model, image)
+    return _ModelMacs(
+        stem=shape.patches * shape.stem_weights,
+        merging=tuple(stage.tokens * stage.merging_weights for stage in shape.stages),
+        pairs=tuple(map(_pairs_macs, shape.stages)),
+        head=shape.head_weights,
+    )
 
 
-def _pair_macs(blocks: nn.Sequential, height: int, width: int) -> tuple[int, ...]:
-    return tuple(sum(block_macs(block, height, width, t) for block in blocks) for t in range(MAX_TENTHS + 1))
+def _pairs_macs(stage: StageShape) -> tuple[tuple[int, ...], ...]:
+    """Multiply-adds of every block pair of a stage, at 0 ... MAX_TENTHS tenths."""
+    pairs = [stage.blocks[first : first + 2] for first in range(0, len(stage.blocks), 2)]
+    return tuple(
+        tuple(sum(block_macs(block, stage.height, stage.width, t) for block in pair) for t in range(MAX_TENTHS + 1))
+        for pair in pairs
+    )
 
 
-def block_macs(block: Block, height: int, width: int, tenths: int) -> int:
+def block_macs(block: BlockShape, height: int, width: int, tenths: int) -> int:
     """Multiply-adds of one block on a map of `height` x `width` tokens."""
-    rows, cols = window_grid(height, width, block.window_size)
+    rows, cols = window_grid(height, width, block.window)
     num_windows, area = rows * cols, block.window_area
     kept = num_keep(num_windows, tenths)
     mlp_rows = kept * area if kept < num_windows else height * width
-    attention = 2 * area * block.attn.proj.in_features  # per token: q @ k and attn @ v over all heads
-    projections = weights_in(block.attn.qkv) + weights_in(block.attn.proj)
-    windowed = kept * area * (projections + attention) + mlp_rows * weights_in(block.mlp)
-    return int(windowed + _position_macs(block.attn))
-
-
-def _position_macs(attn: Any) -> int:
-    """Multiply-adds of the network that makes the position bias of V2 and V2-CR, once per forward; 0 for V1."""
-    if hasattr(attn, "cpb_mlp"):
-        return int(attn.relative_coords_table.numel() // 2 * weights_in(attn.cpb_mlp))
-    if hasattr(attn, "meta_mlp"):
-        return len(attn.relative_coordinates_log) * weights_in(attn.meta_mlp)
-    return 0
-
-
-def weights_in(module: nn.Module) -> int:
-    """Weights of all linear layers and convolutions inside: the multiply-adds of one row or patch."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    attention = 2 * area * block.attention_channels  # per token: q @ k and attn @ v over all heads
+    projections = block.qkv_weights + block.proj_weights
+    return kept * area * (projections + attention) + mlp_rows * block.mlp_weights + block.position_macs
 
 
 def _part_names(model: nn.Module) -> dict[str, str]:

@@ -7,7 +7,9 @@ from statistics import median
 
 from torch import Tensor, nn
 
-from .inputs import evaluating, image_shape, named_stages
+from sparsevit_cli.swin.geometry import sparsity_or_dense
+
+from .inputs import evaluating, image_shape
 from .latency import Clock
 from .memory import memory_errors
 from .timeline import Label, Timeline, hooked, moves_labelled, timed_forward
@@ -85,7 +87,7 @@ def time_stages(
         for _ in range(passes):
             for label, ms in timed_forward(model, x, timeline).items():
                 samples.setdefault(label, []).append(ms)
-    is_pruned = [any(getattr(stage, "sparsity_tenths", ())) for _, stage in named_stages(model)]
+    is_pruned = [any(tenths) for tenths in sparsity_or_dense(model).tenths]
     rows = _rows({label: median(values) for label, values in samples.items()}, is_pruned)
     marked_ms = sum(row.total_ms for row in rows)
     total_ms = marked_ms if total_ms is None else total_ms

@@ -18,14 +18,14 @@ from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.documents import read_json, understood
 from sparsevit_cli.errors import CheckpointError, UnsteadyError
 from sparsevit_cli.exporting import MANIFEST, check_packages
-from sparsevit_cli.models import set_img_size
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input, placed
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import count_macs, macs_cost
 from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
-from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_stages
+from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity
+from sparsevit_cli.swin.geometry import patch_size, set_image_size, window_sizes
 from sparsevit_cli.tasks.classification import Accuracy
 
 from .evaluate import evaluate_checkpoint
@@ -190,7 +190,7 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
     ]
     folder = _rival_folder(session, winner)
     rival, size = _smaller_rival(session, folder, dense, classes, tuned_model, winner)
-    patch, share = _patch(rival), size[0] / session.img_size[0]
+    patch, share = patch_size(rival)[0], size[0] / session.img_size[0]
 
     def seen_as(full: tuple[int, int]) -> tuple[int, int]:
         return size if full == session.img_size else _multiples(full, share, patch)
@@ -261,15 +261,15 @@ def _smaller_rival(
 ) -> tuple[nn.Module, tuple[int, int]]:
     """The dense model at the lower resolution whose latency is nearest to the winner's."""
     set_sparsity(tuned, winner)
-    sizes = rival_sizes(session.img_size, _patch(tuned), max(sparse_stages(tuned)[0].blocks[0].window_size))
+    sizes = rival_sizes(session.img_size, patch_size(tuned)[0], max(window_sizes(tuned)[0]))
     chosen = _rival_size(folder, winner)
     if chosen is not None:  # measured again, noise could pick another one than was trained
         model = session.model(classes, weights)
-        set_img_size(model, chosen)
+        set_image_size(model, chosen)
         return model.eval(), chosen
     models = {size: session.model(classes, weights).eval() for size in sorted(sizes)}
     for size, model in models.items():
-        set_img_size(model, size)
+        set_image_size(model, size)
         set_sparsity(model, 0.0, exact=False)  # as fast as the winner's dense parts
     calls: dict[str, Any] = {"winner": _call(session, tuned, session.img_size)}
     calls |= {f"{size[0]}x{size[1]}": _call(session, model, size) for size, model in models.items()}
@@ -299,11 +299,6 @@ def rival_sizes(img_size: tuple[int, int], patch: int, window: int) -> set[tuple
     numbers = range(max(1, -(-count // 3)), count)
     thinned = numbers[:: max(1, -(-len(numbers) // MOST_RIVALS))]
     return {_multiples(img_size, number / count, unit) for number in thinned} - {img_size}
-
-
-def _patch(model: nn.Module) -> int:
-    embed: Any = model.patch_embed
-    return int(embed.patch_size[0])
 
 
 def _multiples(size: tuple[int, int], share: float, unit: int) -> tuple[int, int]:

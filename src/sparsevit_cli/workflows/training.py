@@ -20,13 +20,13 @@ from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.schema import DataSection, DistilLoopSection, LoopSection
 from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.errors import CheckpointError, ConfigError
-from sparsevit_cli.models import check_img_size
 from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.reporting import Reporter, optional_output
 from sparsevit_cli.runs import HARMLESS, SECTIONS, RunFolder, missing_result
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
+from sparsevit_cli.swin.geometry import check_image_size, patch_size
 from sparsevit_cli.tasks.classification import Accuracy, evaluate
 from sparsevit_cli.training import PhasePlan, TrainingJob, TrainingPlan, plan_training, train
 from sparsevit_cli.winner import read_winner
@@ -232,9 +232,8 @@ def checked_plan(
         near = ", ".join(difflib.get_close_matches(section.optimizer, known, n=3)) or "adamw"
         got = f"{section.optimizer!r} is no optimizer of timm"
         raise ConfigError(f"{command}.optimizer", got, f"Did you mean {near}?")
-    embed: Any = model.patch_embed
     for number, phase in enumerate(section.curriculum):
-        check_img_size(phase.img_size, embed.patch_size[0], f"{command}.curriculum.{number}.img_size")
+        check_image_size(phase.img_size, patch_size(model), f"{command}.curriculum.{number}.img_size")
     return plan_training(section, len(data.train), session.img_size, seen_as)
 
 
