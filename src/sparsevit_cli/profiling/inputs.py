@@ -16,8 +16,6 @@ from sparsevit_cli.swin.geometry import fixed_image_size, input_channels
 from sparsevit_cli.swin.geometry import named_stages as named_stages  # noqa: PLC0414 - for `timeline`
 from sparsevit_cli.swin.geometry import stem_name as stem_name  # noqa: PLC0414
 
-from .device import resolve_device
-
 TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions of the configuration, as torch names them."""
 
@@ -98,22 +96,6 @@ def placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
     if here and all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
         return model
     return copy.deepcopy(model).to(device, dtype)
-
-
-def prepared(
-    model: nn.Module,
-    input_size: InputSize,
-    batch_size: int = 1,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-) -> tuple[nn.Module, Tensor]:
-    """`placed` and `example_input` at once; `device` and `dtype` default to the model's. Raises ConfigError."""
-    device = model_device(model) if device is None else resolve_device(device)
-    dtype = dtype or model_dtype(model)
-    x = example_input(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
-    return placed(model, device, dtype), x
 
 
 @contextmanager

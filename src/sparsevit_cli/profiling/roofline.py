@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from sparsevit_cli.swin.geometry import sparsity_or_dense, swin_shape
 from sparsevit_cli.windows import num_keep, window_grid
 
-from .inputs import InputSize, image_shape
 from .macs import block_macs
+from .workload import Workload
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,17 @@ def known_peak(device_name: str, precision: str) -> Peak | None:
     return found if found is not None and precision in found.tflops else None
 
 
-def roofline_ms(model: nn.Module, input_size: InputSize, batch: int, peak: Peak, precision: str) -> float:
-    """Milliseconds of one batch of a timm Swin at the ratios it is set to. Raises ConfigError."""
-    channels, *image = image_shape(model, input_size)
+def roofline_ms(workload: Workload, peak: Peak, precision: str) -> float:
+    """Milliseconds of one batch of a timm Swin at the ratios it is set to.
+
+    Modules around the Swin inside the workload's model are left out. Raises ConfigError.
+    """
+    model, image, batch = workload.model, workload.image_size, workload.batch
     size, shape = _BYTES[precision], swin_shape(model, image)
     entering = shape.patches * shape.stem_channels  # values of the map that enters the next part
-    parts = [(shape.patches * shape.stem_weights, channels * image[0] * image[1] + entering, shape.stem_weights)]
+    parts = [
+        (shape.patches * shape.stem_weights, shape.in_channels * image[0] * image[1] + entering, shape.stem_weights)
+    ]
     for stage, tenths in zip(shape.stages, sparsity_or_dense(model).tenths, strict=True):
         leaving = stage.tokens * stage.channels
         if stage.merging_weights:

@@ -22,6 +22,7 @@ from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input, placed
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import count_macs, macs_cost
 from sparsevit_cli.profiling.neighbours import Patience
+from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity
@@ -225,7 +226,7 @@ def _uniform_rivals(
     session: Session, space: SearchSpace, model: nn.Module, winner: SparsityConfig
 ) -> list[SparsityConfig]:
     """The two uniform ratios whose multiply-adds stand next to the winner's, above and below."""
-    macs = macs_cost(model, (session.config.model.in_chans, *session.img_size))
+    macs = macs_cost(image_workload(model, (session.config.model.in_chans, *session.img_size)))
     uniform = [space.uniform(tenths / 10) for tenths in range(1, space.max_tenths + 1)]
     above = [config for config in uniform if macs(config) >= macs(winner)]
     below = [config for config in uniform if macs(config) < macs(winner)]

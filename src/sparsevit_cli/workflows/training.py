@@ -21,6 +21,7 @@ from sparsevit_cli.config.schema import DataSection, DistilLoopSection, LoopSect
 from sparsevit_cli.data.build import DataBundle
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.profiling.macs import macs_cost
+from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.reporting import Reporter, optional_output
 from sparsevit_cli.runs import HARMLESS, SECTIONS, RunFolder, missing_result
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
@@ -275,7 +276,7 @@ def _check_rows(
     done = folder.done("sparsity.json").get("check", {})
     if set(done) != {label for label, _ in wanted}:
         done = {}
-        macs = macs_cost(model, (session.config.model.in_chans, *session.img_size))
+        macs = macs_cost(image_workload(model, (session.config.model.in_chans, *session.img_size)))
         total = sum(len(configs) for _, configs in wanted)
         check = partial(session.stop.check, "adapt", "the training is saved, its closing table is not")
         with session.reporter.progress("check", total) as progress:
