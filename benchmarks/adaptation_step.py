@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from sparsevit_cli.profiling.device import describe_versions, device_identity, synchronize
 from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.profiling.memory import reuse_freed_memory
+from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.schedule import RandomSchedule
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
@@ -56,7 +57,7 @@ def main() -> None:
         return 1e3 * (time.perf_counter() - began)
 
     space = SearchSpace(model_depths(model))
-    schedule, macs = RandomSchedule(space, seed=0), macs_cost(model, args.img_size)
+    schedule, macs = RandomSchedule(space, seed=0), macs_cost(image_workload(model, args.img_size))
     configs = [schedule.at(number) for number in range(args.steps)]
     for config in (space.dense, configs[0]):
         step(config)

@@ -21,6 +21,7 @@ from sparsevit_cli.profiling.device import describe_versions, device_identity, r
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table
 from sparsevit_cli.profiling.memory import reuse_freed_memory
+from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import model_depths, sparsify_
 
@@ -41,18 +42,18 @@ def main() -> None:
     reuse_freed_memory()
     model = sparsify_(timm.create_model(args.model, img_size=args.img_size).eval())
     device, dtype = resolve_device(args.device), TORCH_DTYPE[args.precision]
+    workload = image_workload(model, args.img_size, device=device, dtype=dtype)
     space, rng = SearchSpace(model_depths(model)), Random(0)
 
     def measured(configs: list[SparsityConfig]) -> list[tuple[SparsityConfig, float]]:
         """Latency of each as a share of dense's in the same rounds: the machine is faster or slower in others."""
         found = measure_configs(
-            model, [space.dense, *configs], args.img_size, device=device, dtype=dtype, seconds=0.01,
-            rounds=args.rounds, strict=True,
+            workload, [space.dense, *configs], seconds=0.01, rounds=args.rounds, strict=True,
         )  # fmt: skip
         return [(config, 1 / found[config].speedup) for config in configs]
 
     began = time.perf_counter()
-    table = measure_latency_table(model, args.img_size, device=device, dtype=dtype, seconds=args.seconds)
+    table = measure_latency_table(workload, seconds=args.seconds)
     seconds = time.perf_counter() - began
     configs = list(dict.fromkeys(space.sample(rng) for _ in range(2 * args.configs)))[: CALIBRATING + args.configs]
     table = table.calibrated(measured(configs[:CALIBRATING]))

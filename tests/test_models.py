@@ -43,12 +43,10 @@ from sparsevit_cli.config.experiment import ModelSection
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import (
     build_model,
-    check_img_size,
     load_weights,
     model_arguments,
     model_depths,
     read_weights,
-    set_img_size,
     support_table,
     supported_models,
 )
@@ -239,42 +237,6 @@ def test_sizes_that_timm_would_crop_are_refused(size: int | tuple[int, int], nea
     with pytest.raises(ConfigError, match=re.escape(nearest)) as caught:
         tiny(img_size=size)
     assert caught.value.what == "model.img_size"
-    with pytest.raises(ConfigError, match=re.escape(nearest)):
-        set_img_size(tiny(), size)
-
-
-def test_a_size_may_stand_elsewhere_and_patches_differ() -> None:
-    check_img_size((70, 98), 14)
-    with pytest.raises(ConfigError, match=r"profile\.image_sizes.*70 and 84"):
-        check_img_size(72, 14, "profile.image_sizes")
-
-
-def test_another_size_keeps_the_windows() -> None:
-    model = tiny().eval()
-    set_img_size(model, (96, 128))
-    other = tiny(img_size=(96, 128)).eval()
-    assert windows(model) == windows(other)
-    weights = {key: value for key, value in model.state_dict().items() if "layers.3" not in key}
-    other.load_state_dict(weights, strict=False)
-    set_img_size(model, 256)
-    set_img_size(other, 256)
-    assert windows(model) == windows(other) == [(4, 4)] * 5  # never scaled with the grid
-    small = build_model(ModelSection(**TINY), 5, img_size=32)
-    assert windows(small) == [(4, 4), (4, 4), (2, 2), (2, 2), (1, 1)]
-    padded = tiny(img_size=256, always_partition=True)
-    before = list(padded.parameters())
-    for side in (32, 64):
-        set_img_size(padded, side)
-        assert windows(padded) == [(4, 4)] * 5
-        assert padded(image(side, side)).shape == (2, 5)
-    assert all(a is b for a, b in zip(padded.parameters(), before, strict=True))
-
-
-def test_another_size_computes_what_a_model_of_that_size_computes() -> None:
-    model, other = tiny(img_size=128).eval(), tiny(img_size=192).eval()
-    other.load_state_dict(model.state_dict())
-    set_img_size(model, 192)
-    assert torch.equal(model(image(192, 192)), other(image(192, 192)))
 
 
 # -- reading weights ----------------------------------------------------------------------------------------------

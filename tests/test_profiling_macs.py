@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from random import Random
+from typing import Any
 
 import pytest
 import timm
@@ -14,11 +15,20 @@ from torch import nn
 
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.kernels import held
-from sparsevit_cli.profiling.macs import analytic_macs, count_macs, flopcounter_macs, macs_cost, padding_macs
+from sparsevit_cli.profiling.macs import (
+    analytic_macs,
+    count_macs,
+    flopcounter_macs,
+    macs_cost,
+    padding_macs,
+    traced_macs,
+)
+from sparsevit_cli.profiling.workload import Workload, image_workload
 from sparsevit_cli.sparsity import Ratios, SearchSpace, SparsityConfig
 from sparsevit_cli.swin import get_sparsity, set_sparsity, sparse_stages, sparsify_
 
 DEPTHS = (1, 1, 3, 2)
+COUNTERS = (traced_macs, analytic_macs, flopcounter_macs)
 
 
 def tiny_swin(img_size: int | tuple[int, int] = 64, **options: object) -> nn.Module:
@@ -49,10 +59,10 @@ def test_swin_t_at_672_has_the_published_multiply_adds(ratios: Ratios, published
     with torch.device("meta"):
         model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", img_size=672, num_classes=0))
     set_sparsity(model, ratios)
-    report = analytic_macs(model, 672)
+    report = analytic_macs(image_workload(model, 672))
     assert report.gmacs == pytest.approx(published_batch4_gmacs / 4, rel=1e-4)
     config = get_sparsity(model)
-    assert macs_cost(model, 672)(config) == report.total
+    assert macs_cost(image_workload(model, 672))(config) == report.total
 
 
 @pytest.mark.parametrize(
@@ -70,7 +80,7 @@ def test_the_three_counters_agree(img_size: int | tuple[int, int], options: dict
     model = tiny_swin(img_size, **options)
     for ratios, is_fused in [(0, False), (0, True), (0.5, False), ([[0.8], [0], [0.1, 0.7], [0.3]], True)]:
         set_sparsity(fused(model, is_fused), ratios)
-        traced, own, torch_count = (count(model, img_size) for count in (count_macs, analytic_macs, flopcounter_macs))
+        traced, own, torch_count = (count(image_workload(model, img_size)) for count in COUNTERS)
         assert traced.total == own.total == torch_count.total
         assert traced.parts == own.parts
         assert sum(own.parts.values()) == own.total
@@ -85,7 +95,7 @@ def test_later_generations_are_counted_with_their_position_networks(name: str, i
     model = sparsify_(timm.create_model(name, img_size=img_size, **options))
     for ratios in (0, 0.5):
         set_sparsity(model, ratios)
-        traced, own, torch_count = (count(model, img_size) for count in (count_macs, analytic_macs, flopcounter_macs))
+        traced, own, torch_count = (count(image_workload(model, img_size)) for count in COUNTERS)
         assert traced.total == own.total == torch_count.total
         assert traced.parts == own.parts
         assert traced.uncounted == {}
@@ -95,7 +105,7 @@ def test_counts_are_per_image() -> None:
     model = tiny_swin()
     set_sparsity(model, 0.4)
     assert count_macs(model, 64).total == count_macs(model, 64, batch_size=3).total
-    assert count_macs(model, torch.zeros(2, 3, 64, 64)).total == flopcounter_macs(model, 64, batch_size=4).total
+    assert count_macs(model, torch.zeros(2, 3, 64, 64)).total == flopcounter_macs(image_workload(model, 64, 4)).total
 
 
 def test_one_sparse_block_by_hand() -> None:
@@ -103,9 +113,9 @@ def test_one_sparse_block_by_hand() -> None:
     model = tiny_swin(112)
     set_sparsity(model, [[0.6], [0], [0, 0], [0]])
     weights = 16 * 48 + 16 * 16 + 2 * 16 * 64
-    assert analytic_macs(model, 112).parts["stage 0"] == 6 * 49 * (weights + 2 * 49 * 16)
+    assert analytic_macs(image_workload(model, 112)).parts["stage 0"] == 6 * 49 * (weights + 2 * 49 * 16)
     set_sparsity(model, 0)
-    assert analytic_macs(model, 112).parts["stage 0"] == 16 * 49 * (weights + 2 * 49 * 16)
+    assert analytic_macs(image_workload(model, 112)).parts["stage 0"] == 16 * 49 * (weights + 2 * 49 * 16)
 
 
 def test_padding_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,14 +155,14 @@ def test_cost_of_any_configuration_equals_the_count_of_a_model_set_to_it(
     model = MODELS.setdefault(size, tiny_swin(size))
     config = SearchSpace(DEPTHS).sample(Random(seed))
     set_sparsity(model, config)
-    assert macs_cost(model, size)(config) == analytic_macs(model, size).total
+    assert macs_cost(image_workload(model, size))(config) == analytic_macs(image_workload(model, size)).total
 
 
 MODELS: dict[int | tuple[int, int], nn.Module] = {}
 
 
 def test_cost_falls_with_every_ratio() -> None:
-    cost = macs_cost(tiny_swin(224), 224)
+    cost = macs_cost(image_workload(tiny_swin(224), 224))
     space = SearchSpace(DEPTHS)
     costs = [cost(space.uniform(tenths / 10)) for tenths in range(9)]
     assert costs == sorted(costs, reverse=True)
@@ -160,7 +170,7 @@ def test_cost_falls_with_every_ratio() -> None:
 
 
 def test_a_configuration_of_another_model_is_refused() -> None:
-    cost = macs_cost(tiny_swin(), 64)
+    cost = macs_cost(image_workload(tiny_swin(), 64))
     with pytest.raises(ConfigError, match=r"block pairs \[1, 1, 3, 1\], the model \[1, 1, 2, 1\]"):
         cost(SparsityConfig(((0,), (0,), (0, 0, 0), (0,))))
 
@@ -169,27 +179,27 @@ def test_a_single_window_is_never_pruned() -> None:
     model = tiny_swin(64)  # stage 3: a map of 2 x 2, the window shrunk to it
     set_sparsity(model, [[0], [0], [0, 0], [0.8]])
     dense = tiny_swin(64)
-    assert count_macs(model, 64).total == count_macs(dense, 64).total == analytic_macs(model, 64).total
+    assert count_macs(model, 64).total == count_macs(dense, 64).total == analytic_macs(image_workload(model, 64)).total
 
 
 def test_dense_timm_models_and_feature_wrappers() -> None:
     dense = timm.create_model("swin_s3_tiny_224", embed_dim=16, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 1))
-    assert count_macs(dense).total == analytic_macs(dense).total
+    assert count_macs(dense).total == analytic_macs(image_workload(dense)).total
     options = {"embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (1, 1, 1, 1), "img_size": 96}
     features = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, **options)
     sparsify_(features)
     set_sparsity(features, 0.5)
-    assert count_macs(features, 96).total == analytic_macs(features, 96).total
-    assert analytic_macs(features, 96).parts["head"] == 0
+    assert count_macs(features, 96).total == analytic_macs(image_workload(features, 96)).total
+    assert analytic_macs(image_workload(features, 96)).parts["head"] == 0
 
 
 def test_any_other_model_can_be_counted_but_not_reckoned() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 5))
     report = count_macs(model, 4)
     assert report.total == report.parts["head"] == 4 * 4 * 9 * 2 + 32 * 5
-    assert flopcounter_macs(model, (1, 4, 4)).total == report.total
+    assert flopcounter_macs(image_workload(model, (1, 4, 4))).total == report.total
     with pytest.raises(ConfigError, match="contains no timm Swin"):
-        analytic_macs(model, 4)
+        analytic_macs(image_workload(model, 4))
 
 
 class Distances(nn.Module):
@@ -209,14 +219,14 @@ def test_scoring_counts_as_nothing_and_hides_nothing(importance: str) -> None:
     set_sparsity(model, 0.3)
     report = count_macs(model, 128)
     assert report.uncounted == {}
-    assert report.total == analytic_macs(model, 128).total
+    assert report.total == analytic_macs(image_workload(model, 128)).total
 
 
 def test_counting_leaves_the_model_alone(caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder) -> None:
     model = tiny_swin().train()
     model.head.eval()
     count_macs(model, 64)
-    flopcounter_macs(model, 64)
+    flopcounter_macs(image_workload(model, 64))
     assert (model.training, model.head.training, model.layers.training) == (True, False, True)
     assert not caplog.records
     assert not recwarn.list
@@ -224,6 +234,116 @@ def test_counting_leaves_the_model_alone(caplog: pytest.LogCaptureFixture, recwa
 
 
 def test_a_size_that_the_model_is_not_built_for_is_refused() -> None:
-    for count in (count_macs, analytic_macs, flopcounter_macs, macs_cost):
+    for count in (*COUNTERS, macs_cost):
         with pytest.raises(ConfigError, match="96 x 96 pixels, the model is built for 64 x 64"):
-            count(tiny_swin(64), 96)
+            count(image_workload(tiny_swin(64), 96))
+    with pytest.raises(ConfigError, match="96 x 96 pixels, the model is built for 64 x 64"):
+        count_macs(tiny_swin(64), 96)
+
+
+# -- a Swin inside a larger model -----------------------------------------------------------------------------------
+
+
+class Detector(nn.Module):
+    """A Swin, a neck that adds a deeper map to the one above it, a linear head; takes and gives dicts and lists."""
+
+    def __init__(self, swin: nn.Module) -> None:
+        super().__init__()
+        self.swin, self.norm = swin, nn.GroupNorm(3, 12)
+        self.neck = nn.ModuleList(nn.Conv2d(16 * 2**stage, 12, 3, padding=1) for stage in range(4))
+        self.head = nn.Linear(12, 7)
+        self.traces = 0
+
+    def forward(self, inputs: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+        self.traces += 1
+        outputs = []
+        for images in inputs["images"]:
+            padded = nn.functional.pad(images, (0, -images.shape[3] % 32, 0, -images.shape[2] % 32))
+            swin: Any = self.swin
+            maps = swin.forward_intermediates(padded, intermediates_only=True)
+            levels = [self.norm(conv(m)) for conv, m in zip(self.neck, maps, strict=True)]
+            for deeper in (3, 2, 1):
+                above = nn.functional.interpolate(levels[deeper], size=levels[deeper - 1].shape[2:])
+                levels[deeper - 1] = levels[deeper - 1] + above
+            outputs += [self.head(level.flatten(2).mT) for level in levels]
+        return {"outputs": outputs}
+
+
+def detector(name: str = "swin_tiny_patch4_window7_224", sizes: tuple[tuple[int, int], ...] = ((90, 120),)) -> Workload:
+    options = {"embed_dim": 16, "depths": DEPTHS, "num_heads": (1, 2, 4, 8), "window_size": 4, "num_classes": 10}
+    model = Detector(sparsify_(timm.create_model(name, img_size=(96, 128), strict_img_size=False, **options)))
+    inputs = {"images": [torch.randn(2, 3, *size) for size in sizes]}
+    return Workload(model.eval(), inputs, image_size=sizes[0], batch=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("swin_tiny_patch4_window7_224", ((90, 120),)),
+        ("swin_tiny_patch4_window7_224", ((90, 120), (64, 64), (90, 120))),  # several views of each sample
+        ("swinv2_tiny_window8_256", ((96, 128),)),
+    ],
+)
+def test_cost_of_a_detector_counts_its_neck_and_head(name: str, sizes: tuple[tuple[int, int], ...]) -> None:
+    workload = detector(name, sizes)
+    set_sparsity(workload.model, 0.3)
+    cost = macs_cost(workload)
+    assert workload.model.traces == 1
+    assert get_sparsity(workload.model) == SparsityConfig.from_ratios(0.3, DEPTHS)
+    space = SearchSpace(DEPTHS)
+    for config in (space.dense, space.sparsest, space.sample(Random(1))):
+        set_sparsity(workload.model, config)
+        counted = traced_macs(workload)
+        assert cost(config) == pytest.approx(counted.total, rel=1e-9)
+        assert counted.total == flopcounter_macs(workload).total
+        assert counted.uncounted == {}
+    set_sparsity(workload.model, 0)
+    alone = analytic_macs(image_workload(workload.model.swin, sizes[0]))
+    assert cost(space.dense) > alone.total - alone.parts["head"]
+    with pytest.raises(ConfigError, match="Give a configuration of this model"):
+        cost(SparsityConfig(((0,),)))
+
+
+def test_neck_and_head_of_a_detector_by_hand() -> None:
+    """At 96 x 128 pixels maps of 24 x 32, 12 x 16, 6 x 8 and 3 x 4 tokens."""
+    workload = detector(sizes=((96, 128),))
+    alone = analytic_macs(image_workload(workload.model.swin, (96, 128)))
+    tokens = [24 * 32, 12 * 16, 6 * 8, 3 * 4]
+    neck = sum(n * 9 * 16 * 2**stage * 12 for stage, n in enumerate(tokens))
+    expected = alone.total - alone.parts["head"] + neck + sum(tokens) * 12 * 7
+    assert macs_cost(workload)(SearchSpace(DEPTHS).dense) == expected
+
+
+def test_a_classifier_is_not_run_for_its_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_swin(64)
+    monkeypatch.setattr(type(model), "forward", lambda *_: pytest.fail("the model runs"))
+    macs_cost(image_workload(model, 64))
+    analytic_macs(image_workload(model, 64))
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.swin, self.conv = tiny_swin(64), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_does_not_run_its_swin_has_no_cost() -> None:
+    with pytest.raises(ConfigError, match="Unused does not call the Swin inside it"):
+        macs_cost(image_workload(Unused(), 64))
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.swin, self.distances = tiny_swin(64), Distances()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.swin(x) + self.distances(x).mean()  # type: ignore[no-any-return]
+
+
+def test_operators_left_out_of_a_cost_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    macs_cost(image_workload(Wrapped(), 64))
+    assert "aten::cdist" in caplog.text

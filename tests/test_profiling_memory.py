@@ -13,13 +13,18 @@ from torch import Tensor, nn
 from sparsevit_cli.errors import ResourceError
 from sparsevit_cli.profiling import memory
 from sparsevit_cli.profiling.memory import peak_memory_mb
+from sparsevit_cli.profiling.workload import Workload
 from sparsevit_cli.swin import remembered_tensors, set_sparsity, sparsify_
+
+
+def work(model: nn.Module, x: Tensor) -> Workload:
+    return Workload(model, x, image_size=(0, 0), batch=len(x))
 
 
 def test_peak_is_weights_input_and_the_two_largest_neighbours() -> None:
     model = nn.Sequential(*(nn.ReLU() for _ in range(10)), nn.Linear(1000, 10, bias=False))
     x = torch.ones(500, 1000)  # 2 MB; a chain of ReLUs holds two maps besides the input
-    assert peak_memory_mb(model, x) == pytest.approx(0.04 + 2 + 2 * 2)
+    assert peak_memory_mb(work(model, x)) == pytest.approx(0.04 + 2 + 2 * 2)
 
 
 class Keeps(nn.Module):
@@ -32,19 +37,19 @@ class Keeps(nn.Module):
 
 def test_kept_tensors_count_and_views_do_not() -> None:
     x = torch.ones(250_000)  # 1 MB
-    assert peak_memory_mb(Keeps(), x) == pytest.approx(1 + 3 + 2)  # input, kept, running sum and the next one
+    assert peak_memory_mb(work(Keeps(), x)) == pytest.approx(1 + 3 + 2)  # input, kept, running sum and the next one
 
 
 def test_pruning_lowers_the_peak_and_it_repeats_exactly() -> None:
     options = {"embed_dim": 16, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
     model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", img_size=224, **options)).train()
     x = torch.randn(2, 3, 224, 224)  # large maps: the kernels' packed weights and scratch weigh little
-    dense = peak_memory_mb(model, x)
-    assert dense == peak_memory_mb(model, x)
+    dense = peak_memory_mb(work(model, x))
+    assert dense == peak_memory_mb(work(model, x))
     set_sparsity(model, 0.8)
-    sparse = peak_memory_mb(model, x)
+    sparse = peak_memory_mb(work(model, x))
     assert sparse < 0.8 * dense
-    assert peak_memory_mb(model, x) == sparse
+    assert peak_memory_mb(work(model, x)) == sparse
     assert model.training
 
 
@@ -53,11 +58,22 @@ def test_what_blocks_remember_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", img_size=112, **options))
     set_sparsity(model, 0.5)
     x = torch.randn(1, 3, 112, 112)
-    peak = peak_memory_mb(model, x)
+    peak = peak_memory_mb(work(model, x))
     held = sum(tensor.nbytes for tensor in remembered_tensors(model)) / 1e6
     monkeypatch.setattr(memory, "remembered_tensors", lambda model: ())
     assert held > 0
-    assert peak_memory_mb(model, x) == pytest.approx(peak - held)
+    assert peak_memory_mb(work(model, x)) == pytest.approx(peak - held)
+
+
+class OfDict(nn.Module):
+    def forward(self, inputs: dict[str, list[Tensor]]) -> list[Tensor]:
+        return [x + 1 for x in inputs["views"]]
+
+
+def test_all_tensors_of_the_inputs_count() -> None:
+    views = [torch.ones(250_000), torch.ones(250_000)]  # 1 MB each
+    workload = Workload(OfDict(), {"views": views}, image_size=(500, 500), batch=1)
+    assert peak_memory_mb(workload) == pytest.approx(2 + 2)
 
 
 class Huge(nn.Module):
@@ -67,7 +83,7 @@ class Huge(nn.Module):
 
 def test_running_out_of_memory_is_exit_7() -> None:
     with pytest.raises(ResourceError, match=r"forward of \(1, 3, 4, 4\)") as caught:
-        peak_memory_mb(Huge(), torch.zeros(1, 3, 4, 4))
+        peak_memory_mb(work(Huge(), torch.zeros(1, 3, 4, 4)))
     assert caught.value.exit_code == 7
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from sparsevit_cli import kernels, windows
 from sparsevit_cli.errors import ConfigError, UnsteadyError
 from sparsevit_cli.kernels.portable import PORTABLE
-from sparsevit_cli.profiling.inputs import example_input
 from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
 from sparsevit_cli.profiling.neighbours import Moment, Patience
 from sparsevit_cli.profiling.stages import time_stages
+from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import SparseBlock, get_sparsity, set_sparsity, sparsify_, without_kernels
 
@@ -87,14 +87,14 @@ def patched(fake: FakeTime, monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 
 def test_a_table_of_additive_times_predicts_every_configuration_exactly(fake: FakeTime) -> None:
     model = tiny_swin()
-    table = measure_latency_table(model, SIZE, seconds=0.001, rounds=2, clock=fake.clock)
+    table = measure_latency_table(image_workload(model, SIZE), seconds=0.001, rounds=2, clock=fake.clock)
     assert [len(stage) for stage in table.pair_ms] == [1, 1, 2, 1]
     assert table.overhead_ms == pytest.approx((fake.RANK_MS, fake.RANK_MS, 0, 0))
     assert table.base_ms == pytest.approx(fake.STEM_MS + 3 * fake.MERGE_MS)
     assert table.pair_ms[0][0][0] == pytest.approx(fake.BLOCK_MS + 16 * fake.WINDOW_MS)
     assert table.pair_ms[0][0][5] == pytest.approx(fake.BLOCK_MS + 8 * fake.WINDOW_MS + 2 * fake.MOVE_MS)
     configs = [SPACE.dense, SPACE.sparsest, *(SPACE.sample(Random(n)) for n in range(20))]
-    measured = measure_configs(model, configs, SIZE, seconds=0.001, rounds=6, clock=fake.clock)
+    measured = measure_configs(image_workload(model, SIZE), configs, seconds=0.001, rounds=6, clock=fake.clock)
     assert list(measured) == list(dict.fromkeys(configs))
     for config, latency in measured.items():
         assert table.predict(config) == pytest.approx(latency.median_ms)
@@ -107,9 +107,11 @@ def test_the_scale_comes_from_unmarked_passes(monkeypatch: pytest.MonkeyPatch) -
     """Noise that only ever adds leaves a sum of medians too small; held-out configurations still fit."""
     fake = patched(FakeTime(noise=0.1), monkeypatch)
     model = tiny_swin()
-    table = measure_latency_table(model, SIZE, seconds=0.001, rounds=15, clock=fake.clock)
+    table = measure_latency_table(image_workload(model, SIZE), seconds=0.001, rounds=15, clock=fake.clock)
     configs = [SPACE.sample(Random(n)) for n in range(6)]
-    measured = measure_configs(model, configs, SIZE, seconds=0.001, rounds=15, max_spread=1, clock=fake.clock)
+    measured = measure_configs(
+        image_workload(model, SIZE), configs, seconds=0.001, rounds=15, max_spread=1, clock=fake.clock
+    )
     error = table.fit_error([(config, latency.median_ms) for config, latency in measured.items()])
     assert error.mean < 0.02
     assert error.largest < 0.04
@@ -117,7 +119,7 @@ def test_the_scale_comes_from_unmarked_passes(monkeypatch: pytest.MonkeyPatch) -
 
 def test_ratios_that_keep_equally_many_windows_share_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = patched(FakeTime(noise=0.5), monkeypatch)
-    table = measure_latency_table(tiny_swin(), SIZE, seconds=0.001, rounds=3, clock=fake.clock)
+    table = measure_latency_table(image_workload(tiny_swin(), SIZE), seconds=0.001, rounds=3, clock=fake.clock)
     four_windows = [4, 3, 3, 2, 2, 2, 1, 1, 1]
     for tenths, kept in enumerate(four_windows):
         assert (table.pair_ms[1][0][tenths] == table.pair_ms[1][0][four_windows.index(kept)]) is True
@@ -129,7 +131,12 @@ def test_ratios_that_keep_equally_many_windows_share_one_entry(monkeypatch: pyte
 def test_a_smaller_table_and_its_progress(fake: FakeTime) -> None:
     shares: list[float] = []
     table = measure_latency_table(
-        tiny_swin(), SIZE, max_tenths=3, seconds=0.01, rounds=4, clock=fake.clock, on_round=shares.append
+        image_workload(tiny_swin(), SIZE),
+        max_tenths=3,
+        seconds=0.01,
+        rounds=4,
+        clock=fake.clock,
+        on_round=shares.append,
     )
     assert table.max_tenths == 3
     assert shares == sorted(shares)
@@ -141,8 +148,8 @@ def test_measuring_leaves_the_model_as_it_was(fake: FakeTime) -> None:
     model = tiny_swin().train()
     config = SparsityConfig(((1,), (2,), (3, 4), (5,)))
     set_sparsity(model, config)
-    measure_latency_table(model, SIZE, seconds=0.001, rounds=1, clock=fake.clock)
-    measure_configs(model, [SPACE.dense], SIZE, seconds=0.001, rounds=1, clock=fake.clock)
+    measure_latency_table(image_workload(model, SIZE), seconds=0.001, rounds=1, clock=fake.clock)
+    measure_configs(image_workload(model, SIZE), [SPACE.dense], seconds=0.001, rounds=1, clock=fake.clock)
     assert get_sparsity(model) == config
     assert model.training
     assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
@@ -151,24 +158,25 @@ def test_measuring_leaves_the_model_as_it_was(fake: FakeTime) -> None:
 def test_a_dense_timm_model_has_no_table() -> None:
     options = {"embed_dim": 16, "depths": DEPTHS, "num_heads": (1, 2, 4, 8)}
     with pytest.raises(ConfigError, match=r"sparsify_\(model\) first"):
-        measure_latency_table(timm.create_model("swin_tiny_patch4_window7_224", **options))
+        measure_latency_table(image_workload(timm.create_model("swin_tiny_patch4_window7_224", **options)))
 
 
 def test_identity_tells_what_a_table_holds_for() -> None:
     model = tiny_swin()
-    identity = table_identity(model, example_input(model, SIZE, 2))
-    assert identity == table_identity(model, example_input(model, SIZE, 2, seed=1))
+    identity = table_identity(image_workload(model, SIZE, 2))
+    assert identity == table_identity(image_workload(model, SIZE, 2, seed=1))
     others = [
-        table_identity(model, example_input(model, SIZE, 3)),
-        table_identity(model, example_input(model, SIZE, 2, dtype=torch.bfloat16)),
-        table_identity(sparsify_(model, importance="l2"), example_input(model, SIZE, 2)),
-        table_identity(tiny_swin(64), torch.zeros(2, 3, 64, 64)),
+        table_identity(image_workload(model, SIZE, 3)),
+        table_identity(image_workload(model, SIZE, 2, dtype=torch.bfloat16)),
+        table_identity(image_workload(sparsify_(model, importance="l2"), SIZE, 2)),
+        table_identity(image_workload(tiny_swin(64), torch.zeros(2, 3, 64, 64))),
+        table_identity(image_workload(model, SIZE, 2, scope="backbone")),
     ]
     assert identity not in others
 
 
 def test_real_passes_fill_a_table() -> None:
-    table = measure_latency_table(tiny_swin(), SIZE, batch_size=2, seconds=0.001, rounds=2, max_spread=1000.0)
+    table = measure_latency_table(image_workload(tiny_swin(), SIZE, 2), seconds=0.001, rounds=2, max_spread=1000.0)
     assert all(ms > 0 for stage in table.pair_ms for pair in stage for ms in pair)
     assert table.identity["batch"] == 2
     assert table.predict(SPACE.dense) > 0
@@ -183,7 +191,7 @@ def pruned() -> Iterator[nn.Module]:
 
 
 def test_time_per_stage_is_charged_to_its_part(fake: FakeTime, pruned: nn.Module) -> None:
-    times = time_stages(pruned, torch.zeros(1, 3, SIZE, SIZE), passes=3, clock=fake.clock)
+    times = time_stages(image_workload(pruned, torch.zeros(1, 3, SIZE, SIZE)), passes=3, clock=fake.clock)
     rows = {row.name: row for row in times.rows}
     assert list(rows) == ["stem", "stage 0", "stage 1", "stage 2", "stage 3", "head"]
     assert rows["stem"].other_ms == fake.STEM_MS
@@ -198,15 +206,15 @@ def test_time_per_stage_is_charged_to_its_part(fake: FakeTime, pruned: nn.Module
 
 def test_stage_times_are_scaled_to_the_measured_total_and_tell_the_residual(fake: FakeTime, pruned: nn.Module) -> None:
     x = torch.zeros(1, 3, SIZE, SIZE)
-    marked_ms = time_stages(pruned, x, passes=3, clock=fake.clock).marked_ms
-    times = time_stages(pruned, x, total_ms=0.8 * marked_ms, passes=3, clock=fake.clock)
+    marked_ms = time_stages(image_workload(pruned, x), passes=3, clock=fake.clock).marked_ms
+    times = time_stages(image_workload(pruned, x), total_ms=0.8 * marked_ms, passes=3, clock=fake.clock)
     assert sum(row.total_ms for row in times.rows) == pytest.approx(0.8 * marked_ms)
     assert times.residual == pytest.approx(0.25)
 
 
 def test_dense_models_spend_on_blocks_and_merging_only() -> None:
     options = {"embed_dim": 16, "depths": DEPTHS, "num_heads": (1, 2, 4, 8), "img_size": SIZE}
-    times = time_stages(timm.create_model("swin_tiny_patch4_window7_224", **options), torch.zeros(1, 3, SIZE, SIZE))
+    times = time_stages(image_workload(timm.create_model("swin_tiny_patch4_window7_224", **options), SIZE))
     assert all(row.scoring_ms == row.moves_ms == 0 for row in times.rows)
     assert all(row.blocks_ms > 0 for row in times.rows if row.name.startswith("stage"))
 
@@ -215,19 +223,19 @@ def test_marked_passes_compute_the_same_and_leave_no_trace(pruned: nn.Module) ->
     pruned.eval()
     x = torch.randn(1, 3, SIZE, SIZE)
     before = pruned(x)
-    time_stages(pruned, x, passes=2)
+    time_stages(image_workload(pruned, x), passes=2)
     assert torch.equal(pruned(x), before)
     with pytest.raises(RuntimeError, match="to have 3 channels"):
-        time_stages(pruned, torch.zeros(1, 4, SIZE, SIZE))
+        time_stages(image_workload(pruned, torch.zeros(1, 4, SIZE, SIZE)))
     with pytest.raises(ConfigError, match="64 x 64 pixels"):
-        time_stages(pruned, torch.zeros(1, 3, 64, 64))
+        time_stages(image_workload(pruned, torch.zeros(1, 3, 64, 64)))
     assert kernels.beside_modules() is PORTABLE
 
 
 def test_compiled_models_have_no_parts(pruned: nn.Module) -> None:
     compiled = torch.compile(pruned, backend="eager")
     with pytest.raises(ConfigError, match=r"before torch\.compile"):
-        time_stages(compiled, torch.zeros(1, 3, SIZE, SIZE))  # type: ignore[arg-type]
+        time_stages(image_workload(compiled, torch.zeros(1, 3, SIZE, SIZE)))  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("watched")
@@ -243,7 +251,7 @@ def test_a_stop_is_heard_while_a_table_waits_for_a_neighbour() -> None:
 
     patience = Patience(3600, watch=lambda: Moment(now[0], now[0], 0.0, None, 0, 2), now=lambda: now[0], sleep=sleep)
     with pytest.raises(KeyboardInterrupt):
-        measure_latency_table(tiny_swin(), SIZE, patience=patience, check=check)
+        measure_latency_table(image_workload(tiny_swin(), SIZE), patience=patience, check=check)
     assert now[0] < 4
 
 
@@ -256,7 +264,7 @@ def test_no_table_is_filled_beside_a_neighbour(fake: FakeTime) -> None:
 
     patience = Patience(5.0, watch=busy, now=lambda: watch_time[0], sleep=lambda seconds: None)
     with pytest.raises(UnsteadyError, match="latency table: other processes take"):
-        measure_latency_table(tiny_swin(), SIZE, seconds=0.001, clock=fake.clock, patience=patience)
+        measure_latency_table(image_workload(tiny_swin(), SIZE), seconds=0.001, clock=fake.clock, patience=patience)
 
 
 def test_a_table_whose_times_change_is_measured_again_and_then_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,4 +277,4 @@ def test_a_table_whose_times_change_is_measured_again_and_then_refused(monkeypat
 
     monkeypatch.setattr(fake, "spend", slower)
     with pytest.raises(UnsteadyError, match=r"latency table: times changed by \d+%.*after 1 repetitions"):
-        measure_latency_table(tiny_swin(), SIZE, seconds=0.001, rounds=4, retries=1, clock=fake.clock)
+        measure_latency_table(image_workload(tiny_swin(), SIZE), seconds=0.001, rounds=4, retries=1, clock=fake.clock)

@@ -7,6 +7,7 @@ import timm
 import torch
 
 from sparsevit_cli.profiling.roofline import PEAKS, known_peak, roofline_ms
+from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.sparsity import Ratios
 from sparsevit_cli.swin import set_sparsity, sparsify_
 
@@ -19,9 +20,10 @@ def test_limits_of_a_swin_t_at_672_and_batch_4(ratios: Ratios, h100_ms: float, a
     with torch.device("meta"):
         model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", img_size=672, num_classes=0))
     set_sparsity(model, ratios)
+    workload = image_workload(model, 672, 4)
     h100, a6000 = PEAKS["NVIDIA H100"], PEAKS["NVIDIA RTX A6000"]
-    assert roofline_ms(model, 672, 4, h100, "bf16") == pytest.approx(h100_ms, rel=0.15)
-    assert roofline_ms(model, 672, 4, a6000, "bf16") == pytest.approx(a6000_ms, rel=0.15)
+    assert roofline_ms(workload, h100, "bf16") == pytest.approx(h100_ms, rel=0.15)
+    assert roofline_ms(workload, a6000, "bf16") == pytest.approx(a6000_ms, rel=0.15)
 
 
 def test_a_device_is_known_by_the_beginning_of_its_name() -> None:

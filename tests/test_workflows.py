@@ -392,7 +392,7 @@ def test_ratios_left_out_of_the_closing_table_are_told(runs: Path) -> None:
 def test_settings_that_a_source_ignores_are_refused() -> None:
     with pytest.raises(ValueError, match="crop_pct"):
         tiny_config(data={"crop_pct": 0.5})
-    with pytest.raises(ValueError, match="data.digits"):
+    with pytest.raises(ValueError, match=r"data\.digits"):
         tiny_config(data={"source": "folder", "root": "x"})
 
 

@@ -24,17 +24,16 @@ from .config.yaml_loader import printable
 from .documents import exists
 from .errors import CheckpointError, ConfigError, in_one_line, pass_on
 from .swin import GENERATIONS, model_depths
+from .swin.geometry import check_image_size, patch_embedding
 from .torch_files import LEGACY_START, ZIP_START, StoredTensor, Unknown, open_torch_file
 
 __all__ = [
     "SupportedModel",
     "build_model",
-    "check_img_size",
     "load_weights",
     "model_arguments",
     "model_depths",
     "read_weights",
-    "set_img_size",
     "support_table",
     "supported_models",
 ]
@@ -127,7 +126,7 @@ def build_model(
     """
     size = section.img_size if img_size is None else img_size
     _check_name(section)
-    check_img_size(size, section.patch_size or _PATCH_SIZE)
+    check_image_size(size, section.patch_size or _PATCH_SIZE)
     reshaping = [key for key in _RESHAPING if getattr(section, key) is not None]
     if section.pretrained and reshaping:
         got = f"timm's weights do not fit a model with its own {', '.join(reshaping)}"
@@ -167,40 +166,10 @@ def embed_flat_patches_as_zero_(model: nn.Module) -> None:
     timm's Swin normalises each embedded patch, so with its usual weights every token has the same magnitude, and
     the scores of the first stage's windows mean nothing before training has changed that. Uses torch's generator.
     """
-    embed: Any = model.patch_embed
+    embed = patch_embedding(model)
     with torch.no_grad():
         bias = embed.proj.bias.normal_()
         embed.norm.bias.copy_(-torch.nn.functional.layer_norm(bias, bias.shape, eps=embed.norm.eps))
-
-
-def check_img_size(img_size: int | tuple[int, int], patch_size: int, what: str = "model.img_size") -> None:
-    """Refuse, with the two nearest valid sizes, what timm would crop: sides that are no multiple of the patch.
-
-    Maps that are no multiple of the window, or odd before patch merging, are padded exactly by timm.
-    """
-    sides = (img_size,) if isinstance(img_size, int) else img_size
-    if all(side % patch_size == 0 for side in sides):
-        return
-    below = [max(side // patch_size, 1) * patch_size for side in sides]
-    above = [-(-side // patch_size) * patch_size for side in sides]
-    choices = [below, above] if below != above else [above, [side + patch_size for side in above]]
-    texts = [str(choice[0]) if isinstance(img_size, int) else str(choice) for choice in choices]
-    got = (
-        f"{img_size if isinstance(img_size, int) else list(img_size)} is not a multiple of the patch size {patch_size}"
-    )
-    raise ConfigError(what, got, f"The nearest valid sizes are {texts[0]} and {texts[1]}.")
-
-
-def set_img_size(model: nn.Module, img_size: int | tuple[int, int]) -> None:
-    """Give a timm Swin another input size in place: windows keep their size in tokens, parameters stay.
-
-    Only where a map is, or was, smaller than the window, and without `always_partition`, timm interpolates bias
-    tables to another shape: new parameters, unknown to an optimizer. Raises ConfigError for sizes timm would crop.
-    """
-    swin: Any = model
-    check_img_size(img_size, swin.patch_embed.patch_size[0])
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size
-    swin.set_input_size(img_size=size, window_size=swin._ref_window_sizes)  # timm alone would scale the windows
 
 
 def read_weights(path: Path | str, say: Say = _say) -> dict[str, Tensor]:

@@ -38,8 +38,8 @@ from .config.fields import shown
 from .data.loader import MAX_WAIT_SECONDS, train_batches
 from .data.source import Batch, Source
 from .documents import number, understood
-from .errors import CheckpointError, ConfigError, NonFiniteError, ResourceError, StoppedError, is_out_of_memory
-from .models import load_state, set_img_size
+from .errors import CheckpointError, NonFiniteError, ResourceError, StoppedError, is_out_of_memory
+from .models import load_state
 from .profiling.device import describe_versions
 from .profiling.inputs import TORCH_DTYPE, trained_in
 from .reporting import Progress, Reporter
@@ -48,6 +48,7 @@ from .seeding import step_seed
 from .sizes import Size, as_pair
 from .stopping import StopRequest
 from .swin import set_sparsity
+from .swin.geometry import set_image_size_in_training
 from .tasks.task import Score, Task
 
 FP16_SCALE = 2.0**12
@@ -271,17 +272,9 @@ class _Run:
 
     def _set_size(self, img_size: Size) -> None:
         """Make model, EMA and teacher take the images of this phase; parameters stay the optimizer's."""
-        before = list(map(id, self.model.parameters()))
         for model in (self.model, self.ema.module if self.ema is not None else None, self.job.teacher):
-            if model is not None and model.patch_embed.img_size != img_size:  # type: ignore[union-attr]
-                set_img_size(model, img_size)
-        if list(map(id, self.model.parameters())) != before:
-            got = (
-                f"at {img_size[0]}x{img_size[1]} pixels a map is smaller than its window, and timm changes the weights"
-            )
-            raise ConfigError(
-                f"{self.job.kind}.curriculum", got, "Set model.always_partition: true, or use larger images."
-            )
+            if model is not None:
+                set_image_size_in_training(model, img_size, f"{self.job.kind}.curriculum")
 
     def _batches(self, source: Source, stop: StopRequest) -> Iterator[Batch]:
         """Batches from the current step to the end of its epoch; a signal ends the waiting for one."""

@@ -30,6 +30,7 @@ from sparsevit_cli.profiling.device import describe_versions
 from sparsevit_cli.reporting import Reporter
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_stages, sparsify_
+from sparsevit_cli.swin.geometry import window_sizes
 from sparsevit_cli.windows import IMPORTANCES, Importance
 
 MANIFEST, WEIGHTS, SPARSITY = "manifest.json", "model.safetensors", "sparsity.json"
@@ -159,7 +160,7 @@ def sparsity_json(model: nn.Module, shape: tuple[int, int, int], info: ModelInfo
         "depths": model_depths(model),
         "importance": sparse_stages(model)[0].importance,
         "img_size": shape[1:],
-        "windows": [tuple(stage.blocks[0].window_size) for stage in sparse_stages(model)],
+        "windows": list(window_sizes(model)),
         "model": asdict(info),
         "versions": export_versions(),
     }

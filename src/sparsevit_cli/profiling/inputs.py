@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.swin import STAGES, Stage
-
-from .device import resolve_device
+from sparsevit_cli.swin.geometry import fixed_image_size, input_channels
+from sparsevit_cli.swin.geometry import named_stages as named_stages  # noqa: PLC0414 - for `timeline`
+from sparsevit_cli.swin.geometry import stem_name as stem_name  # noqa: PLC0414
 
 TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions of the configuration, as torch names them."""
@@ -30,12 +30,6 @@ InputSize = int | Sequence[int] | Tensor
 """A side in pixels, (H, W), (C, H, W), or an example input (B, C, H, W)."""
 
 
-def input_channels(model: nn.Module) -> int:
-    """Channels the model's first convolution takes; 3 where it has none."""
-    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return conv.in_channels if conv is not None else 3
-
-
 def image_shape(model: nn.Module, input_size: InputSize) -> tuple[int, int, int]:
     """(C, H, W) of one image. Raises ConfigError."""
     if isinstance(input_size, Tensor):
@@ -48,22 +42,11 @@ def image_shape(model: nn.Module, input_size: InputSize) -> tuple[int, int, int]
     if len(size) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
         got = f"{tuple(input_size.shape) if isinstance(input_size, Tensor) else input_size!r}"
         raise ConfigError("input size", f"{got} is no image size", "Give 224, (224, 320) or (3, 224, 320) in pixels.")
-    embed = getattr(model, "patch_embed", None)
-    expected = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", False) else None
-    if expected is not None and tuple(expected) != size[1:]:
+    expected = fixed_image_size(model)
+    if expected is not None and expected != size[1:]:
         got = f"{size[1]} x {size[2]} pixels, the model is built for {expected[0]} x {expected[1]}"
         raise ConfigError("input size", got, "Build it with img_size=..., or with strict_img_size=False.")
     return size
-
-
-def named_stages(model: nn.Module) -> list[tuple[str, Stage]]:
-    """Name and module of every timm Swin stage, dense or sparse, in order; empty where there is none."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, STAGES)]
-
-
-def stem_name(model: nn.Module) -> str | None:
-    """Name of the module that embeds the patches; None where there is none."""
-    return next((name for name, _ in model.named_modules() if name.split(".")[-1] == "patch_embed"), None)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -113,22 +96,6 @@ def placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
     if here and all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
         return model
     return copy.deepcopy(model).to(device, dtype)
-
-
-def prepared(
-    model: nn.Module,
-    input_size: InputSize,
-    batch_size: int = 1,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-) -> tuple[nn.Module, Tensor]:
-    """`placed` and `example_input` at once; `device` and `dtype` default to the model's. Raises ConfigError."""
-    device = model_device(model) if device is None else resolve_device(device)
-    dtype = dtype or model_dtype(model)
-    x = example_input(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
-    return placed(model, device, dtype), x
 
 
 @contextmanager

@@ -24,9 +24,10 @@ from torch import nn
 from sparsevit_cli.errors import ConfigError
 
 from .device import synchronize
-from .inputs import InputSize, Measured, evaluating, prepared
+from .inputs import InputSize, Measured, evaluating, model_dtype
 from .memory import memory_errors
 from .neighbours import UNWATCHED, Disturbed, Patience, Vigil, unsteady
+from .workload import image_workload
 
 Candidate = Callable[[], object]
 Clock = Callable[[], int]
@@ -166,11 +167,12 @@ def measure_latency(
     or raises MeasurementError where `strict`. Other settings as in `measure_interleaved`. Raises ConfigError,
     ResourceError.
     """
-    model, x = prepared(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
-    with evaluating(model):
+    dtype = dtype or model_dtype(model)
+    workload = image_workload(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
+    with evaluating(workload.model):
         return measure_interleaved(
-            {"model": lambda: model(x)},
-            device=x.device,
+            {"model": workload.run},
+            device=workload.device,
             seconds=seconds,
             rounds=rounds,
             seed=seed,

@@ -8,28 +8,26 @@ order, and the unmarked ones set the table's scale, which the marks and the sum 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from statistics import fmean, median
 
-import torch
-from torch import Tensor, nn
-
 from sparsevit_cli import kernels
 from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
-from sparsevit_cli.swin import get_sparsity, set_sparsity, sparse_stages
+from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_stages
+from sparsevit_cli.swin.geometry import images_seen, map_sizes, stage_channels, uses_fused_attention, window_sizes
 from sparsevit_cli.windows import num_keep, window_grid
 
 from .device import describe_versions, device_identity
-from .inputs import InputSize, evaluating, prepared
+from .inputs import evaluating
 from .latency import Clock, Latency, measure_interleaved, stopwatch_of
 from .memory import memory_errors
 from .neighbours import UNWATCHED, Disturbed, Patience, Vigil, unsteady
 from .timeline import Label, Timeline, hooked, timed_forward
+from .workload import Workload, sparsity_kept
 
 WARMUP_ROUNDS = 2
 PROTOCOL = 2
@@ -39,12 +37,8 @@ log = logging.getLogger(__name__)
 
 
 def measure_latency_table(
-    model: nn.Module,
-    input_size: InputSize = 224,
+    workload: Workload,
     *,
-    batch_size: int = 1,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
     max_tenths: int = MAX_TENTHS,
     seconds: float = 0.3,
     rounds: int = 10,
@@ -56,19 +50,19 @@ def measure_latency_table(
     check: Callable[[], None] = lambda: None,
     on_round: Callable[[float], None] = lambda share: None,
 ) -> LatencyTable:
-    """The latency table of a sparsified `model` on this device, for ratios of 0 to `max_tenths` tenths.
+    """The latency table of a workload whose model is sparsified, on its device, for ratios of 0 to `max_tenths` tenths.
 
     `seconds` is the measuring time per entry: rounds are taken until the marked passes have lasted `seconds` times
     the number of entries, and at least `rounds` of them. Rounds beside a neighbour are taken again. All rounds are,
     `retries` times at most, where the medians of their halves are further apart than the share `max_spread`. `on_round`
-    is told the share done after each; `check` may raise, to stop early. Device, dtype, `clock` and `patience` as in
-    `measure_latency`. The model and its ratios are left as they were. Raises ConfigError, ResourceError, and
+    is told the share done after each; `check` may raise, to stop early. `clock` and `patience` as in
+    `measure_interleaved`. The model and its ratios are left as they were. Raises ConfigError, ResourceError, and
     UnsteadyError where the times stay unsteady.
     """
-    model, x = prepared(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
+    model = workload.model
     pairs = get_sparsity(model).pairs
     uniform = [SparsityConfig(tuple((t,) * n for n in pairs)) for t in range(max_tenths + 1)]
-    session = _TableSession(model, x, uniform, Random(seed), clock)
+    session = _TableSession(workload, uniform, Random(seed), clock)
     budget_ms = seconds * 1000 * sum(pairs) * len(uniform)
 
     def enough(taken: Sequence[_Round]) -> bool:
@@ -77,8 +71,8 @@ def measure_latency_table(
         on_round(min(share, 1))
         return share >= 1
 
-    vigil = Vigil(patience or (Patience() if clock is None else UNWATCHED), x.device, check)
-    with evaluating(model), _sparsity_kept(model), memory_errors(f"latency table at batch {len(x)}"):
+    vigil = Vigil(patience or (Patience() if clock is None else UNWATCHED), workload.device, check)
+    with evaluating(model), sparsity_kept(model), memory_errors(f"latency table at batch {workload.batch}"):
         try:
             vigil.until_quiet()
             vigil.collect(session.round, lambda taken: len(taken) >= WARMUP_ROUNDS)
@@ -95,18 +89,14 @@ def measure_latency_table(
                 )
         except Disturbed as neighbour:
             raise unsteady("latency table", str(neighbour)) from None
-        kept = _kept_windows(model, x, max_tenths)
-    return _scaled_to_whole(_table(taken, uniform, kept, table_identity(model, x)), taken, uniform)
+        kept = _kept_windows(workload, max_tenths)
+    return _scaled_to_whole(_table(taken, uniform, kept, table_identity(workload)), taken, uniform)
 
 
 def measure_configs(
-    model: nn.Module,
+    workload: Workload,
     configs: Iterable[SparsityConfig],
-    input_size: InputSize = 224,
     *,
-    batch_size: int = 1,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
     seconds: float = 1.0,
     rounds: int = 30,
     seed: int = 0,
@@ -121,15 +111,13 @@ def measure_configs(
 
     Dense is ours at ratio 0 (`exact=False`): what the kernels gain is no merit of sparsity.
 
-    Settings and errors as in `measure_interleaved`; device and dtype as in `measure_latency`. The model and its ratios
-    are left as they were.
+    Settings and errors as in `measure_interleaved`. The model and its ratios are left as they were.
     """
-    model, x = prepared(model, input_size, batch_size, device=device, dtype=dtype, seed=seed)
     by_name = {str(config): config for config in configs}
-    with evaluating(model), _sparsity_kept(model):
+    with evaluating(workload.model), sparsity_kept(workload.model):
         result = measure_interleaved(
-            {name: partial(_run_at, model, x, config) for name, config in by_name.items()},
-            device=x.device,
+            {name: partial(_run_at, workload, config) for name, config in by_name.items()},
+            device=workload.device,
             seconds=seconds,
             rounds=rounds,
             seed=seed,
@@ -143,14 +131,15 @@ def measure_configs(
     return {by_name[name]: latency for name, latency in result.items()}
 
 
-def table_identity(model: nn.Module, x: Tensor) -> dict[str, object]:
-    """What a latency table of `model` on inputs like `x` (B, C, H, W) holds for: it is of no use elsewhere."""
-    versions = describe_versions()
+def table_identity(workload: Workload) -> dict[str, object]:
+    """What a latency table of the workload holds for: it is of no use elsewhere."""
+    model, x, versions = workload.model, workload.images, describe_versions()
     stages = sparse_stages(model)
     return {
         "device": device_identity(x.device),
-        "batch": x.shape[0],
-        "image_size": list(x.shape[2:]),
+        "scope": workload.scope,
+        "batch": workload.batch,
+        "image_size": list(workload.image_size),
         "dtype": str(x.dtype).removeprefix("torch."),
         "mode": "eager",
         "protocol": PROTOCOL,
@@ -160,10 +149,10 @@ def table_identity(model: nn.Module, x: Tensor) -> dict[str, object]:
         "torch": versions["torch"],
         "timm": versions["timm"],
         "importance": stages[0].importance,
-        "fused_attention": bool(getattr(stages[0].blocks[0].attn, "fused_attn", False)),
-        "depths": [len(stage.blocks) for stage in stages],
-        "channels": [stage.blocks[0].dim for stage in stages],
-        "windows": [list(stage.blocks[0].window_size) for stage in stages],
+        "fused_attention": uses_fused_attention(model),
+        "depths": list(model_depths(model)),
+        "channels": list(stage_channels(model)),
+        "windows": [list(window) for window in window_sizes(model)],
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
@@ -184,26 +173,25 @@ class _Round:
 class _TableSession:
     """Takes rounds of a model at uniform ratios; `anchors` are the ratios of its unmarked passes, in tenths."""
 
-    def __init__(
-        self, model: nn.Module, x: Tensor, uniform: list[SparsityConfig], rng: Random, clock: Clock | None
-    ) -> None:
-        self.model, self.x, self.uniform, self.rng = model, x, uniform, rng
-        self.timeline, self.stopwatch = Timeline(x.device, clock), stopwatch_of(x.device, clock)
+    def __init__(self, workload: Workload, uniform: list[SparsityConfig], rng: Random, clock: Clock | None) -> None:
+        self.workload, self.uniform, self.rng = workload, uniform, rng
+        self.timeline, self.stopwatch = Timeline(workload.device, clock), stopwatch_of(workload.device, clock)
         self.anchors = sorted({0, len(uniform) // 2, len(uniform) - 1})
 
     def round(self) -> _Round:
         """One marked pass at each ratio and one unmarked pass at each anchor, in random order."""
         jobs = [(True, t) for t in range(len(self.uniform))] + [(False, t) for t in self.anchors]
         self.rng.shuffle(jobs)
+        model = self.workload.model
         parts_ms: dict[int, Mapping[Label, float]] = {}
         whole_ms: dict[int, float] = {}
         for marked, tenths in jobs:
-            set_sparsity(self.model, self.uniform[tenths], exact=False)  # as the dense stages of a sparse model
+            set_sparsity(model, self.uniform[tenths], exact=False)  # as the dense stages of a sparse model
             if marked:
-                with hooked(self.model, self.timeline):
-                    parts_ms[tenths] = timed_forward(self.model, self.x, self.timeline)
+                with hooked(model, self.timeline):
+                    parts_ms[tenths] = timed_forward(model, self.workload.inputs, self.timeline)
             else:
-                whole_ms[tenths] = self.stopwatch(lambda: self.model(self.x), 1)
+                whole_ms[tenths] = self.stopwatch(self.workload.run, 1)
         return _Round(parts_ms, whole_ms)
 
 
@@ -259,39 +247,19 @@ def _scaled_to_whole(table: LatencyTable, taken: Sequence[_Round], uniform: list
     )
 
 
-def _kept_windows(model: nn.Module, x: Tensor, max_tenths: int) -> list[list[int]]:
-    """Windows computed per stage at 0 ... `max_tenths` tenths, on the maps that `x` makes."""
-    kept = []
-    for stage, shape in zip(sparse_stages(model), _map_shapes(model, x), strict=True):
-        rows, cols = window_grid(shape[1], shape[2], stage.blocks[0].window_size)
-        kept.append([num_keep(rows * cols, t) for t in range(max_tenths + 1)])
-    return kept
+def _kept_windows(workload: Workload, max_tenths: int) -> list[list[int]]:
+    """Windows computed per stage at 0 ... `max_tenths` tenths, on the maps of the first images that enter the Swin."""
+    model = workload.model
+    with images_seen(model) as seen:
+        workload.run()
+    _, _, *image = seen[0]
+    counts = []
+    for (height, width), window in zip(map_sizes(model, image), window_sizes(model), strict=True):
+        rows, cols = window_grid(height, width, window)
+        counts.append([num_keep(rows * cols, t) for t in range(max_tenths + 1)])
+    return counts
 
 
-def _map_shapes(model: nn.Module, x: Tensor) -> list[torch.Size]:
-    """Shape (B, H, W, C) of every stage's map."""
-    shapes: list[torch.Size] = []
-
-    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        shapes.append(inputs[0].shape)
-
-    with ExitStack() as stack:
-        for stage in sparse_stages(model):
-            stack.callback(stage.blocks[0].register_forward_pre_hook(record).remove)
-        model(x)
-    return shapes
-
-
-@contextmanager
-def _sparsity_kept(model: nn.Module) -> Iterator[None]:
-    """Put the model's ratios back at the end."""
-    before, exact = get_sparsity(model), sparse_stages(model)[0].as_timm
-    try:
-        yield
-    finally:
-        set_sparsity(model, before, exact=exact)
-
-
-def _run_at(model: nn.Module, x: Tensor, config: SparsityConfig) -> None:
-    set_sparsity(model, config, exact=False)
-    model(x)
+def _run_at(workload: Workload, config: SparsityConfig) -> None:
+    set_sparsity(workload.model, config, exact=False)
+    workload.run()

@@ -1,11 +1,15 @@
 """Multiply-adds per image (MACs; FLOPs = 2 MACs), counted three ways.
 
-`count_macs` traces the model with fvcore and is what reports show. `analytic_macs` reckons from the modules' shapes
-and the set ratios, runs nothing, and serves the search through `macs_cost`. `flopcounter_macs` is torch's own counter.
-All count matrix products and convolutions of timm's modules: attention runs on padded windows; the MLP on the map's
-tokens where a block is dense, and on all tokens of the kept windows where it is sparse. What kernels leave out of that
-is `padding_macs`. The small networks behind the position bias of V2 and V2-CR run once per forward: at a batch above 1
-the two that trace share them out among the images, `analytic_macs` does not.
+`count_macs` traces the model with fvcore and is what reports show. `analytic_macs` reckons from the Swin's sizes and
+its ratios, and runs nothing. `flopcounter_macs` is torch's own counter. `macs_cost` serves the search: it counts
+everything that a workload runs, at any configuration.
+
+All of them count the matrix products and convolutions of timm's modules. Attention runs on whole windows, with their
+padding. The MLP of a dense block runs on the tokens of the map; the MLP of a sparse block runs on all tokens of the
+kept windows. Our kernels compute less of the padding: `padding_macs` counts that difference.
+
+V2 and V2-CR make their position bias with a small network, once per forward. In a batch of several images the two
+counters that trace share its multiply-adds among the images; `analytic_macs` counts them for one image.
 """
 
 from __future__ import annotations
@@ -13,22 +17,36 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
-from sparsevit_cli.swin import Block, StockBlock
+from sparsevit_cli.swin import StockBlock
+from sparsevit_cli.swin.geometry import (
+    BlockShape,
+    StageShape,
+    has_only_a_swin,
+    images_seen,
+    named_stages,
+    sparsity_or_dense,
+    stem_name,
+    swin_shape,
+    weights_in,
+)
 from sparsevit_cli.windows import num_keep, window_grid
 
-from .inputs import InputSize, Measured, evaluating, example_input, image_shape, named_stages, stem_name, uncompiled
+from .inputs import InputSize, Measured, evaluating, uncompiled
 from .memory import memory_errors
+from .workload import Workload, dense_meanwhile, image_workload
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,22 +83,43 @@ def count_macs(model: nn.Module, input_size: InputSize = 224, *, batch_size: int
     are told for timm Swins only. Normalisation, activations and other elementwise work are not counted, by anyone.
     Runs one forward pass. Raises ConfigError, ResourceError.
     """
-    model = uncompiled(model)
-    x = example_input(model, input_size, batch_size)
+    return traced_macs(image_workload(uncompiled(model), input_size, batch_size))
+
+
+def traced_macs(workload: Workload) -> MacsReport:
+    """`count_macs` of a workload, per sample; whatever runs beside the Swin's stem and stages is part of `head`."""
+    model = uncompiled(workload.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fvcore stands on torch.jit, which is deprecated
         from fvcore.nn import FlopCountAnalysis
 
-        analysis = FlopCountAnalysis(model, x).set_op_handle(**_HANDLES)
+        traceable = _OfTensors(workload.of(model))
+        analysis = FlopCountAnalysis(traceable, workload.tensors).set_op_handle(**_HANDLES)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        with evaluating(model), memory_errors(f"forward of {tuple(x.shape)}"), _quiet_fvcore():
+        with evaluating(model), memory_errors(str(workload)), _quiet_fvcore():
             by_module = analysis.by_module()
             unsupported = analysis.unsupported_ops()
-    parts = {label: by_module[name] / len(x) for label, name in _part_names(model).items()}
-    total = by_module[""] / len(x)
+    parts = {label: by_module[f"model.{name}"] / workload.batch for label, name in _part_names(model).items()}
+    total = by_module[""] / workload.batch
     parts["head"] = total - sum(parts.values())
     uncounted = {op: count for op, count in sorted(unsupported.items()) if op not in _ELEMENTWISE}
     return MacsReport(total, parts, "fvcore", uncounted)
+
+
+class _OfTensors(nn.Module):
+    """A workload's model from tensors to tensors, as torch.jit traces it; everything else in its inputs is fixed."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__()
+        self.model = workload.model
+        self._leaves, self._structure = tree_flatten(workload.inputs)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors among the model's outputs; the inputs where it returns none."""
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        outputs = tree_leaves(self.model(tree_unflatten(leaves, self._structure)))
+        return tuple(output for output in outputs if isinstance(output, Tensor)) or tensors
 
 
 def padding_macs(model: nn.Module, x: Tensor) -> float:
@@ -116,46 +155,47 @@ def padding_macs(model: nn.Module, x: Tensor) -> float:
     return left_out / len(x)
 
 
-def flopcounter_macs(model: nn.Module, input_size: InputSize = 224, *, batch_size: int = 1) -> MacsReport:
-    """Multiply-adds per image by torch.utils.flop_counter (its FLOPs halved); runs one forward pass.
+def flopcounter_macs(workload: Workload) -> MacsReport:
+    """Multiply-adds per sample by torch.utils.flop_counter (its FLOPs halved); runs one forward pass.
 
     It names no operators that it does not know, so `uncounted` is empty. Raises ConfigError, ResourceError.
     """
-    model = uncompiled(model)
-    x = example_input(model, input_size, batch_size)
+    workload = workload.of(uncompiled(workload.model))
     counter = FlopCounterMode(display=False)
-    with evaluating(model), memory_errors(f"forward of {tuple(x.shape)}"), counter:
-        model(x)
-    total = counter.get_total_flops() / 2 / len(x)
+    with evaluating(workload.model), memory_errors(str(workload)), counter:
+        workload.run()
+    total = counter.get_total_flops() / 2 / workload.batch
     return MacsReport(total, {"head": total}, "torch", {})
 
 
-def analytic_macs(model: nn.Module, input_size: InputSize = 224) -> MacsReport:
+def analytic_macs(workload: Workload) -> MacsReport:
     """Multiply-adds per image from the shapes of a timm Swin and the ratios it is set to; nothing runs.
 
-    Counts the Swin inside `model` and its classifier; other modules around it are left out. Works on the meta
-    device. Raises ConfigError.
+    Counts the Swin inside the model and its classifier, on images of the workload's size; modules around the Swin are
+    left out. Works on the meta device. Raises ConfigError.
     """
-    shapes = _model_shapes(model, input_size)
-    stages = [stage for _, stage in named_stages(model)]
+    model = workload.model
+    shapes = _swin_macs(model, workload.image_size)
     parts: dict[str, float] = {"stem": shapes.stem}
-    for number, (stage, pairs) in enumerate(zip(stages, shapes.pairs, strict=True)):
-        tenths = getattr(stage, "sparsity_tenths", (0,) * len(pairs))
-        macs = sum(pair[t] for pair, t in zip(pairs, tenths, strict=True))
-        parts[f"stage {number}"] = shapes.merging[number] + macs
+    stages = zip(sparsity_or_dense(model).tenths, shapes.merging, shapes.pairs, strict=True)
+    for number, (tenths, merging, pairs) in enumerate(stages):
+        parts[f"stage {number}"] = merging + sum(pair[t] for pair, t in zip(pairs, tenths, strict=True))
     parts["head"] = shapes.head
     return MacsReport(sum(parts.values()), parts, "analytic", {})
 
 
-def macs_cost(model: nn.Module, input_size: InputSize = 224) -> Callable[[SparsityConfig], float]:
-    """A function from configuration to multiply-adds per image, equal to `analytic_macs`, in microseconds.
+def macs_cost(workload: Workload) -> Callable[[SparsityConfig], float]:
+    """A function from configuration to multiply-adds per sample of everything the workload runs, in microseconds.
 
-    Raises ConfigError here; the function itself does for a configuration of another model.
+    For a Swin alone it equals `analytic_macs`, and nothing runs. With modules around the Swin, such as a neck, one
+    forward pass of the dense model is traced here: the stages follow the configuration, all else stays as it was
+    traced. Raises ConfigError and ResourceError here; the function itself raises ConfigError for a configuration of
+    another model.
     """
-    shapes = _model_shapes(model, input_size)
-    fixed = shapes.stem + sum(shapes.merging) + shapes.head
-    pairs = tuple(len(stage) for stage in shapes.pairs)
-    genes = [pair for stage in shapes.pairs for pair in stage]
+    model = uncompiled(workload.model)
+    found = _alone(model, workload.image_size) if has_only_a_swin(model) else _with_surroundings(workload)
+    fixed, genes = found.fixed, [pair for stage in found.pairs for pair in stage]
+    pairs = tuple(map(len, found.pairs))
 
     def cost(config: SparsityConfig) -> float:
         if config.pairs != pairs:
@@ -167,9 +207,48 @@ def macs_cost(model: nn.Module, input_size: InputSize = 224) -> Callable[[Sparsi
     return cost
 
 
+_Pairs = tuple[tuple[tuple[float, ...], ...], ...]
+"""Multiply-adds by stage, block pair and tenths."""
+
+
 @dataclass(frozen=True)
-class _ModelShapes:
-    """Multiply-adds of a Swin: fixed ones, and `pairs[stage][pair][tenths]`."""
+class _Split:
+    """Multiply-adds per sample that no ratio changes, and those of the block pairs."""
+
+    fixed: float
+    pairs: _Pairs
+
+
+def _alone(model: nn.Module, image: tuple[int, int]) -> _Split:
+    macs = _swin_macs(model, image)
+    return _Split(macs.stem + sum(macs.merging) + macs.head, macs.pairs)
+
+
+def _with_surroundings(workload: Workload) -> _Split:
+    """From one trace of the dense model; the Swin may see several images per sample, of any size."""
+    model = uncompiled(workload.model)
+    with dense_meanwhile(model), images_seen(model) as seen:
+        report = traced_macs(workload)
+    if not seen:
+        got = f"{type(model).__name__} does not call the Swin inside it"
+        raise ConfigError("model", got, "Give a model whose forward runs its Swin.")
+    if report.uncounted:
+        log.warning("multiply-adds leave out operators without a count: %s", dict(report.uncounted))
+    shares = [(images / workload.batch, _swin_macs(model, image).pairs) for images, _, *image in seen]
+    first = shares[0][1]
+    pairs = tuple(
+        tuple(
+            tuple(sum(share * macs[stage][pair][t] for share, macs in shares) for t in range(MAX_TENTHS + 1))
+            for pair in range(len(first[stage]))
+        )
+        for stage in range(len(first))
+    )
+    return _Split(report.total - sum(pair[0] for stage in pairs for pair in stage), pairs)
+
+
+@dataclass(frozen=True)
+class _SwinMacs:
+    """Multiply-adds of a Swin and one image: fixed ones, and `pairs[stage][pair][tenths]`."""
 
     stem: int
     merging: tuple[int, ...]
@@ -177,55 +256,34 @@ class _ModelShapes:
     head: int
 
 
-def _model_shapes(model: nn.Module, input_size: InputSize) -> _ModelShapes:
-    trunk = next((m for m in model.modules() if hasattr(m, "patch_embed") and named_stages(m)), None)
-    if trunk is None:
-        got = f"{type(model).__name__} contains no timm Swin Transformer"
-        raise ConfigError("model", got, "Give a timm Swin, V2 or V2-CR.")
-    _, *image = image_shape(model, input_size)
-    embed: Any = trunk.patch_embed
-    round_up, head = getattr(embed, "dynamic_img_pad", False), getattr(trunk, "head", None)
-    height, width = (math.ceil(n / p) if round_up else n // p for n, p in zip(image, embed.patch_size, strict=True))
-    stem = height * width * weights_in(embed)
-    merging, pairs = [], []
-    for _, stage in named_stages(trunk):
-        reduction = weights_in(stage.downsample)
-        if reduction:
-            height, width = (height + 1) // 2, (width + 1) // 2
-        merging.append(height * width * reduction)
-        starts = [*range(0, len(stage.blocks), 2), len(stage.blocks)]
-        pairs.append(tuple(_pair_macs(stage.blocks[a:b], height, width) for a, b in pairwise(starts)))
-    return _ModelShapes(stem, tuple(merging), tuple(pairs), weights_in(head) if head else 0)
+def _swin_macs(model: nn.Module, image: Sequence[int]) -> _SwinMacs:
+    shape = swin_shape(model, image)
+    return _SwinMacs(
+        stem=shape.patches * shape.stem_weights,
+        merging=tuple(stage.tokens * stage.merging_weights for stage in shape.stages),
+        pairs=tuple(map(_pairs_macs, shape.stages)),
+        head=shape.head_weights,
+    )
 
 
-def _pair_macs(blocks: nn.Sequential, height: int, width: int) -> tuple[int, ...]:
-    return tuple(sum(block_macs(block, height, width, t) for block in blocks) for t in range(MAX_TENTHS + 1))
+def _pairs_macs(stage: StageShape) -> tuple[tuple[int, ...], ...]:
+    """Multiply-adds of every block pair of a stage, at 0 ... MAX_TENTHS tenths."""
+    pairs = [stage.blocks[first : first + 2] for first in range(0, len(stage.blocks), 2)]
+    return tuple(
+        tuple(sum(block_macs(block, stage.height, stage.width, t) for block in pair) for t in range(MAX_TENTHS + 1))
+        for pair in pairs
+    )
 
 
-def block_macs(block: Block, height: int, width: int, tenths: int) -> int:
+def block_macs(block: BlockShape, height: int, width: int, tenths: int) -> int:
     """Multiply-adds of one block on a map of `height` x `width` tokens."""
-    rows, cols = window_grid(height, width, block.window_size)
+    rows, cols = window_grid(height, width, block.window)
     num_windows, area = rows * cols, block.window_area
     kept = num_keep(num_windows, tenths)
     mlp_rows = kept * area if kept < num_windows else height * width
-    attention = 2 * area * block.attn.proj.in_features  # per token: q @ k and attn @ v over all heads
-    projections = weights_in(block.attn.qkv) + weights_in(block.attn.proj)
-    windowed = kept * area * (projections + attention) + mlp_rows * weights_in(block.mlp)
-    return int(windowed + _position_macs(block.attn))
-
-
-def _position_macs(attn: Any) -> int:
-    """Multiply-adds of the network that makes the position bias of V2 and V2-CR, once per forward; 0 for V1."""
-    if hasattr(attn, "cpb_mlp"):
-        return int(attn.relative_coords_table.numel() // 2 * weights_in(attn.cpb_mlp))
-    if hasattr(attn, "meta_mlp"):
-        return len(attn.relative_coordinates_log) * weights_in(attn.meta_mlp)
-    return 0
-
-
-def weights_in(module: nn.Module) -> int:
-    """Weights of all linear layers and convolutions inside: the multiply-adds of one row or patch."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    attention = 2 * area * block.attention_channels  # per token: q @ k and attn @ v over all heads
+    projections = block.qkv_weights + block.proj_weights
+    return kept * area * (projections + attention) + mlp_rows * block.mlp_weights + block.position_macs
 
 
 def _part_names(model: nn.Module) -> dict[str, str]:
@@ -275,17 +333,30 @@ _HANDLES: dict[str, Callable[[list[Any], list[Any]], int]] = {
     ),
     "aten::baddbmm": _baddbmm_handle,
     # fvcore counts these with guessed factors; they hold no matrix product
-    **dict.fromkeys(("aten::layer_norm", "aten::batch_norm", "aten::adaptive_avg_pool2d"), _no_macs),
+    **dict.fromkeys(
+        (
+            "aten::layer_norm",
+            "aten::batch_norm",
+            "aten::group_norm",
+            "aten::instance_norm",
+            "aten::adaptive_avg_pool2d",
+            "aten::upsample_nearest2d",
+            "aten::upsample_bilinear2d",
+            "aten::grid_sampler",
+        ),
+        _no_macs,
+    ),
 }
 
 _ELEMENTWISE = frozenset(
     f"aten::{name}"
     for name in """
-        abs add add_ amax amin argsort bitwise_and bitwise_or bitwise_xor clamp clamp_min copy_ cumsum div eq exp
-        expand_as fill_ floor_divide gather ge gelu gt index index_add index_copy index_put index_put_ index_select le
-        linalg_vector_norm log log_softmax logical_and logical_or lt masked_fill masked_fill_ max maximum mean min
-        minimum mul mul_ ne neg norm pad pow relu remainder repeat_interleave roll rsub scatter scatter_ sigmoid
-        silu sin softmax sort sqrt square sub sum tanh topk where zero_ __and__ __lshift__ __or__ __rshift__ __xor__
+        abs add add_ amax amin argmax argsort avg_pool2d bitwise_and bitwise_or bitwise_xor ceil clamp clamp_min copy_
+        cumsum div elu eq exp expand_as fill_ flip floor floor_divide gather ge gelu gt index index_add index_copy
+        index_put index_put_ index_select le leaky_relu linalg_vector_norm log log_softmax logical_and logical_or lt
+        masked_fill masked_fill_ max max_pool2d maximum mean min minimum mT mul mul_ ne neg norm pad pow relu
+        remainder repeat_interleave roll round rsub scatter scatter_ sigmoid silu sin softmax sort sqrt square sub sum
+        tanh topk where zero_ __and__ __lshift__ __or__ __rshift__ __xor__
     """.split()  # noqa: SIM905 - a paragraph reads better than seventy quoted lines
 )
 """Operators without a matrix product that fvcore would call unsupported."""

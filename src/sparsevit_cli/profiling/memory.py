@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,6 +18,7 @@ from sparsevit_cli.swin import remembered_tensors
 
 from .device import synchronize
 from .inputs import evaluating, uncompiled
+from .workload import Workload
 
 BYTES_PER_MB = 10**6
 _MALLOC_SETTINGS = ((-1, 2**31 - 1), (-2, 2**28), (-4, 0))
@@ -38,29 +39,31 @@ def reuse_freed_memory() -> bool:
     return all(mallopt(number, value) == 1 for number, value in _MALLOC_SETTINGS)
 
 
-def peak_memory_mb(model: nn.Module, x: Tensor) -> float:
-    """Largest memory of one forward of `x` (B, C, H, W) in megabytes (10^6 bytes), weights and input included.
+def peak_memory_mb(workload: Workload) -> float:
+    """Largest memory of one forward pass in megabytes (10^6 bytes), weights and inputs included.
 
     On CUDA what torch's allocator held at most (`max_memory_allocated`), less what others held before. Elsewhere
     the peak of the bytes of all live tensors, seen operator by operator: the same at every run, but blind to scratch
     space inside an operator, and a compiled model is taken as it was before torch.compile. Raises ResourceError.
     """
-    with evaluating(model), memory_errors(f"forward of {tuple(x.shape)}"):
-        own = (*model.parameters(), *model.buffers(), x)
-        if x.device.type == "cuda":
-            model(x)  # the first pass also allocates workspaces that stay
-            before = torch.cuda.memory_allocated(x.device)
-            torch.cuda.reset_peak_memory_stats(x.device)
-            model(x)
-            synchronize(x.device)
-            grown = torch.cuda.max_memory_allocated(x.device) - before
+    model = workload.model
+    with evaluating(model), memory_errors(str(workload)):
+        own = (*model.parameters(), *model.buffers(), *workload.tensors)
+        if workload.device.type == "cuda":
+            workload.run()  # the first pass also allocates workspaces that stay
+            before = torch.cuda.memory_allocated(workload.device)
+            torch.cuda.reset_peak_memory_stats(workload.device)
+            workload.run()
+            synchronize(workload.device)
+            grown = torch.cuda.max_memory_allocated(workload.device) - before
             return float(grown + _bytes((*own, *remembered_tensors(model)))) / BYTES_PER_MB
         model = uncompiled(model)
-        model(x)  # the first pass also makes what the model remembers
+        workload = workload.of(model)
+        workload.run()  # the first pass also makes what the model remembers
         with _LiveBytes() as live:
             for tensor in (*own, *remembered_tensors(model)):
                 live.add(tensor)
-            model(x)
+            workload.run()
         peak: int = live.peak
         return peak / BYTES_PER_MB
 

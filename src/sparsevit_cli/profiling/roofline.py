@@ -7,14 +7,12 @@ and written once, its weights read once), and the head. Nothing is launched, cac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from torch import nn
-
+from sparsevit_cli.swin.geometry import sparsity_or_dense, swin_shape
 from sparsevit_cli.windows import num_keep, window_grid
 
-from .inputs import InputSize, image_shape, named_stages
-from .macs import block_macs, weights_in
+from .macs import block_macs
+from .workload import Workload
 
 
 @dataclass(frozen=True)
@@ -44,36 +42,31 @@ def known_peak(device_name: str, precision: str) -> Peak | None:
     return found if found is not None and precision in found.tflops else None
 
 
-def roofline_ms(model: nn.Module, input_size: InputSize, batch: int, peak: Peak, precision: str) -> float:
-    """Milliseconds of one batch of a timm Swin at the ratios it is set to. Raises ConfigError."""
-    channels, *image = image_shape(model, input_size)
-    size, trunk = _BYTES[precision], _trunk(model)
-    embed = trunk.patch_embed
-    height, width = (side // patch for side, patch in zip(image, embed.patch_size, strict=True))
-    pixels, out = channels * image[0] * image[1], embed.proj.out_channels
-    parts = [(height * width * weights_in(embed), pixels + height * width * out, weights_in(embed))]
-    for _, stage in named_stages(model):
-        reduction = weights_in(stage.downsample)
-        if reduction:
-            entering, height, width = height * width * out, (height + 1) // 2, (width + 1) // 2
-            out = stage.blocks[0].dim
-            parts.append((height * width * reduction, entering + height * width * out, reduction))
-        tenths = getattr(stage, "sparsity_tenths", (0,) * len(stage.blocks))
+def roofline_ms(workload: Workload, peak: Peak, precision: str) -> float:
+    """Milliseconds of one batch of a timm Swin at the ratios it is set to.
+
+    Modules around the Swin inside the workload's model are left out. Raises ConfigError.
+    """
+    model, image, batch = workload.model, workload.image_size, workload.batch
+    size, shape = _BYTES[precision], swin_shape(model, image)
+    entering = shape.patches * shape.stem_channels  # values of the map that enters the next part
+    parts = [
+        (shape.patches * shape.stem_weights, shape.in_channels * image[0] * image[1] + entering, shape.stem_weights)
+    ]
+    for stage, tenths in zip(shape.stages, sparsity_or_dense(model).tenths, strict=True):
+        leaving = stage.tokens * stage.channels
+        if stage.merging_weights:
+            parts.append((stage.tokens * stage.merging_weights, entering + leaving, stage.merging_weights))
         if any(tenths):
-            parts.append((0, height * width * out, 0))
+            parts.append((0, leaving, 0))
         for number, block in enumerate(stage.blocks):
-            rows, cols = window_grid(height, width, block.window_size)
+            rows, cols = window_grid(stage.height, stage.width, block.window)
             kept = num_keep(rows * cols, tenths[number // 2])
-            tokens = min(kept * block.window_area, height * width)
-            parts.append((block_macs(block, height, width, tenths[number // 2]), 2 * tokens * out, weights_in(block)))
-    head = getattr(trunk, "head", None)
-    parts.append(
-        (0 if head is None else weights_in(head), height * width * out, 0 if head is None else weights_in(head))
-    )
+            tokens = min(kept * block.window_area, stage.tokens)
+            macs = block_macs(block, stage.height, stage.width, tenths[number // 2])
+            parts.append((macs, 2 * tokens * stage.channels, block.weights))
+        entering = leaving
+    parts.append((shape.head_weights, entering, shape.head_weights))
     operations, memory = 1e12 * peak.tflops[precision], 1e12 * peak.terabytes
     seconds = (max(2 * batch * m / operations, size * (batch * moved + w) / memory) for m, moved, w in parts)
     return 1e3 * float(sum(seconds))
-
-
-def _trunk(model: nn.Module) -> Any:
-    return next(module for module in model.modules() if hasattr(module, "patch_embed"))

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
-from torch import Tensor, nn
-
 from sparsevit_cli import kernels
+from sparsevit_cli.swin.geometry import sparsity_or_dense
 
-from .inputs import evaluating, image_shape, named_stages
+from .inputs import evaluating
 from .latency import Clock
 from .memory import memory_errors
 from .timeline import Label, TimedEngine, Timeline, hooked, timed_forward
+from .workload import Workload
 
 WARMUP_PASSES = 3
 
@@ -70,26 +70,24 @@ class StageTimes:
 
 
 def time_stages(
-    model: nn.Module, x: Tensor, *, total_ms: float | None = None, passes: int = 15, clock: Clock | None = None
+    workload: Workload, *, total_ms: float | None = None, passes: int = 15, clock: Clock | None = None
 ) -> StageTimes:
-    """Where a forward of `x` (B, C, H, W) spends its time, from passes made for this alone.
+    """Where a forward pass of the workload spends its time, from passes made for this alone.
 
     Medians over `passes`, scaled to add up to `total_ms`, the latency measured without marks (None: not scaled).
-    A dense timm model has blocks and merging only. Raises ConfigError (a compiled model, a
-    size it does not take), ResourceError.
+    A dense timm model has blocks and merging only. Raises ConfigError for a compiled model, ResourceError.
     """
-    image_shape(model, x)
-    timeline = Timeline(x.device, clock)
+    model = workload.model
+    timeline = Timeline(workload.device, clock)
     samples: dict[Label, list[float]] = {}
-    forward = f"forward of {tuple(x.shape)}"
     timed = partial(TimedEngine, timeline=timeline)
-    with evaluating(model), memory_errors(forward), hooked(model, timeline), kernels.using(timed):
+    with evaluating(model), memory_errors(str(workload)), hooked(model, timeline), kernels.using(timed):
         for _ in range(WARMUP_PASSES):
-            timed_forward(model, x, timeline)
+            timed_forward(model, workload.inputs, timeline)
         for _ in range(passes):
-            for label, ms in timed_forward(model, x, timeline).items():
+            for label, ms in timed_forward(model, workload.inputs, timeline).items():
                 samples.setdefault(label, []).append(ms)
-    is_pruned = [any(getattr(stage, "sparsity_tenths", ())) for _, stage in named_stages(model)]
+    is_pruned = [any(tenths) for tenths in sparsity_or_dense(model).tenths]
     rows = _rows({label: median(values) for label, values in samples.items()}, is_pruned)
     marked_ms = sum(row.total_ms for row in rows)
     total_ms = marked_ms if total_ms is None else total_ms

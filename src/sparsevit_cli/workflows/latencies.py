@@ -12,10 +12,11 @@ from torch import nn
 from sparsevit_cli.atomic import write_atomic
 from sparsevit_cli.documents import read_bytes
 from sparsevit_cli.errors import CheckpointError, MeasurementError, UnsteadyError
-from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
+from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
 from sparsevit_cli.profiling.neighbours import Patience
+from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.search.latency_table import LatencyTable, TableError
 from sparsevit_cli.search.ledger import LatencyRecord, Ledger
@@ -30,13 +31,14 @@ class SearchLatencies:
     def __init__(
         self, session: Session, folder: RunFolder, model: nn.Module, space: SearchSpace, ledger: Ledger
     ) -> None:
-        self.session, self.folder, self.model, self.space, self.ledger = session, folder, model, space, ledger
+        self.session, self.folder, self.space, self.ledger = session, folder, space, ledger
         self.section = session.config.search
-        self.image = (session.config.model.in_chans, *session.img_size)
-        self.dtype = TORCH_DTYPE[self.section.precision]
-        x = example_input(model, self.image, self.section.batch_size, device=session.device, dtype=self.dtype)
+        self.workload = image_workload(
+            model, (session.config.model.in_chans, *session.img_size), self.section.batch_size,
+            device=session.device, dtype=TORCH_DTYPE[self.section.precision], seed=session.config.seed,
+        )  # fmt: skip
         clock = session.config.clock
-        self._identity = {**table_identity(model, x), "clock": [clock.max_neighbour, clock.max_spread]}
+        self._identity = {**table_identity(self.workload), "clock": [clock.max_neighbour, clock.max_spread]}
         self._measured: dict[SparsityConfig, LatencyRecord] = {}
 
     @property
@@ -70,8 +72,7 @@ class SearchLatencies:
         if missing:
             self.session.reporter.say(f"search: measuring {len(missing)} configurations on {self.session.device}")
             latencies = measure_configs(
-                self.model, list(dict.fromkeys((self.space.dense, *missing))), self.image,
-                batch_size=self.section.batch_size, device=self.session.device, dtype=self.dtype,
+                self.workload, list(dict.fromkeys((self.space.dense, *missing))),
                 seconds=self.section.seconds, seed=self.session.config.seed, retries=self.session.config.clock.retries,
                 max_spread=self.session.config.clock.max_spread, strict=True, patience=patience,
                 before_round=partial(self.session.stop.check, "search", "every evaluation so far is in the ledger"),
@@ -128,8 +129,7 @@ class SearchLatencies:
                 told = max(told, round(100 * share))
 
             table = measure_latency_table(
-                self.model, self.image, batch_size=self.section.batch_size, device=self.session.device,
-                dtype=self.dtype, max_tenths=MAX_TENTHS, seconds=self.section.seconds,
+                self.workload, max_tenths=MAX_TENTHS, seconds=self.section.seconds,
                 seed=self.session.config.seed, patience=self.session.patience,
                 retries=self.session.config.clock.retries, max_spread=self.session.config.clock.max_spread,
                 check=partial(self.session.stop.check, "search", "the latency table is not saved yet"),

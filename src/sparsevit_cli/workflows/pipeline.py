@@ -19,15 +19,16 @@ from sparsevit_cli.data.source import Categories, Data
 from sparsevit_cli.documents import read_json, understood
 from sparsevit_cli.errors import CheckpointError, UnsteadyError
 from sparsevit_cli.exporting import MANIFEST, check_packages
-from sparsevit_cli.models import set_img_size
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input, placed
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import count_macs, macs_cost
 from sparsevit_cli.profiling.neighbours import Patience
+from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sizes import Size, size_text
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
-from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_stages
+from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity
+from sparsevit_cli.swin.geometry import patch_size, set_image_size, window_sizes
 from sparsevit_cli.tasks.task import Metric, Score
 
 from .evaluate import evaluate_checkpoint
@@ -194,7 +195,7 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
     ]
     folder = _rival_folder(session, winner)
     rival, size = _smaller_rival(session, folder, dense, classes, tuned_model, winner)
-    scale = Scale(session.img_size, size, _patch(rival))
+    scale = Scale(session.img_size, size, patch_size(rival)[0])
     seconds["rival"] = train_smaller_rival(session, folder, rival, dense, scale).seconds
     label = f"dense at {size_text(size)}, our kernels"
     found.append(_score(session, data, label, rival.eval(), space.dense, size, exact=False))
@@ -226,7 +227,7 @@ def _uniform_rivals(
     session: Session, space: SearchSpace, model: nn.Module, winner: SparsityConfig
 ) -> list[SparsityConfig]:
     """The two uniform ratios whose multiply-adds stand next to the winner's, above and below."""
-    macs = macs_cost(model, (session.config.model.in_chans, *session.img_size))
+    macs = macs_cost(image_workload(model, (session.config.model.in_chans, *session.img_size)))
     uniform = [space.uniform(tenths / 10) for tenths in range(1, space.max_tenths + 1)]
     above = [config for config in uniform if macs(config) >= macs(winner)]
     below = [config for config in uniform if macs(config) < macs(winner)]
@@ -262,15 +263,15 @@ def _smaller_rival(
 ) -> tuple[nn.Module, Size]:
     """The dense model at the lower resolution whose latency is nearest to the winner's."""
     set_sparsity(tuned, winner)
-    sizes = rival_sizes(session.img_size, _patch(tuned), max(sparse_stages(tuned)[0].blocks[0].window_size))
+    sizes = rival_sizes(session.img_size, patch_size(tuned)[0], max(window_sizes(tuned)[0]))
     chosen = _rival_size(folder, winner)
     if chosen is not None:  # measured again, noise could pick another one than was trained
         model = session.model(classes, weights)
-        set_img_size(model, chosen)
+        set_image_size(model, chosen)
         return model.eval(), chosen
     models = {size: session.model(classes, weights).eval() for size in sorted(sizes)}
     for size, model in models.items():
-        set_img_size(model, size)
+        set_image_size(model, size)
         set_sparsity(model, 0.0, exact=False)  # as fast as the winner's dense parts
     calls: dict[str, Any] = {"winner": _call(session, tuned, session.img_size)}
     calls |= {size_text(size): _call(session, model, size) for size, model in models.items()}
@@ -300,11 +301,6 @@ def rival_sizes(img_size: Size, patch: int, window: int) -> set[Size]:
     numbers = range(max(1, -(-count // 3)), count)
     thinned = numbers[:: max(1, -(-len(numbers) // MOST_RIVALS))]
     return {multiples(img_size, number / count, unit) for number in thinned} - {img_size}
-
-
-def _patch(model: nn.Module) -> int:
-    embed: Any = model.patch_embed
-    return int(embed.patch_size[0])
 
 
 def _call(session: Session, model: nn.Module, size: Size) -> Any:

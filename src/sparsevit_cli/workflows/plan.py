@@ -11,6 +11,7 @@ from sparsevit_cli.profiling.device import synchronize
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, trained_in
 from sparsevit_cli.profiling.latency_table import measure_configs
 from sparsevit_cli.profiling.macs import macs_cost
+from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.training import plan_training
@@ -71,7 +72,7 @@ class _Plan:
         """Data, model, space."""
         config = self.session.config
         space = self.session.space(self.model, config.search.max_ratio)
-        macs = macs_cost(self.model, (config.model.in_chans, *self.session.img_size))
+        macs = macs_cost(image_workload(self.model, (config.model.in_chans, *self.session.img_size)))
         return [
             *(f"{name}: {value}" for name, value in self.data.describe()),
             f"model: {config.model.name}, {self.parameters / 1e6:.2f} M parameters, "
@@ -109,10 +110,10 @@ class _Plan:
         """Seconds of a dense evaluation, from a few timed batches of the search's size."""
         section, session = self.session.config.search, self.session
         dense = SearchSpace(model_depths(self.model)).dense
+        image = (session.config.model.in_chans, *session.img_size)
         latency = measure_configs(
-            self.model, [dense], (session.config.model.in_chans, *session.img_size), batch_size=section.batch_size,
-            device=session.device, seconds=0.1, rounds=TIMED_STEPS, retries=0,
-            patience=session.patience.without_waiting(),
+            image_workload(self.model, image, section.batch_size, device=session.device), [dense],
+            seconds=0.1, rounds=TIMED_STEPS, retries=0, patience=session.patience.without_waiting(),
         )[dense]  # fmt: skip
         return images * latency.median_ms / section.batch_size / 1000
 

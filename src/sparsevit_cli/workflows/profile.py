@@ -24,17 +24,18 @@ from sparsevit_cli.config.experiment import ExperimentConfig
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.data.source import Categories
 from sparsevit_cli.errors import CheckpointError, ConfigError
-from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
+from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
-from sparsevit_cli.profiling.macs import analytic_macs, count_macs, flopcounter_macs
+from sparsevit_cli.profiling.macs import count_macs, flopcounter_macs, macs_cost, traced_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
 from sparsevit_cli.profiling.neighbours import Disturbed, Vigil, unsteady
 from sparsevit_cli.profiling.stages import StageTimes, time_stages
+from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.reporting import optional_output
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sizes import Size, as_pair
 from sparsevit_cli.sparsity import SparsityConfig
-from sparsevit_cli.swin import model_depths, set_sparsity
+from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity
 from sparsevit_cli.tasks.task import BuildOptions
 from sparsevit_cli.winner import parse_ratios
 
@@ -279,7 +280,7 @@ def _cell(
     session: Session, models: Mapping[str, nn.Module], config: SparsityConfig, size: Size, batch: int
 ) -> tuple[list[ProfileRow], dict[str, Latency]]:
     section, image = session.config.profile, (session.config.model.in_chans, *size)
-    x = example_input(
+    workload = image_workload(
         models[DENSE], image, batch, device=session.device, dtype=TORCH_DTYPE[section.precision],
         seed=session.config.seed,
     )  # fmt: skip
@@ -291,7 +292,7 @@ def _cell(
     elif section.mode == "graph":
         runnable = {label: accelerate_(copy.deepcopy(model)) for label, model in models.items()}
     latencies = measure_interleaved(
-        {label: partial(model, x) for label, model in runnable.items()},
+        {label: workload.of(model).run for label, model in runnable.items()},
         device=session.device,
         seconds=section.seconds,
         rounds=section.rounds,
@@ -316,7 +317,7 @@ def _cell(
                 gmacs=count_macs(model, image).gmacs,
                 **latency.as_row(),
                 throughput=1000 * batch / latency.median_ms,
-                peak_memory_mb=peak_memory_mb(model, x),
+                peak_memory_mb=peak_memory_mb(workload.of(model)),
                 parameters=sum(parameter.numel() for parameter in model.parameters()),
                 rounds=latency.rounds,
                 outliers=latency.outliers,
@@ -335,12 +336,13 @@ def _dense_of(config: SparsityConfig) -> SparsityConfig:
 def _macs_check(session: Session, model: nn.Module, size: Size) -> dict[str, float]:
     """The sparse model counted three ways; a difference is told, never averaged away."""
     image = (session.config.model.in_chans, *size)
-    reports = [count_macs(model, image), analytic_macs(model, image), flopcounter_macs(model, image)]
-    counts = {report.counter: report.gmacs for report in reports}
+    workload = image_workload(model, image)
+    traced, analytic = traced_macs(workload), macs_cost(workload)(get_sparsity(model))
+    counts = {"fvcore": traced.gmacs, "analytic": analytic / 1e9, "torch": flopcounter_macs(workload).gmacs}
     if max(counts.values()) - min(counts.values()) > MACS_TOLERANCE * counts["fvcore"]:
         session.reporter.warn(f"the multiply-add counters disagree: {json.dumps(counts)}")
-    if reports[0].uncounted:
-        session.reporter.warn(f"operators without a multiply-add count: {dict(reports[0].uncounted)}")
+    if traced.uncounted:
+        session.reporter.warn(f"operators without a multiply-add count: {dict(traced.uncounted)}")
     return counts
 
 
@@ -350,12 +352,12 @@ def _stage_times(
     """Where the time goes, dense and sparse, in instrumented passes scaled to the measured latency."""
     image = (session.config.model.in_chans, *size)
     dtype = TORCH_DTYPE[session.config.profile.precision]
-    x = example_input(models[DENSE], image, batch, device=session.device, dtype=dtype)
+    workload = image_workload(models[DENSE], image, batch, device=session.device, dtype=dtype)
     check = partial(session.stop.check, "profile", "nothing of this profile is saved")
 
     def times_of(label: str) -> StageTimes:
         def take() -> StageTimes:
-            return time_stages(models[label], x, total_ms=latencies[label].median_ms)
+            return time_stages(workload.of(models[label]), total_ms=latencies[label].median_ms)
 
         return Vigil(session.patience, session.device, check).collect(take, bool)[0]
 

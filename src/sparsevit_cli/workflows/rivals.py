@@ -15,7 +15,7 @@ from sparsevit_cli import kernels
 from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.atomic import write_json
 from sparsevit_cli.profiling.device import device_identity
-from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input
+from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import count_macs, padding_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
@@ -30,6 +30,7 @@ from sparsevit_cli.profiling.rivals import (
     with_fused_attention,
 )
 from sparsevit_cli.profiling.roofline import known_peak, roofline_ms
+from sparsevit_cli.profiling.workload import Workload, image_workload
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import Ratios, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
@@ -195,7 +196,7 @@ def _contestants(
     section = session.config.profile
     dtype = TORCH_DTYPE[section.precision]
     dense = built(session, size).to(session.device, dtype)
-    x = _input(session, dense, size, batch)
+    x = _workload(session, dense, size, batch).inputs
     found: dict[str, _Contestant] = {}
     for number, (label, variant) in enumerate(dense_variants(dense, max_autotune=section.max_autotune).items()):
         model = variant if label.startswith("timm eager") else dense
@@ -239,7 +240,7 @@ def _smaller(session: Session, size: tuple[int, int], batch: int, ours: _Contest
     sides = {_rounded(size, share) for share in SMALLER_SHARES}
     models = {s: with_fused_attention(built(session, s).to(session.device, dtype), fused=True) for s in sides}
     calls: dict[str, Any] = {"ours": ours.run}
-    calls |= {str(s): partial(_fastest(model), _input(session, model, s, batch)) for s, model in models.items()}
+    calls |= {str(s): _workload(session, model, s, batch).of(_fastest(model)).run for s, model in models.items()}
     quick = measure_interleaved(
         calls, device=session.device, seconds=0.01, rounds=3, strict=False, retries=0, max_spread=1.0,
         patience=session.patience, before_round=partial(session.stop.check, "rivals", "nothing is measured yet"),
@@ -251,7 +252,7 @@ def _smaller(session: Session, size: tuple[int, int], batch: int, ours: _Contest
         costs = {str(s): count_macs(model, (channels, *s)).gmacs for s, model in models.items()}
         costs["ours"] = count_macs(ours.model, (channels, *size)).gmacs
     nearest = min(sides, key=lambda s: abs(costs[str(s)] - costs["ours"]))
-    model, x = models[nearest], _input(session, models[nearest], nearest, batch)
+    model, x = models[nearest], _workload(session, models[nearest], nearest, batch).inputs
     fused = ", fused" if has_fused_attention(model) else ""
     label = f"timm at {nearest[0]}x{nearest[1]}{fused}"
     compiled: Any = torch.compile(model, dynamic=False, mode="reduce-overhead" if x.is_cuda else None)
@@ -266,9 +267,9 @@ def _rounded(size: tuple[int, int], share: float, multiple: int = 32) -> tuple[i
     return height, width
 
 
-def _input(session: Session, model: nn.Module, size: tuple[int, int], batch: int) -> Tensor:
+def _workload(session: Session, model: nn.Module, size: tuple[int, int], batch: int) -> Workload:
     section, image = session.config.profile, (session.config.model.in_chans, *size)
-    return example_input(
+    return image_workload(
         model, image, batch, device=session.device, dtype=TORCH_DTYPE[section.precision], seed=session.config.seed
     )
 
@@ -276,13 +277,14 @@ def _input(session: Session, model: nn.Module, size: tuple[int, int], batch: int
 def _row(
     session: Session, label: str, contestant: _Contestant, batch: int, latency: Latency, best: Latency, is_best: bool
 ) -> RivalRow:
-    x = _input(session, contestant.model, contestant.size, batch)
+    workload = _workload(session, contestant.model, contestant.size, batch)
     eager = contestant.kind != "O" and not any(word in label for word in ("compile", "autotune", "graph"))
     precision, image = session.config.profile.precision, (session.config.model.in_chans, *contestant.size)
     device_peak = known_peak(str(device_identity(session.device).get("name")), precision)
-    least_ms = None if device_peak is None else roofline_ms(contestant.model, image, batch, device_peak, precision)
+    least_ms = None if device_peak is None else roofline_ms(workload, device_peak, precision)
     ours = contestant.kind in ("ours", "O")
-    gmacs = count_macs(contestant.model, image).gmacs - (padding_macs(contestant.model, x) / 1e9 if ours else 0)
+    padding = padding_macs(contestant.model, workload.inputs) if ours else 0
+    gmacs = count_macs(contestant.model, image).gmacs - padding / 1e9
     return RivalRow(
         label=label,
         kind=contestant.kind,
@@ -295,7 +297,7 @@ def _row(
         stable=latency.stable,
         unsteady=latency.unsteady,
         compares=latency.stable and is_best,
-        peak_memory_mb=peak_memory_mb(contestant.model, x) if eager else None,
+        peak_memory_mb=peak_memory_mb(workload) if eager else None,
         roofline=None if least_ms is None else least_ms / latency.median_ms,
     )
 

@@ -22,14 +22,15 @@ from sparsevit_cli.data.shrunk import Scale, Shrunk
 from sparsevit_cli.data.source import Data, Source
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.evaluation import evaluate
-from sparsevit_cli.models import check_img_size
 from sparsevit_cli.profiling.macs import macs_cost
+from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.reporting import Reporter, optional_output
 from sparsevit_cli.runs import HARMLESS, SECTIONS, RunFolder, missing_result
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
 from sparsevit_cli.sizes import Size
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
+from sparsevit_cli.swin.geometry import check_image_size, patch_size
 from sparsevit_cli.tasks.task import Metric, Score
 from sparsevit_cli.training import TrainingJob, TrainingPlan, plan_training, train
 from sparsevit_cli.winner import read_winner
@@ -234,9 +235,8 @@ def checked_plan(session: Session, command: str, section: LoopSection, model: nn
         near = ", ".join(difflib.get_close_matches(section.optimizer, known, n=3)) or "adamw"
         got = f"{section.optimizer!r} is no optimizer of timm"
         raise ConfigError(f"{command}.optimizer", got, f"Did you mean {near}?")
-    embed: Any = model.patch_embed
     for number, phase in enumerate(section.curriculum):
-        check_img_size(phase.img_size, embed.patch_size[0], f"{command}.curriculum.{number}.img_size")
+        check_image_size(phase.img_size, patch_size(model), f"{command}.curriculum.{number}.img_size")
     return plan_training(section, len(data.train), session.img_size)
 
 
@@ -276,7 +276,7 @@ def _check_rows(
     done = folder.done("sparsity.json").get("check", {})
     if set(done) != {label for label, _ in wanted}:
         done = {}
-        macs = macs_cost(model, (session.config.model.in_chans, *session.img_size))
+        macs = macs_cost(image_workload(model, (session.config.model.in_chans, *session.img_size)))
         total = sum(len(configs) for _, configs in wanted)
         check = partial(session.stop.check, "adapt", "the training is saved, its closing table is not")
         with session.reporter.progress("check", total) as progress:
