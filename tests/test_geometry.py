@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sparsevit_cli.config.schema import ModelSection
+from sparsevit_cli.config.experiment import ModelSection
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.models import build_model
 from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
