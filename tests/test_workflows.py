@@ -31,10 +31,11 @@ from sparsevit_cli.workflows.evaluate import evaluate_checkpoint
 from sparsevit_cli.workflows.export import export_winner
 from sparsevit_cli.workflows.latencies import SearchLatencies
 from sparsevit_cli.workflows.pages import profile_page
-from sparsevit_cli.workflows.pipeline import MOST_RIVALS, rival_sizes, run_pipeline
+from sparsevit_cli.workflows.pipeline import run_pipeline
 from sparsevit_cli.workflows.plan import plan_lines
 from sparsevit_cli.workflows.profile import profile_model, profile_settings, profile_target, threads_set
 from sparsevit_cli.workflows.session import Session
+from sparsevit_cli.workflows.smaller import MOST_SIZES, rival_sizes
 from sparsevit_cli.workflows.training import adapt, pretrain
 from sparsevit_cli.workflows.weights import file_weights, trained_weights
 from tiny import tiny_config
@@ -445,7 +446,7 @@ def test_a_thread_count_that_is_not_asked_for_is_not_set(monkeypatch: pytest.Mon
 )
 def test_rivals_fill_whole_windows(img_size: tuple[int, int], patch: int, window: int) -> None:
     sizes = rival_sizes(img_size, patch, window)
-    assert 1 <= len(sizes) <= MOST_RIVALS
+    assert 1 <= len(sizes) <= MOST_SIZES
     unit = patch * window if min(img_size) >= 2 * patch * window else patch
     for height, width in sizes:
         assert height % unit == width % unit == 0

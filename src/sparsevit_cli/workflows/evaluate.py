@@ -7,7 +7,6 @@ from functools import partial
 
 from sparsevit_cli.documents import read_json, understood
 from sparsevit_cli.profiling.macs import macs_cost
-from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
@@ -45,7 +44,7 @@ def evaluate_checkpoint(session: Session, *, weights: str | None = None, ratios:
     with session.reporter.progress("evaluate", -(-len(data.val) // session.config.data.eval_batch_size)) as progress:
         check = partial(session.stop.check, "evaluate", "nothing of this evaluation is saved")
         found = score(session, model, data.val, progress=progress, before_batch=check)
-    macs = macs_cost(image_workload(model, (session.config.model.in_chans, *session.img_size)))(config)
+    macs = macs_cost(session.workload(model))(config)
     folder.set_aside(["metrics.json"], session.reporter)
     folder.write_result(
         {

@@ -26,11 +26,10 @@ from sparsevit_cli.data.source import Categories
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
-from sparsevit_cli.profiling.macs import count_macs, flopcounter_macs, macs_cost, traced_macs
+from sparsevit_cli.profiling.macs import flopcounter_macs, macs_cost, traced_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
 from sparsevit_cli.profiling.neighbours import Disturbed, Vigil, unsteady
 from sparsevit_cli.profiling.stages import StageTimes, time_stages
-from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.reporting import optional_output
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sizes import Size, as_pair
@@ -279,11 +278,8 @@ def _models(session: Session, size: Size, config: SparsityConfig) -> dict[str, n
 def _cell(
     session: Session, models: Mapping[str, nn.Module], config: SparsityConfig, size: Size, batch: int
 ) -> tuple[list[ProfileRow], dict[str, Latency]]:
-    section, image = session.config.profile, (session.config.model.in_chans, *size)
-    workload = image_workload(
-        models[DENSE], image, batch, device=session.device, dtype=TORCH_DTYPE[section.precision],
-        seed=session.config.seed,
-    )  # fmt: skip
+    section = session.config.profile
+    workload = session.workload(models[DENSE], size, batch, section.precision)
     runnable: dict[str, Any] = dict(models)
     if section.mode == "compile":
         torch._dynamo.reset()  # each cell is compiled anew; past a limit torch would fall back to eager in silence
@@ -314,7 +310,7 @@ def _cell(
                 image_size=size,
                 dtype=section.precision,
                 mode=section.mode,
-                gmacs=count_macs(model, image).gmacs,
+                gmacs=traced_macs(session.workload(model, size)).gmacs,
                 **latency.as_row(),
                 throughput=1000 * batch / latency.median_ms,
                 peak_memory_mb=peak_memory_mb(workload.of(model)),
@@ -335,8 +331,7 @@ def _dense_of(config: SparsityConfig) -> SparsityConfig:
 
 def _macs_check(session: Session, model: nn.Module, size: Size) -> dict[str, float]:
     """The sparse model counted three ways; a difference is told, never averaged away."""
-    image = (session.config.model.in_chans, *size)
-    workload = image_workload(model, image)
+    workload = session.workload(model, size)
     traced, analytic = traced_macs(workload), macs_cost(workload)(get_sparsity(model))
     counts = {"fvcore": traced.gmacs, "analytic": analytic / 1e9, "torch": flopcounter_macs(workload).gmacs}
     if max(counts.values()) - min(counts.values()) > MACS_TOLERANCE * counts["fvcore"]:
@@ -350,9 +345,7 @@ def _stage_times(
     session: Session, models: Mapping[str, nn.Module], size: Size, batch: int, latencies: Mapping[str, Latency]
 ) -> dict[str, StageTimes]:
     """Where the time goes, dense and sparse, in instrumented passes scaled to the measured latency."""
-    image = (session.config.model.in_chans, *size)
-    dtype = TORCH_DTYPE[session.config.profile.precision]
-    workload = image_workload(models[DENSE], image, batch, device=session.device, dtype=dtype)
+    workload = session.workload(models[DENSE], size, batch, session.config.profile.precision)
     check = partial(session.stop.check, "profile", "nothing of this profile is saved")
 
     def times_of(label: str) -> StageTimes:

@@ -17,7 +17,7 @@ from sparsevit_cli.atomic import write_json
 from sparsevit_cli.profiling.device import device_identity
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
-from sparsevit_cli.profiling.macs import count_macs, padding_macs
+from sparsevit_cli.profiling.macs import padding_macs, traced_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
 from sparsevit_cli.profiling.rivals import (
     Memory,
@@ -30,7 +30,7 @@ from sparsevit_cli.profiling.rivals import (
     with_fused_attention,
 )
 from sparsevit_cli.profiling.roofline import known_peak, roofline_ms
-from sparsevit_cli.profiling.workload import Workload, image_workload
+from sparsevit_cli.profiling.workload import Workload
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import Ratios, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
@@ -109,11 +109,12 @@ class RivalReport:
     cells: tuple[RivalCell, ...]
     environment: Mapping[str, object]
     settings: Mapping[str, object]
+    about: Mapping[str, str]
 
     def document(self) -> dict[str, Any]:
         """The JSON document of `sparsevit profile --rivals --json`."""
         return {
-            "schema_version": 1, **self.environment, "model": self.model, "settings": self.settings,
+            "schema_version": 2, **self.about, **self.environment, "model": self.model, "settings": self.settings,
             "cells": [asdict(cell) for cell in self.cells],
         }  # fmt: skip
 
@@ -160,7 +161,9 @@ def measure_rivals(
         "clock": session.config.clock.model_dump(mode="json"),
         "kernels": f"{kernels.running(session.config.kernels, session.device)}, {kernels.VERSION}",
     }  # fmt: skip
-    report = RivalReport(folder, session.config.model.name, tuple(cells), session.environment, settings)
+    report = RivalReport(
+        folder, session.config.model.name, tuple(cells), session.environment, settings, session.task.about()
+    )
     folder.set_aside(["rivals.json", "rivals.png", "metrics.json"], session.reporter)
     write_json(folder.path / "rivals.json", report.document())
     folder.write_result({"model": report.model, "best_dense": [cell.best_dense for cell in cells]})
@@ -248,9 +251,8 @@ def _smaller(session: Session, size: tuple[int, int], batch: int, ours: _Contest
     costs = {name: latency.median_ms for name, latency in quick.items()}
     if not all(latency.stable for latency in quick.values()):
         session.reporter.warn("the smaller dense model is chosen by multiply-adds: latencies are not steady")
-        channels = session.config.model.in_chans
-        costs = {str(s): count_macs(model, (channels, *s)).gmacs for s, model in models.items()}
-        costs["ours"] = count_macs(ours.model, (channels, *size)).gmacs
+        costs = {str(s): traced_macs(session.workload(model, s)).gmacs for s, model in models.items()}
+        costs["ours"] = traced_macs(session.workload(ours.model, size)).gmacs
     nearest = min(sides, key=lambda s: abs(costs[str(s)] - costs["ours"]))
     model, x = models[nearest], _workload(session, models[nearest], nearest, batch).inputs
     fused = ", fused" if has_fused_attention(model) else ""
@@ -268,10 +270,7 @@ def _rounded(size: tuple[int, int], share: float, multiple: int = 32) -> tuple[i
 
 
 def _workload(session: Session, model: nn.Module, size: tuple[int, int], batch: int) -> Workload:
-    section, image = session.config.profile, (session.config.model.in_chans, *size)
-    return image_workload(
-        model, image, batch, device=session.device, dtype=TORCH_DTYPE[section.precision], seed=session.config.seed
-    )
+    return session.workload(model, size, batch, session.config.profile.precision)
 
 
 def _row(
@@ -279,12 +278,12 @@ def _row(
 ) -> RivalRow:
     workload = _workload(session, contestant.model, contestant.size, batch)
     eager = contestant.kind != "O" and not any(word in label for word in ("compile", "autotune", "graph"))
-    precision, image = session.config.profile.precision, (session.config.model.in_chans, *contestant.size)
+    precision = session.config.profile.precision
     device_peak = known_peak(str(device_identity(session.device).get("name")), precision)
     least_ms = None if device_peak is None else roofline_ms(workload, device_peak, precision)
     ours = contestant.kind in ("ours", "O")
     padding = padding_macs(contestant.model, workload.inputs) if ours else 0
-    gmacs = count_macs(contestant.model, image).gmacs - padding / 1e9
+    gmacs = traced_macs(session.workload(contestant.model, contestant.size)).gmacs - padding / 1e9
     return RivalRow(
         label=label,
         kind=contestant.kind,

@@ -23,7 +23,6 @@ from sparsevit_cli.data.source import Data, Source
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.evaluation import evaluate
 from sparsevit_cli.profiling.macs import macs_cost
-from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.reporting import Reporter, optional_output
 from sparsevit_cli.runs import HARMLESS, SECTIONS, RunFolder, missing_result
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
@@ -276,7 +275,7 @@ def _check_rows(
     done = folder.done("sparsity.json").get("check", {})
     if set(done) != {label for label, _ in wanted}:
         done = {}
-        macs = macs_cost(image_workload(model, (session.config.model.in_chans, *session.img_size)))
+        macs = macs_cost(session.workload(model))
         total = sum(len(configs) for _, configs in wanted)
         check = partial(session.stop.check, "adapt", "the training is saved, its closing table is not")
         with session.reporter.progress("check", total) as progress:
