@@ -15,9 +15,11 @@ from sparsevit_cli import windows
 from sparsevit_cli.errors import MeasurementError
 from sparsevit_cli.kernels import Kernels, native, windowed
 from sparsevit_cli.profiling.latency import Latency
-from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, foreseen, oracle, with_fused_attention
+from sparsevit_cli.profiling.rivals import dense_variants, foreseen, oracle
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import set_sparsity, sparsify_, without_kernels
+from sparsevit_cli.swin.authors_flow import authors_flow
+from sparsevit_cli.swin.fused import with_fused_attention
 from sparsevit_cli.workflows.rivals import _compared, measure_rivals
 from sparsevit_cli.workflows.session import Session
 from tiny import tiny_config

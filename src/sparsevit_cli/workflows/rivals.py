@@ -19,21 +19,14 @@ from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import count_macs, padding_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
-from sparsevit_cli.profiling.rivals import (
-    Memory,
-    authors_flow,
-    dense_variants,
-    foreseen,
-    frozen_variant,
-    has_fused_attention,
-    oracle,
-    with_fused_attention,
-)
+from sparsevit_cli.profiling.rivals import Memory, dense_variants, foreseen, frozen_variant, oracle
 from sparsevit_cli.profiling.roofline import known_peak, roofline_ms
 from sparsevit_cli.profiling.workload import Workload, image_workload
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import Ratios, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
+from sparsevit_cli.swin.authors_flow import authors_flow
+from sparsevit_cli.swin.fused import has_fused_attention, with_fused_attention
 
 from .plots import plot_rivals
 from .profile import built, profile_target, refuse_unsteady, threads_set
