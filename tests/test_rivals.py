@@ -15,9 +15,11 @@ from sparsevit_cli.errors import MeasurementError
 from sparsevit_cli.kernels import Kernels, choice, held, portable
 from sparsevit_cli.kernels.cpp.native import NativeEngine
 from sparsevit_cli.profiling.latency import Latency
-from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, foreseen, oracle, with_fused_attention
+from sparsevit_cli.profiling.rivals import dense_variants, foreseen, oracle
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import set_sparsity, sparsify_, without_kernels
+from sparsevit_cli.swin.authors_flow import authors_flow
+from sparsevit_cli.swin.fused import with_fused_attention
 from sparsevit_cli.workflows.rivals import _compared, measure_rivals
 from sparsevit_cli.workflows.session import Session
 from tiny import tiny_config
@@ -45,8 +47,8 @@ def test_the_variants_give_timms_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     variants = dense_variants(model, max_autotune=True)
     assert len(variants) == 6
     with torch.inference_mode():
-        for variant in variants.values():
-            assert torch.allclose(variant(x), model(x), atol=1e-5)
+        for variant in variants:
+            assert torch.allclose(variant.run(x), model(x), atol=1e-5)
     assert any(module.fused_attn for module in with_fused_attention(model, True).modules() if hasattr(module, "qkv"))
 
 

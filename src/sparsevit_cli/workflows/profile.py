@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from sparsevit_cli.profiling.neighbours import Disturbed, Vigil, unsteady
 from sparsevit_cli.profiling.stages import StageTimes, time_stages
 from sparsevit_cli.reporting import optional_output
 from sparsevit_cli.runs import RunFolder
-from sparsevit_cli.sizes import Size, as_pair
+from sparsevit_cli.sizes import Size, as_pair, size_text
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity
 from sparsevit_cli.tasks.task import BuildOptions
@@ -42,7 +42,12 @@ from .pages import layers_csv, profile_page
 from .session import Session
 from .training import winner_ratios
 
-DENSE, OURS_DENSE, OURS_SPARSE = "dense (timm)", "ours at ratio 0", "ours sparse"
+Kind = Literal["dense", "ours dense", "ours sparse"]
+DENSE: Kind = "dense"
+OURS_DENSE: Kind = "ours dense"
+OURS_SPARSE: Kind = "ours sparse"
+LABELS: Mapping[Kind, str] = {DENSE: "dense (timm)", OURS_DENSE: "ours at ratio 0", OURS_SPARSE: "ours sparse"}
+"""How rows are called on the terminal and in files."""
 FILES = ("profile.json", "profile.html", "samples.npz", "layers.csv", "metrics.json")
 """What one profile writes; an earlier one's are set aside."""
 MACS_TOLERANCE = 0.005
@@ -56,6 +61,7 @@ class ProfileRow:
     Peak memory is that of plain PyTorch in every mode.
     """
 
+    kind: Kind
     label: str
     ratios: tuple[tuple[float, ...], ...] | None
     batch: int
@@ -84,7 +90,7 @@ class ProfileRow:
     @property
     def losing(self) -> bool:
         """True where ours, sparse, is slower than dense."""
-        return self.label == OURS_SPARSE and self.compares and self.speedup < 1
+        return self.kind == OURS_SPARSE and self.compares and self.speedup < 1
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ def profile_model(
             for batch in section.batch_sizes:
                 cell, latencies = _cell(session, models, config, size, batch)
                 rows += cell
-                samples |= {f"{label} b{batch} {size[0]}x{size[1]}": x.samples_ms for label, x in latencies.items()}
+                samples |= {f"{LABELS[kind]} b{batch} {size_text(size)}": x.samples_ms for kind, x in latencies.items()}
                 if not stages and latencies[DENSE].stable and latencies[OURS_SPARSE].stable:
                     stages = _stage_times(session, models, size, batch, latencies)
                 bar.advance()
@@ -264,7 +270,7 @@ def built(session: Session, size: Size) -> nn.Module:
     return session.task.build(known or None, BuildOptions(img_size=size, initial_weights=False)).eval()
 
 
-def _models(session: Session, size: Size, config: SparsityConfig) -> dict[str, nn.Module]:
+def _models(session: Session, size: Size, config: SparsityConfig) -> dict[Kind, nn.Module]:
     """The three rivals with the same weights, on the device and in the precision of the profile."""
     section = session.config.profile
     dense = built(session, size).to(session.device, TORCH_DTYPE[section.precision])
@@ -276,19 +282,19 @@ def _models(session: Session, size: Size, config: SparsityConfig) -> dict[str, n
 
 
 def _cell(
-    session: Session, models: Mapping[str, nn.Module], config: SparsityConfig, size: Size, batch: int
-) -> tuple[list[ProfileRow], dict[str, Latency]]:
+    session: Session, models: Mapping[Kind, nn.Module], config: SparsityConfig, size: Size, batch: int
+) -> tuple[list[ProfileRow], dict[Kind, Latency]]:
     section = session.config.profile
     workload = session.workload(models[DENSE], size, batch, section.precision)
-    runnable: dict[str, Any] = dict(models)
+    runnable: dict[Kind, Any] = dict(models)
     if section.mode == "compile":
         torch._dynamo.reset()  # each cell is compiled anew; past a limit torch would fall back to eager in silence
         session.reporter.say(f"profile: compiling at batch {batch}, {size[0]}x{size[1]}")
-        runnable = {label: torch.compile(model, dynamic=False) for label, model in models.items()}
+        runnable = {kind: torch.compile(model, dynamic=False) for kind, model in models.items()}
     elif section.mode == "graph":
-        runnable = {label: accelerate_(copy.deepcopy(model)) for label, model in models.items()}
-    latencies = measure_interleaved(
-        {label: workload.of(model).run for label, model in runnable.items()},
+        runnable = {kind: accelerate_(copy.deepcopy(model)) for kind, model in models.items()}
+    by_label = measure_interleaved(
+        {LABELS[kind]: workload.of(model).run for kind, model in runnable.items()},
         device=session.device,
         seconds=section.seconds,
         rounds=section.rounds,
@@ -299,13 +305,15 @@ def _cell(
         patience=session.patience,
         before_round=partial(session.stop.check, "profile", "nothing of this profile is saved"),
     )
+    latencies = {kind: by_label[LABELS[kind]] for kind in models}
     rows = []
-    for label, model in models.items():
-        latency = latencies[label]
+    for kind, model in models.items():
+        latency = latencies[kind]
         rows.append(
             ProfileRow(
-                label=label,
-                ratios=None if label == DENSE else (config if label == OURS_SPARSE else _dense_of(config)).ratios,
+                kind=kind,
+                label=LABELS[kind],
+                ratios=None if kind == DENSE else (config if kind == OURS_SPARSE else _dense_of(config)).ratios,
                 batch=batch,
                 image_size=size,
                 dtype=section.precision,
@@ -342,20 +350,20 @@ def _macs_check(session: Session, model: nn.Module, size: Size) -> dict[str, flo
 
 
 def _stage_times(
-    session: Session, models: Mapping[str, nn.Module], size: Size, batch: int, latencies: Mapping[str, Latency]
+    session: Session, models: Mapping[Kind, nn.Module], size: Size, batch: int, latencies: Mapping[Kind, Latency]
 ) -> dict[str, StageTimes]:
     """Where the time goes, dense and sparse, in instrumented passes scaled to the measured latency."""
     workload = session.workload(models[DENSE], size, batch, session.config.profile.precision)
     check = partial(session.stop.check, "profile", "nothing of this profile is saved")
 
-    def times_of(label: str) -> StageTimes:
+    def times_of(kind: Kind) -> StageTimes:
         def take() -> StageTimes:
-            return time_stages(workload.of(models[label]), total_ms=latencies[label].median_ms)
+            return time_stages(workload.of(models[kind]), total_ms=latencies[kind].median_ms)
 
         return Vigil(session.patience, session.device, check).collect(take, bool)[0]
 
     try:
-        return {label: times_of(label) for label in (DENSE, OURS_SPARSE)}
+        return {LABELS[kind]: times_of(kind) for kind in (DENSE, OURS_SPARSE)}
     except Disturbed as neighbour:
         session.reporter.warn(f"times per stage are left out: {neighbour}")
         return {}
