@@ -20,7 +20,7 @@ from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import set_sparsity, sparsify_, without_kernels
 from sparsevit_cli.swin.authors_flow import authors_flow
 from sparsevit_cli.swin.fused import with_fused_attention
-from sparsevit_cli.workflows.rivals import _compared, measure_rivals
+from sparsevit_cli.workflows.rivals import _compared, _Contestant, measure_rivals
 from sparsevit_cli.workflows.session import Session
 from tiny import tiny_config
 
@@ -108,8 +108,10 @@ def test_a_benchmark_names_the_best_dense_and_compares_with_it(tmp_path: Path, m
     sparse = rows["ours, 60% everywhere"]
     assert sparse.tax_low <= sparse.tax <= sparse.tax_high  # type: ignore[operator]
     assert sparse.realised_low <= sparse.realised <= sparse.realised_high  # type: ignore[operator]
-    shaky = {**rows, "ours, ratio 0": replace(rows["ours, ratio 0"], stable=False)}
-    told = _compared(replace(sparse, realised=None, tax=None), shaky, {sparse.label: Latency.from_samples([1.0])})
+    shaky, steady = replace(rows["ours, ratio 0"], stable=False), Latency.from_samples([1.0])
+    ours = _Contestant("ours", lambda: None, torch.nn.Identity(), None, (64, 64), oracle="oracle")
+    latencies = {sparse.label: steady, "oracle": replace(steady, unsteady="spread"), shaky.label: steady}
+    told = _compared(ours, replace(sparse, realised=None, tax=None), shaky, latencies)
     assert told.realised is told.tax is None
     unsteady = replace(
         report, cells=(replace(cell, rows=(replace(cell.rows[0], stable=False, unsteady="spread"), *cell.rows[1:])),)

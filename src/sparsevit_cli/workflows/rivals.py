@@ -307,7 +307,7 @@ def _row(
 
 
 def _compared(contestant: _Contestant, row: RivalRow, dense: RivalRow, latencies: Mapping[str, Latency]) -> RivalRow:
-    """The row with its realised efficiency and its tax; sparse models of ours have them, against `dense` and an oracle."""
+    """The row with its realised efficiency and tax; sparse models of ours have them, against `dense` and an oracle."""
     if contestant.oracle is None:
         return row
     samples = latencies[row.label].samples_ms
