@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .workflows.evaluate import EvaluateSummary
     from .workflows.export import ExportSummary
     from .workflows.pipeline import PipelineSummary
-    from .workflows.profile import ProfileReport
+    from .workflows.profile_report import ProfileReport
     from .workflows.rivals import RivalReport
     from .workflows.search import SearchSummary
     from .workflows.training import TrainingSummary

@@ -29,13 +29,13 @@ from sparsevit_cli.tasks.task import Metric, Score
 from .evaluate import evaluate_checkpoint
 from .export import export_settings, export_winner
 from .profile import profile_model, profile_settings
+from .ratios import ratios_to_finetune
 from .search import budget_requests, is_searched, search
 from .session import Session
 from .smaller import equal_size, open_rival
 from .training import (
     adapt,
     checked_plan,
-    chosen_ratios,
     dense_weights,
     finetune,
     has_own_weights,
@@ -181,7 +181,7 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
     adapted, tuned = (trained_weights(session, name, "sparsevit run") for name in ("adapt", "finetune"))
     dense, data = dense_weights(session, "run"), session.data(tuned)
     model = session.model(data.categories, dense).eval()
-    winner = chosen_ratios(session, model_depths(model), "sparsevit run", adapted.sha256)
+    winner = ratios_to_finetune(session, model_depths(model), "sparsevit run", adapted.sha256)
     space = session.space(model, session.config.search.max_ratio)
     found: list[_Contender] = []
 

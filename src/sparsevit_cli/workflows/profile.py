@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,106 +23,28 @@ from sparsevit_cli.atomic import write_atomic, write_json
 from sparsevit_cli.config.experiment import ExperimentConfig
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.data.source import Categories
-from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import flopcounter_macs, macs_cost, traced_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
-from sparsevit_cli.profiling.neighbours import Disturbed, Vigil, unsteady
+from sparsevit_cli.profiling.neighbours import Disturbed, Vigil
 from sparsevit_cli.profiling.stages import StageTimes, time_stages
 from sparsevit_cli.reporting import optional_output
-from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sizes import Size, as_pair, size_text
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity
 from sparsevit_cli.tasks.task import BuildOptions
-from sparsevit_cli.winner import parse_ratios
 
 from .pages import layers_csv, profile_page
+from .profile_report import DENSE, LABELS, OURS_DENSE, OURS_SPARSE, Kind, ProfileReport, ProfileRow
+from .ratios import ratios_to_profile
 from .session import Session
-from .training import winner_ratios
 
-Kind = Literal["dense", "ours dense", "ours sparse"]
-DENSE: Kind = "dense"
-OURS_DENSE: Kind = "ours dense"
-OURS_SPARSE: Kind = "ours sparse"
-LABELS: Mapping[Kind, str] = {DENSE: "dense (timm)", OURS_DENSE: "ours at ratio 0", OURS_SPARSE: "ours sparse"}
-"""How rows are called on the terminal and in files."""
 FILES = ("profile.json", "profile.html", "samples.npz", "layers.csv", "metrics.json")
 """What one profile writes; an earlier one's are set aside."""
 MACS_TOLERANCE = 0.005
 """Share by which the three counters may differ before a warning is given."""
-
-
-@dataclass(frozen=True)
-class ProfileRow:
-    """One measured cell. Latency is milliseconds per batch: median and 95 % interval; speed-up is against dense.
-
-    Peak memory is that of plain PyTorch in every mode.
-    """
-
-    kind: Kind
-    label: str
-    ratios: tuple[tuple[float, ...], ...] | None
-    batch: int
-    image_size: Size
-    dtype: str
-    mode: str
-    gmacs: float
-    latency_ms: float
-    latency_ms_low: float
-    latency_ms_high: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-    throughput: float
-    """Images per second."""
-    peak_memory_mb: float
-    parameters: int
-    rounds: int
-    outliers: int
-    stable: bool
-    unsteady: str
-    """Why the latency is not to be relied on; nothing where it is."""
-    compares: bool
-    """True where this row and the dense one are steady: then the speed-up is a fact."""
-
-    @property
-    def losing(self) -> bool:
-        """True where ours, sparse, is slower than dense."""
-        return self.kind == OURS_SPARSE and self.compares and self.speedup < 1
-
-
-@dataclass(frozen=True)
-class ProfileReport:
-    """All cells, and where the time of the first one goes."""
-
-    folder: RunFolder
-    model: str
-    config: SparsityConfig
-    rows: tuple[ProfileRow, ...]
-    stages: Mapping[str, StageTimes]
-    macs_check: Mapping[str, float]
-    environment: Mapping[str, object]
-    settings: Mapping[str, object]
-    about: Mapping[str, str]
-
-    def refuse_unsteady(self) -> None:
-        """As the function of that name."""
-        refuse_unsteady({f"{row.label}, batch {row.batch}": row.unsteady for row in self.rows})
-
-    def document(self) -> dict[str, object]:
-        """The JSON document of `sparsevit profile --json`."""
-        return {
-            "schema_version": 2,
-            **self.about,
-            **self.environment,
-            "model": self.model,
-            "settings": self.settings,
-            "rows": [asdict(row) for row in self.rows],
-            "stages": {label: asdict(times) for label, times in self.stages.items()},
-            "gmacs_by_counter": self.macs_check,
-        }
 
 
 @dataclass(frozen=True)
@@ -144,7 +66,7 @@ def profile_target(
     sizes = parse_sizes(img_size) if img_size is not None else tuple(map(as_pair, section.image_sizes))
     sizes = sizes or (session.img_size,)
     depths = model_depths(built(session, sizes[0]))
-    return ProfileTarget(session, sizes, _ratios(session, depths, ratios, named=model is not None))
+    return ProfileTarget(session, sizes, ratios_to_profile(session, depths, ratios, named=model is not None))
 
 
 def profile_model(
@@ -246,20 +168,6 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
             raise ConfigError("--img-size", f"{part!r} is no size in pixels", "Write 672, 256x704 or 448,672.")
         sizes.append((int(match[1]), int(match[2] or match[1])))
     return tuple(sizes)
-
-
-def _ratios(session: Session, depths: tuple[int, ...], typed: str | None, *, named: bool) -> SparsityConfig:
-    configured = session.config.profile.ratios
-    if configured is None:
-        configured = session.config.finetune.ratios
-    if typed is not None:
-        return parse_ratios(typed, depths)
-    if configured is not None and not named:
-        return SparsityConfig.from_ratios(configured, depths)
-    try:
-        return winner_ratios(session, depths, "sparsevit profile")
-    except CheckpointError as error:
-        raise CheckpointError(error.what, error.got, f"{error.do}, or give --ratios 0.6") from error
 
 
 def built(session: Session, size: Size) -> nn.Module:
@@ -367,14 +275,6 @@ def _stage_times(
     except Disturbed as neighbour:
         session.reporter.warn(f"times per stage are left out: {neighbour}")
         return {}
-
-
-def refuse_unsteady(rows: Mapping[str, str]) -> None:
-    """Raise UnsteadyError where a row (label: why it is unsteady) did not settle: it is written, and marked."""
-    shaky = {label: why for label, why in rows.items() if why}
-    if shaky:
-        label, why = next(iter(shaky.items()))
-        raise unsteady("profile", f"{len(shaky)} of {len(rows)} rows are not steady ({label}: {why})")
 
 
 @contextmanager

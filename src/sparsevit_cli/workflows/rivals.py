@@ -30,7 +30,8 @@ from sparsevit_cli.swin.authors_flow import authors_flow
 from sparsevit_cli.swin.fused import has_fused_attention, with_fused_attention
 
 from .plots import plot_rivals
-from .profile import built, profile_target, refuse_unsteady, threads_set
+from .profile import built, profile_target, threads_set
+from .profile_report import refuse_unsteady
 from .session import Session
 
 PUBLISHED: Mapping[str, Ratios] = {

@@ -20,11 +20,11 @@ from sparsevit_cli.config.loading import section_hash, settings_of
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.data.shrunk import Scale, Shrunk
 from sparsevit_cli.data.source import Data, Source
-from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.evaluation import evaluate
 from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.reporting import Reporter, optional_output
-from sparsevit_cli.runs import HARMLESS, SECTIONS, RunFolder, missing_result
+from sparsevit_cli.runs import HARMLESS, SECTIONS, RunFolder
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
 from sparsevit_cli.sizes import Size
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
@@ -32,9 +32,9 @@ from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.swin.geometry import check_image_size, patch_size
 from sparsevit_cli.tasks.task import Metric, Score
 from sparsevit_cli.training import TrainingJob, TrainingPlan, plan_training, train
-from sparsevit_cli.winner import read_winner
 
 from .plots import plot_training
+from .ratios import ratios_to_finetune
 from .session import Session, Weights
 from .weights import file_weights, trained_weights
 
@@ -115,7 +115,7 @@ def finetune(session: Session) -> TrainingSummary:
     section = session.config.finetune
     weights = trained_weights(session, "adapt", "sparsevit finetune")
     model = session.model(weights.categories, weights)
-    config = chosen_ratios(session, model_depths(model), "sparsevit finetune", weights.sha256)
+    config = ratios_to_finetune(session, model_depths(model), "sparsevit finetune", weights.sha256)
     data = session.data(weights)
     plan = checked_plan(session, "finetune", section, model, data)
     teacher = _teacher(
@@ -137,27 +137,6 @@ def train_smaller_rival(
     plan = checked_plan(session, "finetune", section, model, data)
     start = f"{_start(session, weights)} at {scale.small}"
     return _train(session, folder, data, model, _Kind("rival", section, FixedSchedule(dense), dense, plan, start))
-
-
-def chosen_ratios(session: Session, depths: tuple[int, ...], needed_by: str, adapted: str) -> SparsityConfig:
-    """The ratios to finetune: those of the configuration, else the winner found with the `adapted` weights (a hash)."""
-    given = session.config.finetune.ratios
-    if given is not None:
-        return SparsityConfig.from_ratios(given, depths)
-    winner = winner_ratios(session, depths, needed_by)
-    if read_winner(session.earlier("search").path / "winner.yaml")[1].get("checkpoint_sha256") != adapted:
-        got = "the winner was found with other adapted weights"
-        raise CheckpointError(needed_by, got, f"Type: {session.earlier('search').typed}")
-    return winner
-
-
-def winner_ratios(session: Session, depths: tuple[int, ...], needed_by: str) -> SparsityConfig:
-    """The winner of the search. Raises CheckpointError that says what to type where there is none."""
-    folder = session.earlier("search")
-    path = folder.path / "winner.yaml"
-    if not path.exists():
-        raise missing_result(folder, needed_by)
-    return SparsityConfig.from_ratios(read_winner(path)[0], depths)
 
 
 def _train(session: Session, folder: RunFolder, data: Data, model: nn.Module, kind: _Kind) -> TrainingSummary:
