@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from sparsevit_cli.checkpoints import best_checkpoint
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.errors import CheckpointError, ConfigError, SparseViTError, StoppedError
 from sparsevit_cli.exporting import folder as exporting_folder
@@ -79,6 +80,9 @@ def test_weights_are_taken_by_command_folder_and_file(runs: Path, tmp_path: Path
     safetensors.torch.save_file(file_weights(folder).state_dict, plain)
     by_file = evaluate_checkpoint(session_in(runs), weights=str(plain), ratios=RATIOS)
     assert by_command.score == by_folder.score == by_file.score
+    best = evaluate_checkpoint(session_in(runs), weights="best", ratios=RATIOS)
+    marked = best_checkpoint(runs / "tiny" / "finetune" / "checkpoints")
+    assert best.score == evaluate_checkpoint(session_in(runs), weights=str(marked), ratios=RATIOS).score
     assert by_command.config.ratios == ((0.3,), (0.5,))
     assert evaluate_checkpoint(session_in(runs), weights=str(plain)).config.is_dense  # no ratios, nothing pruned
     assert file_weights(folder).categories.names == tuple("0123456789")

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from sparsevit_cli.commands import COMMANDS
 from sparsevit_cli.data.shrunk import Scale, Shrunk
 from sparsevit_cli.errors import UnsteadyError
-from sparsevit_cli.exporting import MANIFEST, check_packages
-from sparsevit_cli.models import load_state
+from sparsevit_cli.exporting import check_packages
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.profiling.neighbours import Patience
@@ -25,6 +25,7 @@ from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.swin.geometry import patch_size, set_image_size
 from sparsevit_cli.tasks.task import Metric, Score
+from sparsevit_cli.weights import load_state
 
 from .evaluate import evaluate_checkpoint
 from .export import export_settings, export_winner
@@ -44,9 +45,6 @@ from .training import (
     train_smaller_rival,
 )
 from .weights import trained_weights
-
-NEEDED = {"profile": ("profile.json",), "export": (MANIFEST,)}
-"""Files without which a step is not done, whatever its numbers say."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def run_pipeline(session: Session) -> PipelineSummary:
         ("export", export_winner, {**tuned, "settings": export_settings(session)}),
     )
     for command, step, wanted in steps:
-        found = session.earlier(command).done(*NEEDED.get(command, ()))
+        found = session.earlier(command).done(*COMMANDS[command].needed)
         if session.fresh or any(found.get(name) != value for name, value in wanted.items()):
             step(session)
     return _summary(session, folder, contenders, seconds)

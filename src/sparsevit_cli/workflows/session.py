@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map
 from sparsevit_cli.config.experiment import ExperimentConfig
 from sparsevit_cli.data.source import Categories, Data
 from sparsevit_cli.errors import CheckpointError
-from sparsevit_cli.models import load_state
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, model_device, model_dtype, placed
 from sparsevit_cli.profiling.neighbours import Patience
@@ -26,6 +25,7 @@ from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.swin import model_depths, sparsify_
 from sparsevit_cli.tasks.task import BuildOptions, Task, task_of
+from sparsevit_cli.weights import load_state
 
 
 @dataclass(frozen=True)

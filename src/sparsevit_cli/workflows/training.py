@@ -15,6 +15,7 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from sparsevit_cli.atomic import write_atomic, write_json
+from sparsevit_cli.commands import COMMANDS
 from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.config.loading import section_hash, settings_of
 from sparsevit_cli.config.paths import as_path
@@ -24,7 +25,7 @@ from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.evaluation import evaluate
 from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.reporting import Reporter, optional_output
-from sparsevit_cli.runs import HARMLESS, SECTIONS, RunFolder
+from sparsevit_cli.runs import HARMLESS, RunFolder
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
 from sparsevit_cli.sizes import Size
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
@@ -202,7 +203,7 @@ def _train(session: Session, folder: RunFolder, data: Data, model: nn.Module, ki
 
 def _settings(kind: _Kind) -> list[str]:
     """Fields of the configuration that say what the training computes."""
-    name = SECTIONS[kind.command][-1]
+    name = COMMANDS[kind.command].training
     return [f"{name}.{field}" for field in type(kind.section).model_fields if f"{name}.{field}" not in HARMLESS]
 
 
