@@ -70,7 +70,7 @@ Ratios = Annotated[
 ]
 WeightsOf = Annotated[
     str | None,
-    typer.Option("--weights", help="pretrain, adapt, finetune, best, or a file; default: the last one done."),
+    typer.Option("--weights", help="pretrain, adapt, finetune, best or a file; default: the last one done."),
 ]
 
 

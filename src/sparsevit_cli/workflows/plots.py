@@ -63,8 +63,9 @@ def _training(rows: Sequence[Mapping[str, float]], metric: Metric, figure: Any) 
     scores, losses = figure.subplots(2, sharex=True)
     scores.plot(epochs, [row[metric.key] for row in rows], "o-", color="#0b6e4f", ms=4)
     for row in rows:
-        scores.annotate(size_text((int(row["height"]), int(row["width"]))), (row["epoch"], row[metric.key]), xytext=(0, 7), fontsize=7,
-                          textcoords="offset points", ha="center")  # fmt: skip
+        size = size_text((int(row["height"]), int(row["width"])))
+        place = (row["epoch"], row[metric.key])
+        scores.annotate(size, place, xytext=(0, 7), fontsize=7, textcoords="offset points", ha="center")
     scores.margins(y=0.2)
     scores.set_ylabel(f"validation {metric.column}")
     losses.plot(epochs, [row["train_loss"] for row in rows], "o-", color="#9aa5b1", ms=4, label="training")
