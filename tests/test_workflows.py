@@ -399,7 +399,7 @@ def test_settings_that_a_source_ignores_are_refused() -> None:
     with pytest.raises(ValueError, match="crop_pct"):
         tiny_config(data={"crop_pct": 0.5})
     with pytest.raises(ValueError, match=r"data\.digits"):
-        tiny_config(data={"source": "folder", "root": "x"})
+        tiny_config(data={"source": "folder", "root": "x", "digits": {"clutter": 0.1}})
 
 
 def test_the_revision_is_told_inside_a_checkout_only() -> None:
