@@ -20,8 +20,8 @@ from sparsevit_cli import windows
 from sparsevit_cli.config.loading import load_config
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import model_depths, set_sparsity, sparse_stages
+from sparsevit_cli.workflows.ratios import winner_ratios
 from sparsevit_cli.workflows.session import Session
-from sparsevit_cli.workflows.training import winner_ratios
 from sparsevit_cli.workflows.weights import trained_weights
 
 IMAGES = (3, 11)

@@ -1,4 +1,4 @@
-"""The house: a module imports only from rooms above it, and the light rooms never load torch."""
+"""The house: a module imports only from packages above it, and the light packages never load torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 import sparsevit_cli
 
 PACKAGE = Path(sparsevit_cli.__file__).parent
-ROOMS = (  # noqa: SIM905
-    "__init__ errors atomic documents sizes seeding sparsity schedule windows kernels config reporting stopping runs "
-    "winner search swin acceleration checkpoints torch_files models data tasks evaluation profiling training exporting "
-    "workflows console views cli"
+ORDER = (  # noqa: SIM905
+    "__init__ errors atomic documents sizes seeding sparsity schedule windows kernels config reporting stopping "
+    "commands runs winner search swin acceleration checkpoints torch_files weights models data tasks evaluation "
+    "profiling training exporting workflows console views cli"
 ).split()
-"""From top to bottom; a module may import from its own room and from those before it."""
+"""From top to bottom; a module may import from its own package and from those before it."""
 
 LIGHT = (
     "errors",
@@ -45,12 +45,12 @@ def dotted(path: Path) -> tuple[str, ...]:
     return parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
 
 
-def imported_rooms(path: Path) -> set[str]:
+def imported_packages(path: Path) -> set[str]:
     """Rooms of the package that a file imports when it is loaded; inside functions and for types alone is free."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     here = dotted(path)
     package = here if path.name == "__init__.py" else here[:-1]
-    rooms: set[str] = set()
+    packages: set[str] = set()
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -61,22 +61,22 @@ def imported_rooms(path: Path) -> set[str]:
             if node.level:
                 base = package[: len(package) - node.level + 1]
                 target = (*base, *(node.module.split(".") if node.module else ()))
-                rooms.update([target[0]] if target else [alias.name for alias in node.names])
+                packages.update([target[0]] if target else [alias.name for alias in node.names])
             elif node.module and node.module.split(".")[0] == "sparsevit_cli":
                 target = tuple(node.module.split(".")[1:])
-                rooms.update([target[0]] if target else [alias.name for alias in node.names])
+                packages.update([target[0]] if target else [alias.name for alias in node.names])
         for child in ast.iter_child_nodes(node):
             visit(child)
 
     visit(tree)
-    return rooms & set(ROOMS)
+    return packages & set(ORDER)
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: ".".join(dotted(path)))
-def test_a_module_imports_only_from_rooms_above(path: Path) -> None:
-    room = dotted(path)[0]
-    assert room in ROOMS, f"{room} has no place in the order"
-    below = {other for other in imported_rooms(path) if ROOMS.index(other) > ROOMS.index(room)}
+def test_a_module_imports_only_from_packages_above(path: Path) -> None:
+    package = dotted(path)[0]
+    assert package in ORDER, f"{package} has no place in the order"
+    below = {other for other in imported_packages(path) if ORDER.index(other) > ORDER.index(package)}
     assert not below, f"{'.'.join(dotted(path))} imports from {sorted(below)}"
 
 
@@ -108,7 +108,7 @@ def test_no_identifier_outside_tasks_is_of_classification() -> None:
             assert not found, f"{path}:{node.lineno} {found}"  # type: ignore[attr-defined]
 
 
-def test_light_rooms_do_not_load_torch() -> None:
+def test_light_packages_do_not_load_torch() -> None:
     code = f"""
 import importlib, sys
 for name in {LIGHT!r}:

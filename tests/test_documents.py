@@ -22,7 +22,6 @@ from sparsevit_cli.checkpoints import best_checkpoint, latest_checkpoint, load_c
 from sparsevit_cli.documents import read_json
 from sparsevit_cli.errors import CheckpointError, StoppedError
 from sparsevit_cli.exporting import load_exported, load_sparsity
-from sparsevit_cli.models import read_weights
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.search.latency_table import LatencyTable, _checksum
@@ -30,8 +29,9 @@ from sparsevit_cli.search.ledger import LatencyRecord, Ledger, LedgerScope
 from sparsevit_cli.search.ledger import _checksum as row_checksum
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.training import _Run
+from sparsevit_cli.weights import read_weights
 from sparsevit_cli.winner import read_winner
-from sparsevit_cli.workflows.pipeline import _rival_size
+from sparsevit_cli.workflows.smaller import _kept_size
 from sparsevit_cli.workflows.weights import file_weights
 from test_training import StopAt, job, run
 
@@ -81,7 +81,7 @@ def manifest_of(path: Path) -> object:
 
 
 def size_of(path: Path) -> object:
-    return _rival_size(RunFolder(path.parent, "rival"), SparsityConfig.from_ratios(RATIOS))
+    return _kept_size(RunFolder(path.parent, "rival"), SparsityConfig.from_ratios(RATIOS))
 
 
 READERS: dict[str, tuple[object, Callable[[Path], object]]] = {

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sparsevit_cli.config.schema import ModelSection
+from sparsevit_cli.config.experiment import ModelSection
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.models import build_model
 from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
@@ -138,7 +138,17 @@ def test_ratios_are_read_of_sparse_and_dense_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "nearest"), [(90, "88 and 92"), ((230, 198), "[228, 196] and [232, 200]"), (3, "4 and 8")]
+    ("size", "nearest"),
+    [
+        (65, "64 and 68"),
+        (90, "88 and 92"),
+        (97, "96 and 100"),
+        (225, "224 and 228"),
+        ((230, 198), "[228, 196] and [232, 200]"),
+        ((64, 66), "[64, 64] and [64, 68]"),
+        (3, "4 and 8"),
+        (1, "4 and 8"),
+    ],
 )
 def test_sizes_that_timm_would_crop_are_refused(size: int | tuple[int, int], nearest: str) -> None:
     for model in (tiny(), nn.Sequential(tiny())):

@@ -41,15 +41,8 @@ import sparsevit_cli
 from sparsevit_cli.checkpoints import save_checkpoint
 from sparsevit_cli.config.experiment import ModelSection
 from sparsevit_cli.errors import CheckpointError, ConfigError
-from sparsevit_cli.models import (
-    build_model,
-    load_weights,
-    model_arguments,
-    model_depths,
-    read_weights,
-    support_table,
-    supported_models,
-)
+from sparsevit_cli.models import build_model, model_arguments, model_depths, support_table, supported_models
+from sparsevit_cli.weights import load_weights, read_weights
 
 TINY: dict[str, Any] = {
     "embed_dim": 16,

@@ -123,20 +123,20 @@ def test_padding_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = tiny_swin(128).eval(), torch.randn(2, 3, 128, 128)
     rows = {16: 35**2 - 32**2, 32: 21**2 - 16**2, 64: 3 * (14**2 - 8**2)}  # of all blocks, by their width
     set_sparsity(model, 0, exact=False)
-    assert padding_macs(model, x) == sum(count * 4 * c * c for c, count in rows.items())
+    assert padding_macs(image_workload(model, x)) == sum(count * 4 * c * c for c, count in rows.items())
     set_sparsity(model, 0)
-    assert padding_macs(model, x) == 0  # timm's own forward
+    assert padding_macs(image_workload(model, x)) == 0  # timm's own forward
     for stage in sparse_stages(model):
         stage.importance = "random"
     set_sparsity(model, [[0.6], [0], [0, 0], [0]])
     dense_stages = sum(rows[c] * 4 * c * c for c in (32, 64))
-    kept_padding, rest = divmod(2 * (padding_macs(model, x) - dense_stages), 12 * 16 * 16)
+    kept_padding, rest = divmod(2 * (padding_macs(image_workload(model, x)) - dense_stages), 12 * 16 * 16)
     assert rest == 0
     assert 0 < kept_padding < 2 * rows[16]
     for stage in sparse_stages(model):
         stage.kernels = "portable"
     monkeypatch.setattr(held, "is_asynchronous", lambda device: True)
-    assert padding_macs(model, x) == dense_stages  # in stage 0 it is masked
+    assert padding_macs(image_workload(model, x)) == dense_stages  # in stage 0 it is masked
 
 
 def test_only_pruned_stages_change() -> None:

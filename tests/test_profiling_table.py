@@ -17,7 +17,7 @@ from sparsevit_cli.kernels.portable import PORTABLE
 from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
 from sparsevit_cli.profiling.neighbours import Moment, Patience
 from sparsevit_cli.profiling.stages import time_stages
-from sparsevit_cli.profiling.workload import image_workload
+from sparsevit_cli.profiling.workload import Workload, image_workload
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import SparseBlock, get_sparsity, set_sparsity, sparsify_, without_kernels
 
@@ -278,3 +278,26 @@ def test_a_table_whose_times_change_is_measured_again_and_then_refused(monkeypat
     monkeypatch.setattr(fake, "spend", slower)
     with pytest.raises(UnsteadyError, match=r"latency table: times changed by \d+%.*after 1 repetitions"):
         measure_latency_table(image_workload(tiny_swin(), SIZE), seconds=0.001, rounds=4, retries=1, clock=fake.clock)
+
+
+class Detector(nn.Module):
+    """Takes a dict with a list of image batches; the Swin sees all of them, padded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.swin, self.head = tiny_swin(), nn.Linear(10, 2)
+
+    def forward(self, inputs: dict[str, list[Tensor]]) -> list[Tensor]:
+        return [self.head(self.swin(nn.functional.pad(x, (0, 12, 0, 2)))) for x in inputs["images"]]
+
+
+def test_a_detector_with_its_own_inputs_is_measured() -> None:
+    inputs = {"images": [torch.randn(2, 3, 110, 100)] * 2, "sizes": torch.tensor([[110, 100]] * 2)}  # type: ignore[dict-item]
+    workload = Workload(Detector().eval(), inputs, image_size=(110, 100), batch=2)
+    table = measure_latency_table(workload, seconds=0.001, rounds=2, max_spread=1000.0)
+    assert table.predict(SPACE.dense) > 0
+    assert (table.identity["scope"], table.identity["batch"], table.identity["image_size"]) == ("model", 2, [110, 100])
+    assert table.pair_ms[1][0][1] == table.pair_ms[1][0][2]  # 3 of the 4 windows of the padded images' map
+    measured = measure_configs(workload, [SPACE.dense, SPACE.sparsest], seconds=0.001, rounds=6, max_spread=1000.0)
+    assert all(latency.median_ms > 0 for latency in measured.values())
+    assert [row.name for row in time_stages(workload, passes=2).rows][:2] == ["stem", "stage 0"]

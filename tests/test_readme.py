@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from sparsevit_cli import errors
 from sparsevit_cli.cli import app
 from sparsevit_cli.config.experiment import ModelSection
+from sparsevit_cli.sizes import Size
 from sparsevit_cli.workflows import profile
-from sparsevit_cli.workflows.profile import Size
 from test_cli import images_in
 from tiny import write_tiny
 

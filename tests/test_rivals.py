@@ -17,11 +17,13 @@ from sparsevit_cli.errors import MeasurementError
 from sparsevit_cli.kernels import Kernels, choice, held, portable
 from sparsevit_cli.kernels.fallback import LimitedEngine
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
-from sparsevit_cli.profiling.rivals import authors_flow, dense_variants, foreseen, oracle, with_fused_attention
+from sparsevit_cli.profiling.rivals import dense_variants, foreseen, oracle
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import set_sparsity, sparsify_, without_kernels
+from sparsevit_cli.swin.authors_flow import authors_flow
+from sparsevit_cli.swin.fused import with_fused_attention
 from sparsevit_cli.workflows import rivals
-from sparsevit_cli.workflows.rivals import _compared, measure_rivals
+from sparsevit_cli.workflows.rivals import _compared, _Contestant, measure_rivals
 from sparsevit_cli.workflows.session import Session
 from tiny import tiny_config
 
@@ -48,8 +50,8 @@ def test_the_variants_give_timms_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     variants = dense_variants(model, max_autotune=True)
     assert len(variants) == 6
     with torch.inference_mode():
-        for variant in variants.values():
-            assert torch.allclose(variant(x), model(x), atol=1e-5)
+        for variant in variants:
+            assert torch.allclose(variant.run(x), model(x), atol=1e-5)
     for fused in (False, True):
         blocks = [module for module in with_fused_attention(model, fused).modules() if hasattr(module, "qkv")]
         assert [module.fused_attn for module in blocks] == [fused] * 10
@@ -137,8 +139,10 @@ def test_a_benchmark_names_the_best_dense_and_compares_with_it(tmp_path: Path, m
     saved = 1 - sparse.gmacs / rows["ours, ratio 0"].gmacs
     assert (sparse.realised_low, sparse.realised, sparse.realised_high) == pytest.approx([(1 - 4 / 10) / saved] * 3)
     assert (sparse.tax_low, sparse.tax, sparse.tax_high) == pytest.approx([4 / 2 - 1] * 3)
-    shaky = {**rows, "ours, ratio 0": replace(rows["ours, ratio 0"], stable=False)}
-    told = _compared(replace(sparse, realised=None, tax=None), shaky, {sparse.label: Latency.from_samples([1.0])})
+    shaky, steady = replace(rows["ours, ratio 0"], stable=False), Latency.from_samples([1.0])
+    ours = _Contestant("ours", lambda: None, torch.nn.Identity(), None, (64, 64), oracle="oracle")
+    latencies = {sparse.label: steady, "oracle": replace(steady, unsteady="spread"), shaky.label: steady}
+    told = _compared(ours, replace(sparse, realised=None, tax=None), shaky, latencies)
     assert told.realised is told.tax is None
     unsteady = replace(
         report, cells=(replace(cell, rows=(replace(cell.rows[0], stable=False, unsteady="spread"), *cell.rows[1:])),)

@@ -37,7 +37,7 @@ from sparsevit_cli.data.loader import train_batches
 from sparsevit_cli.data.source import BadImages
 from sparsevit_cli.errors import CheckpointError, ConfigError, ResourceError, StoppedError
 from sparsevit_cli.exporting.programs import trace
-from sparsevit_cli.models import build_model, read_weights
+from sparsevit_cli.models import build_model
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder, RunLocks, open_run
 from sparsevit_cli.search import Ledger, LedgerScope
@@ -45,6 +45,7 @@ from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.stopping import stop_on_signals
 from sparsevit_cli.tasks.classification.timm_source import TimmRecords
 from sparsevit_cli.tasks.classification.transforms import TransformSpec
+from sparsevit_cli.weights import read_weights
 from sparsevit_cli.winner import parse_ratios, write_winner
 from sparsevit_cli.workflows.plots import plot_training
 from sparsevit_cli.workflows.session import Session

@@ -227,8 +227,8 @@ def test_a_curriculum_grows_the_images_and_keeps_the_parameters(tmp_path: Path) 
     growing.model.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-1]))
     result = run(growing)
     assert sizes == [16] * growing.plan.phases[0].steps + [32] * growing.plan.phases[1].steps
-    assert [row["img_size"] for row in result.history][-1] == 32
-    rates = {row["img_size"]: row["lr"] for row in result.history}
+    assert [row["height"] for row in result.history][-1] == 32
+    rates = {row["width"]: row["lr"] for row in result.history}
     assert rates[32] <= 1e-4
     assert rates.keys() == {16, 32}
 

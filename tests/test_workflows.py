@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from sparsevit_cli.checkpoints import best_checkpoint
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.errors import CheckpointError, ConfigError, SparseViTError, StoppedError
 from sparsevit_cli.exporting import folder as exporting_folder
@@ -31,10 +32,11 @@ from sparsevit_cli.workflows.evaluate import evaluate_checkpoint
 from sparsevit_cli.workflows.export import export_winner
 from sparsevit_cli.workflows.latencies import SearchLatencies
 from sparsevit_cli.workflows.pages import profile_page
-from sparsevit_cli.workflows.pipeline import MOST_RIVALS, rival_sizes, run_pipeline
+from sparsevit_cli.workflows.pipeline import run_pipeline
 from sparsevit_cli.workflows.plan import plan_lines
 from sparsevit_cli.workflows.profile import profile_model, profile_settings, profile_target, threads_set
 from sparsevit_cli.workflows.session import Session
+from sparsevit_cli.workflows.smaller import MOST_SIZES, rival_sizes
 from sparsevit_cli.workflows.training import adapt, pretrain
 from sparsevit_cli.workflows.weights import file_weights, trained_weights
 from tiny import tiny_config
@@ -78,6 +80,10 @@ def test_weights_are_taken_by_command_folder_and_file(runs: Path, tmp_path: Path
     safetensors.torch.save_file(file_weights(folder).state_dict, plain)
     by_file = evaluate_checkpoint(session_in(runs), weights=str(plain), ratios=RATIOS)
     assert by_command.score == by_folder.score == by_file.score
+    best = evaluate_checkpoint(session_in(runs), weights="best", ratios=RATIOS)
+    marked = best_checkpoint(runs / "tiny" / best.weights / "checkpoints")
+    assert marked is not None
+    assert best.score == evaluate_checkpoint(session_in(runs), weights=str(marked), ratios=RATIOS).score
     assert by_command.config.ratios == ((0.3,), (0.5,))
     assert evaluate_checkpoint(session_in(runs), weights=str(plain)).config.is_dense  # no ratios, nothing pruned
     assert file_weights(folder).categories.names == tuple("0123456789")
@@ -465,7 +471,7 @@ def test_a_thread_count_that_is_not_asked_for_is_not_set(monkeypatch: pytest.Mon
 )
 def test_rivals_fill_whole_windows(img_size: tuple[int, int], patch: int, window: int) -> None:
     sizes = rival_sizes(img_size, patch, window)
-    assert 1 <= len(sizes) <= MOST_RIVALS
+    assert 1 <= len(sizes) <= MOST_SIZES
     unit = patch * window if min(img_size) >= 2 * patch * window else patch
     for height, width in sizes:
         assert height % unit == width % unit == 0

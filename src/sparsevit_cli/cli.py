@@ -69,7 +69,8 @@ Ratios = Annotated[
     typer.Option("--ratios", help="0.6 everywhere, [[.6],[0],[.2,.4,.5],[0]] per stage and pair, or a winner.yaml."),
 ]
 WeightsOf = Annotated[
-    str | None, typer.Option("--weights", help="pretrain, adapt, finetune, or a file; default: the last one done.")
+    str | None,
+    typer.Option("--weights", help="pretrain, adapt, finetune, best or a file; default: the last one done."),
 ]
 
 

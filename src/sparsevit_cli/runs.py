@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 from .atomic import UNSUPPORTED, disk_errors, json_text, remove_leftovers, sha256_file, write_atomic, write_json
+from .commands import COMMANDS
 from .config.experiment import ExperimentConfig
 from .config.loading import config_differences, dump_config, load_config
 from .config.paths import as_path
@@ -28,28 +29,11 @@ from .documents import exists, read_json, understood
 from .errors import CheckpointError, ConfigError, SparseViTError
 from .reporting import Reporter
 
-SECTIONS: Mapping[str, tuple[str, ...]] = {
-    "pretrain": ("seed", "task", "model", "data", "train"),
-    "adapt": ("seed", "task", "model", "data", "adapt"),
-    "search": ("task", "model", "data"),
-    "finetune": ("seed", "task", "model", "data", "finetune"),
-    "rival": ("seed", "task", "model", "data", "finetune"),
-    "evaluate": ("task", "model", "data"),
-    "profile": ("task", "model"),
-    "rivals": ("task", "model"),
-    "export": ("task", "model"),
-    "run": ("task", "model", "data"),
-}
-"""Sections that the result of a command depends on; a second run in the folder must agree on them."""
-
 SCHEMA_VERSION = 2
 """Of results; those of version 1 know image classification alone."""
 
 WORK = ("checkpoints", "ledger.sqlite", "metrics.json")
 """What a run has paid for; a folder with none of it (data that could not be read, say) holds nothing to protect."""
-
-TRAININGS = ("pretrain", "adapt", "finetune", "rival")
-"""Commands that go on in their folder; the others set an earlier result aside and start anew."""
 
 _log = logging.getLogger(__name__)
 
@@ -235,7 +219,7 @@ def open_run(
         remove_leftovers(path)
         remove_leftovers(path / "checkpoints")
     about = {"config.yaml": dump_config(config), "env.json": json_text(environment)}
-    is_replaced_later = command not in TRAININGS and (path / "metrics.json").exists()
+    is_replaced_later = COMMANDS[command].training is None and (path / "metrics.json").exists()
     folder = RunFolder(path, command, argv, about if is_replaced_later else {})
     if not is_replaced_later:
         for name, text in about.items():
@@ -265,7 +249,7 @@ def _next(folder: Path, prefix: str) -> Path:
 
 
 def _refuse_other_settings(old: ExperimentConfig, new: ExperimentConfig, command: str, path: Path) -> None:
-    sections = SECTIONS[command]
+    sections = COMMANDS[command].sections
     differing = [
         line
         for line in config_differences(old, new, ignore=HARMLESS)

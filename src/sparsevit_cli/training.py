@@ -39,7 +39,6 @@ from .data.loader import MAX_WAIT_SECONDS, train_batches
 from .data.source import Batch, Source
 from .documents import number, understood
 from .errors import CheckpointError, NonFiniteError, ResourceError, StoppedError, is_out_of_memory
-from .models import load_state
 from .profiling.device import describe_versions
 from .profiling.inputs import TORCH_DTYPE, trained_in
 from .reporting import Progress, Reporter
@@ -50,6 +49,7 @@ from .stopping import StopRequest
 from .swin import set_sparsity
 from .swin.geometry import set_image_size_in_training
 from .tasks.task import Score, Task
+from .weights import load_state
 
 FP16_SCALE = 2.0**12
 """First loss scale of fp16; torch's own default needs more halvings than MAX_BAD_STEPS allows."""
@@ -188,7 +188,7 @@ def train(
     return TrainingResult(newest, tuple(run.history), resumed_from, run.seconds)
 
 
-ROW = {"step", "epoch", "img_size", "lr", "train_loss", "seconds"}
+ROW = {"step", "epoch", "height", "width", "lr", "train_loss", "seconds"}
 """What every row of the history holds, besides the metric."""
 LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """State of an optimizer in the shape of its parameter, where torch's fused kernels do not look twice."""
@@ -407,7 +407,8 @@ class _Run:
         row: dict[str, float] = {
             "step": self.step,
             "epoch": round(self.step / self.job.plan.steps_per_epoch, 3),
-            "img_size": seen[0],
+            "height": seen[0],
+            "width": seen[1],
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": sum(self.losses) / max(1, len(self.losses)),
             "seconds": round(self.seconds, 1),
@@ -429,7 +430,8 @@ class _Run:
     def is_best(self) -> bool:
         """True if the newest row has the best metric of all rows at its image size."""
         newest, key = self.history[-1], self.job.task.metric.key
-        rivals = [row[key] for row in self.history if row["img_size"] == newest["img_size"]]
+        size = newest["height"], newest["width"]
+        rivals = [row[key] for row in self.history if (row["height"], row["width"]) == size]
         return newest[key] >= max(rivals)
 
     def save(self, *, best: bool) -> None:

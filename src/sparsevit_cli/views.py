@@ -5,21 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .commands import COMMANDS
 from .console import print_lines, print_table
-from .runs import next_command
+from .runs import RunFolder, next_command
 
 if TYPE_CHECKING:
     from .models import SupportedModel
     from .workflows.evaluate import EvaluateSummary
     from .workflows.export import ExportSummary
     from .workflows.pipeline import PipelineSummary
-    from .workflows.profile import ProfileReport
+    from .workflows.profile_report import ProfileReport
     from .workflows.rivals import RivalReport
     from .workflows.search import SearchSummary
     from .workflows.training import TrainingSummary
 
 NOT_STEADY = "not steady"
-NEXT = {"pretrain": "adapt", "adapt": "search --budget-latency 70%", "search": "finetune", "finetune": "profile"}
+
+
+def _following(folder: RunFolder) -> str:
+    """What to type after the command of this folder."""
+    following = COMMANDS[folder.command].next_command
+    assert following is not None, folder.command
+    return next_command(following, folder.argv)
 
 
 def _told(middle: float | None, low: float | None, high: float | None, form: str, absent: str = "-") -> str:
@@ -41,7 +48,7 @@ def show_training(summary: TrainingSummary) -> None:
     print_lines(
         f"{summary.command}: {summary.metric.told(summary.score)} after {summary.seconds:.0f} s, "
         f"in {summary.folder.path}",
-        f"Next: {next_command(NEXT[summary.command], summary.folder.argv)}",
+        f"Next: {_following(summary.folder)}",
     )
 
 
@@ -71,7 +78,7 @@ def show_search(summary: SearchSummary) -> None:
         lines.append(f"subset against whole search split: rank correlation {summary.proxy_correlation:.2f}")
     lines += [summary.note] if summary.note else []
     lines.append(f"winner: {summary.winner.config}, in {summary.folder.path / 'winner.yaml'}")
-    print_lines(*lines, f"Next: {next_command(NEXT['search'], summary.folder.argv)}")
+    print_lines(*lines, f"Next: {_following(summary.folder)}")
 
 
 def show_evaluation(summary: EvaluateSummary) -> None:

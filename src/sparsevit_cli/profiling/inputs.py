@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.swin.geometry import fixed_image_size, input_channels
-from sparsevit_cli.swin.geometry import named_stages as named_stages  # noqa: PLC0414 - for `timeline`
-from sparsevit_cli.swin.geometry import stem_name as stem_name  # noqa: PLC0414
 
 TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions of the configuration, as torch names them."""

@@ -122,8 +122,8 @@ class _OfTensors(nn.Module):
         return tuple(output for output in outputs if isinstance(output, Tensor)) or tensors
 
 
-def padding_macs(model: nn.Module, x: Tensor) -> float:
-    """Multiply-adds per image that `count_macs` counts and `kernels` leave out: those of padding, for images `x`.
+def padding_macs(workload: Workload) -> float:
+    """Multiply-adds per image that `count_macs` counts and `kernels` leave out: those of padding, for these inputs.
 
     Left out are linear layers; attention, a few percent of a block, is counted for whole windows. Which windows are
     kept decides how much that is, so one forward pass runs. Zero where maps need no padding, where timm's own modules
@@ -144,15 +144,15 @@ def padding_macs(model: nn.Module, x: Tensor) -> float:
         left_out += int((rows == batch * height * width).sum()) * sum(map(weights_in, layers))
 
     count.keeps_nothing = True  # type: ignore[attr-defined]
-    blocks = [block for _, stage in named_stages(model) for block in stage.blocks]
+    blocks = [block for _, stage in named_stages(workload.model) for block in stage.blocks]
     hooks = [block.register_forward_pre_hook(count, with_kwargs=True) for block in blocks]
     try:
-        with evaluating(model), memory_errors(f"forward of {tuple(x.shape)}"):
-            model(x)
+        with evaluating(workload.model), memory_errors(str(workload)):
+            workload.run()
     finally:
         for hook in hooks:
             hook.remove()
-    return left_out / len(x)
+    return left_out / workload.batch
 
 
 def flopcounter_macs(workload: Workload) -> MacsReport:

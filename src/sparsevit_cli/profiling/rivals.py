@@ -5,19 +5,18 @@ Letters are those of the benchmark's table: B0 the authors' flow at equal ratios
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
 from torch import Tensor, nn
 
 from sparsevit_cli import kernels, windows
 from sparsevit_cli.acceleration import accelerate_
-from sparsevit_cli.swin import SparseSwinTransformerStage, sparse_stages
+from sparsevit_cli.swin.fused import has_fused_attention, with_fused_attention
 from sparsevit_cli.windows import Importance, Kept
 
 from .inputs import evaluating
@@ -25,7 +24,17 @@ from .inputs import evaluating
 Compile = Callable[[nn.Module], Any]
 
 
-def dense_variants(model: nn.Module, *, max_autotune: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Variant:
+    """A way to run dense timm: `run(images)`. `counted` is the module that it has its figures from."""
+
+    label: str
+    run: Any
+    counted: nn.Module
+    is_eager: bool
+
+
+def dense_variants(model: nn.Module, *, max_autotune: bool = False) -> list[Variant]:
     """B2: timm's `model` with fused attention off and on, eager and compiled; copies, in evaluation mode.
 
     V2 and V2-CR have no fused attention in timm. On a GPU also with CUDA graphs: eager ones captured as ours are,
@@ -38,10 +47,12 @@ def dense_variants(model: nn.Module, *, max_autotune: bool = False) -> dict[str,
         modes["compile, CUDA graphs"] = lambda m: torch.compile(m, dynamic=False, mode="reduce-overhead")
     if max_autotune:
         modes["max-autotune"] = lambda m: torch.compile(m, dynamic=False, mode="max-autotune")
-    variants: dict[str, Any] = {}
+    variants = []
     for mode, compiled in modes.items():
         for fused in (False, True) if has_fused_attention(model) else (False,):
-            variants[f"timm {mode}{', fused' if fused else ''}"] = compiled(with_fused_attention(model, fused))
+            counted = with_fused_attention(model, fused)
+            label = f"timm {mode}{', fused' if fused else ''}"
+            variants.append(Variant(label, compiled(counted), counted, mode == "eager"))
     return variants
 
 
@@ -51,90 +62,6 @@ def frozen_variant(model: nn.Module) -> Any:
     An option few users know; it changes no rule of B2 and is told beside it.
     """
     return torch.compile(with_fused_attention(model, True), dynamic=False, options={"freezing": True})
-
-
-def has_fused_attention(model: nn.Module) -> bool:
-    """True where timm's attention has a fused form: in V1."""
-    return any(isinstance(module, WindowAttention) for module in model.modules())
-
-
-def with_fused_attention(model: nn.Module, fused: bool) -> nn.Module:
-    """A copy of a timm Swin as TIMM_FUSED_ATTN=2 (or 0) would have built it."""
-    clone = copy.deepcopy(model).eval()
-    for module in clone.modules():
-        if isinstance(module, WindowAttention):
-            module.fused_attn = fused
-    return clone
-
-
-class AuthorsFlowStage(SparseSwinTransformerStage):
-    """B0: a sparse stage with the data flow of the released SparseViT, written anew.
-
-    Each block rolls and pads the map, partitions all windows, gathers the kept ones, runs, scatters them among the
-    others, reverses, crops and rolls back; attention masks are built in every forward. Attention and layers are timm's.
-    Same numbers as ours.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C) to (B, H', W', C')."""
-        x = self.downsample(x)
-        height, width = x.shape[1:3]
-        magnitude: Tensor | None = None
-        ranked: dict[tuple[int, int], Tensor] = {}
-        for number, block in enumerate(self.blocks):
-            rows, cols = windows.window_grid(height, width, block.window_size)
-            count = windows.num_keep(rows * cols, self.sparsity_tenths[number // 2])
-            if count == rows * cols:
-                x = block(x)
-                continue
-            if magnitude is None:
-                magnitude = windows.token_magnitude(x, "mean_abs_l2").view(*x.shape[:3], 1)
-            if block.shift_size not in ranked:
-                scores = _partitioned(block, magnitude).square().sum((2, 3)).sqrt()
-                ranked[block.shift_size] = scores.topk(count, dim=1).indices
-            x = _authors_block(block, x, ranked[block.shift_size][:, :count])
-        return x
-
-
-def _partitioned(block: Any, x: Tensor) -> Tensor:
-    """(B, H, W, C) rolled, padded and cut into all windows: (B, n, N, C)."""
-    batch, height, width, channels = x.shape
-    (wh, ww), (sh, sw) = block.window_size, block.shift_size
-    rows, cols = windows.window_grid(height, width, block.window_size)
-    x = torch.roll(x, shifts=(-sh, -sw), dims=(1, 2)) if sh or sw else x
-    x = nn.functional.pad(x, (0, 0, 0, cols * ww - width, 0, rows * wh - height))
-    parts: Tensor = window_partition(x, (wh, ww))
-    return parts.view(batch, rows * cols, wh * ww, channels)
-
-
-def _authors_block(block: Any, x: Tensor, keep: Tensor) -> Tensor:
-    height, width, channels = x.shape[1:]
-    (wh, ww), (sh, sw) = block.window_size, block.shift_size
-    rows, cols = windows.window_grid(height, width, block.window_size)
-    parts = _partitioned(block, x)
-    place = keep[:, :, None, None].expand(-1, -1, wh * ww, channels)
-    kept = parts.gather(1, place)
-    normed = block.norm1(kept)
-    if windows.has_padding(height, width, block.window_size):  # timm pads after the norm, with zeros
-        normed = normed * _partitioned(block, torch.ones_like(x[..., :1])).gather(1, place[..., :1])
-    mask = block.get_attn_mask(x.new_empty(1, rows * wh, cols * ww, 1))
-    kept_mask = None if mask is None else mask[keep.flatten()]
-    kept = kept + block.attn(normed.flatten(0, 1), mask=kept_mask).view_as(kept)
-    kept = kept + block.mlp(block.norm2(kept))
-    parts = parts.scatter(1, place, kept)
-    merged: Tensor = window_reverse(parts.reshape(-1, wh, ww, channels), (wh, ww), rows * wh, cols * ww)
-    merged = merged[:, :height, :width].contiguous()
-    return merged.roll(shifts=(sh, sw), dims=(1, 2)) if sh or sw else merged
-
-
-def authors_flow(model: nn.Module) -> nn.Module | None:
-    """A copy of a sparse model at its ratios, with the authors' data flow (B0); None where it is not a V1."""
-    if any(type(stage) is not SparseSwinTransformerStage for stage in sparse_stages(model)):
-        return None
-    clone = copy.deepcopy(model)
-    for stage in sparse_stages(clone):
-        stage.__class__ = AuthorsFlowStage
-    return clone
 
 
 Memory = dict[Any, Any]

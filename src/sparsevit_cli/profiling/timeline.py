@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.kernels import Engine, EngineAround, Moves
+from sparsevit_cli.swin.geometry import named_stages, stem_name
 
 from .device import synchronize
-from .inputs import named_stages, stem_name
 from .latency import Clock
 
 Label = tuple[Any, ...]

@@ -13,7 +13,7 @@ from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
 
-from .evaluate import ratios_to_use
+from .ratios import ratios_of_weights
 from .session import Session
 from .weights import chosen_weights
 
@@ -54,7 +54,7 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
     section = session.config.export
     trained = chosen_weights(session, weights, "sparsevit export")
     model = session.model(trained.categories, trained).eval()
-    config = ratios_to_use(session, model_depths(model), ratios, trained)
+    config = ratios_of_weights(session, model_depths(model), ratios, trained)
     folder = session.folder("export")
     set_sparsity(model, config)
     # A copy: the export replaces its files only once the new ones are good.

@@ -12,11 +12,9 @@ from torch import nn
 from sparsevit_cli.atomic import write_atomic
 from sparsevit_cli.documents import read_bytes
 from sparsevit_cli.errors import CheckpointError, MeasurementError, UnsteadyError
-from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
 from sparsevit_cli.profiling.neighbours import Patience
-from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.search.latency_table import LatencyTable, TableError
 from sparsevit_cli.search.ledger import LatencyRecord, Ledger
@@ -33,10 +31,7 @@ class SearchLatencies:
     ) -> None:
         self.session, self.folder, self.space, self.ledger = session, folder, space, ledger
         self.section = session.config.search
-        self.workload = image_workload(
-            model, (session.config.model.in_chans, *session.img_size), self.section.batch_size,
-            device=session.device, dtype=TORCH_DTYPE[self.section.precision], seed=session.config.seed,
-        )  # fmt: skip
+        self.workload = session.workload(model, batch_size=self.section.batch_size, precision=self.section.precision)
         clock = session.config.clock
         self._identity = {**table_identity(self.workload), "clock": [clock.max_neighbour, clock.max_spread]}
         self._measured: dict[SparsityConfig, LatencyRecord] = {}

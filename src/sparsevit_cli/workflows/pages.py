@@ -6,12 +6,11 @@ import csv
 import html
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsevit_cli.profiling.stages import StageTimes
 
-if TYPE_CHECKING:
-    from .profile import ProfileReport, ProfileRow
+from .profile_report import ProfileReport, ProfileRow
 
 COLUMNS = ("model", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [95 %]", "speed-up [95 %]", "images/s",
            "peak MB")  # fmt: skip

@@ -8,38 +8,35 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from operator import index
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from sparsevit_cli.atomic import write_json
-from sparsevit_cli.data.shrunk import Scale, Shrunk, multiples
-from sparsevit_cli.data.source import Categories, Data
-from sparsevit_cli.documents import read_json, understood
-from sparsevit_cli.errors import CheckpointError, UnsteadyError
-from sparsevit_cli.exporting import MANIFEST, check_packages
-from sparsevit_cli.profiling.inputs import TORCH_DTYPE, example_input, placed
+from sparsevit_cli.commands import COMMANDS
+from sparsevit_cli.data.shrunk import Scale, Shrunk
+from sparsevit_cli.errors import UnsteadyError
+from sparsevit_cli.exporting import check_packages
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
-from sparsevit_cli.profiling.macs import count_macs, macs_cost
+from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.profiling.neighbours import Patience
-from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sizes import Size, size_text
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
-from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity
-from sparsevit_cli.swin.geometry import patch_size, set_image_size, window_sizes
+from sparsevit_cli.swin import model_depths, set_sparsity
+from sparsevit_cli.swin.geometry import patch_size, set_image_size
 from sparsevit_cli.tasks.task import Metric, Score
+from sparsevit_cli.weights import load_state
 
 from .evaluate import evaluate_checkpoint
 from .export import export_settings, export_winner
 from .profile import profile_model, profile_settings
+from .ratios import ratios_to_finetune
 from .search import budget_requests, is_searched, search
-from .session import Session, Weights
+from .session import Session
+from .smaller import equal_size, open_rival
 from .training import (
     adapt,
     checked_plan,
-    chosen_ratios,
     dense_weights,
     finetune,
     has_own_weights,
@@ -48,12 +45,6 @@ from .training import (
     train_smaller_rival,
 )
 from .weights import trained_weights
-
-RIVAL_SIZE = "size.json"
-NEEDED = {"profile": ("profile.json",), "export": (MANIFEST,)}
-"""Files without which a step is not done, whatever its numbers say."""
-MOST_RIVALS = 9
-"""Lower resolutions whose latency is measured, to find the one nearest to the winner's."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +97,15 @@ class PipelineSummary:
 
 @dataclass(frozen=True)
 class _Contender:
-    """A model at its setting, with what it scored."""
+    """One row of the table: a model at a setting, and what it scored with weights of its own.
+
+    Latency does not depend on weights: all rows of one image size are measured with one `model`.
+    """
 
     label: str
     model: nn.Module
     config: SparsityConfig
+    exact: bool
     size: Size
     score: Score
 
@@ -138,7 +133,7 @@ def run_pipeline(session: Session) -> PipelineSummary:
         ("export", export_winner, {**tuned, "settings": export_settings(session)}),
     )
     for command, step, wanted in steps:
-        found = session.earlier(command).done(*NEEDED.get(command, ()))
+        found = session.earlier(command).done(*COMMANDS[command].needed)
         if session.fresh or any(found.get(name) != value for name, value in wanted.items()):
             step(session)
     return _summary(session, folder, contenders, seconds)
@@ -180,43 +175,39 @@ def _check_settings(session: Session) -> None:
 
 
 def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]:
-    """The models of the table, each scored on the validation data."""
+    """The rows of the table, each scored on the validation data; two models at most are in memory."""
     adapted, tuned = (trained_weights(session, name, "sparsevit run") for name in ("adapt", "finetune"))
-    dense = dense_weights(session, "run")
-    data = session.data(tuned)
-    classes = tuned.categories
-    dense_model, adapted_model, tuned_model = (session.model(classes, w).eval() for w in (dense, adapted, tuned))
-    winner = chosen_ratios(session, model_depths(tuned_model), "sparsevit run", adapted.sha256)
-    space = session.space(adapted_model, session.config.search.max_ratio)
+    dense, data = dense_weights(session, "run"), session.data(tuned)
+    model = session.model(data.categories, dense).eval()
+    winner = ratios_to_finetune(session, model_depths(model), "sparsevit run", adapted.sha256)
+    space = session.space(model, session.config.search.max_ratio)
+    found: list[_Contender] = []
 
-    found = [
-        _score(session, data, "dense (timm)", dense_model, space.dense),
-        _score(session, data, "dense, our kernels", session.model(classes, dense).eval(), space.dense, exact=False),
-    ]
-    folder = _rival_folder(session, winner)
-    rival, size = _smaller_rival(session, folder, dense, classes, tuned_model, winner)
+    def add(
+        label: str, of: nn.Module, config: SparsityConfig, size: Size = session.img_size, exact: bool = True
+    ) -> None:
+        set_sparsity(of, config, exact=exact)
+        images = data.val if size == session.img_size else Shrunk(data.val, Scale(session.img_size, size))
+        with session.reporter.progress("score", -(-len(data.val) // session.config.data.eval_batch_size)) as progress:
+            reached = score(session, of, images, progress=progress, before_batch=_check(session))
+        found.append(_Contender(label, of, config, exact, size, reached))
+
+    add("dense (timm)", model, space.dense)
+    add("dense, our kernels", model, space.dense, exact=False)
+    folder = open_rival(session, winner)
+    size = equal_size(session, folder, model, winner, partial(_measure, session, rounds=10))
+    rival = session.model(data.categories, dense)
+    set_image_size(rival, size)
     scale = Scale(session.img_size, size, patch_size(rival)[0])
     seconds["rival"] = train_smaller_rival(session, folder, rival, dense, scale).seconds
-    label = f"dense at {size_text(size)}, our kernels"
-    found.append(_score(session, data, label, rival.eval(), space.dense, size, exact=False))
-    for config in _uniform_rivals(session, space, adapted_model, winner):
-        label = f"uniform {config.ratios[0][0]:g}"
-        found.append(_score(session, data, label, session.model(classes, adapted).eval(), config))
-    found.append(_score(session, data, "winner, before finetuning", adapted_model, winner))
-    found.append(_score(session, data, "winner, finetuned", tuned_model, winner))
+    add(f"dense at {size_text(size)}, our kernels", rival.eval(), space.dense, size, exact=False)
+    load_state(model, adapted.state_dict, "weights of adapt")
+    for config in _uniform_rivals(session, space, model, winner):
+        add(f"uniform {config.ratios[0][0]:g}", model, config)
+    add("winner, before finetuning", model, winner)
+    load_state(model, tuned.state_dict, "weights of finetune")
+    add("winner, finetuned", model, winner)
     return found
-
-
-def _score(
-    session: Session, data: Data, label: str, model: nn.Module, config: SparsityConfig,
-    size: Size | None = None, *, exact: bool = True,
-) -> _Contender:  # fmt: skip
-    set_sparsity(model, config, exact=exact)
-    images = data.val if size is None else Shrunk(data.val, Scale(session.img_size, size))
-    batches = -(-len(data.val) // session.config.data.eval_batch_size)
-    with session.reporter.progress("score", batches) as progress:
-        found = score(session, model, images, progress=progress, before_batch=_check(session))
-    return _Contender(label, model, config, size or session.img_size, found)
 
 
 def _check(session: Session) -> Callable[[], None]:
@@ -227,95 +218,15 @@ def _uniform_rivals(
     session: Session, space: SearchSpace, model: nn.Module, winner: SparsityConfig
 ) -> list[SparsityConfig]:
     """The two uniform ratios whose multiply-adds stand next to the winner's, above and below."""
-    macs = macs_cost(image_workload(model, (session.config.model.in_chans, *session.img_size)))
+    macs = macs_cost(session.workload(model))
     uniform = [space.uniform(tenths / 10) for tenths in range(1, space.max_tenths + 1)]
     above = [config for config in uniform if macs(config) >= macs(winner)]
     below = [config for config in uniform if macs(config) < macs(winner)]
     return above[-1:] + below[:1]
 
 
-def _rival_folder(session: Session, winner: SparsityConfig) -> RunFolder:
-    """The rival's folder; that of another winner is set aside: its size stands for another latency."""
-    earlier = session.earlier("rival")
-    stale = _rival_size(earlier, winner) is None and earlier.path.exists()
-    return session.replaced(fresh=session.fresh or stale).folder("rival")
-
-
-def _rival_size(folder: RunFolder, winner: SparsityConfig) -> Size | None:
-    """The size chosen for this winner; None where none was, or where the file does not say."""
-    path = folder.path / RIVAL_SIZE
-    try:
-        with understood(path):
-            document = read_json(path)
-            height, width = map(index, document["img_size"])
-            return (height, width) if document["winner"] == str(winner) and min(height, width) > 0 else None
-    except CheckpointError:
-        return None
-
-
-def _smaller_rival(
-    session: Session,
-    folder: RunFolder,
-    weights: Weights | None,
-    classes: Categories,
-    tuned: nn.Module,
-    winner: SparsityConfig,
-) -> tuple[nn.Module, Size]:
-    """The dense model at the lower resolution whose latency is nearest to the winner's."""
-    set_sparsity(tuned, winner)
-    sizes = rival_sizes(session.img_size, patch_size(tuned)[0], max(window_sizes(tuned)[0]))
-    chosen = _rival_size(folder, winner)
-    if chosen is not None:  # measured again, noise could pick another one than was trained
-        model = session.model(classes, weights)
-        set_image_size(model, chosen)
-        return model.eval(), chosen
-    models = {size: session.model(classes, weights).eval() for size in sorted(sizes)}
-    for size, model in models.items():
-        set_image_size(model, size)
-        set_sparsity(model, 0.0, exact=False)  # as fast as the winner's dense parts
-    calls: dict[str, Any] = {"winner": _call(session, tuned, session.img_size)}
-    calls |= {size_text(size): _call(session, model, size) for size, model in models.items()}
-    latencies = _measure(session, calls, rounds=10)
-    costs, cost, unit = {name: latency.median_ms for name, latency in latencies.items()}, "latency", "ms"
-    if not all(latency.stable for latency in latencies.values()):
-        shapes = {"winner": (tuned, session.img_size), **{size_text(s): (m, s) for s, m in models.items()}}
-        channels = session.config.model.in_chans
-        costs = {name: count_macs(model, (channels, *s)).gmacs for name, (model, s) in shapes.items()}
-        cost, unit = "multiply-adds, for latencies are not steady", "GMACs"
-    size = min(models, key=lambda size: abs(costs[size_text(size)] - costs["winner"]))
-    session.reporter.say(
-        f"run: the dense rival of equal {cost}, takes {size_text(size)} pixels "
-        f"({costs[size_text(size)]:.3g} {unit}, the winner {costs['winner']:.3g} {unit})"
-    )
-    write_json(folder.path / RIVAL_SIZE, {"img_size": size, "winner": str(winner), "of_equal": cost})
-    return models[size], size
-
-
-def rival_sizes(img_size: Size, patch: int, window: int) -> set[Size]:
-    """Sizes from a third of `img_size` up, in steps that fill whole windows of the first stage: no padding slows them.
-
-    `patch` in pixels, `window` in patches. For 192 pixels, patches of 4 and windows of 4: 64, 80 ... 176.
-    """
-    unit = patch * window if min(img_size) >= 2 * patch * window else patch
-    count = min(img_size) // unit
-    numbers = range(max(1, -(-count // 3)), count)
-    thinned = numbers[:: max(1, -(-len(numbers) // MOST_RIVALS))]
-    return {multiples(img_size, number / count, unit) for number in thinned} - {img_size}
-
-
-def _call(session: Session, model: nn.Module, size: Size) -> Any:
-    measured = placed(model.eval(), session.device, TORCH_DTYPE[session.config.search.precision])
-    return partial(measured, _images(session, measured, size))
-
-
-def _images(session: Session, model: nn.Module, size: Size) -> Tensor:
-    section = session.config.search
-    image = (session.config.model.in_chans, *size)
-    return example_input(model, image, section.batch_size, device=session.device, dtype=TORCH_DTYPE[section.precision])
-
-
 def _measure(
-    session: Session, calls: Mapping[str, Any], rounds: int = 30, patience: Patience | None = None
+    session: Session, calls: Mapping[str, Callable[[], object]], rounds: int = 30, patience: Patience | None = None
 ) -> dict[str, Latency]:
     latencies = measure_interleaved(
         calls, device=session.device, seconds=session.config.search.seconds, rounds=rounds,
@@ -332,25 +243,31 @@ def _summary(
     session: Session, folder: RunFolder, contenders: list[_Contender], seconds: Mapping[str, float]
 ) -> PipelineSummary:
     """Measure all contenders in one interleaved run, dense first: it is the reference."""
-    calls = {c.label: _call(session, c.model, c.size) for c in contenders}
+    section = session.config.search
+    models = {c.model: session.workload(c.model, c.size, section.batch_size, section.precision) for c in contenders}
+    macs = {model: macs_cost(workload) for model, workload in models.items()}
+
+    def call(contender: _Contender) -> object:
+        workload = models[contender.model]
+        set_sparsity(workload.model, contender.config, exact=contender.exact)
+        return workload.run()
+
     latencies = _measure(
-        session, calls, patience=Patience(session.config.clock.wait, session.config.clock.max_neighbour)
-    )
+        session, {c.label: partial(call, c) for c in contenders},
+        patience=Patience(session.config.clock.wait, session.config.clock.max_neighbour),
+    )  # fmt: skip
     reference = latencies[contenders[0].label]
-    rows = []
-    for contender in contenders:
-        latency = latencies[contender.label]
-        image = (session.config.model.in_chans, *contender.size)
-        rows.append(
-            PipelineRow(
-                label=contender.label,
-                ratios=get_sparsity(contender.model).ratios,
-                image_size=contender.size,
-                score=contender.score.value,
-                gmacs=count_macs(contender.model, image).gmacs,
-                **_facts(latency, reference),
-            )
+    rows = [
+        PipelineRow(
+            label=contender.label,
+            ratios=contender.config.ratios,
+            image_size=contender.size,
+            score=contender.score.value,
+            gmacs=macs[contender.model](contender.config) / 1e9,
+            **_facts(latencies[contender.label], reference),
         )
+        for contender in contenders
+    ]
     written = [
         session.earlier("search").path / "winner.yaml",
         session.earlier("search").path / "pareto.png",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.profiling.device import synchronize
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, trained_in
 from sparsevit_cli.profiling.latency_table import measure_configs
 from sparsevit_cli.profiling.macs import macs_cost
-from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.training import plan_training
@@ -72,7 +72,7 @@ class _Plan:
         """Data, model, space."""
         config = self.session.config
         space = self.session.space(self.model, config.search.max_ratio)
-        macs = macs_cost(image_workload(self.model, (config.model.in_chans, *self.session.img_size)))
+        macs = macs_cost(self.session.workload(self.model))
         return [
             *(f"{name}: {value}" for name, value in self.data.describe()),
             f"model: {config.model.name}, {self.parameters / 1e6:.2f} M parameters, "
@@ -110,9 +110,8 @@ class _Plan:
         """Seconds of a dense evaluation, from a few timed batches of the search's size."""
         section, session = self.session.config.search, self.session
         dense = SearchSpace(model_depths(self.model)).dense
-        image = (session.config.model.in_chans, *session.img_size)
         latency = measure_configs(
-            image_workload(self.model, image, section.batch_size, device=session.device), [dense],
+            session.workload(self.model, batch_size=section.batch_size), [dense],
             seconds=0.1, rounds=TIMED_STEPS, retries=0, patience=session.patience.without_waiting(),
         )[dense]  # fmt: skip
         return images * latency.median_ms / section.batch_size / 1000
@@ -121,14 +120,14 @@ class _Plan:
         """Seconds of one dense step, forward and backward, in the precision of the training; the best of a few."""
         device = self.session.device
         precision = trained_in(section.precision, device)
-        x = torch.randn(section.batch_size, self.session.config.model.in_chans, *self.session.img_size, device=device)
+        workload = self.session.workload(self.model, batch_size=section.batch_size)
         set_sparsity(self.model, 0.0)
         best = float("inf")
         for _ in range(TIMED_STEPS):
             synchronize(device)
             began = time.perf_counter()
             with torch.autocast(device.type, TORCH_DTYPE[precision], enabled=precision != "fp32"):
-                loss = self.model(x).float().sum()
+                loss = sum(leaf.float().sum() for leaf in tree_leaves(workload.run()))
             loss.backward()
             synchronize(device)
             best = min(best, time.perf_counter() - began)

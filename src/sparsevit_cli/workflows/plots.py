@@ -14,6 +14,7 @@ from typing import Any
 from sparsevit_cli.atomic import write_atomic
 from sparsevit_cli.reporting import Reporter, optional_output
 from sparsevit_cli.search.results import Evaluation
+from sparsevit_cli.sizes import size_text
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.tasks.task import Metric
 
@@ -62,8 +63,9 @@ def _training(rows: Sequence[Mapping[str, float]], metric: Metric, figure: Any) 
     scores, losses = figure.subplots(2, sharex=True)
     scores.plot(epochs, [row[metric.key] for row in rows], "o-", color="#0b6e4f", ms=4)
     for row in rows:
-        scores.annotate(f"{row['img_size']:g} px", (row["epoch"], row[metric.key]), xytext=(0, 7), fontsize=7,
-                          textcoords="offset points", ha="center")  # fmt: skip
+        size = size_text((int(row["height"]), int(row["width"])))
+        place = (row["epoch"], row[metric.key])
+        scores.annotate(size, place, xytext=(0, 7), fontsize=7, textcoords="offset points", ha="center")
     scores.margins(y=0.2)
     scores.set_ylabel(f"validation {metric.column}")
     losses.plot(epochs, [row["train_loss"] for row in rows], "o-", color="#9aa5b1", ms=4, label="training")

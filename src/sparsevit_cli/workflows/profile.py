@@ -23,101 +23,28 @@ from sparsevit_cli.atomic import write_atomic, write_json
 from sparsevit_cli.config.experiment import ExperimentConfig
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.data.source import Categories
-from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
-from sparsevit_cli.profiling.macs import count_macs, flopcounter_macs, macs_cost, traced_macs
+from sparsevit_cli.profiling.macs import flopcounter_macs, macs_cost, traced_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
-from sparsevit_cli.profiling.neighbours import Disturbed, Vigil, unsteady
+from sparsevit_cli.profiling.neighbours import Disturbed, Vigil
 from sparsevit_cli.profiling.stages import StageTimes, time_stages
-from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.reporting import optional_output
-from sparsevit_cli.runs import RunFolder
-from sparsevit_cli.sizes import Size, as_pair
+from sparsevit_cli.sizes import Size, as_pair, size_text
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity
 from sparsevit_cli.tasks.task import BuildOptions
-from sparsevit_cli.winner import parse_ratios
 
 from .pages import layers_csv, profile_page
+from .profile_report import DENSE, LABELS, OURS_DENSE, OURS_SPARSE, Kind, ProfileReport, ProfileRow
+from .ratios import ratios_to_profile
 from .session import Session
-from .training import winner_ratios
 
-DENSE, OURS_DENSE, OURS_SPARSE = "dense (timm)", "ours at ratio 0", "ours sparse"
 FILES = ("profile.json", "profile.html", "samples.npz", "layers.csv", "metrics.json")
 """What one profile writes; an earlier one's are set aside."""
 MACS_TOLERANCE = 0.005
 """Share by which the three counters may differ before a warning is given."""
-
-
-@dataclass(frozen=True)
-class ProfileRow:
-    """One measured cell. Latency is milliseconds per batch: median and 95 % interval; speed-up is against dense.
-
-    Peak memory is that of plain PyTorch in every mode.
-    """
-
-    label: str
-    ratios: tuple[tuple[float, ...], ...] | None
-    batch: int
-    image_size: Size
-    dtype: str
-    mode: str
-    gmacs: float
-    latency_ms: float
-    latency_ms_low: float
-    latency_ms_high: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-    throughput: float
-    """Images per second."""
-    peak_memory_mb: float
-    parameters: int
-    rounds: int
-    outliers: int
-    stable: bool
-    unsteady: str
-    """Why the latency is not to be relied on; nothing where it is."""
-    compares: bool
-    """True where this row and the dense one are steady: then the speed-up is a fact."""
-
-    @property
-    def losing(self) -> bool:
-        """True where ours, sparse, is slower than dense."""
-        return self.label == OURS_SPARSE and self.compares and self.speedup < 1
-
-
-@dataclass(frozen=True)
-class ProfileReport:
-    """All cells, and where the time of the first one goes."""
-
-    folder: RunFolder
-    model: str
-    config: SparsityConfig
-    rows: tuple[ProfileRow, ...]
-    stages: Mapping[str, StageTimes]
-    macs_check: Mapping[str, float]
-    environment: Mapping[str, object]
-    settings: Mapping[str, object]
-    about: Mapping[str, str]
-
-    def refuse_unsteady(self) -> None:
-        """As the function of that name."""
-        refuse_unsteady({f"{row.label}, batch {row.batch}": row.unsteady for row in self.rows})
-
-    def document(self) -> dict[str, object]:
-        """The JSON document of `sparsevit profile --json`."""
-        return {
-            "schema_version": 2,
-            **self.about,
-            **self.environment,
-            "model": self.model,
-            "settings": self.settings,
-            "rows": [asdict(row) for row in self.rows],
-            "stages": {label: asdict(times) for label, times in self.stages.items()},
-            "gmacs_by_counter": self.macs_check,
-        }
 
 
 @dataclass(frozen=True)
@@ -139,7 +66,7 @@ def profile_target(
     sizes = parse_sizes(img_size) if img_size is not None else tuple(map(as_pair, section.image_sizes))
     sizes = sizes or (session.img_size,)
     depths = model_depths(built(session, sizes[0]))
-    return ProfileTarget(session, sizes, _ratios(session, depths, ratios, named=model is not None))
+    return ProfileTarget(session, sizes, ratios_to_profile(session, depths, ratios, named=model is not None))
 
 
 def profile_model(
@@ -176,7 +103,7 @@ def profile_model(
             for batch in section.batch_sizes:
                 cell, latencies = _cell(session, models, config, size, batch)
                 rows += cell
-                samples |= {f"{label} b{batch} {size[0]}x{size[1]}": x.samples_ms for label, x in latencies.items()}
+                samples |= {f"{LABELS[kind]} b{batch} {size_text(size)}": x.samples_ms for kind, x in latencies.items()}
                 if not stages and latencies[DENSE].stable and latencies[OURS_SPARSE].stable:
                     stages = _stage_times(session, models, size, batch, latencies)
                 bar.advance()
@@ -243,20 +170,6 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
     return tuple(sizes)
 
 
-def _ratios(session: Session, depths: tuple[int, ...], typed: str | None, *, named: bool) -> SparsityConfig:
-    configured = session.config.profile.ratios
-    if configured is None:
-        configured = session.config.finetune.ratios
-    if typed is not None:
-        return parse_ratios(typed, depths)
-    if configured is not None and not named:
-        return SparsityConfig.from_ratios(configured, depths)
-    try:
-        return winner_ratios(session, depths, "sparsevit profile")
-    except CheckpointError as error:
-        raise CheckpointError(error.what, error.got, f"{error.do}, or give --ratios 0.6") from error
-
-
 def built(session: Session, size: Size) -> nn.Module:
     """The configuration's dense timm model at an image size, with random weights, in evaluation mode."""
     folders = [session.earlier(name) for name in ("pretrain", "adapt")]
@@ -265,7 +178,7 @@ def built(session: Session, size: Size) -> nn.Module:
     return session.task.build(known or None, BuildOptions(img_size=size, initial_weights=False)).eval()
 
 
-def _models(session: Session, size: Size, config: SparsityConfig) -> dict[str, nn.Module]:
+def _models(session: Session, size: Size, config: SparsityConfig) -> dict[Kind, nn.Module]:
     """The three rivals with the same weights, on the device and in the precision of the profile."""
     section = session.config.profile
     dense = built(session, size).to(session.device, TORCH_DTYPE[section.precision])
@@ -277,22 +190,19 @@ def _models(session: Session, size: Size, config: SparsityConfig) -> dict[str, n
 
 
 def _cell(
-    session: Session, models: Mapping[str, nn.Module], config: SparsityConfig, size: Size, batch: int
-) -> tuple[list[ProfileRow], dict[str, Latency]]:
-    section, image = session.config.profile, (session.config.model.in_chans, *size)
-    workload = image_workload(
-        models[DENSE], image, batch, device=session.device, dtype=TORCH_DTYPE[section.precision],
-        seed=session.config.seed,
-    )  # fmt: skip
-    runnable: dict[str, Any] = dict(models)
+    session: Session, models: Mapping[Kind, nn.Module], config: SparsityConfig, size: Size, batch: int
+) -> tuple[list[ProfileRow], dict[Kind, Latency]]:
+    section = session.config.profile
+    workload = session.workload(models[DENSE], size, batch, section.precision)
+    runnable: dict[Kind, Any] = dict(models)
     if section.mode == "compile":
         torch._dynamo.reset()  # each cell is compiled anew; past a limit torch would fall back to eager in silence
         session.reporter.say(f"profile: compiling at batch {batch}, {size[0]}x{size[1]}")
-        runnable = {label: torch.compile(model, dynamic=False) for label, model in models.items()}
+        runnable = {kind: torch.compile(model, dynamic=False) for kind, model in models.items()}
     elif section.mode == "graph":
-        runnable = {label: accelerate_(copy.deepcopy(model)) for label, model in models.items()}
-    latencies = measure_interleaved(
-        {label: workload.of(model).run for label, model in runnable.items()},
+        runnable = {kind: accelerate_(copy.deepcopy(model)) for kind, model in models.items()}
+    by_label = measure_interleaved(
+        {LABELS[kind]: workload.of(model).run for kind, model in runnable.items()},
         device=session.device,
         seconds=section.seconds,
         rounds=section.rounds,
@@ -303,18 +213,20 @@ def _cell(
         patience=session.patience,
         before_round=partial(session.stop.check, "profile", "nothing of this profile is saved"),
     )
+    latencies = {kind: by_label[LABELS[kind]] for kind in models}
     rows = []
-    for label, model in models.items():
-        latency = latencies[label]
+    for kind, model in models.items():
+        latency = latencies[kind]
         rows.append(
             ProfileRow(
-                label=label,
-                ratios=None if label == DENSE else (config if label == OURS_SPARSE else _dense_of(config)).ratios,
+                kind=kind,
+                label=LABELS[kind],
+                ratios=None if kind == DENSE else (config if kind == OURS_SPARSE else _dense_of(config)).ratios,
                 batch=batch,
                 image_size=size,
                 dtype=section.precision,
                 mode=section.mode,
-                gmacs=count_macs(model, image).gmacs,
+                gmacs=traced_macs(session.workload(model, size)).gmacs,
                 **latency.as_row(),
                 throughput=1000 * batch / latency.median_ms,
                 peak_memory_mb=peak_memory_mb(workload.of(model)),
@@ -335,8 +247,7 @@ def _dense_of(config: SparsityConfig) -> SparsityConfig:
 
 def _macs_check(session: Session, model: nn.Module, size: Size) -> dict[str, float]:
     """The sparse model counted three ways; a difference is told, never averaged away."""
-    image = (session.config.model.in_chans, *size)
-    workload = image_workload(model, image)
+    workload = session.workload(model, size)
     traced, analytic = traced_macs(workload), macs_cost(workload)(get_sparsity(model))
     counts = {"fvcore": traced.gmacs, "analytic": analytic / 1e9, "torch": flopcounter_macs(workload).gmacs}
     if max(counts.values()) - min(counts.values()) > MACS_TOLERANCE * counts["fvcore"]:
@@ -347,33 +258,23 @@ def _macs_check(session: Session, model: nn.Module, size: Size) -> dict[str, flo
 
 
 def _stage_times(
-    session: Session, models: Mapping[str, nn.Module], size: Size, batch: int, latencies: Mapping[str, Latency]
+    session: Session, models: Mapping[Kind, nn.Module], size: Size, batch: int, latencies: Mapping[Kind, Latency]
 ) -> dict[str, StageTimes]:
     """Where the time goes, dense and sparse, in instrumented passes scaled to the measured latency."""
-    image = (session.config.model.in_chans, *size)
-    dtype = TORCH_DTYPE[session.config.profile.precision]
-    workload = image_workload(models[DENSE], image, batch, device=session.device, dtype=dtype)
+    workload = session.workload(models[DENSE], size, batch, session.config.profile.precision)
     check = partial(session.stop.check, "profile", "nothing of this profile is saved")
 
-    def times_of(label: str) -> StageTimes:
+    def times_of(kind: Kind) -> StageTimes:
         def take() -> StageTimes:
-            return time_stages(workload.of(models[label]), total_ms=latencies[label].median_ms)
+            return time_stages(workload.of(models[kind]), total_ms=latencies[kind].median_ms)
 
         return Vigil(session.patience, session.device, check).collect(take, bool)[0]
 
     try:
-        return {label: times_of(label) for label in (DENSE, OURS_SPARSE)}
+        return {LABELS[kind]: times_of(kind) for kind in (DENSE, OURS_SPARSE)}
     except Disturbed as neighbour:
         session.reporter.warn(f"times per stage are left out: {neighbour}")
         return {}
-
-
-def refuse_unsteady(rows: Mapping[str, str]) -> None:
-    """Raise UnsteadyError where a row (label: why it is unsteady) did not settle: it is written, and marked."""
-    shaky = {label: why for label, why in rows.items() if why}
-    if shaky:
-        label, why = next(iter(shaky.items()))
-        raise unsteady("profile", f"{len(shaky)} of {len(rows)} rows are not steady ({label}: {why})")
 
 
 @contextmanager

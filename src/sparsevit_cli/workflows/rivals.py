@@ -17,26 +17,21 @@ from sparsevit_cli.atomic import write_json
 from sparsevit_cli.profiling.device import device_identity
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
-from sparsevit_cli.profiling.macs import count_macs, padding_macs
+from sparsevit_cli.profiling.macs import padding_macs, traced_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
-from sparsevit_cli.profiling.rivals import (
-    Memory,
-    authors_flow,
-    dense_variants,
-    foreseen,
-    frozen_variant,
-    has_fused_attention,
-    oracle,
-    with_fused_attention,
-)
+from sparsevit_cli.profiling.rivals import Memory, dense_variants, foreseen, frozen_variant, oracle
 from sparsevit_cli.profiling.roofline import known_peak, roofline_ms
-from sparsevit_cli.profiling.workload import Workload, image_workload
+from sparsevit_cli.profiling.workload import Workload
 from sparsevit_cli.runs import RunFolder
+from sparsevit_cli.sizes import Size, size_text
 from sparsevit_cli.sparsity import Ratios, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
+from sparsevit_cli.swin.authors_flow import authors_flow
+from sparsevit_cli.swin.fused import has_fused_attention, with_fused_attention
 
 from .plots import plot_rivals
-from .profile import built, profile_target, refuse_unsteady, threads_set
+from .profile import built, profile_target, threads_set
+from .profile_report import refuse_unsteady
 from .session import Session
 
 PUBLISHED: Mapping[str, Ratios] = {
@@ -47,6 +42,7 @@ PUBLISHED: Mapping[str, Ratios] = {
 """The authors' configurations of a Swin-T (paper, table 2); other depths are measured at uniform ratios alone."""
 PUBLISHED_DEPTHS = (2, 2, 6, 2)
 UNIFORM: Mapping[str, Ratios] = {"60% everywhere": 0.6}
+OURS_DENSE = "ours, ratio 0"
 SMALLER_SHARES = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 """Sides tried for the dense model at a lower resolution, as shares of the full ones."""
 
@@ -66,7 +62,7 @@ class RivalRow:
     kind: str
     ratios: tuple[tuple[float, ...], ...] | None
     batch: int
-    image_size: tuple[int, int]
+    image_size: Size
     dtype: str
     gmacs: float
     latency_ms: float
@@ -109,11 +105,12 @@ class RivalReport:
     cells: tuple[RivalCell, ...]
     environment: Mapping[str, object]
     settings: Mapping[str, object]
+    about: Mapping[str, str]
 
     def document(self) -> dict[str, Any]:
         """The JSON document of `sparsevit profile --rivals --json`."""
         return {
-            "schema_version": 1, **self.environment, "model": self.model, "settings": self.settings,
+            "schema_version": 2, **self.about, **self.environment, "model": self.model, "settings": self.settings,
             "cells": [asdict(cell) for cell in self.cells],
         }  # fmt: skip
 
@@ -125,11 +122,18 @@ class RivalReport:
 
 @dataclass(frozen=True)
 class _Contestant:
+    """What runs; `model` is what is counted, and `is_eager` says that it runs as it is, so that memory can be seen.
+
+    `oracle` is the label of this sparse model's oracle.
+    """
+
     kind: str
     run: Callable[[], object]
     model: nn.Module
     config: SparsityConfig | None
-    size: tuple[int, int]
+    size: Size
+    is_eager: bool = True
+    oracle: str | None = None
 
 
 def measure_rivals(
@@ -160,7 +164,9 @@ def measure_rivals(
         "clock": session.config.clock.model_dump(mode="json"),
         "kernels": f"{kernels.running(session.config.kernels, session.device)}, {kernels.VERSION}",
     }  # fmt: skip
-    report = RivalReport(folder, session.config.model.name, tuple(cells), session.environment, settings)
+    report = RivalReport(
+        folder, session.config.model.name, tuple(cells), session.environment, settings, session.task.about()
+    )
     folder.set_aside(["rivals.json", "rivals.png", "metrics.json"], session.reporter)
     write_json(folder.path / "rivals.json", report.document())
     folder.write_result({"model": report.model, "best_dense": [cell.best_dense for cell in cells]})
@@ -168,11 +174,11 @@ def measure_rivals(
     return report
 
 
-def _cell(session: Session, size: tuple[int, int], batch: int, typed: Mapping[str, SparsityConfig]) -> RivalCell:
+def _cell(session: Session, size: Size, batch: int, typed: Mapping[str, SparsityConfig]) -> RivalCell:
     section = session.config.profile
     torch._dynamo.reset()
     contestants = _contestants(session, size, batch, typed)
-    session.reporter.say(f"rivals: {len(contestants)} contestants at batch {batch}, {size[0]}x{size[1]}")
+    session.reporter.say(f"rivals: {len(contestants)} contestants at batch {batch}, {size_text(size)}")
     latencies = measure_interleaved(
         {label: contestant.run for label, contestant in contestants.items()},
         device=session.device, seconds=section.seconds, rounds=section.rounds, seed=session.config.seed,
@@ -187,35 +193,39 @@ def _cell(session: Session, size: tuple[int, int], batch: int, typed: Mapping[st
         label: _row(session, label, contestant, batch, latencies[label], latencies[best], is_best)
         for label, contestant in contestants.items()
     }
-    return RivalCell(best, tuple(_compared(row, rows, latencies) for row in rows.values()))
+    return RivalCell(
+        best, tuple(_compared(contestants[label], row, rows[OURS_DENSE], latencies) for label, row in rows.items())
+    )
 
 
 def _contestants(
-    session: Session, size: tuple[int, int], batch: int, typed: Mapping[str, SparsityConfig]
+    session: Session, size: Size, batch: int, typed: Mapping[str, SparsityConfig]
 ) -> dict[str, _Contestant]:
     section = session.config.profile
     dtype = TORCH_DTYPE[section.precision]
     dense = built(session, size).to(session.device, dtype)
     x = _workload(session, dense, size, batch).inputs
     found: dict[str, _Contestant] = {}
-    for number, (label, variant) in enumerate(dense_variants(dense, max_autotune=section.max_autotune).items()):
-        model = variant if label.startswith("timm eager") else dense
-        found[label] = _Contestant("B2" if number else "B1", partial(variant, x), model, None, size)
+    for number, variant in enumerate(dense_variants(dense, max_autotune=section.max_autotune)):
+        kind, run = "B2" if number else "B1", partial(variant.run, x)
+        found[variant.label] = _Contestant(kind, run, variant.counted, None, size, variant.is_eager)
     if session.device.type == "cpu":
-        found["timm compile, frozen"] = _Contestant("B2f", partial(frozen_variant(dense), x), dense, None, size)
+        frozen = partial(frozen_variant(dense), x)
+        found["timm compile, frozen"] = _Contestant("B2f", frozen, dense, None, size, is_eager=False)
     depths = model_depths(dense)
     chosen = {**(PUBLISHED if depths == PUBLISHED_DEPTHS else {}), **UNIFORM}
     configs = {label: SparsityConfig.from_ratios(ratios, depths) for label, ratios in chosen.items()} | dict(typed)
     ours_dense = session.sparsified_(with_fused_attention(dense, fused=False))
     set_sparsity(ours_dense, 0.0, exact=False)
     zero = SparsityConfig.dense(depths)
-    found["ours, ratio 0"] = _Contestant("ours", partial(_fastest(ours_dense), x), ours_dense, zero, size)
+    found[OURS_DENSE] = _Contestant("ours", partial(_fastest(ours_dense), x), ours_dense, zero, size)
     for label, config in configs.items():
         sparse = session.sparsified_(with_fused_attention(dense, fused=False))
         set_sparsity(sparse, config)
-        found[f"ours, {label}"] = _Contestant("ours", partial(_fastest(sparse), x), sparse, config, size)
+        ours, name = partial(_fastest(sparse), x), f"oracle, {label}"
+        found[f"ours, {label}"] = _Contestant("ours", ours, sparse, config, size, oracle=name)
         perfect = partial(_as_oracle, _fastest(sparse), x, foreseen(sparse, x))
-        found[f"oracle, {label}"] = _Contestant("O", perfect, sparse, config, size)
+        found[name] = _Contestant("O", perfect, sparse, config, size, is_eager=False)
         theirs = authors_flow(sparse) if label in ("config 3", "60% everywhere") else None
         if theirs is not None:
             found[f"authors' flow, {label}"] = _Contestant("B0", partial(_fastest(theirs), x), theirs, config, size)
@@ -234,7 +244,7 @@ def _as_oracle(model: nn.Module, x: Tensor, memory: Memory) -> None:
         model(x)
 
 
-def _smaller(session: Session, size: tuple[int, int], batch: int, ours: _Contestant) -> dict[str, _Contestant]:
+def _smaller(session: Session, size: Size, batch: int, ours: _Contestant) -> dict[str, _Contestant]:
     """B3: the dense model, compiled and with fused attention, at the side that takes nearest to ours uncompiled."""
     dtype = TORCH_DTYPE[session.config.profile.precision]
     sides = {_rounded(size, share) for share in SMALLER_SHARES}
@@ -248,43 +258,38 @@ def _smaller(session: Session, size: tuple[int, int], batch: int, ours: _Contest
     costs = {name: latency.median_ms for name, latency in quick.items()}
     if not all(latency.stable for latency in quick.values()):
         session.reporter.warn("the smaller dense model is chosen by multiply-adds: latencies are not steady")
-        channels = session.config.model.in_chans
-        costs = {str(s): count_macs(model, (channels, *s)).gmacs for s, model in models.items()}
-        costs["ours"] = count_macs(ours.model, (channels, *size)).gmacs
+        costs = {str(s): traced_macs(session.workload(model, s)).gmacs for s, model in models.items()}
+        costs["ours"] = traced_macs(session.workload(ours.model, size)).gmacs
     nearest = min(sides, key=lambda s: abs(costs[str(s)] - costs["ours"]))
     model, x = models[nearest], _workload(session, models[nearest], nearest, batch).inputs
     fused = ", fused" if has_fused_attention(model) else ""
-    label = f"timm at {nearest[0]}x{nearest[1]}{fused}"
+    label = f"timm at {size_text(nearest)}{fused}"
     compiled: Any = torch.compile(model, dynamic=False, mode="reduce-overhead" if x.is_cuda else None)
     return {
         label: _Contestant("B3", partial(_fastest(model), x), model, None, nearest),
-        f"{label}, compiled": _Contestant("B3", partial(compiled, x), model, None, nearest),
+        f"{label}, compiled": _Contestant("B3", partial(compiled, x), model, None, nearest, is_eager=False),
     }
 
 
-def _rounded(size: tuple[int, int], share: float, multiple: int = 32) -> tuple[int, int]:
+def _rounded(size: Size, share: float, multiple: int = 32) -> Size:
     height, width = (max(multiple, round(side * share / multiple) * multiple) for side in size)
     return height, width
 
 
-def _workload(session: Session, model: nn.Module, size: tuple[int, int], batch: int) -> Workload:
-    section, image = session.config.profile, (session.config.model.in_chans, *size)
-    return image_workload(
-        model, image, batch, device=session.device, dtype=TORCH_DTYPE[section.precision], seed=session.config.seed
-    )
+def _workload(session: Session, model: nn.Module, size: Size, batch: int) -> Workload:
+    return session.workload(model, size, batch, session.config.profile.precision)
 
 
 def _row(
     session: Session, label: str, contestant: _Contestant, batch: int, latency: Latency, best: Latency, is_best: bool
 ) -> RivalRow:
     workload = _workload(session, contestant.model, contestant.size, batch)
-    eager = contestant.kind != "O" and not any(word in label for word in ("compile", "autotune", "graph"))
-    precision, image = session.config.profile.precision, (session.config.model.in_chans, *contestant.size)
+    precision = session.config.profile.precision
     device_peak = known_peak(str(device_identity(session.device).get("name")), precision)
     least_ms = None if device_peak is None else roofline_ms(workload, device_peak, precision)
     ours = contestant.kind in ("ours", "O")
-    padding = padding_macs(contestant.model, workload.inputs) if ours else 0
-    gmacs = count_macs(contestant.model, image).gmacs - padding / 1e9
+    padding = padding_macs(workload) if ours else 0
+    gmacs = traced_macs(session.workload(contestant.model, contestant.size)).gmacs - padding / 1e9
     return RivalRow(
         label=label,
         kind=contestant.kind,
@@ -297,24 +302,24 @@ def _row(
         stable=latency.stable,
         unsteady=latency.unsteady,
         compares=latency.stable and is_best,
-        peak_memory_mb=peak_memory_mb(workload) if eager else None,
+        peak_memory_mb=peak_memory_mb(workload) if contestant.is_eager else None,
         roofline=None if least_ms is None else least_ms / latency.median_ms,
     )
 
 
-def _compared(row: RivalRow, rows: Mapping[str, RivalRow], latencies: Mapping[str, Latency]) -> RivalRow:
-    """The row with its realised efficiency and its tax, where they have a meaning."""
-    if row.kind != "ours" or row.label == "ours, ratio 0":
+def _compared(contestant: _Contestant, row: RivalRow, dense: RivalRow, latencies: Mapping[str, Latency]) -> RivalRow:
+    """The row with its realised efficiency and tax; sparse models of ours have them, against `dense` and an oracle."""
+    if contestant.oracle is None:
         return row
-    samples, dense = latencies[row.label].samples_ms, rows["ours, ratio 0"]
+    samples = latencies[row.label].samples_ms
     saved = 1 - row.gmacs / dense.gmacs
     if saved and row.stable and dense.stable:
         middle, low, high = _time_shares(samples, latencies[dense.label].samples_ms)
         row = replace(
             row, realised=(1 - middle) / saved, realised_low=(1 - high) / saved, realised_high=(1 - low) / saved
         )
-    perfect = latencies.get(f"oracle, {row.label.removeprefix('ours, ')}")
-    if perfect is None or not (row.stable and perfect.stable):
+    perfect = latencies[contestant.oracle]
+    if not (row.stable and perfect.stable):
         return row
     middle, low, high = _time_shares(samples, perfect.samples_ms)
     return replace(row, tax=middle - 1, tax_low=low - 1, tax_high=high - 1)

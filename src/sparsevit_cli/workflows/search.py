@@ -17,7 +17,6 @@ from sparsevit_cli.data.source import Data
 from sparsevit_cli.data.splits import fixed_subset
 from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.profiling.macs import macs_cost
-from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.reporting import optional_output
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.search.budget import (
@@ -190,7 +189,7 @@ class _Search:
         self.subset, self.ledger = subset, ledger
         self.section = session.config.search
         self.space = session.space(model, self.section.max_ratio)
-        self.macs = macs_cost(image_workload(model, (session.config.model.in_chans, *session.img_size)))
+        self.macs = macs_cost(session.workload(model))
         self.latencies = SearchLatencies(session, folder, model, self.space, ledger)
 
     def score(self, config: SparsityConfig, subset: Sequence[int] | None) -> float:

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from sparsevit_cli.config.experiment import ExperimentConfig
 from sparsevit_cli.data.source import Categories, Data
 from sparsevit_cli.errors import CheckpointError
-from sparsevit_cli.models import load_state
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
+from sparsevit_cli.profiling.inputs import TORCH_DTYPE, model_device, model_dtype, placed
 from sparsevit_cli.profiling.neighbours import Patience
+from sparsevit_cli.profiling.workload import Workload
 from sparsevit_cli.reporting import Reporter
 from sparsevit_cli.runs import RunFolder, RunLocks, folder_of, open_run
 from sparsevit_cli.sizes import Size
@@ -23,6 +25,7 @@ from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.swin import model_depths, sparsify_
 from sparsevit_cli.tasks.task import BuildOptions, Task, task_of
+from sparsevit_cli.weights import load_state
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,27 @@ class Session:
         if weights is not None:
             load_state(model, weights.state_dict, f"weights of {weights.name}")
         return self.sparsified_(model).to(self.device)
+
+    def workload(
+        self, model: nn.Module, size: Size | None = None, batch_size: int = 1, precision: str | None = None
+    ) -> Workload:
+        """A seeded batch of the task's example inputs for `model`; `size` (height, width) defaults to the experiment's.
+
+        With a `precision` of the configuration model and inputs are on the session's device in that type, the model as
+        a copy if it is elsewhere; without one they are as the model is.
+        """
+        size = size or self.img_size
+        inputs = self.task.example(size, batch_size, seed=self.config.seed)
+        if precision is not None:
+            model = placed(model, self.device, TORCH_DTYPE[precision])
+        device, dtype = model_device(model), model_dtype(model)
+
+        def moved(leaf: object) -> object:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
+
+        return Workload(model, tree_map(moved, inputs), size, batch_size)
 
     def sparsified_(self, model: nn.Module) -> nn.Module:
         """`sparsify_` with the configuration's importance and kernels."""

@@ -15,17 +15,17 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from sparsevit_cli.atomic import write_atomic, write_json
+from sparsevit_cli.commands import COMMANDS
 from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.config.loading import section_hash, settings_of
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.data.shrunk import Scale, Shrunk
 from sparsevit_cli.data.source import Data, Source
-from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.evaluation import evaluate
 from sparsevit_cli.profiling.macs import macs_cost
-from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.reporting import Reporter, optional_output
-from sparsevit_cli.runs import HARMLESS, SECTIONS, RunFolder, missing_result
+from sparsevit_cli.runs import HARMLESS, RunFolder
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
 from sparsevit_cli.sizes import Size
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
@@ -33,9 +33,9 @@ from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.swin.geometry import check_image_size, patch_size
 from sparsevit_cli.tasks.task import Metric, Score
 from sparsevit_cli.training import TrainingJob, TrainingPlan, plan_training, train
-from sparsevit_cli.winner import read_winner
 
 from .plots import plot_training
+from .ratios import ratios_to_finetune
 from .session import Session, Weights
 from .weights import file_weights, trained_weights
 
@@ -116,7 +116,7 @@ def finetune(session: Session) -> TrainingSummary:
     section = session.config.finetune
     weights = trained_weights(session, "adapt", "sparsevit finetune")
     model = session.model(weights.categories, weights)
-    config = chosen_ratios(session, model_depths(model), "sparsevit finetune", weights.sha256)
+    config = ratios_to_finetune(session, model_depths(model), "sparsevit finetune", weights.sha256)
     data = session.data(weights)
     plan = checked_plan(session, "finetune", section, model, data)
     teacher = _teacher(
@@ -138,27 +138,6 @@ def train_smaller_rival(
     plan = checked_plan(session, "finetune", section, model, data)
     start = f"{_start(session, weights)} at {scale.small}"
     return _train(session, folder, data, model, _Kind("rival", section, FixedSchedule(dense), dense, plan, start))
-
-
-def chosen_ratios(session: Session, depths: tuple[int, ...], needed_by: str, adapted: str) -> SparsityConfig:
-    """The ratios to finetune: those of the configuration, else the winner found with the `adapted` weights (a hash)."""
-    given = session.config.finetune.ratios
-    if given is not None:
-        return SparsityConfig.from_ratios(given, depths)
-    winner = winner_ratios(session, depths, needed_by)
-    if read_winner(session.earlier("search").path / "winner.yaml")[1].get("checkpoint_sha256") != adapted:
-        got = "the winner was found with other adapted weights"
-        raise CheckpointError(needed_by, got, f"Type: {session.earlier('search').typed}")
-    return winner
-
-
-def winner_ratios(session: Session, depths: tuple[int, ...], needed_by: str) -> SparsityConfig:
-    """The winner of the search. Raises CheckpointError that says what to type where there is none."""
-    folder = session.earlier("search")
-    path = folder.path / "winner.yaml"
-    if not path.exists():
-        raise missing_result(folder, needed_by)
-    return SparsityConfig.from_ratios(read_winner(path)[0], depths)
 
 
 def _train(session: Session, folder: RunFolder, data: Data, model: nn.Module, kind: _Kind) -> TrainingSummary:
@@ -224,7 +203,7 @@ def _train(session: Session, folder: RunFolder, data: Data, model: nn.Module, ki
 
 def _settings(kind: _Kind) -> list[str]:
     """Fields of the configuration that say what the training computes."""
-    name = SECTIONS[kind.command][-1]
+    name = COMMANDS[kind.command].training
     return [f"{name}.{field}" for field in type(kind.section).model_fields if f"{name}.{field}" not in HARMLESS]
 
 
@@ -276,7 +255,7 @@ def _check_rows(
     done = folder.done("sparsity.json").get("check", {})
     if set(done) != {label for label, _ in wanted}:
         done = {}
-        macs = macs_cost(image_workload(model, (session.config.model.in_chans, *session.img_size)))
+        macs = macs_cost(session.workload(model))
         total = sum(len(configs) for _, configs in wanted)
         check = partial(session.stop.check, "adapt", "the training is saved, its closing table is not")
         with session.reporter.progress("check", total) as progress:

@@ -7,26 +7,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sparsevit_cli.atomic import sha256_file
-from sparsevit_cli.checkpoints import STATE, Checkpoint, load_checkpoint
+from sparsevit_cli.checkpoints import STATE, Checkpoint, best_checkpoint, load_checkpoint
+from sparsevit_cli.commands import LEAVE_WEIGHTS
 from sparsevit_cli.config.loading import config_differences, load_config
 from sparsevit_cli.config.paths import as_path, is_there
 from sparsevit_cli.data.source import Categories
 from sparsevit_cli.errors import CheckpointError, ConfigError
-from sparsevit_cli.models import read_weights
 from sparsevit_cli.runs import RunFolder, missing_result
+from sparsevit_cli.weights import read_weights
 
 from .session import Session, Weights
 
-TRAININGS = ("finetune", "adapt", "pretrain")
-"""Commands that leave weights, the last one first."""
+BEST = "best"
+"""What is typed for the step with the best validation score, of the last training."""
 
 _ONLY_TRAINING = ("model.pretrained", "model.checkpoint", "model.reset_head", "model.drop_path_rate",
                   "model.weight_init", "model.img_size")  # fmt: skip
 """Settings of a model that may differ once it is trained."""
 
 
-def trained_weights(session: Session, command: str, needed_by: str) -> Weights:
-    """Weights of a finished training: the averaged ones where an EMA was kept, else the last.
+def trained_weights(session: Session, command: str, needed_by: str, *, best: bool = False) -> Weights:
+    """Weights of a finished training: the averaged ones if an EMA was kept; those of the last step, or of the `best`.
 
     Warns where the model is set otherwise now. Raises CheckpointError that says which command to type where it was
     not run or not finished.
@@ -36,22 +37,28 @@ def trained_weights(session: Session, command: str, needed_by: str) -> Weights:
     if result is None:
         raise missing_result(folder, needed_by)
     _tell_differences(session, folder)
-    checkpoint = load_checkpoint(folder.path / result.get("checkpoint", "checkpoints"), only=("ema", "model"))
+    path: Path | None = folder.path / result.get("checkpoint", "checkpoints")
+    if best and (path := best_checkpoint(folder.checkpoints)) is None:
+        raise CheckpointError(str(folder.checkpoints), "no checkpoint is marked best", "Leave --weights out.")
+    assert path is not None
+    checkpoint = load_checkpoint(path, only=("ema", "model"))
     return _weights(command, checkpoint, Categories.from_saved(result, str(folder.result)), result)
 
 
 def chosen_weights(session: Session, typed: str | None, needed_by: str) -> Weights:
     """Weights as typed: a command of this experiment or a path; None takes the last training that is done.
 
+    `best` takes the step of that training with the best validation score.
+
     Raises ConfigError for what is neither, CheckpointError where there are none.
     """
-    done = (command for command in TRAININGS if session.earlier(command).result.exists())
-    command = next(done, "pretrain") if typed is None else typed
-    if command in TRAININGS:
-        return trained_weights(session, command, needed_by)
+    done = (command for command in LEAVE_WEIGHTS if session.earlier(command).result.exists())
+    command = next(done, "pretrain") if typed in (None, BEST) else str(typed)
+    if command in LEAVE_WEIGHTS:
+        return trained_weights(session, command, needed_by, best=typed == BEST)
     path = as_path(command, "--weights")
     if not is_there(path, "--weights"):
-        got = f"{path} is no file; allowed are {', '.join(TRAININGS)} and paths"
+        got = f"{path} is no file; allowed are {', '.join(LEAVE_WEIGHTS)}, {BEST} and paths"
         raise ConfigError("--weights", got, "Name a command, a file of weights, or a checkpoint folder.")
     return file_weights(path, session.reporter.say)
 

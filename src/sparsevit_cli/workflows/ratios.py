@@ -1,0 +1,67 @@
+"""Which ratios? Typed ones come first, then configured ones, then the winner of the search; here, for every command."""
+
+from __future__ import annotations
+
+from sparsevit_cli.documents import read_json, understood
+from sparsevit_cli.errors import CheckpointError
+from sparsevit_cli.runs import missing_result
+from sparsevit_cli.sparsity import SparsityConfig
+from sparsevit_cli.winner import parse_ratios, read_winner
+
+from .session import Session, Weights
+
+Depths = tuple[int, ...]
+"""Blocks per stage of the model that the ratios are for."""
+
+
+def winner_ratios(session: Session, depths: Depths, needed_by: str) -> SparsityConfig:
+    """The winner of the search. Raises CheckpointError that says what to type if there is none."""
+    folder = session.earlier("search")
+    path = folder.path / "winner.yaml"
+    if not path.exists():
+        raise missing_result(folder, needed_by)
+    return SparsityConfig.from_ratios(read_winner(path)[0], depths)
+
+
+def ratios_to_finetune(session: Session, depths: Depths, needed_by: str, adapted: str) -> SparsityConfig:
+    """Those of the configuration, else the winner found with the `adapted` weights (a hash)."""
+    given = session.config.finetune.ratios
+    if given is not None:
+        return SparsityConfig.from_ratios(given, depths)
+    winner = winner_ratios(session, depths, needed_by)
+    if read_winner(session.earlier("search").path / "winner.yaml")[1].get("checkpoint_sha256") != adapted:
+        got = "the winner was found with other adapted weights"
+        raise CheckpointError(needed_by, got, f"Type: {session.earlier('search').typed}")
+    return winner
+
+
+def ratios_of_weights(session: Session, depths: Depths, typed: str | None, weights: Weights) -> SparsityConfig:
+    """What was typed; else what finetune trained at, the winner for adapted weights, dense for all others."""
+    if typed is not None:
+        return parse_ratios(typed, depths)
+    if weights.name == "finetune":  # whatever was searched since
+        path = session.earlier("finetune").path / "sparsity.json"
+        with understood(path, f"Type: {session.earlier('finetune').typed}"):
+            return SparsityConfig.from_ratios(read_json(path)["ratios"], depths)
+    if weights.name != "adapt":
+        session.reporter.say(
+            f"weights of {weights.name}: no ratios are given, all windows are computed (--ratios 0.6 prunes)"
+        )
+        return SparsityConfig.dense(depths)
+    if session.config.finetune.ratios is not None:
+        return SparsityConfig.from_ratios(session.config.finetune.ratios, depths)
+    return winner_ratios(session, depths, "sparsevit evaluate")
+
+
+def ratios_to_profile(session: Session, depths: Depths, typed: str | None, *, named: bool) -> SparsityConfig:
+    """What was typed; else what is configured, unless another model is `named` on the command line; else the winner."""
+    if typed is not None:
+        return parse_ratios(typed, depths)
+    section, finetune = session.config.profile, session.config.finetune
+    configured = finetune.ratios if section.ratios is None else section.ratios
+    if configured is not None and not named:
+        return SparsityConfig.from_ratios(configured, depths)
+    try:
+        return winner_ratios(session, depths, "sparsevit profile")
+    except CheckpointError as error:
+        raise CheckpointError(error.what, error.got, f"{error.do}, or give --ratios 0.6") from error
