@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 SOURCES := src tests docs benchmarks
 
-.PHONY: demo install test test-slow test-gpu bench bench-gpu quality style docs clean
+.PHONY: demo install test test-slow test-gpu test-lowest bench bench-gpu quality style docs clean
 
 install: $(VENV)/.installed
 
@@ -21,6 +22,15 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# All tests, or TESTS, at the lowest versions that pyproject.toml allows; PYTHON=python3.11 takes the lowest Python too.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest $(TESTS)
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[demo,export,dev]"
+	touch $@
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

@@ -101,4 +101,4 @@ def test_freed_memory_is_mapped_once() -> None:
         int(subprocess.run([sys.executable, "-c", code, told], capture_output=True, text=True, check=True).stdout)
         for told in ("yes", "no")
     )
-    assert kept < 1000 < given_back
+    assert kept < given_back / 10  # fewer page faults than one of the ten tensors costs, whatever the size of a page

@@ -20,7 +20,7 @@ from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.errors import CheckpointError, ConfigError, SparseViTError, StoppedError
 from sparsevit_cli.exporting import folder as exporting_folder
 from sparsevit_cli.exporting import load_exported
-from sparsevit_cli.profiling.device import source_revision
+from sparsevit_cli.profiling import device
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder, RunLocks, next_command
 from sparsevit_cli.search.ledger import Ledger, LedgerScope
@@ -320,8 +320,9 @@ def test_a_signal_ends_evaluation_measurement_and_export_between_two_steps(runs:
         profile_model(stopped(runs), ratios=RATIOS)
     with pytest.raises(StoppedError, match="an earlier export"):
         export_winner(stopped(runs), weights="pretrain", ratios=RATIOS)
-    assert not list(runs.glob("tiny/*/metrics.json.*"))
-    assert not (runs / "tiny" / "evaluate" / "metrics.json").exists()
+    for command in ("evaluate", "profile", "export"):
+        left = {path.name for path in (runs / "tiny" / command).rglob("*")}
+        assert left == {"config.yaml", "command.txt", "env.json"}  # no result, and no half of one
 
 
 # -- optional output --------------------------------------------------------------------------------------------
@@ -402,9 +403,28 @@ def test_settings_that_a_source_ignores_are_refused() -> None:
         tiny_config(data={"source": "folder", "root": "x", "digits": {"clutter": 0.1}})
 
 
-def test_the_revision_is_told_inside_a_checkout_only() -> None:
-    revision = source_revision()
-    assert revision is None or revision.split("-")[0].isalnum()
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_revision_is_told_inside_a_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    module = tmp_path / "device.py"
+    module.touch()
+    monkeypatch.setattr(device, "__file__", str(module))
+    revision = device.source_revision.__wrapped__  # a process asks once
+    assert revision() is None  # no checkout
+    git("init")
+    git("commit", "--allow-empty", "--message", "first")
+    assert revision() is None  # a checkout of something else, such as one with a virtual environment inside
+    git("add", ".")
+    git("commit", "--message", "second")
+    commit = git("rev-parse", "HEAD")
+    assert revision() == commit[:12]
+    module.write_text("changed")
+    assert revision() == f"{commit[:12]}-dirty"
 
 
 @pytest.mark.parametrize(

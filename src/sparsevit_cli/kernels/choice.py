@@ -56,7 +56,7 @@ def beside_modules() -> Engine:
 
 
 def _wrapped(engine: Engine) -> Engine:
-    wrap = _wrap.get()
+    wrap = None if torch.compiler.is_compiling() else _wrap.get()  # torch.compile of torch 2.11 cannot read it
     return engine if wrap is None else wrap(engine)
 
 

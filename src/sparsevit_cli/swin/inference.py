@@ -47,9 +47,9 @@ def is_unwatched(device: torch.device) -> bool:
 
     Tracing, autocast, torch.func, operator counters and hooks on every module need timm's own modules.
     """
-    if not _with_kernels.get() or torch.is_grad_enabled() or device.type == "meta":
-        return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False  # asked first: torch.compile of torch 2.11 cannot read a ContextVar
+    if not _with_kernels.get() or torch.is_grad_enabled() or device.type == "meta":
         return False
     hooked = module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
     if hooked or torch.is_autocast_enabled(device.type):
