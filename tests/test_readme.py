@@ -19,7 +19,7 @@ from sparsevit_cli import errors
 from sparsevit_cli.cli import app
 from sparsevit_cli.config.experiment import ModelSection
 from sparsevit_cli.sizes import Size
-from sparsevit_cli.workflows import profile
+from sparsevit_cli.tasks import task
 from test_cli import images_in
 from tiny import write_tiny
 
@@ -78,12 +78,12 @@ def type_twice(words: list[str]) -> None:
 
 def test_every_command_can_be_typed_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    real, small = profile.build_model, {"embed_dim": 24, "depths": (2, 2), "num_heads": (1, 2)}
+    real, small = task.build_model, {"embed_dim": 24, "depths": (2, 2), "num_heads": (1, 2)}
 
     def build_small(section: ModelSection, classes: int, *, img_size: Size) -> nn.Module:
         return real(section.model_copy(update=small), classes, img_size=img_size)
 
-    monkeypatch.setattr(profile, "build_model", build_small)
+    monkeypatch.setattr(task, "build_model", build_small)
     commands = list(typed_commands())
     assert {words[0] for words in commands} >= {"pretrain", "adapt", "search", "finetune", "profile", "export"}
     for words in commands:
