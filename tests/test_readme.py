@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -18,7 +19,6 @@ from typer.testing import CliRunner
 from sparsevit_cli import errors
 from sparsevit_cli.cli import app
 from sparsevit_cli.config.experiment import ModelSection
-from sparsevit_cli.sizes import Size
 from sparsevit_cli.tasks import task
 from test_cli import images_in
 from tiny import write_tiny
@@ -80,8 +80,9 @@ def test_every_command_can_be_typed_twice(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(folder)
     real, small = task.build_model, {"embed_dim": 24, "depths": (2, 2), "num_heads": (1, 2)}
 
-    def build_small(section: ModelSection, classes: int, *, img_size: Size) -> nn.Module:
-        return real(section.model_copy(update=small), classes, img_size=img_size)
+    def build_small(section: ModelSection, outputs: int, **options: Any) -> nn.Module:
+        named = section.embed_dim is None  # on the command line; my.yaml has a small one
+        return real(section.model_copy(update=small) if named else section, outputs, **options)
 
     monkeypatch.setattr(task, "build_model", build_small)
     commands = list(typed_commands())
