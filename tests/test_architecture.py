@@ -108,6 +108,14 @@ def test_no_identifier_outside_tasks_is_of_classification() -> None:
             assert not found, f"{path}:{node.lineno} {found}"  # type: ignore[attr-defined]
 
 
+def test_the_page_lists_the_packages_in_their_order() -> None:
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition("## The packages, in import order")[2].partition("\n## ")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    listed = [name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)]
+    assert listed == ORDER[1:]
+
+
 def test_light_packages_do_not_load_torch() -> None:
     code = f"""
 import importlib, sys
