@@ -35,6 +35,7 @@ from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import bias, remembered_tensors, set_sparsity, sparse_stages, sparsify_, without_kernels
 from sparsevit_cli.windows import shift_mask
+from tiny import tiny_swin
 
 TOLERANCE = 1e-5
 IS_ASYNCHRONOUS = (held, "is_asynchronous", lambda device: True)
@@ -48,9 +49,7 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def swin(name: str = "swin_tiny_patch4_window7_224", *, kernels: Kernels = "auto", **options: object) -> nn.Module:
-    torch.manual_seed(0)
-    small = {"embed_dim": 16, "depths": (2, 2, 4, 2), "num_heads": (1, 2, 4, 8), "num_classes": 5}
-    model = timm.create_model(name, **{**small, **options})
+    model = tiny_swin(name, **options)
     with torch.no_grad():  # timm starts biases at zero, and norms of V2 and V2-CR too, so that a block would do nothing
         for key, tensor in model.state_dict(keep_vars=True).items():
             if "norm" in key and key.endswith("weight"):
