@@ -32,6 +32,7 @@ from sparsevit_cli.models import supported_models
 from sparsevit_cli.profiling.macs import analytic_macs
 from sparsevit_cli.profiling.stages import time_stages
 from sparsevit_cli.profiling.workload import image_workload
+from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import bias, remembered_tensors, set_sparsity, sparse_stages, sparsify_, without_kernels
 from sparsevit_cli.windows import shift_mask
@@ -192,7 +193,7 @@ def test_gather_and_scatter_are_timed_apart_unless_a_kernel_does_them(kernels: K
         pytest.skip("no C++ compiler")
     model, ticks = swin(img_size=224, kernels=kernels), itertools.count(0, 10**6)
     set_sparsity(model, [[0.5], [0], [0, 0], [0]])
-    times = time_stages(model, torch.randn(1, 3, 224, 224), passes=2, clock=ticks.__next__)
+    times = time_stages(image_workload(model), passes=2, clock=ticks.__next__)
     (row,) = [row for row in times.rows if row.name == "stage 0"]
     rows_of_both_partitions = 2 * (kernels == "portable")
     assert row.moves_ms == moves + rows_of_both_partitions
