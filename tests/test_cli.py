@@ -109,7 +109,7 @@ def test_run_again_repeats_no_step_and_gives_the_same_table(finished: Path) -> N
         assert f"{step}: already done" in done.stderr
     assert "candidates" not in done.stderr
     after = document(finished, "run", "metrics.json")["rows"]
-    compared = ("label", "top1", "ratios", "image_size", "gmacs")
+    compared = ("label", "score", "ratios", "image_size", "gmacs")
     assert [[row[key] for key in compared] for row in after] == [[row[key] for key in compared] for row in before]
 
 
@@ -437,7 +437,7 @@ def test_text_from_outside_is_shown_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "data" / "val" / "[red]" / "3.png").write_text("not an image")
     config = write_tiny(
         tmp_path,
-        data={"source": "folder", "root": str(tmp_path / "data"), "digits": {}},
+        data={"source": "folder", "root": str(tmp_path / "data")},
         train={"epochs": 1, "batch_size": 8, "eval_every": 1, "ema_decay": None},
     )
     done = sparsevit("pretrain", "--config", config, cwd=tmp_path, check=3)

@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     loop = {"epochs": 1, "batch_size": 8, "eval_every": 1, "save_every": 1}
     images = images_in(folder / "images", ["cat", "dog", "owl"])
-    data = {"source": "folder", "root": str(images), "digits": {}}
+    data = {"source": "folder", "root": str(images)}
     write_tiny(folder, data=data, train=loop, adapt=loop, finetune=loop, search={"samples": None}).rename(
         folder / "my.yaml"
     )

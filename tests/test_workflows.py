@@ -400,7 +400,7 @@ def test_settings_that_a_source_ignores_are_refused() -> None:
     with pytest.raises(ValueError, match="crop_pct"):
         tiny_config(data={"crop_pct": 0.5})
     with pytest.raises(ValueError, match=r"data\.digits"):
-        tiny_config(data={"source": "folder", "root": "x"})
+        tiny_config(data={"source": "folder", "root": "x", "digits": {"clutter": 0.1}})
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

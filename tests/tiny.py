@@ -60,6 +60,8 @@ def tiny_config(**sections: Any) -> ExperimentConfig:
         for name, value in TINY.items()
     }
     merged |= {name: value for name, value in sections.items() if name not in merged}
+    if merged["data"].get("source", "digits") != "digits" and "digits" not in sections.get("data", {}):
+        del merged["data"]["digits"]
     return type_of(Document(merged, {})).model_validate_json(json.dumps(merged))
 
 
