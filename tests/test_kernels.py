@@ -32,7 +32,6 @@ from sparsevit_cli.models import supported_models
 from sparsevit_cli.profiling.macs import analytic_macs
 from sparsevit_cli.profiling.stages import time_stages
 from sparsevit_cli.profiling.workload import image_workload
-from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import bias, remembered_tensors, set_sparsity, sparse_stages, sparsify_, without_kernels
 from sparsevit_cli.windows import shift_mask
