@@ -273,12 +273,17 @@ def test_gradient_checkpointing_and_autocast() -> None:
     model = sparsify_(small_swin(img_size=112)).train()
     set_sparsity(model, RATIOS)
     x = torch.randn(2, 3, 112, 112)
-    gradients = []
+    gradients, forwards, seen = [], [], list[nn.Module]()
+    for block in (block for stage in sparse_stages(model) for block in stage.blocks):
+        block.register_forward_pre_hook(lambda module, inputs: seen.append(module))
     for enabled in (False, True):
         model.set_grad_checkpointing(enabled)
         model.zero_grad()
+        seen.clear()
         model(x).square().sum().backward()
+        forwards.append(len(seen))
         gradients.append([p.grad.clone() for p in model.parameters()])
+    assert forwards == [12, 2 * 12]
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
     model.eval()
