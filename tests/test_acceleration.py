@@ -7,7 +7,6 @@ import itertools
 import pickle
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -16,11 +15,11 @@ from sparsevit_cli.acceleration import Recording, accelerate_
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.kernels import held
 from sparsevit_cli.swin import blocks, held_biases, is_unwatched, set_sparsity, sparsify_
+from tiny import tiny_swin
 
 
 def small_swin(device: str = "cpu") -> nn.Module:
-    options = {"img_size": 56, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 5}
-    model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", **options).eval().to(device))
+    model = sparsify_(tiny_swin(img_size=56, embed_dim=32, depths=(2, 2)).eval().to(device))
     set_sparsity(model, 0.5)
     return model
 

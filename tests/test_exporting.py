@@ -39,6 +39,7 @@ from sparsevit_cli.exporting import (
 from sparsevit_cli.exporting.programs import Runner, onnx_runner, pt2_runner
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import get_sparsity, set_sparsity, sparsify_
+from tiny import tiny_swin
 
 NAME = "swin_tiny_patch4_window7_224"
 TINY = {"embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2), "num_classes": 10}
@@ -53,8 +54,7 @@ def tiny(
     ratios: object = 0.5, *, img_size: object = SIDE, importance: str = "mean_abs_l2", **args: object
 ) -> nn.Module:
     """A deterministic tiny Swin, in training mode."""
-    torch.manual_seed(0)
-    model = timm.create_model(NAME, img_size=img_size, **{**TINY, **args})
+    model = tiny_swin(NAME, img_size=img_size, **TINY | args)
     set_sparsity(sparsify_(model, importance=importance), ratios)  # type: ignore[arg-type]
     return model.train()
 
@@ -214,7 +214,7 @@ def test_weights_load_into_timm_and_back(exported: tuple[nn.Module, ExportReport
     from safetensors.torch import load_file
 
     model, report = exported
-    dense = timm.create_model(NAME, img_size=SIDE, **TINY)
+    dense = tiny_swin(NAME, img_size=SIDE, **TINY)
     assert list(load_file(report.weights)) == sorted(dense.state_dict())
     dense.load_state_dict(load_file(report.weights))
     loaded = load_exported(report.directory)
@@ -468,7 +468,7 @@ def test_models_that_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="bfloat16"):
         export_model(tiny().bfloat16(), tmp_path / "new", input_size=SIDE)
     with pytest.raises(ConfigError, match="sparsify_"):
-        export_model(timm.create_model(NAME, img_size=SIDE, **TINY), tmp_path / "new", input_size=SIDE)
+        export_model(tiny_swin(NAME, img_size=SIDE, **TINY), tmp_path / "new", input_size=SIDE)
     broken = tiny()
     with torch.no_grad():
         broken.head.fc.bias.fill_(float("nan"))

@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +33,7 @@ from sparsevit_cli.swin.geometry import (
     weights_in,
     window_sizes,
 )
+from tiny import tiny_swin
 
 SMALL: dict[str, Any] = {
     "embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4), "window_size": 4, "img_size": 64,
@@ -69,7 +69,7 @@ class Detector(nn.Module):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_swin_inside_a_detector_has_the_same_sizes(name: str) -> None:
-    swin = timm.create_model(name, **SMALL, num_classes=5)
+    swin = tiny_swin(name, **SMALL)
     detector = nn.ModuleDict({"model": Detector(swin)})
     assert trunk(swin) is trunk(detector) is swin
     for model in (swin, detector):
@@ -90,7 +90,7 @@ def test_a_swin_inside_a_detector_has_the_same_sizes(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_maps_are_those_of_a_forward(name: str) -> None:
-    model = timm.create_model(name, **SMALL | {"img_size": (52, 92)}).eval()
+    model = tiny_swin(name, **SMALL | {"img_size": (52, 92)}).eval()
     maps: list[tuple[int, ...]] = []
     for _, stage in named_stages(model):
         stage.blocks[0].register_forward_pre_hook(lambda module, inputs: maps.append(tuple(inputs[0].shape)))
@@ -105,7 +105,7 @@ def test_maps_are_those_of_a_forward(name: str) -> None:
 
 def test_every_weight_of_a_swin_has_a_place() -> None:
     for name in NAMES:
-        model = timm.create_model(name, **SMALL)
+        model = tiny_swin(name, **SMALL)
         shape = swin_shape(model, (64, 64))
         stages = sum(stage.merging_weights + sum(b.weights for b in stage.blocks) for stage in shape.stages)
         assert shape.stem_weights + stages + shape.head_weights == weights_in(model)

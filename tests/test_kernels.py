@@ -35,6 +35,7 @@ from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import bias, remembered_tensors, set_sparsity, sparse_stages, sparsify_, without_kernels
 from sparsevit_cli.windows import shift_mask
+from tiny import tiny_swin
 
 TOLERANCE = 1e-5
 IS_ASYNCHRONOUS = (held, "is_asynchronous", lambda device: True)
@@ -48,9 +49,7 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def swin(name: str = "swin_tiny_patch4_window7_224", *, kernels: Kernels = "auto", **options: object) -> nn.Module:
-    torch.manual_seed(0)
-    small = {"embed_dim": 16, "depths": (2, 2, 4, 2), "num_heads": (1, 2, 4, 8), "num_classes": 5}
-    model = timm.create_model(name, **{**small, **options})
+    model = tiny_swin(name, **options)
     with torch.no_grad():  # timm starts biases at zero, and norms of V2 and V2-CR too, so that a block would do nothing
         for key, tensor in model.state_dict(keep_vars=True).items():
             if "norm" in key and key.endswith("weight"):
@@ -193,7 +192,7 @@ def test_gather_and_scatter_are_timed_apart_unless_a_kernel_does_them(kernels: K
         pytest.skip("no C++ compiler")
     model, ticks = swin(img_size=224, kernels=kernels), itertools.count(0, 10**6)
     set_sparsity(model, [[0.5], [0], [0, 0], [0]])
-    times = time_stages(model, torch.randn(1, 3, 224, 224), passes=2, clock=ticks.__next__)
+    times = time_stages(image_workload(model), passes=2, clock=ticks.__next__)
     (row,) = [row for row in times.rows if row.name == "stage 0"]
     rows_of_both_partitions = 2 * (kernels == "portable")
     assert row.moves_ms == moves + rows_of_both_partitions

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -38,6 +37,7 @@ from sparsevit_cli.kernels.portable import PORTABLE
 from sparsevit_cli.swin import set_sparsity, sparsify_
 from sparsevit_cli.swin.embedding import SparsePatchEmbed
 from sparsevit_cli.swin.inference import stock_embedding
+from tiny import tiny_swin
 
 CPU = torch.device("cpu")
 NATIVE = native.NativeEngine()
@@ -465,9 +465,7 @@ def test_what_they_take() -> None:
 
 
 def tiny(name: str, kernels: Kernels) -> nn.Module:
-    options = {"img_size": 72, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 5}
-    torch.manual_seed(0)
-    model = sparsify_(timm.create_model(name, **options).eval(), kernels=kernels)
+    model = sparsify_(tiny_swin(name, img_size=72, embed_dim=32, depths=(2, 2)).eval(), kernels=kernels)
     set_sparsity(model, 0.5)
     return model
 
@@ -498,8 +496,8 @@ def test_models_run_on_them(name: str, embeddings: int, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("head_dim", [16, 64])
 def test_heads_of_another_width_run_on_the_portable_kernels(head_dim: int, caplog: pytest.LogCaptureFixture) -> None:
-    options = {"img_size": 56, "embed_dim": 64, "depths": (2,), "num_heads": (2,), "head_dim": head_dim}
-    model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", **options).eval(), kernels="native")
+    swin = tiny_swin(img_size=56, embed_dim=64, depths=(2,), num_heads=(2,), head_dim=head_dim)
+    model = sparsify_(swin.eval(), kernels="native")
     set_sparsity(model, 0.5)
     x = torch.randn(1, 3, 56, 56)
     fallback.warn_once.cache_clear()

@@ -26,16 +26,15 @@ from sparsevit_cli.profiling.macs import (
 from sparsevit_cli.profiling.workload import Workload, image_workload
 from sparsevit_cli.sparsity import Ratios, SearchSpace, SparsityConfig
 from sparsevit_cli.swin import get_sparsity, set_sparsity, sparse_stages, sparsify_
+from tiny import SWIN, tiny_swin
 
 DEPTHS = (1, 1, 3, 2)
 COUNTERS = (traced_macs, analytic_macs, flopcounter_macs)
 
 
-def tiny_swin(img_size: int | tuple[int, int] = 64, **options: object) -> nn.Module:
-    """Sparse, 16 channels, block pairs (1, 1, 2, 1), the second pair of stage 2 with one block."""
-    options = {"embed_dim": 16, "depths": DEPTHS, "num_heads": (1, 2, 4, 8), "num_classes": 10} | options
-    model: nn.Module = timm.create_model("swin_tiny_patch4_window7_224", img_size=img_size, **options)
-    return sparsify_(model)
+def sparse_swin(img_size: int | tuple[int, int] = 64, name: str = SWIN, **options: object) -> nn.Module:
+    """Block pairs (1, 1, 2, 1), the second pair of stage 2 with one block; 16 channels, 10 classes."""
+    return sparsify_(tiny_swin(name, img_size=img_size, **{"depths": DEPTHS, "num_classes": 10} | options))
 
 
 def fused(model: nn.Module, is_fused: bool) -> nn.Module:
@@ -77,7 +76,7 @@ def test_swin_t_at_672_has_the_published_multiply_adds(ratios: Ratios, published
     ids=["divides", "padded", "odd", "dynamic", "other"],
 )
 def test_the_three_counters_agree(img_size: int | tuple[int, int], options: dict[str, object]) -> None:
-    model = tiny_swin(img_size, **options)
+    model = sparse_swin(img_size, **options)
     for ratios, is_fused in [(0, False), (0, True), (0.5, False), ([[0.8], [0], [0.1, 0.7], [0.3]], True)]:
         set_sparsity(fused(model, is_fused), ratios)
         traced, own, torch_count = (count(image_workload(model, img_size)) for count in COUNTERS)
@@ -91,8 +90,7 @@ def test_the_three_counters_agree(img_size: int | tuple[int, int], options: dict
 @pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224"])
 @pytest.mark.parametrize("img_size", [128, (100, 180)])
 def test_later_generations_are_counted_with_their_position_networks(name: str, img_size: int | tuple[int, int]) -> None:
-    options = {"embed_dim": 16, "depths": DEPTHS, "num_heads": (1, 2, 4, 8), "num_classes": 10, "window_size": 4}
-    model = sparsify_(timm.create_model(name, img_size=img_size, **options))
+    model = sparse_swin(img_size, name, window_size=4)
     for ratios in (0, 0.5):
         set_sparsity(model, ratios)
         traced, own, torch_count = (count(image_workload(model, img_size)) for count in COUNTERS)
@@ -102,7 +100,7 @@ def test_later_generations_are_counted_with_their_position_networks(name: str, i
 
 
 def test_counts_are_per_image() -> None:
-    model = tiny_swin()
+    model = sparse_swin()
     set_sparsity(model, 0.4)
     assert count_macs(model, 64).total == count_macs(model, 64, batch_size=3).total
     assert count_macs(model, torch.zeros(2, 3, 64, 64)).total == flopcounter_macs(image_workload(model, 64, 4)).total
@@ -110,7 +108,7 @@ def test_counts_are_per_image() -> None:
 
 def test_one_sparse_block_by_hand() -> None:
     """Stage 0 at 112 pixels: 28 x 28 tokens, 16 windows of 49, 16 channels, 1 block; 0.6 keeps 6 windows."""
-    model = tiny_swin(112)
+    model = sparse_swin(112)
     set_sparsity(model, [[0.6], [0], [0, 0], [0]])
     weights = 16 * 48 + 16 * 16 + 2 * 16 * 64
     assert analytic_macs(image_workload(model, 112)).parts["stage 0"] == 6 * 49 * (weights + 2 * 49 * 16)
@@ -120,7 +118,7 @@ def test_one_sparse_block_by_hand() -> None:
 
 def test_padding_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 128 pixels maps of 32, 16 and 8 tokens a side are padded to 35, 21 and 14; that of 4 is one window."""
-    model, x = tiny_swin(128).eval(), torch.randn(2, 3, 128, 128)
+    model, x = sparse_swin(128).eval(), torch.randn(2, 3, 128, 128)
     rows = {16: 35**2 - 32**2, 32: 21**2 - 16**2, 64: 3 * (14**2 - 8**2)}  # of all blocks, by their width
     set_sparsity(model, 0, exact=False)
     assert padding_macs(image_workload(model, x)) == sum(count * 4 * c * c for c, count in rows.items())
@@ -140,7 +138,7 @@ def test_padding_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_pruned_stages_change() -> None:
-    model = tiny_swin(128)
+    model = sparse_swin(128)
     dense = count_macs(model, 128).parts
     set_sparsity(model, [[0], [0.5], [0, 0], [0]])
     sparse = count_macs(model, 128).parts
@@ -152,7 +150,7 @@ def test_only_pruned_stages_change() -> None:
 def test_cost_of_any_configuration_equals_the_count_of_a_model_set_to_it(
     seed: int, size: int | tuple[int, int]
 ) -> None:
-    model = MODELS.setdefault(size, tiny_swin(size))
+    model = MODELS.setdefault(size, sparse_swin(size))
     config = SearchSpace(DEPTHS).sample(Random(seed))
     set_sparsity(model, config)
     assert macs_cost(image_workload(model, size))(config) == analytic_macs(image_workload(model, size)).total
@@ -162,7 +160,7 @@ MODELS: dict[int | tuple[int, int], nn.Module] = {}
 
 
 def test_cost_falls_with_every_ratio() -> None:
-    cost = macs_cost(image_workload(tiny_swin(224), 224))
+    cost = macs_cost(image_workload(sparse_swin(224), 224))
     space = SearchSpace(DEPTHS)
     costs = [cost(space.uniform(tenths / 10)) for tenths in range(9)]
     assert costs == sorted(costs, reverse=True)
@@ -170,24 +168,22 @@ def test_cost_falls_with_every_ratio() -> None:
 
 
 def test_a_configuration_of_another_model_is_refused() -> None:
-    cost = macs_cost(image_workload(tiny_swin(), 64))
+    cost = macs_cost(image_workload(sparse_swin(), 64))
     with pytest.raises(ConfigError, match=r"block pairs \[1, 1, 3, 1\], the model \[1, 1, 2, 1\]"):
         cost(SparsityConfig(((0,), (0,), (0, 0, 0), (0,))))
 
 
 def test_a_single_window_is_never_pruned() -> None:
-    model = tiny_swin(64)  # stage 3: a map of 2 x 2, the window shrunk to it
+    model = sparse_swin(64)  # stage 3: a map of 2 x 2, the window shrunk to it
     set_sparsity(model, [[0], [0], [0, 0], [0.8]])
-    dense = tiny_swin(64)
+    dense = sparse_swin(64)
     assert count_macs(model, 64).total == count_macs(dense, 64).total == analytic_macs(image_workload(model, 64)).total
 
 
 def test_dense_timm_models_and_feature_wrappers() -> None:
-    dense = timm.create_model("swin_s3_tiny_224", embed_dim=16, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 1))
+    dense = tiny_swin("swin_s3_tiny_224", depths=(1, 1, 1, 1))
     assert count_macs(dense).total == analytic_macs(image_workload(dense)).total
-    options = {"embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (1, 1, 1, 1), "img_size": 96}
-    features = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, **options)
-    sparsify_(features)
+    features = sparsify_(tiny_swin(features_only=True, depths=(1, 1, 1, 1), img_size=96))
     set_sparsity(features, 0.5)
     assert count_macs(features, 96).total == analytic_macs(image_workload(features, 96)).total
     assert analytic_macs(image_workload(features, 96)).parts["head"] == 0
@@ -215,7 +211,7 @@ def test_uncounted_operators_are_told() -> None:
 
 @pytest.mark.parametrize("importance", ["mean_abs_l2", "l2", "random"])
 def test_scoring_counts_as_nothing_and_hides_nothing(importance: str) -> None:
-    model = sparsify_(tiny_swin(128), importance=importance)  # type: ignore[arg-type]
+    model = sparsify_(sparse_swin(128), importance=importance)  # type: ignore[arg-type]
     set_sparsity(model, 0.3)
     report = count_macs(model, 128)
     assert report.uncounted == {}
@@ -223,7 +219,7 @@ def test_scoring_counts_as_nothing_and_hides_nothing(importance: str) -> None:
 
 
 def test_counting_leaves_the_model_alone(caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder) -> None:
-    model = tiny_swin().train()
+    model = sparse_swin().train()
     model.head.eval()
     count_macs(model, 64)
     flopcounter_macs(image_workload(model, 64))
@@ -236,9 +232,9 @@ def test_counting_leaves_the_model_alone(caplog: pytest.LogCaptureFixture, recwa
 def test_a_size_that_the_model_is_not_built_for_is_refused() -> None:
     for count in (*COUNTERS, macs_cost):
         with pytest.raises(ConfigError, match="96 x 96 pixels, the model is built for 64 x 64"):
-            count(image_workload(tiny_swin(64), 96))
+            count(image_workload(sparse_swin(64), 96))
     with pytest.raises(ConfigError, match="96 x 96 pixels, the model is built for 64 x 64"):
-        count_macs(tiny_swin(64), 96)
+        count_macs(sparse_swin(64), 96)
 
 
 # -- a Swin inside a larger model -----------------------------------------------------------------------------------
@@ -270,8 +266,7 @@ class Detector(nn.Module):
 
 
 def detector(name: str = "swin_tiny_patch4_window7_224", sizes: tuple[tuple[int, int], ...] = ((90, 120),)) -> Workload:
-    options = {"embed_dim": 16, "depths": DEPTHS, "num_heads": (1, 2, 4, 8), "window_size": 4, "num_classes": 10}
-    model = Detector(sparsify_(timm.create_model(name, img_size=(96, 128), strict_img_size=False, **options)))
+    model = Detector(sparse_swin((96, 128), name, strict_img_size=False, window_size=4))
     inputs = {"images": [torch.randn(2, 3, *size) for size in sizes]}
     return Workload(model.eval(), inputs, image_size=sizes[0], batch=2)
 
@@ -315,7 +310,7 @@ def test_neck_and_head_of_a_detector_by_hand() -> None:
 
 
 def test_a_classifier_is_not_run_for_its_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_swin(64)
+    model = sparse_swin(64)
     monkeypatch.setattr(type(model), "forward", lambda *_: pytest.fail("the model runs"))
     macs_cost(image_workload(model, 64))
     analytic_macs(image_workload(model, 64))
@@ -324,7 +319,7 @@ def test_a_classifier_is_not_run_for_its_cost(monkeypatch: pytest.MonkeyPatch) -
 class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.swin, self.conv = tiny_swin(64), nn.Conv2d(3, 4, 1)
+        self.swin, self.conv = sparse_swin(64), nn.Conv2d(3, 4, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(x)  # type: ignore[no-any-return]
@@ -338,7 +333,7 @@ def test_a_model_that_does_not_run_its_swin_has_no_cost() -> None:
 class Wrapped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.swin, self.distances = tiny_swin(64), Distances()
+        self.swin, self.distances = sparse_swin(64), Distances()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.swin(x) + self.distances(x).mean()  # type: ignore[no-any-return]

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from sparsevit_cli.profiling import memory
 from sparsevit_cli.profiling.memory import peak_memory_mb
 from sparsevit_cli.profiling.workload import Workload
 from sparsevit_cli.swin import remembered_tensors, set_sparsity, sparsify_
+from tiny import tiny_swin
 
 
 def work(model: nn.Module, x: Tensor) -> Workload:
@@ -41,8 +41,7 @@ def test_kept_tensors_count_and_views_do_not() -> None:
 
 
 def test_pruning_lowers_the_peak_and_it_repeats_exactly() -> None:
-    options = {"embed_dim": 16, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
-    model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", img_size=224, **options)).train()
+    model = sparsify_(tiny_swin(img_size=224, depths=(2, 1, 1, 1), num_classes=1000)).train()
     x = torch.randn(2, 3, 224, 224)  # large maps: the kernels' packed weights and scratch weigh little
     dense = peak_memory_mb(work(model, x))
     assert dense == peak_memory_mb(work(model, x))
@@ -54,8 +53,7 @@ def test_pruning_lowers_the_peak_and_it_repeats_exactly() -> None:
 
 
 def test_what_blocks_remember_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"embed_dim": 16, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
-    model = sparsify_(timm.create_model("swin_tiny_patch4_window7_224", img_size=112, **options))
+    model = sparsify_(tiny_swin(img_size=112, depths=(2, 1, 1, 1), num_classes=1000))
     set_sparsity(model, 0.5)
     x = torch.randn(1, 3, 112, 112)
     peak = peak_memory_mb(work(model, x))

@@ -20,15 +20,15 @@ from sparsevit_cli.profiling.stages import time_stages
 from sparsevit_cli.profiling.workload import Workload, image_workload
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import SparseBlock, get_sparsity, set_sparsity, sparsify_, without_kernels
+from tiny import tiny_swin
 
 SIZE, DEPTHS = 112, (1, 2, 3, 1)
 SPACE = SearchSpace(DEPTHS)
 """Maps of 28, 14, 7 and 4 tokens a side: 16, 4, 1 and 1 windows."""
 
 
-def tiny_swin(size: int = SIZE) -> nn.Module:
-    options = {"embed_dim": 16, "depths": DEPTHS, "num_heads": (1, 2, 4, 8), "num_classes": 10}
-    return sparsify_(timm.create_model("swin_tiny_patch4_window7_224", img_size=size, **options))
+def sparse_swin(size: int = SIZE) -> nn.Module:
+    return sparsify_(tiny_swin(img_size=size, depths=DEPTHS, num_classes=10))
 
 
 class FakeTime:
@@ -86,7 +86,7 @@ def patched(fake: FakeTime, monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 
 
 def test_a_table_of_additive_times_predicts_every_configuration_exactly(fake: FakeTime) -> None:
-    model = tiny_swin()
+    model = sparse_swin()
     table = measure_latency_table(image_workload(model, SIZE), seconds=0.001, rounds=2, clock=fake.clock)
     assert [len(stage) for stage in table.pair_ms] == [1, 1, 2, 1]
     assert table.overhead_ms == pytest.approx((fake.RANK_MS, fake.RANK_MS, 0, 0))
@@ -106,7 +106,7 @@ def test_a_table_of_additive_times_predicts_every_configuration_exactly(fake: Fa
 def test_the_scale_comes_from_unmarked_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that only ever adds leaves a sum of medians too small; held-out configurations still fit."""
     fake = patched(FakeTime(noise=0.1), monkeypatch)
-    model = tiny_swin()
+    model = sparse_swin()
     table = measure_latency_table(image_workload(model, SIZE), seconds=0.001, rounds=15, clock=fake.clock)
     configs = [SPACE.sample(Random(n)) for n in range(6)]
     measured = measure_configs(
@@ -119,7 +119,7 @@ def test_the_scale_comes_from_unmarked_passes(monkeypatch: pytest.MonkeyPatch) -
 
 def test_ratios_that_keep_equally_many_windows_share_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = patched(FakeTime(noise=0.5), monkeypatch)
-    table = measure_latency_table(image_workload(tiny_swin(), SIZE), seconds=0.001, rounds=3, clock=fake.clock)
+    table = measure_latency_table(image_workload(sparse_swin(), SIZE), seconds=0.001, rounds=3, clock=fake.clock)
     four_windows = [4, 3, 3, 2, 2, 2, 1, 1, 1]
     for tenths, kept in enumerate(four_windows):
         assert (table.pair_ms[1][0][tenths] == table.pair_ms[1][0][four_windows.index(kept)]) is True
@@ -131,7 +131,7 @@ def test_ratios_that_keep_equally_many_windows_share_one_entry(monkeypatch: pyte
 def test_a_smaller_table_and_its_progress(fake: FakeTime) -> None:
     shares: list[float] = []
     table = measure_latency_table(
-        image_workload(tiny_swin(), SIZE),
+        image_workload(sparse_swin(), SIZE),
         max_tenths=3,
         seconds=0.01,
         rounds=4,
@@ -145,7 +145,7 @@ def test_a_smaller_table_and_its_progress(fake: FakeTime) -> None:
 
 
 def test_measuring_leaves_the_model_as_it_was(fake: FakeTime) -> None:
-    model = tiny_swin().train()
+    model = sparse_swin().train()
     config = SparsityConfig(((1,), (2,), (3, 4), (5,)))
     set_sparsity(model, config)
     measure_latency_table(image_workload(model, SIZE), seconds=0.001, rounds=1, clock=fake.clock)
@@ -156,27 +156,26 @@ def test_measuring_leaves_the_model_as_it_was(fake: FakeTime) -> None:
 
 
 def test_a_dense_timm_model_has_no_table() -> None:
-    options = {"embed_dim": 16, "depths": DEPTHS, "num_heads": (1, 2, 4, 8)}
     with pytest.raises(ConfigError, match=r"sparsify_\(model\) first"):
-        measure_latency_table(image_workload(timm.create_model("swin_tiny_patch4_window7_224", **options)))
+        measure_latency_table(image_workload(tiny_swin(depths=DEPTHS)))
 
 
 def test_identity_tells_what_a_table_holds_for() -> None:
-    model = tiny_swin()
+    model = sparse_swin()
     identity = table_identity(image_workload(model, SIZE, 2))
     assert identity == table_identity(image_workload(model, SIZE, 2, seed=1))
     others = [
         table_identity(image_workload(model, SIZE, 3)),
         table_identity(image_workload(model, SIZE, 2, dtype=torch.bfloat16)),
         table_identity(image_workload(sparsify_(model, importance="l2"), SIZE, 2)),
-        table_identity(image_workload(tiny_swin(64), torch.zeros(2, 3, 64, 64))),
+        table_identity(image_workload(sparse_swin(64), torch.zeros(2, 3, 64, 64))),
         table_identity(image_workload(model, SIZE, 2, scope="backbone")),
     ]
     assert identity not in others
 
 
 def test_real_passes_fill_a_table() -> None:
-    table = measure_latency_table(image_workload(tiny_swin(), SIZE, 2), seconds=0.001, rounds=2, max_spread=1000.0)
+    table = measure_latency_table(image_workload(sparse_swin(), SIZE, 2), seconds=0.001, rounds=2, max_spread=1000.0)
     assert all(ms > 0 for stage in table.pair_ms for pair in stage for ms in pair)
     assert table.identity["batch"] == 2
     assert table.predict(SPACE.dense) > 0
@@ -184,7 +183,7 @@ def test_real_passes_fill_a_table() -> None:
 
 @pytest.fixture
 def pruned() -> Iterator[nn.Module]:
-    model = tiny_swin()
+    model = sparse_swin()
     set_sparsity(model, [[0.5], [0], [0, 0], [0]])
     yield model
     assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
@@ -213,8 +212,7 @@ def test_stage_times_are_scaled_to_the_measured_total_and_tell_the_residual(fake
 
 
 def test_dense_models_spend_on_blocks_and_merging_only() -> None:
-    options = {"embed_dim": 16, "depths": DEPTHS, "num_heads": (1, 2, 4, 8), "img_size": SIZE}
-    times = time_stages(image_workload(timm.create_model("swin_tiny_patch4_window7_224", **options), SIZE))
+    times = time_stages(image_workload(tiny_swin(depths=DEPTHS, img_size=SIZE), SIZE))
     assert all(row.scoring_ms == row.moves_ms == 0 for row in times.rows)
     assert all(row.blocks_ms > 0 for row in times.rows if row.name.startswith("stage"))
 
@@ -251,7 +249,7 @@ def test_a_stop_is_heard_while_a_table_waits_for_a_neighbour() -> None:
 
     patience = Patience(3600, watch=lambda: Moment(now[0], now[0], 0.0, None, 0, 2), now=lambda: now[0], sleep=sleep)
     with pytest.raises(KeyboardInterrupt):
-        measure_latency_table(image_workload(tiny_swin(), SIZE), patience=patience, check=check)
+        measure_latency_table(image_workload(sparse_swin(), SIZE), patience=patience, check=check)
     assert now[0] < 4
 
 
@@ -264,7 +262,7 @@ def test_no_table_is_filled_beside_a_neighbour(fake: FakeTime) -> None:
 
     patience = Patience(5.0, watch=busy, now=lambda: watch_time[0], sleep=lambda seconds: None)
     with pytest.raises(UnsteadyError, match="latency table: other processes take"):
-        measure_latency_table(image_workload(tiny_swin(), SIZE), seconds=0.001, clock=fake.clock, patience=patience)
+        measure_latency_table(image_workload(sparse_swin(), SIZE), seconds=0.001, clock=fake.clock, patience=patience)
 
 
 def test_a_table_whose_times_change_is_measured_again_and_then_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +275,7 @@ def test_a_table_whose_times_change_is_measured_again_and_then_refused(monkeypat
 
     monkeypatch.setattr(fake, "spend", slower)
     with pytest.raises(UnsteadyError, match=r"latency table: times changed by \d+%.*after 1 repetitions"):
-        measure_latency_table(image_workload(tiny_swin(), SIZE), seconds=0.001, rounds=4, retries=1, clock=fake.clock)
+        measure_latency_table(image_workload(sparse_swin(), SIZE), seconds=0.001, rounds=4, retries=1, clock=fake.clock)
 
 
 class Detector(nn.Module):
@@ -285,7 +283,7 @@ class Detector(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.swin, self.head = tiny_swin(), nn.Linear(10, 2)
+        self.swin, self.head = sparse_swin(), nn.Linear(10, 2)
 
     def forward(self, inputs: dict[str, list[Tensor]]) -> list[Tensor]:
         return [self.head(self.swin(nn.functional.pad(x, (0, 12, 0, 2)))) for x in inputs["images"]]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 from sparsevit_cli.swin import set_sparsity, sparsify_
+from tiny import tiny_swin
 
 REFERENCE = Path(__file__).parent / "data" / "swin24_448.npz"
 SIZE = 448
@@ -18,10 +18,7 @@ CONFIGS = {"dense": 0.0, "cfg1": [[0.3], [0], [0.1, 0.2, 0.2], [0]]}
 
 def reference_model() -> torch.nn.Module:
     """The reference's model, its weights a closed formula of parameter number and flat index."""
-    model = timm.create_model(
-        "swin_tiny_patch4_window7_224", img_size=SIZE, embed_dim=24, num_heads=(1, 2, 4, 8), num_classes=0,
-        drop_path_rate=0,
-    ).eval()  # fmt: skip
+    model = tiny_swin(img_size=SIZE, embed_dim=24, depths=(2, 2, 6, 2), num_classes=0, drop_path_rate=0).eval()
     for number, (name, parameter) in enumerate(sorted(model.named_parameters())):
         at = np.arange(parameter.numel(), dtype=np.float64)
         value = np.sin(0.7311 * at + 1.37 * number) + 0.5 * np.cos(0.0913 * at + 0.77 * number)

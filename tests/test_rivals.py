@@ -9,9 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-from torch import nn
 
 from sparsevit_cli.errors import MeasurementError
 from sparsevit_cli.kernels import Kernels, choice, held, portable
@@ -25,19 +23,13 @@ from sparsevit_cli.swin.fused import with_fused_attention
 from sparsevit_cli.workflows import rivals
 from sparsevit_cli.workflows.rivals import _compared, _Contestant, measure_rivals
 from sparsevit_cli.workflows.session import Session
-from tiny import tiny_config
-
-
-def swin(**options: object) -> nn.Module:
-    torch.manual_seed(0)
-    small = {"embed_dim": 16, "depths": (2, 2, 4, 2), "num_heads": (1, 2, 4, 8), "num_classes": 5}
-    return timm.create_model("swin_tiny_patch4_window7_224", **{**small, **options}).eval()
+from tiny import tiny_config, tiny_swin
 
 
 @pytest.mark.parametrize("size", [(112, 112), (224, 224), (120, 152)])
 @pytest.mark.parametrize("ratios", [0.0, 0.5, [[0.6], [0], [0.2, 0.4], [0]]])
 def test_the_authors_flow_gives_our_numbers(size: tuple[int, int], ratios: object) -> None:
-    model = sparsify_(swin(img_size=size))
+    model = sparsify_(tiny_swin(img_size=size)).eval()
     set_sparsity(model, ratios)  # type: ignore[arg-type]
     x = torch.randn(2, 3, *size)
     with torch.inference_mode(), without_kernels():
@@ -46,7 +38,7 @@ def test_the_authors_flow_gives_our_numbers(size: tuple[int, int], ratios: objec
 
 def test_the_variants_give_timms_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
-    model, x = swin(img_size=112), torch.randn(1, 3, 112, 112)
+    model, x = tiny_swin(img_size=112).eval(), torch.randn(1, 3, 112, 112)
     variants = dense_variants(model, max_autotune=True)
     assert len(variants) == 6
     with torch.inference_mode():
@@ -63,7 +55,7 @@ def test_the_variants_give_timms_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_oracle_skips_moves_and_ranking_and_leaves_all_as_it_was(
     kernels: Kernels, img_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = sparsify_(swin(img_size=img_size), kernels=kernels)
+    model = sparsify_(tiny_swin(img_size=img_size), kernels=kernels).eval()
     set_sparsity(model, 0.5)
     x = torch.randn(1, 3, img_size, img_size)
     memory = foreseen(model, x)
@@ -83,7 +75,7 @@ def test_the_oracle_computes_as_much_as_ours_and_leaves_nothing_behind(
     ratios: object, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(held, "is_asynchronous", lambda device: asynchronous)
-    model, x = sparsify_(swin(img_size=248), kernels="portable"), torch.randn(2, 3, 248, 248)
+    model, x = sparsify_(tiny_swin(img_size=248), kernels="portable").eval(), torch.randn(2, 3, 248, 248)
     set_sparsity(model, ratios)  # type: ignore[arg-type]
     held._remembered_batch.cache_clear()
     rows = list[int]()

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -27,6 +26,7 @@ from sparsevit_cli.swin import (
     sparsify_,
     without_kernels,
 )
+from tiny import tiny_swin
 
 SWIN_NAMES = supported_models()
 OF_EACH = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224")
@@ -36,15 +36,7 @@ RATIOS = [[0.6], [0.3], [0.2, 0.4, 0.5], [0]]
 
 def small_swin(name: str = "swin_tiny_patch4_window7_224", **kwargs: object) -> nn.Module:
     """timm's `name` at reduced width, with weights that make every branch matter."""
-    settings = {
-        "num_heads": (1, 2, 4, 8),
-        "depths": (2, 2, 6, 2),
-        "embed_dim": 8,
-        "num_classes": 5,
-        "drop_path_rate": 0.0,
-    }
-    settings |= kwargs
-    model = timm.create_model(name, **settings)
+    model = tiny_swin(name, **{"embed_dim": 8, "depths": (2, 2, 6, 2), "drop_path_rate": 0.0} | kwargs)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -197,9 +189,7 @@ def test_every_entrance_runs_sparse() -> None:
     dense = small_swin(img_size=112)
     model = sparsify_(copy.deepcopy(dense))
     set_sparsity(model, RATIOS)
-    listed = timm.create_model(
-        "swin_tiny_patch4_window7_224", features_only=True, img_size=112, embed_dim=8, num_heads=(1, 2, 4, 8)
-    ).eval()
+    listed = tiny_swin(features_only=True, img_size=112, embed_dim=8, depths=(2, 2, 6, 2)).eval()
     weights = {name.replace("layers.", "layers_", 1): w for name, w in dense.state_dict().items()}
     listed.load_state_dict({name: weights[name] for name in listed.state_dict()})
     sparsify_(listed)
@@ -283,12 +273,17 @@ def test_gradient_checkpointing_and_autocast() -> None:
     model = sparsify_(small_swin(img_size=112)).train()
     set_sparsity(model, RATIOS)
     x = torch.randn(2, 3, 112, 112)
-    gradients = []
+    gradients, forwards, seen = [], [], list[nn.Module]()
+    for block in (block for stage in sparse_stages(model) for block in stage.blocks):
+        block.register_forward_pre_hook(lambda module, inputs: seen.append(module))
     for enabled in (False, True):
         model.set_grad_checkpointing(enabled)
         model.zero_grad()
+        seen.clear()
         model(x).square().sum().backward()
+        forwards.append(len(seen))
         gradients.append([p.grad.clone() for p in model.parameters()])
+    assert forwards == [12, 2 * 12]
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
     model.eval()
@@ -348,7 +343,7 @@ def test_later_generations_pickle_compile_export_and_give_features(name: str) ->
         features = model.forward_intermediates(x, intermediates_only=True)
         assert torch.equal(model.forward_head(model.forward_features(x)), expected)
         assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(model)))(x), expected)
-        listed = sparsify_(timm.create_model(name, features_only=True, embed_dim=8, num_heads=(1, 2, 4, 8), **options))
+        listed = sparsify_(tiny_swin(name, features_only=True, embed_dim=8, **options))
         found = listed.eval()(x)
         assert len(features) == len(found) == 4
         assert get_sparsity(listed).is_dense

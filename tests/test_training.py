@@ -105,27 +105,28 @@ def saved(folder: Path) -> tuple[dict[str, dict[str, Tensor]], list[Mapping[str,
 def test_a_resumed_training_equals_the_straight_one_to_the_bit(
     tmp_path: Path, workers: int, fields: dict[str, Any]
 ) -> None:
+    """One run is stopped and resumed again and again; every step of it is taken once, as by the straight one."""
     straight = job(tmp_path / "straight", workers=workers, **fields)
     run(straight)
     total = straight.plan.total_steps
     assert total > 8
-    for step in (3,) if workers or fields else (0, 4, total // 2, total - 1):
-        folder = tmp_path / f"killed at {step}"
-        stop = StopAt(job(folder, workers=workers, **fields), step)
+    stops = (3,) if workers or fields else (0, 4, total // 2, total - 1)
+    for step in stops:
+        stop = StopAt(job(tmp_path / "stopped", workers=workers, **fields), step)
         with pytest.raises(StoppedError) as stopped:
             run(stop.job, stop)
         assert stopped.value.exit_code == 75
-        resumed = job(folder, workers=workers, **fields)
         torch.manual_seed(99)  # the global generator must not matter
-        result = run(resumed)
-        assert result.resumed_from == step + 1
-        tensors, rows = saved(folder)
-        expected, expected_rows = saved(tmp_path / "straight")
-        assert rows == expected_rows
-        assert tensors.keys() == expected.keys() == {"model", "optimizer", "ema"}
-        for name, group in expected.items():
-            for key, tensor in group.items():
-                assert torch.equal(tensor, tensors[name][key]), (name, key)
+        assert load_checkpoint(tmp_path / "stopped" / "checkpoints").step == step + 1
+    result = run(job(tmp_path / "stopped", workers=workers, **fields))
+    assert result.resumed_from == stops[-1] + 1
+    tensors, rows = saved(tmp_path / "stopped")
+    expected, expected_rows = saved(tmp_path / "straight")
+    assert rows == expected_rows
+    assert tensors.keys() == expected.keys() == {"model", "optimizer", "ema"}
+    for name, group in expected.items():
+        for key, tensor in group.items():
+            assert torch.equal(tensor, tensors[name][key]), (name, key)
 
 
 def test_accumulation_changes_memory_and_not_the_training(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from sparsevit_cli.kernels.portable import PORTABLE
 from sparsevit_cli.kernels.portable import run_windows_ as portable_run_windows_
 from sparsevit_cli.models import support_table
 from sparsevit_cli.swin import set_sparsity, sparsify_
+from tiny import tiny_swin
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -297,9 +298,7 @@ def test_what_the_kernels_do_not_take_is_told() -> None:
 
 
 def tiny(name: str, kernels: Kernels) -> nn.Module:
-    options = {"img_size": 72, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 5}
-    torch.manual_seed(0)
-    model = sparsify_(timm.create_model(name, **options).eval().to(DEVICE), kernels=kernels)
+    model = sparsify_(tiny_swin(name, img_size=72, embed_dim=32, depths=(2, 2)).eval().to(DEVICE), kernels=kernels)
     set_sparsity(model, 0.5)
     return model
 

@@ -1,10 +1,14 @@
-"""A whole experiment small enough for tests: 32-pixel digits, a model of two narrow stages."""
+"""What is small enough for tests: a Swin of a few channels, and a whole experiment on 32-pixel digits."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+import timm
+import torch
+from torch import nn
 
 from sparsevit_cli.config.experiment import ExperimentConfig
 from sparsevit_cli.config.tasks import DigitsData, FolderData, LabelledData, TimmData, type_of
@@ -29,6 +33,24 @@ TINY: dict[str, Any] = {
     "clock": {"wait": 0, "max_neighbour": 1000.0, "max_spread": 1000.0},
     "export": {"formats": ["pt2"], "latency": False},
 }  # fmt: skip
+
+
+SWIN = "swin_tiny_patch4_window7_224"
+
+
+def tiny_swin(
+    name: str = SWIN, *, embed_dim: int = 16, depths: tuple[int, ...] = (2, 2, 4, 2), seed: int = 0, **arguments: Any
+) -> nn.Module:
+    """timm's dense Swin `name`, narrow, as timm leaves it: in training mode, with 1, 2, 4 ... heads and 5 classes.
+
+    `arguments` are further ones of timm.create_model. The global generator starts at `seed`: equal calls give equal
+    weights.
+    """
+    torch.manual_seed(seed)
+    heads = tuple(2**stage for stage in range(len(depths)))
+    sizes: dict[str, Any] = {"embed_dim": embed_dim, "depths": depths, "num_heads": heads, "num_classes": 5}
+    model: nn.Module = timm.create_model(name, **sizes | arguments)
+    return model
 
 
 def tiny_config(**sections: Any) -> ExperimentConfig:
