@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,6 +87,8 @@ def test_the_example_is_short_and_imports_nothing_private() -> None:
         ("blobs.py:", None, "is no task"),
         ("absent.py:Blobs", None, "there is no file"),
         ("blobs.py:Absent", "", "has no class Absent"),
+        ("random.py:Blobs", "", "has the name of another module"),
+        ("my-task.py:Blobs", "", "has the name of another module, or none that Python can import"),
         ("blobs.py:Blobs", "Blobs = 3", "has no class Blobs"),
         ("blobs.py:Blobs", "import absent_package", "cannot be run (ModuleNotFoundError"),
         ("blobs.py:Blobs", "def (", "cannot be run (SyntaxError"),
@@ -97,11 +100,25 @@ def test_what_is_no_task_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if content is not None:
-        (tmp_path / "blobs.py").write_text(content)
+        (tmp_path / text.partition(":")[0]).write_text(content)
     with pytest.raises(ConfigError) as refused:
         load_task(text)
     assert told in str(refused.value)
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.usefixtures("known_kinds")
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+def test_samples_of_a_task_from_outside_reach_us_from_loader_processes(
+    start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_task(f"{EXAMPLE}:BlobCounting")
+    task = kinds.task_class("blob_counting")(load_config(EXAMPLE.with_suffix(".yaml"), ["task.name=blob_counting"]))
+    source = task.data(seed=0, categories=None).train.resized(16)
+    context = multiprocessing.get_context(start)
+    with context.Pool(1) as pool:
+        image, blobs = pool.apply(source.__getitem__, (3,))
+    assert (image.shape, float(blobs)) == ((3, 16, 16), 3.0)
 
 
 @pytest.mark.usefixtures("known_kinds")

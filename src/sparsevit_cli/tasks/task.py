@@ -8,6 +8,8 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -191,17 +193,7 @@ def load_task(text: str) -> str:
         raise ConfigError("--task", f"{text!r} is no task", "Write path/file.py:Class.")
     if not path.is_file():
         raise ConfigError("--task", f"there is no file {path}", "Check the path.")
-    spec = importlib.util.spec_from_file_location(f"sparsevit_task_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # loader processes find its classes there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # a user's file may raise anything
-        pass_on(error)
-        raise ConfigError("--task", f"{path} cannot be run ({in_one_line(error)})", "Correct the file.") from error
-    task = getattr(module, name, None)
+    task = getattr(_run_file(path.resolve()), name, None)
     if not (isinstance(task, type) and issubclass(task, Task)):
         got = f"{path} has no class {name} that is a sparsevit_cli.tasks.task.Task"
         raise ConfigError("--task", got, "Name one.")
@@ -212,3 +204,29 @@ def load_task(text: str) -> str:
         raise ConfigError("--task", got, "See docs/extending.md; a name is lower-case letters, digits and `_`.")
     add_task(task)
     return task.name
+
+
+_files: dict[str, Path] = {}
+"""Files that `load_task` ran, by the name of their module."""
+
+
+def _run_file(path: Path) -> ModuleType:
+    """The module of a user's file, under the file's own name: loader processes import it. Raises ConfigError."""
+    name = path.stem
+    there = None if name in _files or not name.isidentifier() else importlib.util.find_spec(name)
+    if not name.isidentifier() or (there is not None and there.origin != str(path)):
+        got = f"{path.name} has the name of another module, or none that Python can import"
+        raise ConfigError("--task", got, "Rename the file.")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # last: it must hide nothing
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name], _files[name] = module, path
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a user's file may raise anything
+        pass_on(error)
+        raise ConfigError("--task", f"{path} cannot be run ({in_one_line(error)})", "Correct the file.") from error
+    return module
