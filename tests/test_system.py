@@ -34,7 +34,7 @@ from sparsevit_cli.config.tasks import AugmentSection, FolderData
 from sparsevit_cli.console import ConsoleReporter, print_json, print_lines, print_table
 from sparsevit_cli.data.images import decode_image
 from sparsevit_cli.data.loader import train_batches
-from sparsevit_cli.data.source import BadImages
+from sparsevit_cli.data.source import BadImages, Categories, Source
 from sparsevit_cli.errors import CheckpointError, ConfigError, ResourceError, StoppedError
 from sparsevit_cli.exporting.programs import trace
 from sparsevit_cli.models import build_model
@@ -49,6 +49,7 @@ from sparsevit_cli.weights import read_weights
 from sparsevit_cli.winner import parse_ratios, write_winner
 from sparsevit_cli.workflows.plots import plot_training
 from sparsevit_cli.workflows.session import Session
+from sparsevit_cli.tasks.classification import Classification
 from sparsevit_cli.workflows.weights import chosen_weights
 from tiny import tiny_config, write_tiny
 
@@ -182,13 +183,21 @@ def test_full_memory_is_never_taken_for_a_bad_file(
     assert raised.value is error
 
 
-class Pictures:
+class Pictures(Source):
     """A source of which one picture does something while it is decoded."""
 
-    class_names = ("a", "b")
+    image_size = (4, 4)
+    bad_images = None
 
     def __init__(self, act: Act, at: int) -> None:
-        self.act, self.at, self.bad_images = act, at, BadImages(20, 0.5)
+        self.act, self.at = act, at
+        self.bad_images = BadImages(20, 0.5)  # type: ignore[assignment]
+
+    def resized(self, size: object) -> Pictures:
+        return self
+
+    def fingerprint(self) -> str:
+        return "pictures"
 
     def __len__(self) -> int:
         return 20
@@ -451,7 +460,7 @@ def test_a_config_whose_name_is_no_utf8_is_read_and_its_run_recorded(
     folder = opened(tmp_path / "runs", argv=argv)
     assert "caf" in (folder.path / "command.txt").read_text(encoding="utf-8")
     folder.write_result({"weights": LATIN1})
-    assert folder.read_result() == {"schema_version": 1, "command": "pretrain", "weights": LATIN1, "files": {}}
+    assert folder.read_result() == {"schema_version": 2, "command": "pretrain", "weights": LATIN1, "files": {}}
 
 
 def opened(output: Path, *, argv: list[str] | None = None, fresh: bool = False) -> RunFolder:
@@ -639,9 +648,10 @@ def test_the_home_folder_is_expanded_wherever_a_path_stands(
     assert session.earlier("pretrain").path == tmp_path / "runs" / "tiny" / "pretrain"
     assert session.folder("pretrain").path == tmp_path / "runs" / "tiny" / "pretrain"
     session.locks.close()
-    weights = session.model(["a", "b"]).state_dict()
+    weights = session.model(Categories(("a", "b"))).state_dict()
     safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
-    assert chosen_weights(session, f"{home}/w.safetensors", "test").num_outputs == 2
+    found = chosen_weights(session, f"{home}/w.safetensors", "test")
+    assert session.model(found.categories, found).state_dict().keys() == weights.keys()
     section = tiny_config(model={"checkpoint": f"{home}/w.safetensors"}).model
     assert torch.equal(build_model(section, 2).head.fc.weight, weights["head.fc.weight"])  # type: ignore[union-attr]
     write_tiny(tmp_path)
@@ -666,7 +676,7 @@ def test_a_file_that_may_not_be_looked_at_is_told(number: int, tmp_path: Path, m
 
 # -- optional output --------------------------------------------------------------------------------------------
 
-ROWS = [{"epoch": 1.0, "top1": 50.0, "img_size": 32, "train_loss": 1.0, "val_loss": 1.0}]
+ROWS = [{"epoch": 1.0, "top1": 50.0, "height": 32, "width": 32, "train_loss": 1.0, "val_loss": 1.0}]
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://gone", "nonsense"])
@@ -674,8 +684,9 @@ def test_a_foreign_backend_spoils_no_picture(backend: str, tmp_path: Path) -> No
     code = f"""
 from pathlib import Path
 from sparsevit_cli.reporting import SilentReporter
+from sparsevit_cli.tasks.task import Metric
 from sparsevit_cli.workflows.plots import plot_training
-plot_training(Path("results.png"), {ROWS!r}, reporter := SilentReporter())
+plot_training(Path("results.png"), {ROWS!r}, Metric("top1", "top-1"), reporter := SilentReporter())
 assert not reporter.warnings, reporter.warnings
 """
     env = {**os.environ, "MPLBACKEND": backend}
@@ -695,7 +706,7 @@ def test_a_picture_that_fails_is_one_warning(
     place: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"matplotlib.{place}", raising(error))
-    plot_training(tmp_path / "results.png", ROWS, reporter := SilentReporter())
+    plot_training(tmp_path / "results.png", ROWS, Classification.metric, reporter := SilentReporter())
     assert len(reporter.warnings) == 1
     assert "results.png is left out" in reporter.warnings[0]
     assert list(tmp_path.iterdir()) == []
@@ -704,7 +715,7 @@ def test_a_picture_that_fails_is_one_warning(
 def test_a_signal_inside_a_picture_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("matplotlib.figure.Figure.subplots", does(told_otherwise))
     with stop_on_signals(), pytest.raises(StoppedError):
-        plot_training(tmp_path / "results.png", ROWS, SilentReporter())
+        plot_training(tmp_path / "results.png", ROWS, Classification.metric, SilentReporter())
 
 
 # -- file systems that are not ext4 -----------------------------------------------------------------------------
