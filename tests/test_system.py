@@ -43,13 +43,13 @@ from sparsevit_cli.runs import RunFolder, RunLocks, open_run
 from sparsevit_cli.search import Ledger, LedgerScope
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.stopping import stop_on_signals
+from sparsevit_cli.tasks.classification import Classification
 from sparsevit_cli.tasks.classification.timm_source import TimmRecords
 from sparsevit_cli.tasks.classification.transforms import TransformSpec
 from sparsevit_cli.weights import read_weights
 from sparsevit_cli.winner import parse_ratios, write_winner
 from sparsevit_cli.workflows.plots import plot_training
 from sparsevit_cli.workflows.session import Session
-from sparsevit_cli.tasks.classification import Classification
 from sparsevit_cli.workflows.weights import chosen_weights
 from tiny import tiny_config, write_tiny
 
