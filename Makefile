@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
-SOURCES := src tests docs benchmarks
+SOURCES := src tests docs benchmarks examples
 
 .PHONY: demo install test test-slow test-gpu test-lowest bench bench-gpu quality style docs clean
 

@@ -4,6 +4,7 @@ usage: sparsevit run --task examples/blob_counting.py:BlobCounting --config exam
 """
 
 import torch
+
 from sparsevit_cli.data import Data, Source
 from sparsevit_cli.sizes import as_pair
 from sparsevit_cli.tasks.task import Metric, Task

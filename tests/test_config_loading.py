@@ -576,6 +576,13 @@ def test_a_new_setting_at_its_default_changes_no_hash() -> None:
     assert section_hash(new, "train", "model", "data") == section_hash(old, "train", "model", "data")
     changed = experiment.model_validate({**dict(old), "train": {**dict(old.train), "new_setting": 0.6}})
     assert section_hash(changed, "train") != section_hash(old, "train")
+    phase = type(old.train.curriculum[0])
+    later = create_model("Later", __base__=phase, new_setting=(float, 0.5))
+    grown = create_model("Grown", __base__=section, curriculum=(tuple[later, ...], ()))  # type: ignore[valid-type]
+    experiment = create_model("Experiment", __base__=type(old), train=(grown, ...))
+    phases = tuple(dict(each) for each in old.train.curriculum)
+    new = experiment.model_validate({**dict(old), "train": {**dict(old.train), "curriculum": phases}})
+    assert section_hash(new, "train") == section_hash(old, "train")
     assert section_hash(old, "model", ignore=("model.weight_init",)) == section_hash(
         old.model_copy(update={"model": old.model.model_copy(update={"weight_init": "timm"})}), "model"
     )

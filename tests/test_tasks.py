@@ -303,3 +303,99 @@ def test_categories_are_read_as_they_were_saved_before_and_now(document: dict[st
 def test_categories_that_are_none_are_told(wrong: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="its categories are"):
         Categories.from_saved(wrong, "x")
+
+
+class Around(nn.Module):
+    """A Swin inside something else, which takes its images in a dict."""
+
+    def __init__(self, swin: nn.Module) -> None:
+        super().__init__()
+        self.swin, self.answer = swin, nn.Linear(16, 1)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.answer(self.swin(inputs["image"]))  # type: ignore[no-any-return]
+
+
+WRAPPED = """
+import torch
+from test_tasks import Around
+from sparsevit_cli.data import Categories, Data, Source
+from sparsevit_cli.tasks.task import Metric, Task
+
+class Few(Source):
+    image_size = (32, 32)
+    def __init__(self, count): self.count = count
+    def __len__(self): return self.count
+    def __getitem__(self, index):
+        if index >= self.count: raise IndexError(index)
+        return {"image": torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index))}, float(index % 2)
+    def resized(self, size): return self
+    def fingerprint(self): return f"few {self.count}"
+
+class Wrapped(Task):
+    name, metric = "wrapped", Metric("closeness", "closeness", unit="")
+    names = ("even", "odd")
+    def data(self, *, seed, categories):
+        return Data(Few(32), Few(8), Few(12), Categories(self.names, (3, 7)))
+    def build(self, categories, options): return Around(self.swin(0, options))
+    def loss(self, model, batch, section, teacher):
+        return {"distance": (model(batch.inputs).squeeze(1) - batch.targets.float()).square().mean()}
+    def example(self, size, batch_size, *, seed=0): return {"image": super().example(size, batch_size, seed=seed)}
+    def scorer(self, source, device):
+        class Scorer:
+            found = []
+            def update(self, outputs, batch): self.found.append(float(outputs.sum()))
+            def compute(self): return {"closeness": sum(self.found)}
+        return Scorer()
+"""
+
+
+@pytest.mark.usefixtures("known_kinds")
+def test_a_model_around_a_swin_with_inputs_of_its_own_runs_through(tmp_path: Path) -> None:
+    (tmp_path / "wrapped.py").write_text(WRAPPED)
+    words = ["--task", f"{tmp_path}/wrapped.py:Wrapped", "--output", str(tmp_path)]
+    sets = [*SHORT, "model.depths=[2,2]", "model.always_partition=true", "train.batch_size=8", "adapt.batch_size=8",
+            "finetune.batch_size=8", "train.grad_checkpointing=true", "search.budget_macs=70%"]  # fmt: skip
+    words += [word for setting in sets for word in ("--set", setting)]
+    result = CliRunner().invoke(app, ["run", "--json", *words])
+    assert result.exit_code == 0, result.output
+    assert "export is left out" in result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert rows[-1]["gmacs"] < rows[0]["gmacs"]
+    export = CliRunner().invoke(app, ["export", *words])
+    assert export.exit_code == 2
+    assert "takes a dict" in export.stderr
+    (tmp_path / "wrapped.py").write_text(WRAPPED.replace("(3, 7)", "(3, 8)"))
+    other = CliRunner().invoke(app, ["evaluate", *words])
+    assert other.exit_code == 4
+    assert "of ids 3, 7" in other.stderr
+    twice = CliRunner().invoke(app, ["evaluate", *words, "--set", "task.name=classification"])
+    assert (twice.exit_code, "names a task too" in twice.stderr) == (2, True)
+
+
+class _Foreign:
+    name = "foreign"
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    def load(self) -> Any:
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+@pytest.mark.usefixtures("known_kinds")
+@pytest.mark.parametrize("found", [ImportError("gone"), Weighed, object])
+def test_a_package_that_offers_no_task_is_told(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "entry_points", lambda group: [_Foreign(found)])
+    with pytest.raises(ConfigError, match="the package that offers 'foreign'"):
+        load_config(EXAMPLE.with_suffix(".yaml"), ["task.name=foreign"])
+
+
+def test_a_scorer_without_its_metric_is_told() -> None:
+    class Forgetful(Weighed):
+        metric = Metric("left", "left")
+
+    with pytest.raises(ConfigError, match="its metric is left"):
+        evaluate(Forgetful(tiny_config()), nn.Flatten(), Ramps2(), batch_size=2, device=torch.device("cpu"))

@@ -81,7 +81,7 @@ def test_weights_are_taken_by_command_folder_and_file(runs: Path, tmp_path: Path
     by_file = evaluate_checkpoint(session_in(runs), weights=str(plain), ratios=RATIOS)
     assert by_command.score == by_folder.score == by_file.score
     best = evaluate_checkpoint(session_in(runs), weights="best", ratios=RATIOS)
-    marked = best_checkpoint(runs / "tiny" / best.weights / "checkpoints")
+    marked = best_checkpoint(runs / "tiny" / best.weights.removesuffix(", best step") / "checkpoints")
     assert marked is not None
     assert best.score == evaluate_checkpoint(session_in(runs), weights=str(marked), ratios=RATIOS).score
     assert by_command.config.ratios == ((0.3,), (0.5,))

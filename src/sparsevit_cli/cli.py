@@ -125,8 +125,8 @@ def _run(
         stop_on_signals(**told) as stop,  # before torch is loaded, which takes seconds
         _library_talk(reporter, options.verbose),
     ):
-        overrides = (*_task_typed(options.task), *options.overrides)
-        config = load_config(_config_path(options.config), overrides)
+        overrides = (*options.overrides, *_task_typed(options.task, options.overrides))
+        config = load_config(_config_path(options.config), overrides, is_packaged=options.task is None)
         parse_budgets(config.search.budget_latency, config.search.budget_macs)  # refused before torch is loaded
         from .kernels.cache import keep_compilers_private
         from .profiling.memory import reuse_freed_memory
@@ -148,13 +148,16 @@ def _run(
         refuse(result)
 
 
-def _task_typed(typed: str | None) -> tuple[Override, ...]:
-    """The override that names a task of the user's own, whose file is run now."""
+def _task_typed(typed: str | None, overrides: Sequence[str | Override]) -> tuple[Override, ...]:
+    """The override that names a user's task, whose file is run now. Raises ConfigError beside another name."""
     if typed is None:
         return ()
     from .config.overrides import Override
+    from .errors import ConfigError
     from .tasks.task import load_task
 
+    if any(isinstance(each, str) and each.replace(" ", "").startswith("task.name=") for each in overrides):
+        raise ConfigError("--task", "--set task.name names a task too", "Leave one of them out.")
     return (Override.flag("--task", "task.name", load_task(typed)),)
 
 
@@ -168,7 +171,7 @@ def as_document(result: Any) -> Mapping[str, object]:
     """A frozen result as plain JSON values; it may say how itself (`document`)."""
     if hasattr(result, "document"):
         return dict(result.document())
-    return {"schema_version": 1, **_plain(asdict(result))}
+    return {"schema_version": 2, **_plain(asdict(result))}
 
 
 def _plain(value: Any) -> Any:
@@ -345,7 +348,8 @@ def config_command(config: Config = None, set_: Set = None, task: TaskFile = Non
     from .console import ConsoleReporter, print_json, write_stdout
 
     with _reported(ConsoleReporter(), False):
-        resolved = load_config(_config_path(config), (*_task_typed(task), *(set_ or ())))
+        typed = set_ or ()
+        resolved = load_config(_config_path(config), (*typed, *_task_typed(task, typed)), is_packaged=task is None)
         print_json(resolved.model_dump(mode="json")) if as_json else write_stdout(dump_config(resolved))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from .data.loader import MAX_WAIT_SECONDS, eval_batches
 from .data.source import Source
-from .errors import NonFiniteError
+from .errors import ConfigError, NonFiniteError
 from .reporting import Progress
 from .tasks.task import Score, Task
 
@@ -51,6 +51,9 @@ def evaluate(
     finally:
         model.train(was_training)
     values = dict(scorer.compute())
+    if task.metric.key not in values:
+        got = f"its scorer gives {', '.join(values) or 'nothing'}, and its metric is {task.metric.key}"
+        raise ConfigError(f"task {task.name}", got, "Let compute() return the metric under its key.")
     for name, value in values.items():
         if not math.isfinite(value):
             got = f"{name} over {count} images is {value}"

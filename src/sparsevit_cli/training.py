@@ -336,9 +336,12 @@ class _Run:
         batch = batch.to(job.device)
         whole, total = task.weight(batch), 0.0
         for part in batch.parts(math.ceil(len(batch) / self.accumulation)):
+            share = task.weight(part) / whole if whole else len(part) / len(batch)
+            if not share:  # a mean over nothing
+                continue
             with self._autocast():
                 losses = task.loss(self.model, part, job.section, job.teacher)
-                loss = reduce(operator.add, losses.values()) * (task.weight(part) / whole)
+                loss = reduce(operator.add, losses.values()) * share
             self.scaler.scale(loss).backward()
             total += loss.item()
         return total
@@ -414,7 +417,7 @@ class _Run:
             "seconds": round(self.seconds, 1),
         }
         self.losses = []
-        self.history.append(row | {metric.key: round(score.value, metric.digits + 1)} | others)
+        self.history.append(row | {metric.key: score.value} | others)
 
     def saved_on(self, work: Callable[[], None], *errors: type[BaseException]) -> None:
         """Do `work`; where one of `errors` ends it, save the present step, and only then let it pass."""

@@ -178,13 +178,14 @@ def show_pipeline(summary: PipelineSummary) -> None:
     losing = [number for number, row in enumerate(summary.rows) if number and (row.speedup or 1) < 1]
     title = f"Dense against sparse: {name}, batch {summary.batch}, {summary.count} validation images"
     print_table(title, ("model", metric.column, "GMACs", "ms per batch [95 %]", "speed-up [95 %]"), rows, losing=losing)
+    unit = "points" if metric.unit == "%" else metric.unit
     dense, ours, winner = summary.rows[0], summary.rows[1], summary.rows[-1]
     speed = "" if winner.speedup is None else f"{winner.speedup:.2f}x as fast as timm, "
     if winner.speedup is not None and ours.speedup is not None:
         speed += f"{winner.speedup / ours.speedup:.2f}x as our own dense, "
     print_lines(
-        f"winner {winner.ratios}: {1 - winner.gmacs / dense.gmacs:.0%} of the multiply-adds gone, "
-        f"{speed}{winner.score - dense.score:+.{metric.digits}f} points of {metric.label}",
+        f"winner {[list(stage) for stage in winner.ratios or ()]}: {1 - winner.gmacs / dense.gmacs:.0%} of the "
+        f"multiply-adds gone, {speed}{winner.score - dense.score:+.{metric.digits}f} {unit} of {metric.label}",
         *([] if not summary.without_clock else ["The search left its latency budget out: the clock was not steady."]),
         *([] if summary.clock is None else [f"not steady: {summary.clock}. Type the command again for latencies."]),
         "written:",

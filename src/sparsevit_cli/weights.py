@@ -238,7 +238,7 @@ def _misfit(
         if key.endswith(_BIAS_TABLE) and own[key].shape[1] == weights[key].shape[1]
     ]
     if all(key in _HEAD for key in wrong):
-        do = "Set model.reset_head to start with a new classifier, or model.num_classes to the checkpoint's."
+        do = "Set model.reset_head to start with a new head, or give the model as many outputs as the checkpoint has."
     elif windows and len(windows) == len(wrong):
         theirs, ours, key = windows[0]
         do = (

@@ -20,12 +20,18 @@ from .yaml_loader import Value, dump_yaml, parse_yaml, read_yaml
 DEFAULT_CONFIG = "digits.yaml"
 
 
-def load_config(path: Path | None, overrides: Sequence[str | Override] = ()) -> ExperimentConfig:
-    """The experiment in a YAML file, changed by `section.field=value` overrides; None is the packaged digits.
+def load_config(
+    path: Path | None, overrides: Sequence[str | Override] = (), *, is_packaged: bool = True
+) -> ExperimentConfig:
+    """The experiment in a YAML file, changed by `section.field=value` overrides.
+
+    None is the packaged digits, or all defaults unless `is_packaged`.
 
     Relative paths inside the file (data.root, model.checkpoint, output) are kept as they are and so mean
     the current directory, not the file's. Raises ConfigError.
     """
+    if path is None and not is_packaged:
+        return validate(apply_overrides(parse_yaml(b"{}", "defaults"), overrides))
     document = read_yaml(packaged_config_path(DEFAULT_CONFIG) if path is None else path)
     return validate(apply_overrides(document, overrides))
 
@@ -84,12 +90,22 @@ def section_hash(config: ExperimentConfig, *sections: str, ignore: Collection[st
     """
     defaults = _defaults(type(config))
     chosen = {
-        name: value
+        name: _without_defaults(config, name, value)
         for name, value in settings_of(config, *sections).items()
         if name not in ignore and (name not in defaults or defaults[name] != value)
     }
     text = json.dumps({"schema": SCHEMA_VERSION, **chosen}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_defaults(config: ExperimentConfig, name: str, value: Value) -> Value:
+    """`value`, the items of a list of sections (a curriculum) without their settings at their defaults."""
+    found: object = config
+    for step in name.split("."):
+        found = getattr(found, step)
+    items = found if isinstance(found, tuple) else ()
+    sections = [item.model_dump(mode="json", exclude_defaults=True) for item in items if isinstance(item, BaseModel)]
+    return list(sections) if sections else value
 
 
 def settings_of(config: ExperimentConfig, *sections: str) -> dict[str, Value]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, create_model, model_validator
 
-from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
 
 from .experiment import (
     AdaptSection,
@@ -32,7 +32,7 @@ from .experiment import (
     Text,
     TrainSection,
 )
-from .yaml_loader import Document
+from .yaml_loader import Document, Value
 
 ENTRY_POINTS = "sparsevit_cli.tasks"
 """Group under which an installed package offers tasks: name -> class."""
@@ -224,7 +224,16 @@ def kind_of(name: str) -> Kind:
             known = ", ".join(sorted({*KINDS, *offered}))
             do = "Give a known one, or type --task path/file.py:Class on the command line."
             raise ConfigError("task.name", f"there is no task {name!r}; there are: {known}", do)
-        add_task(offered[name].load())
+        try:
+            offered_task = offered[name].load()
+        except Exception as error:  # an installed package may raise anything
+            pass_on(error)
+            got = f"the package that offers {name!r} cannot be loaded ({in_one_line(error)})"
+            raise ConfigError("task.name", got, "Install it again, or ask who wrote it.") from error
+        if getattr(offered_task, "name", None) != name or not isinstance(getattr(offered_task, "kind", None), Kind):
+            got = f"the package that offers {name!r} gives no task of that name"
+            raise ConfigError("task.name", got, "Ask who wrote it: the entry point's name is the task's.")
+        add_task(offered_task)
     return KINDS[name]
 
 
@@ -275,6 +284,8 @@ def type_of(document: Document) -> type[ExperimentConfig]:
     """The type that a document asks for by `task.name` and `data.source`. Raises ConfigError for unknown ones."""
     assert isinstance(document.data, dict)
     task, source = own_value(document.data, "task", "name"), own_value(document.data, "data", "source")
+    data = document.data.get("data")
+    written: Value = data.get("source") if isinstance(data, dict) else None
 
     def place(*path: str) -> str:
         return f" ({document.places[path]})" if path in document.places else ""
@@ -283,9 +294,9 @@ def type_of(document: Document) -> type[ExperimentConfig]:
         known = list(all_types(task))
     except ConfigError as fault:
         raise ConfigError(fault.what, f"{fault.got}{place('task', 'name')}", fault.do) from fault
-    if source is not None and source not in known:
+    if written is not None and written not in known:
         *most, last = (f"`{name}`" for name in known)
         words = f"{', '.join(most)} or {last}" if most else last
-        got = f"{source!r:.80} is not allowed{place('data', 'source')}; allowed: {words}"
+        got = f"{written!r:.80} is not allowed{place('data', 'source')}; allowed: {words}"
         raise ConfigError("data.source", got, "Change it. Meaning: Where samples come from.")
     return experiment_type(task or DEFAULT_TASK, source)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.sizes import Size
 from sparsevit_cli.sparsity import SparsityConfig
 
 from .timm_swin import STAGES, Stage
@@ -33,6 +34,7 @@ __all__ = [
     "named_stages",
     "patch_embedding",
     "patch_size",
+    "recompute_blocks",
     "set_image_size",
     "set_image_size_in_training",
     "sparsity_or_dense",
@@ -44,9 +46,6 @@ __all__ = [
     "weights_in",
     "window_sizes",
 ]
-
-Size = tuple[int, int]
-"""(height, width)."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +221,12 @@ def set_image_size_in_training(model: nn.Module, size: Size, what: str) -> None:
     if list(map(id, model.parameters())) != before:
         got = f"at {size[0]}x{size[1]} pixels a map is smaller than its window, and timm changes the weights"
         raise ConfigError(what, got, "Set model.always_partition: true, or use larger images.")
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Let the Swin inside `model` compute its blocks again in the backward pass, which saves memory; timm's own way."""
+    swin: Any = trunk(model)
+    swin.set_grad_checkpointing(True)
 
 
 @contextmanager

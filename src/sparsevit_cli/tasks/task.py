@@ -199,7 +199,7 @@ def load_task(text: str) -> str:
         raise ConfigError("--task", got, "Name one.")
     missing = [each for each in ("name", "metric") if not hasattr(task, each)]
     missing += sorted(getattr(task, "__abstractmethods__", ()))
-    if missing or not re.fullmatch(r"[a-z][a-z0-9_]*", task.name):
+    if missing or not re.fullmatch(r"[a-z][a-z0-9_]*", str(task.name)):
         got = f"{name} lacks {', '.join(missing)}" if missing else f"{name}.name is {task.name!r}"
         raise ConfigError("--task", got, "See docs/extending.md; a name is lower-case letters, digits and `_`.")
     add_task(task)
@@ -226,7 +226,7 @@ def _run_file(path: Path) -> ModuleType:
     sys.modules[name], _files[name] = module, path
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a user's file may raise anything
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         pass_on(error)
         raise ConfigError("--task", f"{path} cannot be run ({in_one_line(error)})", "Correct the file.") from error
     return module

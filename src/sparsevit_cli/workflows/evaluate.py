@@ -47,7 +47,7 @@ def evaluate_checkpoint(session: Session, *, weights: str | None = None, ratios:
     folder.set_aside(["metrics.json"], session.reporter)
     folder.write_result(
         {
-            "weights": trained.name,
+            "weights": trained.told,
             "weights_sha256": trained.sha256,
             "ratios": config.ratios,
             **session.task.about(),
@@ -58,4 +58,4 @@ def evaluate_checkpoint(session: Session, *, weights: str | None = None, ratios:
             **session.environment,
         }
     )
-    return EvaluateSummary(folder, trained.name, config, session.task.metric, found, macs / 1e9)
+    return EvaluateSummary(folder, trained.told, config, session.task.metric, found, macs / 1e9)

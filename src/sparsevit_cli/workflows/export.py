@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.documents import read_json
+from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.exporting import ExportReport, ModelInfo, export_model
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
@@ -41,6 +44,15 @@ class ExportSummary:
         }
 
 
+def check_exportable(session: Session) -> None:
+    """Raise ConfigError for a task whose model takes anything but one tensor of images (B, C, H, W)."""
+    inputs = session.task.example(session.img_size, 1)
+    if not (isinstance(inputs, Tensor) and inputs.ndim == 4):
+        name, kind = session.task.name, type(inputs).__name__
+        got = f"the model of task {name} takes a {kind}, and files take one tensor of images"
+        raise ConfigError("export", got, "Export a part of it from Python: sparsevit_cli.export_model.")
+
+
 def export_settings(session: Session) -> str:
     """Hash of what an export depends on besides weights and ratios."""
     return section_hash(session.config, "export", "task", "model")
@@ -51,6 +63,7 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
 
     Raises MeasurementError where an exported file does not agree with PyTorch; nothing is left of it then.
     """
+    check_exportable(session)
     section = session.config.export
     trained = chosen_weights(session, weights, "sparsevit export")
     model = session.model(trained.categories, trained).eval()
@@ -80,7 +93,7 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
     )
     folder.write_result(
         {
-            "weights": trained.name,
+            "weights": trained.told,
             "weights_sha256": trained.sha256,
             "ratios": config.ratios,
             "settings": export_settings(session),
@@ -88,4 +101,4 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
         },
         files=[*read_json(report.manifest)["files"], report.manifest.name],
     )
-    return ExportSummary(folder, trained.name, config, report)
+    return ExportSummary(folder, trained.told, config, report)

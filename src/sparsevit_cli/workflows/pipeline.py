@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsevit_cli.commands import COMMANDS
 from sparsevit_cli.data.shrunk import Scale, Shrunk
-from sparsevit_cli.errors import UnsteadyError
+from sparsevit_cli.errors import ConfigError, UnsteadyError
 from sparsevit_cli.exporting import check_packages
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import macs_cost
@@ -28,7 +28,7 @@ from sparsevit_cli.tasks.task import Metric, Score
 from sparsevit_cli.weights import load_state
 
 from .evaluate import evaluate_checkpoint
-from .export import export_settings, export_winner
+from .export import check_exportable, export_settings, export_winner
 from .profile import profile_model, profile_settings
 from .ratios import ratios_to_finetune
 from .search import budget_requests, is_searched, search
@@ -132,6 +132,11 @@ def run_pipeline(session: Session) -> PipelineSummary:
         ("profile", profile_model, {"ratios": tuned_at, "settings": profile_settings(session), "steady": True}),
         ("export", export_winner, {**tuned, "settings": export_settings(session)}),
     )
+    try:
+        check_exportable(session)
+    except ConfigError as error:
+        session.reporter.warn(f"run: export is left out: {error.got}")
+        steps = steps[:-1]
     for command, step, wanted in steps:
         found = session.earlier(command).done(*COMMANDS[command].needed)
         if session.fresh or any(found.get(name) != value for name, value in wanted.items()):

@@ -124,6 +124,7 @@ def profile_model(
     write_json(folder.path / "profile.json", report.document())
     folder.write_result(
         {
+            **report.about,
             "rows": [asdict(row) for row in rows],
             "steady": all(row.stable for row in rows),
             "ratios": config.ratios,
@@ -156,7 +157,11 @@ def _config_of(name: str, config: ExperimentConfig) -> ExperimentConfig:
         model = type(config.model)(name=name)
         return config.model_copy(update={"experiment": name, "model": model, **trainings})
     except ValidationError as error:
-        raise ConfigError("--model", f"{name!r} is no timm Swin", "Type: sparsevit models") from error
+        fault = error.errors(include_url=False)[0]
+        if fault["loc"] == ("name",):
+            raise ConfigError("--model", f"{name!r} is no timm Swin", "Type: sparsevit models") from error
+        got = f"{name} cannot be configured by its name alone ({'.'.join(map(str, fault['loc']))}: {fault['msg']})"
+        raise ConfigError("--model", got, "Profile the configuration's own model instead.") from error
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:

@@ -169,7 +169,7 @@ def measure_rivals(
     )
     folder.set_aside(["rivals.json", "rivals.png", "metrics.json"], session.reporter)
     write_json(folder.path / "rivals.json", report.document())
-    folder.write_result({"model": report.model, "best_dense": [cell.best_dense for cell in cells]})
+    folder.write_result({**report.about, "model": report.model, "best_dense": [cell.best_dense for cell in cells]})
     plot_rivals(folder.path / "rivals.png", [[asdict(row) for row in cell.rows] for cell in cells], session.reporter)
     return report
 
@@ -264,7 +264,9 @@ def _smaller(session: Session, size: Size, batch: int, ours: _Contestant) -> dic
     model, x = models[nearest], _workload(session, models[nearest], nearest, batch).inputs
     fused = ", fused" if has_fused_attention(model) else ""
     label = f"timm at {size_text(nearest)}{fused}"
-    compiled: Any = torch.compile(model, dynamic=False, mode="reduce-overhead" if x.is_cuda else None)
+    compiled: Any = torch.compile(
+        model, dynamic=False, mode="reduce-overhead" if session.device.type == "cuda" else None
+    )
     return {
         label: _Contestant("B3", partial(_fastest(model), x), model, None, nearest),
         f"{label}, compiled": _Contestant("B3", partial(compiled, x), model, None, nearest, is_eager=False),

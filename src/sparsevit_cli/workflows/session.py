@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sparsevit_cli.config.experiment import ExperimentConfig
-from sparsevit_cli.data.source import Categories, Data
+from sparsevit_cli.data.source import Categories, Data, shorten
 from sparsevit_cli.errors import CheckpointError
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, model_device, model_dtype, placed
@@ -40,6 +40,13 @@ class Weights:
     """In the order of the outputs; none if a file does not say."""
     result: Mapping[str, Any] = field(default_factory=dict)
     """The `metrics.json` of the command that made them."""
+    is_best: bool = False
+    """True for those of the step with the best validation score, not the last."""
+
+    @property
+    def told(self) -> str:
+        """What to call them."""
+        return f"{self.name}, best step" if self.is_best else self.name
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,9 @@ class Session:
         if data.split_seed is not None and seed not in (None, self.config.seed):
             got = f"the weights were trained with seed {seed}, which also splits the data, not {self.config.seed}"
             raise CheckpointError("seed", got, f"Use --seed {seed}: images trained on prove nothing.")
+        if weights is not None and weights.categories.names and weights.categories != data.categories:
+            got = f"weights of {weights.name} know {_told(weights.categories)}, the data have {_told(data.categories)}"
+            raise CheckpointError("categories", got, "Use the data that it was trained on, or another checkpoint.")
         return data
 
     def model(self, categories: Categories, weights: Weights | None = None) -> nn.Module:
@@ -157,3 +167,8 @@ class Session:
         other = replace(self, **changes)
         other.__dict__["patience"] = self.patience  # where cached_property keeps it
         return other
+
+
+def _told(categories: Categories) -> str:
+    names = f"{len(categories)} categories ({shorten(categories.names)})"
+    return names if categories.ids is None else f"{names} of ids {shorten(list(map(str, categories.ids)))}"

@@ -30,7 +30,7 @@ from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedu
 from sparsevit_cli.sizes import Size
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
-from sparsevit_cli.swin.geometry import check_image_size, patch_size
+from sparsevit_cli.swin.geometry import check_image_size, patch_size, recompute_blocks
 from sparsevit_cli.tasks.task import Metric, Score
 from sparsevit_cli.training import TrainingJob, TrainingPlan, plan_training, train
 
@@ -170,7 +170,7 @@ def _train(session: Session, folder: RunFolder, data: Data, model: nn.Module, ki
         validation_fingerprint=data.val_fingerprint,
     )
     if section.grad_checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        recompute_blocks(model)
     result = train(job, session.reporter, session.stop, on_row=lambda rows: _write_rows(folder, rows, session.reporter))
     set_sparsity(model, kind.validate_at)
     last: Mapping[str, Any] = result.history[-1]

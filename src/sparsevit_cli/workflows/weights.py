@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from sparsevit_cli.atomic import sha256_file
@@ -42,7 +43,8 @@ def trained_weights(session: Session, command: str, needed_by: str, *, best: boo
         raise CheckpointError(str(folder.checkpoints), "no checkpoint is marked best", "Leave --weights out.")
     assert path is not None
     checkpoint = load_checkpoint(path, only=("ema", "model"))
-    return _weights(command, checkpoint, Categories.from_saved(result, str(folder.result)), result)
+    found = _weights(command, checkpoint, Categories.from_saved(result, str(folder.result)), result)
+    return replace(found, is_best=best)
 
 
 def chosen_weights(session: Session, typed: str | None, needed_by: str) -> Weights:
@@ -89,7 +91,12 @@ def _tell_differences(session: Session, folder: RunFolder) -> None:
     saved = folder.path / "config.yaml"
     if not saved.exists():
         return
-    differing = config_differences(load_config(saved), session.config, ignore=_ONLY_TRAINING)
+    try:
+        trained_with = load_config(saved)
+    except ConfigError as fault:
+        session.reporter.warn(f"{saved} is of another version ({fault.what}): the model's settings are not compared")
+        return
+    differing = config_differences(trained_with, session.config, ignore=_ONLY_TRAINING)
     of_model = [line for line in differing if line.startswith("model.")]
     if of_model:
         session.reporter.warn(f"`sparsevit {folder.command}` trained another model: {'; '.join(of_model)}")
