@@ -257,7 +257,7 @@ def test_a_signal_while_torch_loads_ends_before_anything_begins(
     config = write_tiny(tmp_path)
     before = signal.signal(number, lambda *_: None)
 
-    def killed(*_: object) -> Any:
+    def killed(*_: object, **__: object) -> Any:
         os.kill(os.getpid(), number)
         return tiny_config()
 
