@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .commands import COMMANDS
 from .console import print_lines, print_table
 from .runs import RunFolder, next_command
+from .sizes import size_text
 
 if TYPE_CHECKING:
     from .models import SupportedModel
@@ -99,9 +100,7 @@ def show_profile(report: ProfileReport) -> None:
         print_table(f"Where the time goes: {label}, first steady size", STAGE_COLUMNS, stage_rows(times))
     for number in losing:
         row = report.rows[number]
-        print_lines(
-            f"sparse LOSES at batch {row.batch}, {row.image_size[0]}x{row.image_size[1]}: {row.speedup:.2f}x of dense"
-        )
+        print_lines(f"sparse LOSES at batch {row.batch}, {size_text(row.image_size)}: {row.speedup:.2f}x of dense")
     print_lines(f"written: {report.folder.path / 'profile.json'}")
 
 
@@ -127,7 +126,7 @@ def show_rivals(report: RivalReport) -> None:
             number for number, row in enumerate(cell.rows) if row.kind == "ours" and row.compares and row.speedup < 1
         ]
         first = cell.rows[0]
-        title = f"{report.model}, batch {first.batch}, {first.image_size[0]}x{first.image_size[1]}, {first.dtype}"
+        title = f"{report.model}, batch {first.batch}, {size_text(first.image_size)}, {first.dtype}"
         print_table(title, columns, rows, losing=losing)
         known = any(row.compares for row in cell.rows)
         print_lines(f"best dense: {cell.best_dense if known else 'not known, for dense rows are not steady'}")

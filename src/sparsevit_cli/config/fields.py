@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -95,8 +95,7 @@ class Fields:
         if "const" in schema:
             return f"`{schema['const']}`"
         if "enum" in schema:
-            *most, last = (f"`{choice}`" for choice in schema["enum"])
-            return f"{', '.join(most)} or {last}" if most else last
+            return one_of(schema["enum"])
         if schema["type"] == "array":
             fixed = schema.get("prefixItems", [])
             least = "" if fixed or not schema.get("minItems") else "non-empty "
@@ -129,6 +128,12 @@ def dotted(path: FieldPath) -> str:
 def shown(value: object) -> str:
     """A value as it would be written, short and printable."""
     return shorten(printable(json.dumps(value, ensure_ascii=False, default=str)))
+
+
+def one_of(choices: Sequence[object]) -> str:
+    """`a`, `b` or `c`."""
+    *most, last = (f"`{choice}`" for choice in choices)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _range(schema: JsonSchema) -> str:

@@ -11,7 +11,7 @@ from typing import NoReturn
 from sparsevit_cli.errors import ConfigError
 
 from .fields import Fields, dotted, shown
-from .tasks import all_types, own_value, type_of
+from .tasks import fields_by_source, own_value, type_of
 from .yaml_loader import Document, FieldPath, Value, parse_yaml, printable, shorten
 
 _EXAMPLES = "Write section.field=value, e.g. search.population=32 or finetune.ratios=[[0.6],[0]]."
@@ -76,13 +76,12 @@ def apply_overrides(document: Document, overrides: Sequence[str | Override]) -> 
             places[path] = override.origin
     changed = Document(data, places)
     fields = Fields.of(type_of(changed))  # only now is it known what the experiment is about
-    others = {name: Fields.of(kind) for name, kind in all_types(own_value(data, "task", "name")).items()}
     for override in typed:
-        _require_field(override, fields, others)
+        _require_field(override, fields, own_value(data, "task", "name"))
     return changed
 
 
-def _require_field(override: Override, fields: Fields, others: dict[str, Fields]) -> None:
+def _require_field(override: Override, fields: Fields, task: str | None) -> None:
     """Raise ConfigError if the path does not lead through sections to a field."""
     path: FieldPath = override.path
     origin = f"({override.origin})"
@@ -93,7 +92,8 @@ def _require_field(override: Override, fields: Fields, others: dict[str, Fields]
             got = f"{dotted(path[:depth])} is not a section {origin}"
             raise ConfigError(dotted(path), got, f"Set {dotted(path[:depth])} as a whole.")
         if fields.at(path[: depth + 1]) is None:
-            raise ConfigError(dotted(path), f"unknown setting {origin}", fields.nearest(path[: depth + 1], others))
+            do = fields.nearest(path[: depth + 1], fields_by_source(task))
+            raise ConfigError(dotted(path), f"unknown setting {origin}", do)
     if fields.is_section(fields.at(path) or {}):
         raise ConfigError(dotted(path), f"a section, not a field {origin}", "Set its fields one by one.")
 

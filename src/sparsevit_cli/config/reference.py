@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from .fields import Fields, JsonSchema, dotted
-from .tasks import DEFAULT_TASK, all_types
+from .tasks import DEFAULT_TASK, fields_by_source
 from .yaml_loader import FieldPath
 
 REFERENCE_PATH = Path(__file__).resolve().parents[3] / "docs" / "configuration.md"
@@ -46,7 +46,7 @@ This page is generated from `src/sparsevit_cli/config/experiment.py` and `tasks.
 
 def render_reference() -> str:
     """The reference page as Markdown: one table per section with field, allowed values, default and meaning."""
-    kinds = {source: Fields.of(kind) for source, kind in all_types(DEFAULT_TASK).items()}
+    kinds = fields_by_source(DEFAULT_TASK)
     fields = next(iter(kinds.values()))
     page = _tables(fields, fields.schema, (), "")
     data = [

@@ -32,6 +32,7 @@ from .experiment import (
     Text,
     TrainSection,
 )
+from .fields import Fields, one_of
 from .yaml_loader import Document, Value
 
 ENTRY_POINTS = "sparsevit_cli.tasks"
@@ -273,6 +274,11 @@ def all_types(task: str | None = None) -> dict[str, type[ExperimentConfig]]:
     return {source: experiment_type(name, source) for source in kind_of(name).sources}
 
 
+def fields_by_source(task: str | None) -> dict[str, Fields]:
+    """The fields of `all_types`: made for messages and the reference page, not for a configuration without faults."""
+    return {source: Fields.of(kind) for source, kind in all_types(task).items()}
+
+
 def own_value(document: Mapping[str, Any], section: str, name: str) -> str | None:
     """A text in a section of a document that nobody has validated yet; None if there is none."""
     found = document.get(section)
@@ -283,20 +289,17 @@ def own_value(document: Mapping[str, Any], section: str, name: str) -> str | Non
 def type_of(document: Document) -> type[ExperimentConfig]:
     """The type that a document asks for by `task.name` and `data.source`. Raises ConfigError for unknown ones."""
     assert isinstance(document.data, dict)
-    task, source = own_value(document.data, "task", "name"), own_value(document.data, "data", "source")
-    data = document.data.get("data")
+    task, data = own_value(document.data, "task", "name") or DEFAULT_TASK, document.data.get("data")
     written: Value = data.get("source") if isinstance(data, dict) else None
 
     def place(*path: str) -> str:
         return f" ({document.places[path]})" if path in document.places else ""
 
     try:
-        known = list(all_types(task))
+        known = list(kind_of(task).sources)
     except ConfigError as fault:
         raise ConfigError(fault.what, f"{fault.got}{place('task', 'name')}", fault.do) from fault
     if written is not None and written not in known:
-        *most, last = (f"`{name}`" for name in known)
-        words = f"{', '.join(most)} or {last}" if most else last
-        got = f"{written!r:.80} is not allowed{place('data', 'source')}; allowed: {words}"
+        got = f"{written!r:.80} is not allowed{place('data', 'source')}; allowed: {one_of(known)}"
         raise ConfigError("data.source", got, "Change it. Meaning: Where samples come from.")
-    return experiment_type(task or DEFAULT_TASK, source)
+    return experiment_type(task, own_value(document.data, "data", "source"))

@@ -11,7 +11,7 @@ from sparsevit_cli.errors import ConfigError
 
 from .experiment import ExperimentConfig
 from .fields import Fields, JsonSchema, dotted, shown
-from .tasks import all_types, own_value, type_of
+from .tasks import fields_by_source, own_value, type_of
 from .yaml_loader import Document, FieldPath, Value, printable, resolve_scalar, shorten
 
 MAX_TOLD = 10
@@ -51,7 +51,7 @@ def _fault(path: FieldPath, errors: list[ErrorDetails], document: Document, fiel
     what, place = dotted(path), _place(path, document)
     if errors[0]["type"] == "extra_forbidden":
         assert isinstance(document.data, dict)
-        others = {name: Fields.of(kind) for name, kind in all_types(own_value(document.data, "task", "name")).items()}
+        others = fields_by_source(own_value(document.data, "task", "name"))
         got = f"unknown setting, with the value {shown(_value(path, document))}{place}"
         return ConfigError(what, got, fields.nearest(path, others))
     schema = fields.at(path)

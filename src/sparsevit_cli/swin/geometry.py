@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.sizes import Size
+from sparsevit_cli.sizes import Size, size_text
 from sparsevit_cli.sparsity import SparsityConfig
 
 from .timm_swin import STAGES, Stage
@@ -219,7 +219,7 @@ def set_image_size_in_training(model: nn.Module, size: Size, what: str) -> None:
     before = list(map(id, model.parameters()))
     set_image_size(model, size)
     if list(map(id, model.parameters())) != before:
-        got = f"at {size[0]}x{size[1]} pixels a map is smaller than its window, and timm changes the weights"
+        got = f"at {size_text(size)} pixels a map is smaller than its window, and timm changes the weights"
         raise ConfigError(what, got, "Set model.always_partition: true, or use larger images.")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsevit_cli.profiling.stages import StageTimes
+from sparsevit_cli.sizes import size_text
 
 from .profile_report import ProfileReport, ProfileRow
 
@@ -26,7 +27,7 @@ td:first-child,th:first-child{text-align:left}tr.losing td{color:#b3261e}"""
 def row_values(row: ProfileRow) -> tuple[Any, ...]:
     """Texts under COLUMNS; an unsteady number is none."""
     return (
-        row.label, f"{row.image_size[0]}x{row.image_size[1]}", row.batch, f"{row.gmacs:.2f}",
+        row.label, size_text(row.image_size), row.batch, f"{row.gmacs:.2f}",
         f"{row.latency_ms:.2f} [{row.latency_ms_low:.2f}, {row.latency_ms_high:.2f}]" if row.stable else NOT_STEADY,
         f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]" if row.compares else "-",
         f"{row.throughput:.1f}" if row.stable else "-", f"{row.peak_memory_mb:.0f}",

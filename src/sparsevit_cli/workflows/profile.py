@@ -202,7 +202,7 @@ def _cell(
     runnable: dict[Kind, Any] = dict(models)
     if section.mode == "compile":
         torch._dynamo.reset()  # each cell is compiled anew; past a limit torch would fall back to eager in silence
-        session.reporter.say(f"profile: compiling at batch {batch}, {size[0]}x{size[1]}")
+        session.reporter.say(f"profile: compiling at batch {batch}, {size_text(size)}")
         runnable = {kind: torch.compile(model, dynamic=False) for kind, model in models.items()}
     elif section.mode == "graph":
         runnable = {kind: accelerate_(copy.deepcopy(model)) for kind, model in models.items()}
