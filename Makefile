@@ -11,7 +11,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,export,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,export,detect,segment,dev]"
 	touch $@
 
 demo: install

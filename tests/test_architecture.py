@@ -16,8 +16,8 @@ import sparsevit_cli
 PACKAGE = Path(sparsevit_cli.__file__).parent
 ORDER = (  # noqa: SIM905
     "__init__ errors atomic documents sizes seeding sparsity schedule windows kernels config reporting stopping "
-    "commands runs winner search swin acceleration checkpoints torch_files weights models data tasks evaluation "
-    "profiling training exporting workflows console views cli"
+    "commands runs winner search swin acceleration checkpoints torch_files weights models backbones data tasks "
+    "evaluation profiling training exporting workflows console views cli"
 ).split()
 """From top to bottom; a module may import from its own package and from those before it."""
 
@@ -94,7 +94,7 @@ def test_a_task_is_known_to_its_own_package_alone() -> None:
 
 
 OF_CLASSIFICATION = re.compile("top1|class_names|num_classes|logits")
-HEADS_OWN_PLACES = {("config", "tasks")}
+HEADS_OWN_PLACES = {("config", "classification")}
 """Where the settings of a classifier's head are."""
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparsevit_cli.config.tasks import AugmentSection, FolderData
+from sparsevit_cli.config.classification import AugmentSection, FolderData
 from sparsevit_cli.data import train_batches
 from sparsevit_cli.errors import ConfigError, DataError, StoppedError
 from sparsevit_cli.seeding import seeded

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsevit_cli.config.tasks import DigitsData
+from sparsevit_cli.config.classification import DigitsData
 from sparsevit_cli.data import Source, eval_batches, train_batches
 from sparsevit_cli.errors import ConfigError, DataError
 from sparsevit_cli.tasks.classification.data import build_data

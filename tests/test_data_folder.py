@@ -18,7 +18,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
-from sparsevit_cli.config.tasks import AugmentSection, FolderData, TimmData
+from sparsevit_cli.config.classification import AugmentSection, FolderData, TimmData
 from sparsevit_cli.console import ConsoleReporter
 from sparsevit_cli.data import eval_batches, train_batches
 from sparsevit_cli.errors import ConfigError, DataError

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsevit_cli.config.tasks import AugmentSection
+from sparsevit_cli.config.classification import AugmentSection
 from sparsevit_cli.data import epoch_order, eval_batches, fixed_subset, loader, num_batches, train_batches
 from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.data.source import BadImages, Source

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
-from sparsevit_cli.config.tasks import FolderData, TimmData
+from sparsevit_cli.config.classification import FolderData, TimmData
 from sparsevit_cli.data import eval_batches, train_batches
 from sparsevit_cli.errors import DataError
 from sparsevit_cli.tasks.classification import timm_source as module

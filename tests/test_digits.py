@@ -206,10 +206,10 @@ def test_unknown_split_and_negative_seed_are_refused():
 
 
 def test_a_missing_scikit_learn_is_told_with_what_to_do(monkeypatch):
-    digits._source_digits.cache_clear()
+    digits.source_digits.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match="pip install scikit-learn"):
         DigitsDataset(SPEC, "train")
     monkeypatch.undo()
-    digits._source_digits.cache_clear()
+    digits.source_digits.cache_clear()
     assert len(DigitsDataset(SPEC, "train")) == 1197

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from sparsevit_cli import atomic, cli, torch_files
 from sparsevit_cli.checkpoints import load_checkpoint, save_checkpoint
 from sparsevit_cli.config import loading
-from sparsevit_cli.config.tasks import AugmentSection, FolderData
+from sparsevit_cli.config.classification import AugmentSection, FolderData
 from sparsevit_cli.console import ConsoleReporter, print_json, print_lines, print_table
 from sparsevit_cli.data.images import decode_image
 from sparsevit_cli.data.loader import train_batches

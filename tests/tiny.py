@@ -10,8 +10,9 @@ import timm
 import torch
 from torch import nn
 
+from sparsevit_cli.config.classification import DigitsData, FolderData, LabelledData, TimmData
 from sparsevit_cli.config.experiment import ExperimentConfig
-from sparsevit_cli.config.tasks import DigitsData, FolderData, LabelledData, TimmData, type_of
+from sparsevit_cli.config.tasks import type_of
 from sparsevit_cli.config.yaml_loader import Document
 
 TINY: dict[str, Any] = {

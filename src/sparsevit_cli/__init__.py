@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .acceleration import accelerate_
+    from .backbones import swin_backbone, swin_fpn
     from .exporting import export_model, load_exported
     from .profiling.latency import measure_latency
     from .profiling.macs import count_macs
@@ -37,6 +38,8 @@ _HOME = {
     "search_sparsity": ".search.engine",
     "set_sparsity": ".swin",
     "sparsify_": ".swin",
+    "swin_backbone": ".backbones",
+    "swin_fpn": ".backbones",
 }
 
 __all__ = [
@@ -52,6 +55,8 @@ __all__ = [
     "search_sparsity",
     "set_sparsity",
     "sparsify_",
+    "swin_backbone",
+    "swin_fpn",
 ]
 
 

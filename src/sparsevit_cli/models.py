@@ -75,13 +75,15 @@ def build_model(
     *,
     img_size: int | tuple[int, int] | None = None,
     seed: int = 0,
+    any_size: bool = False,
     say: Say = _say,
 ) -> nn.Module:
     """The dense timm Swin of `section`, with its overrides, weights and so many `outputs` (0: no head).
 
     `img_size` (pixels, one number or (height, width)) replaces the section's. Windows keep their size in tokens
     whatever the image (in V2-CR without `window_size` they are timm's, an eighth of the patch grid); without
-    `always_partition` timm shrinks a window to a map that is smaller. Initial weights are a function of `seed`.
+    `always_partition` timm shrinks a window to a map that is smaller. With `any_size` the model takes images of other
+    sizes too. Initial weights are a function of `seed`.
     `say` is told what was taken from a checkpoint file. `pretrained` goes through timm, which replaces a classifier of
     other size and interpolates for other windows, patches and input channels; a `checkpoint` must fit exactly. Raises
     ConfigError, CheckpointError.
@@ -104,6 +106,7 @@ def build_model(
                 section.name,
                 pretrained=section.pretrained,
                 img_size=size,
+                **({"strict_img_size": False} if any_size else {}),
                 **scheme,
                 **arguments,
             )

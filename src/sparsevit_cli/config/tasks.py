@@ -8,31 +8,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, create_model
 
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
 
-from .experiment import (
-    AdaptSection,
-    Count,
-    DataSection,
-    ExperimentConfig,
-    FinetuneSection,
-    Fraction,
-    LoopSection,
-    ModelSection,
-    PathText,
-    Positive,
-    Section,
-    TaskSection,
-    Text,
-    TrainSection,
-)
+from . import classification
+from .experiment import DataSection, ExperimentConfig, Section
 from .fields import Fields, one_of
+from .kind import Kind
 from .yaml_loader import Document, Value
 
 ENTRY_POINTS = "sparsevit_cli.tasks"
@@ -40,159 +26,7 @@ ENTRY_POINTS = "sparsevit_cli.tasks"
 DEFAULT_TASK = "classification"
 
 
-@dataclass(frozen=True)
-class Kind:
-    """The sections of one task; `sources` are those of its data by the name of the source, the default one first.
-
-    `home` is where its class is (`module:name`), None if the class was handed in.
-    """
-
-    home: str | None = None
-    task: type[TaskSection] = TaskSection
-    model: type[ModelSection] = ModelSection
-    train: type[TrainSection] = TrainSection
-    adapt: type[AdaptSection] = AdaptSection
-    finetune: type[FinetuneSection] = FinetuneSection
-    sources: Mapping[str, type[DataSection]] = field(default_factory=lambda: {"own": DataSection})
-
-
-# -- classification ---------------------------------------------------------------------------------------------
-
-
-class ClassificationTask(TaskSection):
-    """What the model is trained for."""
-
-    name: Literal["classification"] = Field("classification", description="Name of the task.")
-
-
-class ClassificationModel(ModelSection):
-    """Which timm Swin, and its weights."""
-
-    num_classes: Count | None = Field(None, description="Number of classes; null takes it from the training data.")
-
-
-class ClassificationLoop(LoopSection):
-    """What the loss of a classifier takes, in training, adaptation and finetuning."""
-
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Label smoothing.")
-    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="Mixup alpha; 0 is off.")
-    cutmix: Annotated[float, Field(ge=0)] = Field(0.0, description="CutMix alpha; 0 is off.")
-
-    @model_validator(mode="after")
-    def _mixes_pairs(self) -> Self:
-        if (self.mixup or self.cutmix) and self.batch_size < 2:
-            raise ValueError("mixup and cutmix need a batch_size of at least 2")
-        return self
-
-
-class ClassificationDistil(ClassificationLoop):
-    """A loop that may learn from the dense model."""
-
-    distill: Fraction = Field(0.0, description="Weight of the distillation loss from the dense model; 0 is off.")
-    temperature: Positive = Field(2.0, description="Softmax temperature of distillation.")
-
-
-class ClassificationTrain(TrainSection, ClassificationLoop):
-    """Dense training from scratch or from given weights (`sparsevit pretrain`)."""
-
-
-class ClassificationAdapt(AdaptSection, ClassificationDistil):
-    """Sparsity-aware adaptation: a new random configuration at every step (`sparsevit adapt`)."""
-
-
-class ClassificationFinetune(FinetuneSection, ClassificationDistil):
-    """Training with the found configuration fixed (`sparsevit finetune`)."""
-
-
-class DigitsSection(Section):
-    """The embedded data set: scikit-learn's handwritten digits on large cluttered canvases."""
-
-    digit_min: Annotated[int, Field(ge=4)] = Field(16, description="Smallest drawn digit, side in pixels.")
-    digit_max: Annotated[int, Field(ge=4)] = Field(24, description="Largest drawn digit, side in pixels.")
-    clutter: Fraction = Field(0.5, description="Strength of the background clutter, 0 to 1.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> DigitsSection:
-        if self.digit_min > self.digit_max:
-            raise ValueError(f"digit_min {self.digit_min} is above digit_max {self.digit_max}")
-        return self
-
-
-class AugmentSection(Section):
-    """Augmentation of training images from folders and timm data sets (timm.data.create_transform)."""
-
-    scale_min: Fraction = Field(0.35, description="Smallest share of the image area that a random crop keeps.")
-    hflip: Fraction = Field(0.5, description="Probability of a horizontal flip.")
-    color_jitter: Fraction = Field(0.0, description="Strength of colour jitter.")
-    auto_augment: str | None = Field(
-        None,
-        pattern=r"^(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z0-9.]+)*$",
-        description="timm policy: rand, augmix, original, originalr, v0, v0r or 3a, and its settings, "
-        "e.g. `rand-m9-mstd0.5`; null for none.",
-    )
-    random_erasing: Fraction = Field(0.0, description="Probability of erasing a random box.")
-
-
-class DigitsData(DataSection):
-    """The embedded digits."""
-
-    source: Literal["digits"] = Field("digits", description="Embedded digits.")
-    digits: DigitsSection = Field(DigitsSection(), description="What is drawn.")
-
-
-class LabelledData(DataSection):
-    """Image files with one label each."""
-
-    train_split: PathText = Field("train", description="Name of the training split or sub-folder.")
-    val_split: PathText = Field("val", description="Name of the validation split or sub-folder.")
-    search_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="Share of the training images held out for search: never trained on, never validated on."
-    )
-    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="Per-channel mean of normalised images, 0-1.")
-    std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="Per-channel deviation of images, 0-1.")
-    interpolation: Literal["bilinear", "bicubic"] = Field("bicubic", description="Resampling of images.")
-    crop_pct: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Centre crop share in evaluation.")
-    max_bad_fraction: Fraction = Field(
-        0.01, description="Share of unreadable training images tolerated; above it training ends with exit 3."
-    )
-    max_megapixels: Positive = Field(64.0, description="Largest image accepted, in megapixels, before decoding.")
-    augment: AugmentSection = Field(AugmentSection(), description="Training augmentation.")
-
-    @model_validator(mode="after")
-    def _mean_and_std_agree(self) -> Self:
-        if len(self.mean) != len(self.std):
-            raise ValueError(f"mean has {len(self.mean)} channels and std has {len(self.std)}")
-        return self
-
-
-class FolderData(LabelledData):
-    """An ImageFolder tree."""
-
-    source: Literal["folder"] = Field("folder", description="An ImageFolder tree.")
-    root: PathText = Field(description="Folder that holds the train and val folders.")
-
-
-class TimmData(LabelledData):
-    """Whatever timm.data.create_dataset reads at random."""
-
-    source: Literal["timm"] = Field("timm", description="Anything timm.data.create_dataset reads by number.")
-    dataset: Annotated[Text, Field(min_length=1)] = Field(
-        description="timm data set name, e.g. `torch/cifar10` or `hfds/...`."
-    )
-    root: PathText | None = Field(None, description="Folder with the data set; null for Hugging Face.")
-
-
-KINDS: dict[str, Kind] = {
-    "classification": Kind(
-        home="sparsevit_cli.tasks.classification:Classification",
-        task=ClassificationTask,
-        model=ClassificationModel,
-        train=ClassificationTrain,
-        adapt=ClassificationAdapt,
-        finetune=ClassificationFinetune,
-        sources={"digits": DigitsData, "folder": FolderData, "timm": TimmData},
-    )
-}
+KINDS: dict[str, Kind] = {"classification": classification.KIND}
 """The tasks that come with the package, and those that this process was told of (`add_task`)."""
 
 _classes: dict[str, Any] = {}

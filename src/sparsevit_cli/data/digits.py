@@ -25,14 +25,14 @@ Split = Literal["train", "search", "val"]
 
 # Source digits held out of training; the rest (1197) are for training. The three never overlap.
 SPLIT_SIZES: dict[str, int] = {"val": 350, "search": 250}
-_SPLIT_CODES: dict[str, int] = {"train": 0, "search": 1, "val": 2}
+SPLIT_CODES: dict[str, int] = {"train": 0, "search": 1, "val": 2}
 _SPLIT_SEED_TAG = 0xD161
 # Raise when a change of this file changes a single pixel.
 _DRAWING_VERSION = 2
 
 # Grey level of a canvas, measured over many: constants, so that a sample depends on itself alone.
-_MEAN = 0.31
-_STD = 0.12
+MEAN = 0.31
+STD = 0.12
 
 _SOURCE_SIDE = 8
 # One stroke of clutter per patch of this area, in pixels: the same density at every canvas size.
@@ -74,7 +74,7 @@ class DigitsSpec:
 
 
 @functools.lru_cache(maxsize=1)
-def _source_digits() -> tuple[np.ndarray, np.ndarray]:
+def source_digits() -> tuple[np.ndarray, np.ndarray]:
     """All source digits: (1797, 8, 8) float32 of 0..1 and (1797,) int64 labels."""
     try:
         from sklearn.datasets import load_digits
@@ -95,7 +95,7 @@ def _source_digits() -> tuple[np.ndarray, np.ndarray]:
 @functools.lru_cache(maxsize=16)
 def split_indices(split: Split, seed: int) -> tuple[int, ...]:
     """Positions of the split's digits in scikit-learn's set: disjoint between splits, stratified."""
-    _, labels = _source_digits()
+    _, labels = source_digits()
     rng = np.random.default_rng([seed, _SPLIT_SEED_TAG])
     # Rank within the class, as a share: any run of the sorted order then holds all classes evenly.
     share = np.empty(len(labels))
@@ -123,15 +123,15 @@ class DigitsDataset(Dataset[tuple[torch.Tensor, int]]):
     names: tuple[str, ...] = tuple(str(digit) for digit in range(10))
 
     def __init__(self, spec: DigitsSpec, split: Split, seed: int = 0) -> None:
-        if split not in _SPLIT_CODES:
-            raise DataError("data: split", f"{split!r}", f"Use one of {', '.join(_SPLIT_CODES)}.")
+        if split not in SPLIT_CODES:
+            raise DataError("data: split", f"{split!r}", f"Use one of {', '.join(SPLIT_CODES)}.")
         if seed < 0:
             raise DataError("data.seed", f"{seed}", "Give a whole number of at least 0.")
         self.spec = spec
         self.split = split
         self.seed = seed
         self.epoch = 0
-        images, labels = _source_digits()
+        images, labels = source_digits()
         self._sources = split_indices(split, seed)
         self._digits = images[list(self._sources)]  # (N, 8, 8)
         self._labels = labels[list(self._sources)]  # (N,)
@@ -153,8 +153,8 @@ class DigitsDataset(Dataset[tuple[torch.Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         index = self._checked(index)
         canvas, _ = self._draw(index)
-        canvas -= _MEAN
-        canvas /= _STD
+        canvas -= MEAN
+        canvas /= STD
         image = torch.from_numpy(canvas).expand(3, -1, -1).contiguous()  # (3, H, W)
         return image, int(self._labels[index])
 
@@ -190,19 +190,19 @@ class DigitsDataset(Dataset[tuple[torch.Tensor, int]]):
     def _draw(self, index: int) -> tuple[np.ndarray, tuple[int, int, int]]:
         """One canvas, (H, W) float32 of about 0..1, and the place of its digit."""
         spec = self.spec
-        rng = np.random.default_rng([self.seed, _SPLIT_CODES[self.split], index, self.epoch])
+        rng = np.random.default_rng([self.seed, SPLIT_CODES[self.split], index, self.epoch])
         side = int(rng.integers(spec.digit_min, spec.digit_max + 1))
         top, left = (int(x) for x in rng.integers(0, spec.canvas - side + 1, size=2))
-        ink = _upscale(self._digits[index], side, _random_pose(rng, self.split == "train"))
+        ink = upscale(self._digits[index], side, random_pose(rng, self.split == "train"))
         brightness = np.float32(rng.uniform(0.75, 1.0))
 
-        canvas = _background(rng, spec.canvas, spec.digit_max, spec.clutter)
+        canvas = background(rng, spec.canvas, spec.digit_max, spec.clutter)
         place = canvas[top : top + side, left : left + side]
         place += ink * (brightness - place)
         return canvas, (top, left, side)
 
 
-def _random_pose(rng: np.random.Generator, is_train: bool) -> np.ndarray:
+def random_pose(rng: np.random.Generator, is_train: bool) -> np.ndarray:
     """2x2 map from drawn to source coordinates. The identity unless training."""
     if not is_train:
         return np.eye(2)
@@ -212,7 +212,7 @@ def _random_pose(rng: np.random.Generator, is_train: bool) -> np.ndarray:
     return np.array([[cos * stretch_y, -sin], [sin + shear, cos * stretch_x]])
 
 
-def _upscale(digit: np.ndarray, side: int, pose: np.ndarray) -> np.ndarray:
+def upscale(digit: np.ndarray, side: int, pose: np.ndarray) -> np.ndarray:
     """(8, 8) digit -> (side, side) of 0..1, by cubic (Catmull-Rom) interpolation."""
     axis = (np.arange(side) + 0.5) / side - 0.5
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij")).reshape(2, -1)  # (2, side^2)
@@ -232,7 +232,7 @@ def _catmull_rom(distance: np.ndarray) -> np.ndarray:
     return np.where(d < 1.0, near, np.where(d < 2.0, far, 0.0))
 
 
-def _background(rng: np.random.Generator, canvas: int, digit_max: int, clutter: float) -> np.ndarray:
+def background(rng: np.random.Generator, canvas: int, digit_max: int, clutter: float) -> np.ndarray:
     """(canvas, canvas) float32: a slow gradient, faint strokes both dark and light, and noise."""
     num_cells = max(2, round(canvas / _PIXELS_PER_GRADIENT_CELL) + 1)
     knots = rng.uniform(-1.0, 1.0, size=(num_cells, num_cells)).astype(np.float32)

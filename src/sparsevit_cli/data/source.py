@@ -213,11 +213,25 @@ class Categories:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """Something wrong with the files of a data set that training can live with: it was dropped, or left as it is.
+
+    `what` is one line, `split` where it was met, `examples` a few of the `count` names.
+    """
+
+    split: str
+    what: str
+    count: int
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Data:
     """Samples to train on, those held out of them for search, and those for validation; no two share an image.
 
     `fingerprint` covers what is learned and searched from, `val_fingerprint` validation, at the size they were built
-    for. `split_seed` is the seed that splits them, None if no seed does. `rows` is what `describe` says of them.
+    for. `split_seed` is the seed that splits them, None if no seed does. `rows` is what `describe` says of them,
+    `findings` what was found wrong when they were read.
     """
 
     train: Source
@@ -226,6 +240,7 @@ class Data:
     categories: Categories = Categories()
     split_seed: int | None = None
     rows: tuple[tuple[str, str], ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     @property
     def fingerprint(self) -> str:

@@ -6,18 +6,21 @@ import importlib.util
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from sparsevit_cli.backbones import LEVELS, SwinBackbone
 from sparsevit_cli.config.experiment import ExperimentConfig, LoopSection
+from sparsevit_cli.config.kind import Kind
 from sparsevit_cli.config.paths import as_path
-from sparsevit_cli.config.tasks import Kind, add_task, task_class
+from sparsevit_cli.config.tasks import add_task, task_class
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
 from sparsevit_cli.models import build_model
@@ -151,8 +154,23 @@ class Task(ABC):
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     def backbone(self, model: nn.Module) -> nn.Module:
-        """The part that scope `backbone` means: the Swin, with its neck if there is one."""
+        """The part that scope `backbone` means: the Swin with the norms of its levels. It takes images (B, C, H, W)."""
         return model
+
+    def features(self, model: nn.Module) -> nn.Module:
+        """Backbone and neck: what is exported if the whole model cannot be. It takes images (B, C, H, W)."""
+        return self.backbone(model)
+
+    def parts(self, model: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
+        """What a profile tells times and multiply-adds of, in the order of the forward pass; no module in two parts.
+
+        What runs in none of them is told as `rest`. Empty if the backbone is everything.
+        """
+        return {}
+
+    def picture(self, source: Source, index: int) -> Image.Image:
+        """A sample as the model gets it, with its truth drawn on it, for people. Raises UnreadableImageError."""
+        raise NotImplementedError(f"{self.name} draws no samples")
 
     def timm_model(self, like: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
         """Name and arguments for timm.create_model of a model of weights `like`; None if timm cannot build it alone."""
@@ -164,12 +182,18 @@ class Task(ABC):
 
     # -- said once, for all of them -----------------------------------------------------------------------------
 
-    def swin(self, outputs: int, options: BuildOptions) -> nn.Module:
+    def swin(self, outputs: int, options: BuildOptions, *, any_size: bool = False) -> nn.Module:
         """The configuration's timm Swin with `outputs` outputs; 0 gives its pooled features, without a head."""
         section = self.config.model
         if not options.initial_weights:
             section = section.model_copy(update={"pretrained": False, "checkpoint": None})
-        return build_model(section, outputs, img_size=options.img_size, seed=options.seed, say=options.say)
+        return build_model(
+            section, outputs, img_size=options.img_size, seed=options.seed, any_size=any_size, say=options.say
+        )
+
+    def swin_backbone(self, options: BuildOptions, levels: Sequence[int] = LEVELS) -> SwinBackbone:
+        """The configuration's timm Swin as a backbone that gives the maps of `levels`; see `SwinBackbone`."""
+        return SwinBackbone(self.swin(0, options, any_size=True), levels)
 
     def about(self) -> dict[str, str]:
         """What every record carries: task, metric, and what costs stand for."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from sparsevit_cli.config.classification import DigitsData, FolderData, LabelledData, TimmData
 from sparsevit_cli.config.paths import as_path
-from sparsevit_cli.config.tasks import DigitsData, FolderData, LabelledData, TimmData
 from sparsevit_cli.data.digits import DigitsDataset, DigitsSpec
 from sparsevit_cli.data.source import BadImages, Categories, Data, Source, shorten
 from sparsevit_cli.data.splits import carve

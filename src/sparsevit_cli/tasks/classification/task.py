@@ -11,14 +11,14 @@ from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsevit_cli.config.experiment import LoopSection
-from sparsevit_cli.config.tasks import (
+from sparsevit_cli.config.classification import (
     ClassificationDistil,
     ClassificationLoop,
     ClassificationModel,
     DigitsData,
     LabelledData,
 )
+from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.data.source import Batch, Categories, Data, Source, WrappedSource
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import model_arguments

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from torch import Tensor
 
-from sparsevit_cli.config.tasks import AugmentSection, LabelledData
+from sparsevit_cli.config.classification import AugmentSection, LabelledData
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
 from sparsevit_cli.seeding import seeded
 from sparsevit_cli.sizes import ImageSize, as_pair
