@@ -59,12 +59,11 @@ def main(target: Path) -> None:
                         "category_id": 1, "bbox": [x, y, width, height], "area": width * height, "iscrowd": 0,
                     })  # fmt: skip
     (target / "annotations").mkdir(exist_ok=True)
-    for split in images:
-        document = {
-            "images": images[split], "annotations": annotations[split], "categories": [{"id": 1, "name": "tree"}],
-        }  # fmt: skip
+    for split, listed in images.items():
+        trees = annotations[split]
+        document = {"images": listed, "annotations": trees, "categories": [{"id": 1, "name": "tree"}]}
         (target / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
-        print(f"{split}: {len(images[split])} tiles, {len(annotations[split])} trees")
+        print(f"{split}: {len(listed)} tiles, {len(trees)} trees")
 
 
 if __name__ == "__main__":
