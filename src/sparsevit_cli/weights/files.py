@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,11 @@ class WeightsFile:
     path: str
     tensors: dict[str, Tensor]
     told: tuple[str, ...] = ()
+
+    def tell(self, say: Callable[[str], None], *more: str) -> None:
+        """`say` what there is to tell, and `more`, in one line."""
+        if told := (*self.told, *more):
+            say(printable(f"{self.path}: {'; '.join(told)}"))
 
 
 def read_file(path: Path | str) -> WeightsFile:

@@ -35,10 +35,10 @@ def read_weights(path: Path | str, say: Say = _say) -> dict[str, Tensor]:
     file = read_file(path)
     trunk, others = _chosen(file.path, file.tensors)
     if trunk is None:
-        _tell(say, file.path, file.told)
+        file.tell(say)
         return file.tensors
     swin = swin_tensors(file.tensors, trunk, others)
-    _tell(say, file.path, (*file.told, *_told(file.tensors, trunk, swin)))
+    file.tell(say, *_told(file.tensors, trunk, swin))
     return swin.tensors
 
 
@@ -53,7 +53,7 @@ def load_weights(model: nn.Module, path: Path | str, reset_head: bool = False, s
     file = read_file(path)
     own = model.state_dict()
     fit = _fit(file, own)
-    _tell(say, file.path, (*file.told, *fit.told))
+    file.tell(say, *fit.told)
     kept = {key: own[key] for key in fit.kept}
     return (*load_state(model, fit.tensors | kept, file.path, reset_head), *fit.kept)
 
@@ -63,9 +63,9 @@ def fitted(tensors: dict[str, Tensor], model: nn.Module, name: str, say: Say = _
 
     `name` stands for them in messages. Raises CheckpointError.
     """
-    own = model.state_dict()
-    fit = _fit(WeightsFile(name, tensors), own)
-    _tell(say, name, fit.told)
+    own, file = model.state_dict(), WeightsFile(name, tensors)
+    fit = _fit(file, own)
+    file.tell(say, *fit.told)
     return fit.tensors | {key: own[key] for key in fit.kept}
 
 
@@ -167,11 +167,6 @@ def _around(
 
 
 # -- what is told -------------------------------------------------------------------------------------------------
-
-
-def _tell(say: Say, name: str, told: Sequence[str]) -> None:
-    if told:
-        say(printable(f"{name}: {'; '.join(told)}"))
 
 
 def _told(

@@ -72,8 +72,7 @@ def file_weights(path: Path, say: Callable[[str], None] = lambda text: None) -> 
     """
     if not os.path.isdir(path):
         file = read_file(path)
-        if file.told:
-            say(f"{path}: {'; '.join(file.told)}")
+        file.tell(say)
         return Weights(str(path), file.tensors, sha256_file(path))
     checkpoint = load_checkpoint(path, only=("ema", "model"))
     identity = checkpoint.state.get("identity", {})
