@@ -18,7 +18,7 @@ from .models import build_model
 from .sizes import Size
 from .swin.features import drop_head, stage_maps
 from .swin.geometry import patch_size, stage_channels
-from .weights import Say, load_weights
+from .weights import Say, load_weights, tell_log
 
 LEVELS = (0, 1, 2, 3)
 Sizes = Sequence[Size]
@@ -145,18 +145,17 @@ def build_backbone(
     *,
     img_size: int | Size | None = None,
     seed: int = 0,
-    say: Say | None = None,
+    say: Say = tell_log,
 ) -> SwinBackbone:
     """`build_model` of `section` as a backbone; `section.checkpoint` gives it norms of levels too, if it has any.
 
     The checkpoint is of any family in `weights.FAMILIES`: a classifier, whose head and final norm are left out, a
     backbone, or the backbone inside a detector. `say` is told. Raises ConfigError, CheckpointError.
     """
-    told = {} if say is None else {"say": say}
     bare = section.model_copy(update={"checkpoint": None})
-    backbone = SwinBackbone(build_model(bare, 0, img_size=img_size, seed=seed, any_size=True, **told), levels)
+    backbone = SwinBackbone(build_model(bare, 0, img_size=img_size, seed=seed, any_size=True, say=say), levels)
     if section.checkpoint is not None:
-        load_weights(backbone, as_path(section.checkpoint, "model.checkpoint"), **told)
+        load_weights(backbone, as_path(section.checkpoint, "model.checkpoint"), say=say)
     return backbone
 
 

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, and pickles of arrays, read as data: nothing that they name is imported, and nothing is called.
+"""Files of `torch.save`, and pickles of arrays, read as data: nothing they name is imported, and nothing is called.
 
 A pickle is a program for a small stack machine. The machine here knows plain values, containers and tensors. Every
 other object (argparse.Namespace, a numpy scalar, a configuration) becomes an `Unknown`, a dict with a name.

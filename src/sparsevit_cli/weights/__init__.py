@@ -2,7 +2,7 @@
 
 from .families import FAMILIES, Family, to_family
 from .files import WeightsFile, read_file
-from .loading import Say, fitted, load_state, load_weights, read_weights, with_our_names
+from .loading import Say, fitted, load_state, load_weights, read_weights, tell_log, with_our_names
 
 __all__ = [
     "FAMILIES",
@@ -14,6 +14,7 @@ __all__ = [
     "load_weights",
     "read_file",
     "read_weights",
+    "tell_log",
     "to_family",
     "with_our_names",
 ]

@@ -86,21 +86,27 @@ _TABLE = "relative_position_bias_table"
 _BLOCK = "layers.{s}.blocks.{b}"
 
 
+_MERGING = re.compile(r"layers\.\d+\.downsample\.(reduction|norm)\.\w+")
+
+
 def _unfold(name: str, tensor: Tensor) -> Tensor:
     """Ours to mmdet's order of the 4 C inputs of a patch merging.
 
     timm concatenates the four neighbours, column by column: input (w, h, c). nn.Unfold gives (c, h, w).
     """
-    if not re.fullmatch(r"layers\.\d+\.downsample\.(reduction|norm)\.\w+", name) or tensor.shape[-1] % 4:
-        return tensor
-    return tensor.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3).contiguous()
+    return _turned(tensor, (2, 2, -1)) if _MERGING.fullmatch(name) else tensor
 
 
 def _fold(name: str, tensor: Tensor) -> Tensor:
     """mmdet's order to ours: the inverse of `_unfold`."""
-    if not re.fullmatch(r"layers\.\d+\.downsample\.(reduction|norm)\.\w+", name) or tensor.shape[-1] % 4:
+    return _turned(tensor, (-1, 2, 2)) if _MERGING.fullmatch(name) else tensor
+
+
+def _turned(tensor: Tensor, sizes: tuple[int, int, int]) -> Tensor:
+    """The last dimension as three of `sizes`, the first and the third exchanged."""
+    if tensor.shape[-1] % 4:  # no merging of four neighbours: the shape does not fit, which loading tells
         return tensor
-    return tensor.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3).contiguous()
+    return tensor.reshape(*tensor.shape[:-1], *sizes).transpose(-1, -3).reshape(tensor.shape)
 
 
 def _first_cr_values(name: str, tensor: Tensor) -> Tensor:
@@ -170,7 +176,8 @@ _TRANSFORMERS = (
     ("head.fc.{p}", ("^classifier.{p}",)),
 )  # fmt: skip
 _QKV = tuple(
-    (f"{_BLOCK}.attn.qkv.{{p}}#{part}", (f"{_HF_BLOCK}.attention.self.{old}.{{p}}", f"{_HF_BLOCK}.attention.{new}.{{p}}"))
+    (f"{_BLOCK}.attn.qkv.{{p}}#{part}",
+     (f"{_HF_BLOCK}.attention.self.{old}.{{p}}", f"{_HF_BLOCK}.attention.{new}.{{p}}"))
     for part, (old, new) in enumerate((("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")))
 )  # fmt: skip
 TRANSFORMERS = Family(
@@ -199,8 +206,7 @@ TRANSFORMERS_V2 = Family(
 """transformers/models/swinv2: q and v have a bias, k has none."""
 
 FAMILIES = {
-    family.name: family
-    for family in (TIMM, FIRST_V2_CR, MICROSOFT, DETECTRON2, MMDET, TRANSFORMERS, TRANSFORMERS_V2)
+    family.name: family for family in (TIMM, FIRST_V2_CR, MICROSOFT, DETECTRON2, MMDET, TRANSFORMERS, TRANSFORMERS_V2)
 }
 _STEMS = tuple(dict.fromkeys(family.stem for family in FAMILIES.values()))
 

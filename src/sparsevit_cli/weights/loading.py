@@ -18,7 +18,7 @@ from .families import MICROSOFT, PAD_FIRST, TIMM, SwinTensors, Trunk, find_trunk
 from .files import WeightsFile, read_file
 
 Say = Callable[[str], None]
-_say: Say = logging.getLogger(__name__).info
+tell_log: Say = logging.getLogger(__name__).info
 _MAX_LISTED = 10
 _HEAD = ("head.fc.weight", "head.fc.bias")
 _BIAS_TABLE = "relative_position_bias_table"
@@ -26,7 +26,7 @@ _OPTIONAL = {"head.": "the head", "norm.": "the final norm", "norms.": "norms of
 """Parts of a Swin that not every model has, and how they are told."""
 
 
-def read_weights(path: Path | str, say: Say = _say) -> dict[str, Tensor]:
+def read_weights(path: Path | str, say: Say = tell_log) -> dict[str, Tensor]:
     """The Swin of a file with timm's names, and `norms.<level>` where it has norms of levels; see `read_file`.
 
     Prefixes of modules around it are taken off, and what lies beside it is left out; `say` is told so. A file without
@@ -42,7 +42,7 @@ def read_weights(path: Path | str, say: Say = _say) -> dict[str, Tensor]:
     return swin.tensors
 
 
-def load_weights(model: nn.Module, path: Path | str, reset_head: bool = False, say: Say = _say) -> tuple[str, ...]:
+def load_weights(model: nn.Module, path: Path | str, reset_head: bool = False, say: Say = tell_log) -> tuple[str, ...]:
     """Load `path` into a timm Swin, or a model around one, exactly or not at all; returns the keys left as they were.
 
     Takes the families of `families.FAMILIES`. With `reset_head` a classifier that does not fit, or is missing, stays
@@ -58,7 +58,7 @@ def load_weights(model: nn.Module, path: Path | str, reset_head: bool = False, s
     return (*load_state(model, fit.tensors | kept, file.path, reset_head), *fit.kept)
 
 
-def fitted(tensors: dict[str, Tensor], model: nn.Module, name: str, say: Say = _say) -> dict[str, Tensor]:
+def fitted(tensors: dict[str, Tensor], model: nn.Module, name: str, say: Say = tell_log) -> dict[str, Tensor]:
     """`tensors` of a file, by its names, with the names that `model` has for them; see `load_weights`.
 
     `name` stands for them in messages. Raises CheckpointError.
@@ -216,7 +216,13 @@ def _misfit(
         for key in both
         if key.endswith(_BIAS_TABLE) and own[key].shape[1] == weights[key].shape[1]
     ]
-    if all(key in _HEAD for key in wrong):
+    root = next((trunk.root for trunk in find_trunks(own)), "")
+    if root and not any(key.startswith(root) for key in wrong):
+        do = (
+            "What is around the backbone does not fit. Give the settings that the model was trained with; a file of a "
+            "backbone alone goes into model.checkpoint."
+        )
+    elif all(key in _HEAD for key in wrong):
         do = "Set model.reset_head to start with a new head, or give the model as many outputs as the checkpoint has."
     elif windows and len(windows) == len(wrong):
         theirs, ours, key = windows[0]
