@@ -437,7 +437,12 @@ def changed(change: Callable[[State], Any], family: str = "transformers") -> Sta
 
 _KEY = "encoder.layers.1.blocks.0.attention.self.key.bias"
 REFUSED: dict[str, tuple[Callable[[], State], str]] = {
-    "part of qkv": (lambda: changed(lambda s: s.pop(_KEY)), rf"{re.escape(_KEY)}: missing beside"),
+    "part of qkv": (lambda: changed(lambda s: s.pop(_KEY)), rf"w\S*: {re.escape(_KEY)}: missing here, beside"),
+    "shapes of qkv": (lambda: changed(lambda s: s.update({_KEY: torch.ones(3)})), "are of other shapes"),
+    "scalar": (
+        lambda: changed(lambda s: s.update({"stages.0.downsample.norm.bias": torch.ones(())}), "mmdet"),
+        r"downsample\.norm\.bias: scalar here",
+    ),
     "missing": (
         lambda: changed(lambda s: s.pop("stages.0.blocks.0.norm1.bias"), "mmdet"),
         r"norm1\.bias: missing here",

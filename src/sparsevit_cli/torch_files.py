@@ -198,6 +198,12 @@ class _Machine:
         stack: list[Any] = []
         marks: list[list[Any]] = []
         memo: dict[Any, Any] = {}
+        places: dict[int, list[Any]] = {}  # of arrays in the memo
+
+        def remember(key: Any) -> None:
+            memo[key] = stack[-1]
+            if isinstance(stack[-1], _NewArray):
+                places.setdefault(id(stack[-1]), []).append(key)
 
         def popped() -> list[Any]:
             nonlocal stack
@@ -213,9 +219,9 @@ class _Machine:
             elif name in ("BINGET", "LONG_BINGET", "GET"):
                 stack.append(memo[arg])
             elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-                memo[arg] = stack[-1]
+                remember(arg)
             elif name == "MEMOIZE":
-                memo[len(memo)] = stack[-1]
+                remember(len(memo))
             elif name == "MARK":
                 marks.append(stack)
                 stack = []
@@ -273,7 +279,7 @@ class _Machine:
                 state = stack.pop()  # attributes of an object that is not made, unless it is an array
                 built = self._built(stack[-1], state)
                 if built is not stack[-1]:
-                    memo.update({key: built for key, value in memo.items() if value is stack[-1]})
+                    memo.update(dict.fromkeys(places.pop(id(stack[-1]), ()), built))
                     stack[-1] = built
             elif name in ("BINPERSID", "PERSID"):
                 identity = stack.pop() if name == "BINPERSID" else arg

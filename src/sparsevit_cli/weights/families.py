@@ -104,7 +104,9 @@ def _fold(name: str, tensor: Tensor) -> Tensor:
 
 def _turned(tensor: Tensor, sizes: tuple[int, int, int]) -> Tensor:
     """The last dimension as three of `sizes`, the first and the third exchanged."""
-    if tensor.shape[-1] % 4:  # no merging of four neighbours: the shape does not fit, which loading tells
+    if (
+        not tensor.dim() or tensor.shape[-1] % 4
+    ):  # no merging of four neighbours: the shape does not fit, which loading tells
         return tensor
     return tensor.reshape(*tensor.shape[:-1], *sizes).transpose(-1, -3).reshape(tensor.shape)
 
@@ -246,8 +248,12 @@ def _family(stem: str, root: str, names: tuple[str, ...]) -> Family:
     return DETECTRON2 if root and any(name.startswith(_DETECTRON2) for name in names) else MICROSOFT
 
 
-def swin_tensors(tensors: Mapping[str, Tensor], trunk: Trunk, others: tuple[str, ...] = ()) -> SwinTensors:
+def swin_tensors(
+    tensors: Mapping[str, Tensor], trunk: Trunk, others: tuple[str, ...] = (), name: str = "weights"
+) -> SwinTensors:
     """The Swin `trunk` of a file with our names, without buffers; `others` are prefixes of other Swins in the file.
+
+    `name` stands for the file in messages.
 
     Raises CheckpointError for tensors below the Swin that the family does not have, for two that are the same one of
     ours, and where one of q, k and v is missing.
@@ -257,33 +263,34 @@ def swin_tensors(tensors: Mapping[str, Tensor], trunk: Trunk, others: tuple[str,
     taken: list[str] = []
     unused: list[str] = []
     unknown: list[str] = []
-    for name, tensor in tensors.items():
-        inside = name.startswith(trunk.root) and not (others and not trunk.root and name.startswith(others))
-        if not inside and not (trunk.root and name.startswith(trunk.parent)):
+    for key, tensor in tensors.items():
+        inside = key.startswith(trunk.root) and not (others and not trunk.root and key.startswith(others))
+        if not inside and not (trunk.root and key.startswith(trunk.parent)):
             continue
-        relative = name.removeprefix(trunk.root) if inside else _UP + name.removeprefix(trunk.parent)
+        relative = key.removeprefix(trunk.root) if inside else _UP + key.removeprefix(trunk.parent)
         renamed = _renamed(relative, _reading(family))
         if not inside and renamed is None:
             continue
-        taken.append(name)
+        taken.append(key)
         if relative in family.unused:
-            unused.append(name)
-        elif name.endswith(BUFFERS):
+            unused.append(key)
+        elif key.endswith(BUFFERS):
             continue
         elif renamed is None:
-            unknown.append(name)
+            unknown.append(key)
         elif renamed in ours:
-            raise CheckpointError(name, f"the file has two tensors that are `{renamed}` of a Swin", "Keep one of them.")
+            got = f"holds two tensors that are `{renamed}` of a Swin, one of them {printable(key)}"
+            raise CheckpointError(name, got, "Keep one of them.")
         else:
             ours[renamed] = tensor
     if unknown:
         got = f"{family.told} Swin has {len(unknown)} tensors for which ours has no place ({_listed(unknown)})"
-        raise CheckpointError(trunk.root or "weights", got, "Give weights of a plain Swin, without them.")
-    joined = _joined(ours, trunk) if family.splits_qkv else ours
+        raise CheckpointError(name, got, "Give weights of a plain Swin, without them.")
+    joined = _joined(ours, trunk, name) if family.splits_qkv else ours
     return SwinTensors({n: family.read(n, t) for n, t in joined.items()}, frozenset(taken), tuple(unused))
 
 
-def _joined(parts: dict[str, Tensor], trunk: Trunk) -> dict[str, Tensor]:
+def _joined(parts: dict[str, Tensor], trunk: Trunk, file: str) -> dict[str, Tensor]:
     """q, k and v as one tensor, q first: `qkv.weight#0`, `#1` and `#2` become `qkv.weight`."""
     whole: dict[str, Tensor] = {}
     for name, tensor in parts.items():
@@ -294,8 +301,14 @@ def _joined(parts: dict[str, Tensor], trunk: Trunk) -> dict[str, Tensor]:
             missing = [f"{base}#{part}" for part in range(3) if f"{base}#{part}" not in parts]
             if missing:
                 theirs = [trunk.root + str(_renamed(part, _writing(trunk.family))) for part in missing]
-                raise CheckpointError(", ".join(theirs), "missing beside the others of q, k and v", "Copy it again.")
-            whole[base] = torch.cat([parts[f"{base}#{part}"] for part in range(3)])
+                got = f"{_listed(theirs)}: missing here, beside the others of q, k and v"
+                raise CheckpointError(file, got, "Copy it again.")
+            pieces = [parts[f"{base}#{part}"] for part in range(3)]
+            if not pieces[0].dim() or len({piece.shape for piece in pieces}) > 1:
+                raise CheckpointError(
+                    file, f"q, k and v of {base} are of other shapes than each other", "Copy it again."
+                )
+            whole[base] = torch.cat(pieces)
     return whole
 
 

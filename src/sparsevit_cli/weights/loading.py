@@ -37,7 +37,7 @@ def read_weights(path: Path | str, say: Say = tell_log) -> dict[str, Tensor]:
     if trunk is None:
         file.tell(say)
         return file.tensors
-    swin = swin_tensors(file.tensors, trunk, others)
+    swin = swin_tensors(file.tensors, trunk, others, file.path)
     file.tell(say, *_told(file.tensors, trunk, swin))
     return swin.tensors
 
@@ -129,7 +129,7 @@ def _fit(file: WeightsFile, own: Mapping[str, Tensor]) -> _Fit:
     trunk, others = _chosen(file.path, file.tensors, target.root)
     if trunk is None:
         return _Fit(file.tensors)
-    ours, swin = swin_tensors(own, target), swin_tensors(file.tensors, trunk, others)
+    ours, swin = swin_tensors(own, target), swin_tensors(file.tensors, trunk, others, file.path)
     alone = len(ours.taken) == len(own)
     dropped = [key for key in swin.tensors if key not in ours.tensors and key.startswith(tuple(_OPTIONAL))]
     placed = {_place(target, key): tensor for key, tensor in swin.tensors.items() if key not in dropped}
