@@ -562,17 +562,26 @@ def test_a_detectors_file_gives_its_backbone(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_foreign_swin_amid_names_that_are_the_models_own(tmp_path: Path) -> None:
-    """transformers' Mask2Former around our backbone: the Swin is renamed, all else keeps its name."""
-    source, target = detector(), random_(detector(), seed=2)
-    theirs = {key: value for key, value in source.state_dict().items() if not key.startswith("backbone.body.")}
-    theirs |= to_family(source.state_dict(), "transformers", "backbone.body.")
+    """A file of transformers' Mask2Former, into a Mask2Former with our backbone: the Swin is renamed, nothing else."""
+    source: Any = theirs_around("Mask2Former")[0]
+    target: Any = random_(theirs_around("Mask2Former")[0], seed=2)
+    target.model.pixel_level_module.encoder = backbone(seed=2)
+    source.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
     told: list[str] = []
-    assert load_weights(target, saved(theirs, tmp_path / "w.safetensors"), say=told.append) == ()
-    assert equal(dict(target.state_dict()), dict(source.state_dict()))
+    assert load_weights(target, path, say=told.append) == ()
     assert "transformers' names" in told[0]
-    theirs["head.more"] = torch.ones(1)
+    encoder = "model.pixel_level_module.encoder."
+    found, wanted = target.state_dict(), source.state_dict()
+    around = {key: tensor for key, tensor in found.items() if not key.startswith(encoder)}
+    assert equal(around, {key: tensor for key, tensor in wanted.items() if not key.startswith(encoder)})
+    written = to_family({key: found[key] for key in found if key.startswith(encoder)}, "transformers", encoder)
+    theirs = safetensors.torch.load_file(path)
+    assert equal(
+        written, {key: theirs[key] for key in theirs if key.startswith(encoder) and ".swin.layernorm." not in key}
+    )
     with pytest.raises(CheckpointError, match=r"head\.more: 1 here, missing in the model"):
-        load_weights(target, saved(theirs, tmp_path / "w.safetensors"))
+        load_weights(target, saved(theirs | {"head.more": torch.ones(1)}, path))
 
 
 # -- where configurations and commands name files -----------------------------------------------------------------

@@ -181,7 +181,7 @@ def _told(
         if family.pad_first and (dense or family is not MICROSOFT):
             told.append(PAD_FIRST)
     if trunk.root != root:
-        told.append(f"the prefix `{trunk.root}` is taken off" if trunk.root else f"the prefix `{root}` is put before")
+        told.append(f"its prefix `{trunk.root}` becomes `{root}`")
     if swin.unused:
         told.append(f"left out, as it is of no use: {_listed(swin.unused)}")
     if outside := [name for name in tensors if name not in swin.taken and name not in around]:
