@@ -12,11 +12,13 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from .config.experiment import ModelSection
+from .config.paths import as_path
 from .errors import ConfigError
 from .models import build_model
 from .sizes import Size
 from .swin.features import drop_head, stage_maps
 from .swin.geometry import patch_size, stage_channels
+from .weights import Say, load_weights, tell_log
 
 LEVELS = (0, 1, 2, 3)
 Sizes = Sequence[Size]
@@ -134,7 +136,27 @@ def swin_backbone(
     whose map is no larger than a window, and never bring it back at larger images. Raises ConfigError, CheckpointError.
     """
     section = ModelSection(name=name, img_size=img_size, **{"always_partition": True, **settings})
-    return SwinBackbone(build_model(section, 0, seed=seed, any_size=True), levels)
+    return build_backbone(section, levels, seed=seed)
+
+
+def build_backbone(
+    section: ModelSection,
+    levels: Sequence[int] = LEVELS,
+    *,
+    img_size: int | Size | None = None,
+    seed: int = 0,
+    say: Say = tell_log,
+) -> SwinBackbone:
+    """`build_model` of `section` as a backbone; `section.checkpoint` gives it norms of levels too, if it has any.
+
+    The checkpoint is of any family in `weights.FAMILIES`: a classifier, whose head and final norm are left out, a
+    backbone, or the backbone inside a detector. `say` is told. Raises ConfigError, CheckpointError.
+    """
+    bare = section.model_copy(update={"checkpoint": None})
+    backbone = SwinBackbone(build_model(bare, 0, img_size=img_size, seed=seed, any_size=True, say=say), levels)
+    if section.checkpoint is not None:
+        load_weights(backbone, as_path(section.checkpoint, "model.checkpoint"), say=say)
+    return backbone
 
 
 def swin_fpn(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from .config.paths import as_path
 from .errors import CheckpointError, ConfigError, in_one_line, pass_on
 from .swin import GENERATIONS, model_depths
 from .swin.geometry import check_image_size, patch_embedding
-from .weights import Say, load_weights
+from .weights import Say, load_weights, tell_log
 
 __all__ = [
     "SupportedModel",
@@ -30,7 +29,6 @@ __all__ = [
 _PATCH_SIZE = 4  # of every timm Swin
 _RESHAPING = ("embed_dim", "depths", "num_heads", "mlp_ratio")
 _OVERRIDES = (*_RESHAPING, "window_size", "patch_size", "global_pool", "drop_path_rate", "always_partition")
-_say: Say = logging.getLogger(__name__).info
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def build_model(
     img_size: int | tuple[int, int] | None = None,
     seed: int = 0,
     any_size: bool = False,
-    say: Say = _say,
+    say: Say = tell_log,
 ) -> nn.Module:
     """The dense timm Swin of `section`, with its overrides, weights and so many `outputs` (0: no head).
 

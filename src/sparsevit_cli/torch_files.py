@@ -1,14 +1,17 @@
-"""Files of `torch.save`, read as data: nothing that they name is imported, and nothing is called.
+"""Files of `torch.save`, and pickles of arrays, read as data: nothing they name is imported, and nothing is called.
 
 A pickle is a program for a small stack machine. The machine here knows plain values, containers and tensors. Every
 other object (argparse.Namespace, a numpy scalar, a configuration) becomes an `Unknown`, a dict with a name.
-Both formats of torch are read: zip files, and the single stream from before torch 1.6.
+Both formats of torch are read: zip files, and the single stream from before torch 1.6. A plain pickle (detectron2's
+`.pkl`) is read if numpy arrays or torch's tensors are in it; arrays become tensors.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
+import operator
 import pickletools
 import struct
 import zipfile
@@ -64,6 +67,22 @@ _PARAMETERS = (
 _HARMLESS = ("_codecs.encode", "torch.Size", "torch.device", "builtins.set", "builtins.complex", "builtins.bytearray")
 """Values that torch itself reads; beside the weights nobody misses them."""
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_NUMPY = {
+    "f2": torch.float16,
+    "f4": torch.float32,
+    "f8": torch.float64,
+    "i1": torch.int8,
+    "i2": torch.int16,
+    "i4": torch.int32,
+    "i8": torch.int64,
+    "u1": torch.uint8,
+    "b1": torch.bool,
+}
+_NEW_ARRAY = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+_ARRAY_OF_BUFFER = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
+"""How numpy pickles an array: an empty one with a state, and from protocol 5 on a buffer with a shape."""
+_NESTED = "torch.storage._load_from_bytes"
+"""How a tensor lies in a plain pickle: its storage is a file of torch of its own."""
 _MAX_DIMS = 64  # of torch itself
 _DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, RecursionError,
            RuntimeError, TypeError, ValueError, struct.error, zipfile.BadZipFile)  # fmt: skip
@@ -143,11 +162,34 @@ class _Storage:
     offset: int = 0
 
 
+@dataclass
+class _NumpyType:
+    """numpy.dtype of a code like `f4`; the byte order is told by its state."""
+
+    code: object
+    order: object = "="
+
+    @property
+    def torch(self) -> torch.dtype | None:
+        """The same type of torch; None where torch has none, or the bytes are in big-endian order."""
+        return _NUMPY.get(self.code) if isinstance(self.code, str) and self.order in ("=", "<", "|") else None
+
+
+class _NewArray(Unknown):
+    """A numpy array whose state is not known yet."""
+
+
 class _Machine:
-    """Runs pickles; `unknown` collects the names that were replaced by `Unknown`s."""
+    """Runs pickles; `unknown` collects the names that were replaced by `Unknown`s.
+
+    With `arrays` numpy arrays and tensors of plain pickles are made, and counted in `made`. Beside torch's weights
+    nobody asks for them.
+    """
 
     def __init__(self) -> None:
         self.unknown: set[str] = set()
+        self.arrays = False
+        self.made = 0
 
     def run(  # noqa: PLR0912, PLR0915 - one branch per instruction
         self, stream: BinaryIO, storage: Callable[..., object] | None = None
@@ -156,6 +198,12 @@ class _Machine:
         stack: list[Any] = []
         marks: list[list[Any]] = []
         memo: dict[Any, Any] = {}
+        places: dict[int, list[Any]] = {}  # of arrays in the memo
+
+        def remember(key: Any) -> None:
+            memo[key] = stack[-1]
+            if isinstance(stack[-1], _NewArray):
+                places.setdefault(id(stack[-1]), []).append(key)
 
         def popped() -> list[Any]:
             nonlocal stack
@@ -171,9 +219,9 @@ class _Machine:
             elif name in ("BINGET", "LONG_BINGET", "GET"):
                 stack.append(memo[arg])
             elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-                memo[arg] = stack[-1]
+                remember(arg)
             elif name == "MEMOIZE":
-                memo[len(memo)] = stack[-1]
+                remember(len(memo))
             elif name == "MARK":
                 marks.append(stack)
                 stack = []
@@ -228,7 +276,11 @@ class _Machine:
                 items = popped()
                 stack.append(self._made(items[0], items[1:]))
             elif name == "BUILD":
-                del stack[-1]  # attributes of an object that is not made
+                state = stack.pop()  # attributes of an object that is not made, unless it is an array
+                built = self._built(stack[-1], state)
+                if built is not stack[-1]:
+                    memo.update(dict.fromkeys(places.pop(id(stack[-1]), ()), built))
+                    stack[-1] = built
             elif name in ("BINPERSID", "PERSID"):
                 identity = stack.pop() if name == "BINPERSID" else arg
                 if storage is None or not isinstance(identity, (tuple, list)):
@@ -269,9 +321,55 @@ class _Machine:
             made = arguments[0]
         elif name == "torch._tensor._rebuild_from_type_v2":
             made = self._made(arguments[0], arguments[2])
+        elif self.arrays and name in (*_NEW_ARRAY, *_ARRAY_OF_BUFFER, "numpy.dtype", _NESTED, "_codecs.encode"):
+            made = self._of_plain_pickle(name, arguments)
         elif name not in _HARMLESS:
             self.unknown.add(name)
         return made
+
+    def _of_plain_pickle(self, name: str, arguments: Any) -> object:
+        if name == "numpy.dtype":
+            return _NumpyType(arguments[0])
+        if name == "_codecs.encode":  # protocol 2 has no bytes
+            text, encoding = arguments
+            return text.encode("latin-1") if encoding == "latin1" and isinstance(text, str) else Unknown(name)
+        if name in _NEW_ARRAY:
+            return _NewArray("numpy.ndarray")
+        if name == _NESTED:
+            inner = _Machine()
+            storage = _read_legacy(io.BytesIO(arguments[0]), inner, plain=False)
+            self.unknown |= inner.unknown
+            self.made += 1
+            return storage
+        data, dtype, shape, order = arguments
+        return self._array(data, dtype, shape, fortran=order == "F") or Unknown("numpy.ndarray")
+
+    def _built(self, made: object, state: object) -> object:
+        """`made` with `state`: an array or its type; other objects stay as they are."""
+        if isinstance(made, _NumpyType) and isinstance(state, tuple) and len(state) > 1:
+            made.order = state[1]
+        if isinstance(made, _NewArray) and isinstance(state, tuple) and len(state) == 5:
+            _, shape, dtype, fortran, data = state
+            return self._array(data, dtype, shape, fortran=bool(fortran)) or made
+        return made
+
+    def _array(self, data: object, dtype: object, shape: object, *, fortran: bool) -> object | None:
+        """The array as a tensor in the file; None for types that torch has not. Raises ValueError for damage."""
+        kind = dtype.torch if isinstance(dtype, _NumpyType) else None
+        if kind is None:
+            self.unknown.add("numpy.ndarray")
+            return None
+        if isinstance(data, str):  # of Python 2
+            data = data.encode("latin-1")
+        size = _numbers(shape)
+        if not isinstance(data, (bytes, bytearray)) or len(data) != math.prod(size) * kind.itemsize:
+            raise ValueError(f"an array of shape {size} whose data are another number of bytes")
+        steps = list(itertools.accumulate(size if fortran else size[::-1], operator.mul, initial=1))[:-1]
+        content = bytes(data)
+        self.made += 1
+        return StoredTensor(
+            lambda dtype: _as_tensor(content, dtype), kind, 0, size, tuple(steps if fortran else steps[::-1])
+        )
 
 
 def _short(value: object) -> str:
@@ -399,12 +497,20 @@ class _Clipped:
         return self.file.read(min(count, self.size))
 
 
-def _read_legacy(file: BinaryIO, machine: _Machine) -> object:
-    """Pickles of a magic number, a version, the system, the structure and the keys; then each storage."""
+def _read_legacy(file: BinaryIO, machine: _Machine, *, plain: bool = True) -> object:
+    """Pickles of a magic number, a version, the system, the structure and the keys; then each storage.
+
+    If it is not torch's, and `plain` is set, the one pickle that it is, with its arrays.
+    """
     end = file.seek(0, 2)
     file.seek(0)
     stream: Any = _Clipped(file, end)
-    if machine.run(stream) != _MAGIC_NUMBER:
+    machine.arrays = plain
+    first = machine.run(stream)
+    machine.arrays = False
+    if first != _MAGIC_NUMBER and machine.made and file.tell() == end:
+        return first
+    if first != _MAGIC_NUMBER:
         raise ValueError("neither a zip file nor a stream of torch.save")
     version, system = machine.run(stream), machine.run(stream)
     if version != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sparsevit_cli.backbones import LEVELS, SwinBackbone
-from sparsevit_cli.config.experiment import ExperimentConfig, LoopSection
+from sparsevit_cli.backbones import LEVELS, SwinBackbone, build_backbone
+from sparsevit_cli.config.experiment import ExperimentConfig, LoopSection, ModelSection
 from sparsevit_cli.config.kind import Kind
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.tasks import add_task, task_class
@@ -144,6 +144,11 @@ class Task(ABC):
         """The training samples, with what `section` says of their batches (mixup)."""
         return data.train
 
+    @property
+    def checkpoint_is_whole(self) -> bool:
+        """True if `model.checkpoint` gives every weight, so that nothing must be pretrained; a backbone's does not."""
+        return True
+
     def wants_teacher(self, section: LoopSection) -> bool:
         """True if `loss` learns from the dense model too."""
         return False
@@ -184,16 +189,21 @@ class Task(ABC):
 
     def swin(self, outputs: int, options: BuildOptions, *, any_size: bool = False) -> nn.Module:
         """The configuration's timm Swin with `outputs` outputs; 0 gives its pooled features, without a head."""
-        section = self.config.model
-        if not options.initial_weights:
-            section = section.model_copy(update={"pretrained": False, "checkpoint": None})
         return build_model(
-            section, outputs, img_size=options.img_size, seed=options.seed, any_size=any_size, say=options.say
-        )
+            self._section(options), outputs, img_size=options.img_size, seed=options.seed, any_size=any_size,
+            say=options.say,
+        )  # fmt: skip
 
     def swin_backbone(self, options: BuildOptions, levels: Sequence[int] = LEVELS) -> SwinBackbone:
-        """The configuration's timm Swin as a backbone that gives the maps of `levels`; see `SwinBackbone`."""
-        return SwinBackbone(self.swin(0, options, any_size=True), levels)
+        """The configuration's timm Swin as a backbone that gives the maps of `levels`; see `build_backbone`."""
+        return build_backbone(
+            self._section(options), levels, img_size=options.img_size, seed=options.seed, say=options.say
+        )
+
+    def _section(self, options: BuildOptions) -> ModelSection:
+        section = self.config.model
+        named = {} if options.initial_weights else {"pretrained": False, "checkpoint": None}
+        return section.model_copy(update=named)
 
     def about(self) -> dict[str, str]:
         """What every record carries: task, metric, and what costs stand for."""

@@ -74,7 +74,7 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
     folder.set_aside(
         [path.name for path in folder.path.iterdir() if path.name not in KEPT], session.reporter, copy=True
     )
-    name, arguments = session.task.timm_model(trained.state_dict) or (None, {})
+    name, arguments = session.task.timm_model(trained.like) or (None, {})
     mean, std = session.task.normalisation() or (None, None)
     report = export_model(
         model,

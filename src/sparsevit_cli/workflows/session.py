@@ -25,7 +25,7 @@ from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.swin import model_depths, sparsify_
 from sparsevit_cli.tasks.task import BuildOptions, Task, task_of
-from sparsevit_cli.weights import load_state
+from sparsevit_cli.weights import fitted, load_state, with_our_names
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Weights:
     name: str
     """The command that made them, or their path."""
     state_dict: dict[str, Tensor]
+    """By the names in their file; `fitted` gives them those of a model."""
     sha256: str
     categories: Categories = field(default_factory=Categories)
     """In the order of the outputs; none if a file does not say."""
@@ -42,6 +43,11 @@ class Weights:
     """The `metrics.json` of the command that made them."""
     is_best: bool = False
     """True for those of the step with the best validation score, not the last."""
+
+    @property
+    def like(self) -> dict[str, Tensor]:
+        """What a task may look a shape up in: by the names in the file, and those of its Swin by timm's."""
+        return with_our_names(self.state_dict)
 
     @property
     def told(self) -> str:
@@ -126,11 +132,12 @@ class Session:
 
         Raises ConfigError, and CheckpointError for weights that do not fit.
         """
-        like = None if weights is None else weights.state_dict
+        like = None if weights is None else weights.like
         options = BuildOptions(self.config.seed, like=like, initial_weights=weights is None, say=self.reporter.say)
         model = self.task.build(categories, options)
         if weights is not None:
-            load_state(model, weights.state_dict, f"weights of {weights.name}")
+            name = f"weights of {weights.name}"
+            load_state(model, fitted(weights.state_dict, model, name, self.reporter.say), name)
         return self.sparsified_(model).to(self.device)
 
     def workload(

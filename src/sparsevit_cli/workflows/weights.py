@@ -15,7 +15,7 @@ from sparsevit_cli.config.paths import as_path, is_there
 from sparsevit_cli.data.source import Categories
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.runs import RunFolder, missing_result
-from sparsevit_cli.weights import read_weights
+from sparsevit_cli.weights import read_file
 
 from .session import Session, Weights
 
@@ -71,7 +71,9 @@ def file_weights(path: Path, say: Callable[[str], None] = lambda text: None) -> 
     `say` is told what was taken from a file. Raises CheckpointError.
     """
     if not os.path.isdir(path):
-        return Weights(str(path), read_weights(path, say), sha256_file(path))
+        file = read_file(path)
+        file.tell(say)
+        return Weights(str(path), file.tensors, sha256_file(path))
     checkpoint = load_checkpoint(path, only=("ema", "model"))
     identity = checkpoint.state.get("identity", {})
     categories = Categories.from_saved(identity if isinstance(identity, dict) else {}, str(checkpoint.path / STATE))
