@@ -15,6 +15,7 @@ from .config.experiment import ModelSection
 from .errors import ConfigError
 from .models import build_model
 from .sizes import Size
+from .swin import sparsify_
 from .swin.features import drop_head, stage_maps
 from .swin.geometry import patch_size, stage_channels
 
@@ -123,6 +124,8 @@ def swin_backbone(
 ) -> SwinBackbone:
     """A dense backbone of a timm Swin, V2 or V2-CR by `name`; `sparsify_` makes it sparse.
 
+    With `partition="pad_first"` it is sparsified already, at ratio 0, and a later `sparsify_` keeps that.
+
     Args:
         name: a name of `supported_models`.
         img_size: pixels, one number or (height, width), of the images it is mostly for; it takes all multiples of 32.
@@ -134,7 +137,10 @@ def swin_backbone(
     whose map is no larger than a window, and never bring it back at larger images. Raises ConfigError, CheckpointError.
     """
     section = ModelSection(name=name, img_size=img_size, **{"always_partition": True, **settings})
-    return SwinBackbone(build_model(section, 0, seed=seed, any_size=True), levels)
+    backbone = SwinBackbone(build_model(section, 0, seed=seed, any_size=True), levels)
+    if section.partition != "roll_first":  # timm has no such setting: it stands in our classes
+        sparsify_(backbone, importance=section.importance, partition=section.partition)
+    return backbone
 
 
 def swin_fpn(

@@ -113,6 +113,11 @@ class ModelSection(Section):
         "mean_abs_l2",
         description="Score of a window: the released code's, the paper's wording, or a seeded random control.",
     )
+    partition: Literal["roll_first", "pad_first"] = Field(
+        "roll_first",
+        description="What comes first where shifted windows do not divide a map: the roll, as in timm, or the padding, "
+        "as in transformers, mmdet, detectron2 and Microsoft's code. Take the one that the weights were trained with.",
+    )
 
     @model_validator(mode="after")
     def _agrees(self) -> ModelSection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -52,8 +53,12 @@ class SparsePatchMergingV2Cr(SparseMerging, v2cr.PatchMerging):
 
 
 class SparseBlock(nn.Module):
-    """timm's block. Differs: given `kept`, it computes those windows and leaves the others as they are."""
+    """timm's block. Differs: given `kept`, it computes those windows and leaves the others as they are.
 
+    If `partition` is `pad_first`, timm's own attention gets a map that is padded already.
+    """
+
+    partition: windows.Partition = "roll_first"
     window_size: tuple[int, int]
     shift_size: tuple[int, int]
     window_area: int
@@ -115,6 +120,10 @@ class SparseBlock(nn.Module):
         """What timm does with the whole map after its windows."""
         return x
 
+    def _pads_itself(self, x: Tensor) -> bool:
+        """True if timm would roll the map `x` (B, H, W, C) before it pads it, and must not."""
+        return self.partition == "pad_first" and windows.has_padding(x.shape[1], x.shape[2], self.window_size)
+
     def _run_(self, x: Tensor, kept: Kept, stock: StockBlock) -> Tensor:
         """The map (B, H, W, C) itself, its `kept` windows replaced."""
         _, height, width, channels = x.shape
@@ -154,6 +163,10 @@ class SparseSwinTransformerBlock(SparseBlock, v1.SwinTransformerBlock):
     Norms come before attention and MLP. timm pads after the first norm, so padding enters attention as zeros.
     """
 
+    def _attn(self, x: Tensor) -> Tensor:
+        attend = super()._attn
+        return _on_padded(self, x, attend) if self._pads_itself(x) else attend(x)  # type: ignore[no-any-return]
+
     def _residuals(self, tokens: Tensor, is_token: Tensor | None, mask: Tensor | None) -> Tensor:
         normed = self.norm1(tokens)
         if is_token is not None:
@@ -181,6 +194,10 @@ class PostNormBlock(SparseBlock):
 class SparseSwinTransformerV2Block(PostNormBlock, v2.SwinTransformerV2Block):
     """timm's block of V2. Differs as `SparseBlock` says, and in nothing else."""
 
+    def _attn(self, x: Tensor) -> Tensor:
+        attend = super()._attn
+        return _on_padded(self, x, attend) if self._pads_itself(x) else attend(x)  # type: ignore[no-any-return]
+
     def _position_bias(self) -> Tensor:
         attn, area = self.attn, self.window_area  # as in timm's WindowAttention.forward
         table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
@@ -198,6 +215,10 @@ class SparseSwinTransformerV2CrBlock(PostNormBlock, v2cr.SwinTransformerV2CrBloc
     A third norm, in blocks that have one, takes the whole map: it changes the skipped windows too.
     """
 
+    def _shifted_window_attn(self, x: Tensor) -> Tensor:
+        attend = super()._shifted_window_attn
+        return _on_padded(self, x, attend) if self._pads_itself(x) else attend(x)  # type: ignore[no-any-return]
+
     def _position_bias(self) -> Tensor:
         return self.attn._relative_positional_encodings()  # type: ignore[no-any-return]
 
@@ -206,6 +227,17 @@ class SparseSwinTransformerV2CrBlock(PostNormBlock, v2cr.SwinTransformerV2CrBloc
 
     def _on_whole_map(self, x: Tensor) -> Tensor:
         return self.norm3(x)  # type: ignore[no-any-return]
+
+
+def _on_padded(block: SparseBlock, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    """timm's attention `attend` of all windows of a map `x` (B, H, W, C) that is padded first and rolled then.
+
+    timm finds nothing left to pad. Its masks are those of the padded map anyway.
+    """
+    height, width = x.shape[1:3]
+    bottom, right = (-side % window for side, window in zip((height, width), block.window_size, strict=True))
+    padded = nn.functional.pad(x, (0, 0, 0, right, 0, bottom))
+    return attend(padded)[:, :height, :width]
 
 
 SPARSE_BLOCKS: dict[type[nn.Module], type[SparseBlock]] = {
