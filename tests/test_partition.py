@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,24 @@ from torch import Tensor, nn
 
 from sparsevit_cli import windows
 from sparsevit_cli.backbones import SwinBackbone, swin_backbone
-from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.checkpoints import save_checkpoint
+from sparsevit_cli.config.experiment import ModelSection
+from sparsevit_cli.config.loading import section_hash
+from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.exporting import export_model, load_exported, load_sparsity
 from sparsevit_cli.exporting.folder import ModelInfo
-from sparsevit_cli.exporting.programs import onnx_runner
+from sparsevit_cli.exporting.programs import onnx_runner, pt2_runner
 from sparsevit_cli.kernels import held
+from sparsevit_cli.models import build_model
+from sparsevit_cli.profiling.latency_table import table_identity
 from sparsevit_cli.profiling.macs import analytic_macs, traced_macs
 from sparsevit_cli.profiling.rivals import foreseen, oracle
 from sparsevit_cli.profiling.workload import Workload
+from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import set_sparsity, sparse_stages, sparsify_, without_kernels
 from sparsevit_cli.swin.authors_flow import authors_flow
-from tiny import tiny_swin
+from sparsevit_cli.workflows.session import Session
+from tiny import tiny_config, tiny_swin
 
 NAMES = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224")
 """One of each generation."""
@@ -42,8 +51,8 @@ SEVEN: dict[str, Any] = {"embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (
 
 def small(name: str = NAMES[0], **arguments: Any) -> nn.Module:
     """A dense Swin in evaluation mode with weights that make every branch matter."""
-    options = SMALL | {"img_size": PADDED, "strict_img_size": False, "always_partition": True, "drop_path_rate": 0.0} | arguments
-    model = tiny_swin(name, **options)
+    options = {"img_size": PADDED, "strict_img_size": False, "always_partition": True, "drop_path_rate": 0.0}
+    model = tiny_swin(name, **SMALL | options | arguments)
     shaken_(model)
     return model.eval()
 
@@ -92,10 +101,10 @@ def to_timm(state: Mapping[str, Tensor], names: tuple[tuple[str, str], ...]) -> 
             block = re.sub(r"^(swin\.)?encoder\.", "", key[: part.start()])
             joined.setdefault(f"{block}attn.qkv.{part[2]}", {})[part[1][0]] = tensor
         elif not key.startswith(("hidden_states_norms", "swin.layernorm", "layernorm")):
+            name = re.sub(r"layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", key)
             for pattern, new in names:
-                key = re.sub(pattern, new, key)
-            key = re.sub(r"layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", key)
-            found[key] = tensor
+                name = re.sub(pattern, new, name)
+            found[name] = tensor
     for key, parts in joined.items():
         if len(parts) == 3:
             found[key] = torch.cat([parts[name] for name in "qkv"])
@@ -211,7 +220,8 @@ def padded_first(block: Any, x: Tensor) -> Tensor:
     entering = block.norm1(x) if "V2" not in type(block).__name__ else x
     grid = nn.functional.pad(entering, (0, 0, 0, -width % ww, 0, -height % wh)).roll((-sh, -sw), (1, 2))
     mask = block.get_attn_mask(grid)
-    for number, (top, left) in enumerate((t, r) for t in range(0, grid.shape[1], wh) for r in range(0, grid.shape[2], ww)):
+    corners = product(range(0, grid.shape[1], wh), range(0, grid.shape[2], ww))
+    for number, (top, left) in enumerate(corners):
         window = grid[:, top : top + wh, left : left + ww].reshape(len(x), wh * ww, -1)
         attended = block.attn(window, mask=None if mask is None else mask[number : number + 1])
         grid = grid.clone()
@@ -297,7 +307,7 @@ def test_where_nothing_is_padded_timm_computes_it_to_the_bit() -> None:
 
 def test_the_setting_stays_with_the_model() -> None:
     model = small()
-    with pytest.raises(ConfigError, match="partition.*allowed are roll_first, pad_first"):
+    with pytest.raises(ConfigError, match="allowed are roll_first, pad_first"):
         sparsify_(model, partition="pad")  # type: ignore[arg-type]
     sparsify_(model, partition="pad_first")
     assert sparse_stages(copy.deepcopy(sparsify_(model)))[0].partition == "pad_first"
@@ -335,6 +345,56 @@ def test_exported_files_pad_first(ratios: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(x)
         torch.testing.assert_close(load_exported(tmp_path)(x), expected)
-        torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(x), expected, atol=1e-5, rtol=1e-4)
-        (found,) = onnx_runner(tmp_path / "model.onnx")(x)
-        torch.testing.assert_close(torch.as_tensor(found), expected, atol=1e-5, rtol=1e-4)
+        for run in (pt2_runner(tmp_path / "model.pt2"), onnx_runner(tmp_path / "model.onnx")):
+            torch.testing.assert_close(run(x)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+# -- kept with the weights ------------------------------------------------------------------------------------------
+
+
+def test_sparsity_files_of_before_are_roll_first(tmp_path: Path) -> None:
+    model = sparsify_(small(depths=(2,), num_heads=(1,)))
+    export_model(model, tmp_path, input_size=PADDED, formats=(), measure_ms=False)
+    path = tmp_path / "sparsity.json"
+    contents = json.loads(path.read_text())
+    assert contents["partition"] == json.loads((tmp_path / "manifest.json").read_text())["partition"] == "roll_first"
+    path.write_text(json.dumps(contents | {"partition": "roll_twice"}))
+    with pytest.raises(CheckpointError, match="roll_twice"):
+        load_sparsity(tmp_path)
+    del contents["partition"]
+    path.write_text(json.dumps(contents))
+    with pytest.raises(CheckpointError, match="partition"):
+        load_sparsity(tmp_path)
+    path.write_text(json.dumps(contents | {"format": 2}))
+    assert load_sparsity(tmp_path).partition == "roll_first"
+
+
+def test_weights_of_another_partition_are_told(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"embed_dim": 16, "depths": (2,), "num_heads": (1,), "window_size": 4, "img_size": 64}
+    section = ModelSection(partition="pad_first", **sizes)
+    model = sparsify_(build_model(section, 5), partition="pad_first")
+    export_model(model, tmp_path / "export", input_size=64, formats=(), measure_ms=False)
+    state = {"settings": {"model.partition": "pad_first"}}
+    saved = save_checkpoint(tmp_path / "checkpoints", 1, {"model": model.state_dict()}, state)
+    old = save_checkpoint(tmp_path / "old", 1, {"model": model.state_dict()}, {})
+    plain = tmp_path / "plain.safetensors"
+    plain.write_bytes((tmp_path / "export" / "model.safetensors").read_bytes())
+    told: list[str] = []
+    for path in (tmp_path / "export" / "model.safetensors", saved, old, plain):
+        for partition in windows.PARTITIONS:
+            build_model(ModelSection(checkpoint=str(path), partition=partition, **sizes), 5, say=told.append)
+    kept = "trained with model.partition {}, the model has {}"
+    other = kept.format("pad_first", "roll_first")
+    assert [
+        line.count(part)
+        for line, part in zip(told, (other, other, kept.format("roll_first", "pad_first")), strict=True)
+    ] == [1, 1, 1]
+
+
+def test_results_of_another_partition_are_others() -> None:
+    rolled, padded = tiny_config(), tiny_config(model={"partition": "pad_first"})
+    assert section_hash(rolled, "model") != section_hash(padded, "model")
+    assert section_hash(rolled, "model") == section_hash(tiny_config(model={"partition": "roll_first"}), "model")
+    model = Session(padded, SilentReporter()).sparsified_(small())
+    assert sparse_stages(model)[0].partition == "pad_first"
+    assert table_identity(Workload(model, torch.randn(1, 3, *PADDED), PADDED, 1))["partition"] == "pad_first"

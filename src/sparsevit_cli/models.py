@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import nn
 
+from .checkpoints import load_checkpoint
 from .config.experiment import ModelSection
 from .config.paths import as_path
+from .documents import read_json
 from .errors import CheckpointError, ConfigError, in_one_line, pass_on
 from .swin import GENERATIONS, model_depths
 from .swin.geometry import check_image_size, patch_embedding
@@ -25,6 +29,7 @@ __all__ = [
     "model_depths",
     "support_table",
     "supported_models",
+    "tell_partition",
 ]
 
 _PATCH_SIZE = 4  # of every timm Swin
@@ -121,8 +126,31 @@ def build_model(
         do = "Give as many num_heads as depths, and no more heads than channels in each stage."
         raise ConfigError("model", got, do) from error
     if section.checkpoint is not None:
-        load_weights(model, as_path(section.checkpoint, "model.checkpoint"), section.reset_head, say)
+        path = as_path(section.checkpoint, "model.checkpoint")
+        load_weights(model, path, section.reset_head, say)
+        tell_partition(path, section.partition, say)
     return model
+
+
+def tell_partition(path: Path, partition: str, say: Say) -> None:
+    """Tell `say` if the weights in `path` were trained with another `partition`.
+
+    Known are checkpoint folders of ours, and `model.safetensors` of an export, by the sparsity.json beside it.
+    Raises CheckpointError for damaged ones.
+    """
+    if os.path.isdir(path):
+        settings = load_checkpoint(path, only=()).state.get("settings", {})
+        trained = settings.get("model.partition", "roll_first")  # there was no other before it was a setting
+    else:
+        beside = path.with_name("sparsity.json")
+        if path.name != "model.safetensors" or not beside.is_file():
+            return
+        trained = read_json(beside).get("partition", "roll_first")
+    if trained != partition:
+        say(
+            f"{path}: the weights were trained with model.partition {trained}, the model has {partition}: "
+            "the same where windows divide every map, worse elsewhere"
+        )
 
 
 def embed_flat_patches_as_zero_(model: nn.Module) -> None:

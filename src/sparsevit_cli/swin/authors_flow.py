@@ -18,9 +18,9 @@ from .timm_swin import v1
 class AuthorsFlowStage(SparseSwinTransformerStage):
     """B0: a sparse stage with the data flow of the released SparseViT, written anew.
 
-    Each block rolls and pads the map (the release pads first), partitions all windows, gathers the kept ones, runs, scatters them among the
+    Each block rolls and pads the map, partitions all windows, gathers the kept ones, runs, scatters them among the
     others, reverses, crops and rolls back; attention masks are built in every forward. Attention and layers are timm's.
-    Same numbers as ours.
+    Same numbers as ours, with the partition of the model; the release pads first.
     """
 
     def forward(self, x: Tensor) -> Tensor:

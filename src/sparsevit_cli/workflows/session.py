@@ -157,9 +157,7 @@ class Session:
     def sparsified_(self, model: nn.Module) -> nn.Module:
         """`sparsify_` with the configuration's importance, kernels and partition."""
         section = self.config.model
-        return sparsify_(
-            model, importance=section.importance, kernels=self.config.kernels, partition=section.partition
-        )
+        return sparsify_(model, importance=section.importance, kernels=self.config.kernels, partition=section.partition)
 
     def space(self, model: nn.Module, max_ratio: float) -> SearchSpace:
         """All configurations of `model` up to `max_ratio`."""
