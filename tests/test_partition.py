@@ -34,6 +34,7 @@ from sparsevit_cli.profiling.workload import Workload
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import set_sparsity, sparse_stages, sparsify_, without_kernels
 from sparsevit_cli.swin.authors_flow import authors_flow
+from sparsevit_cli.workflows.profile import profile_model
 from sparsevit_cli.workflows.session import Session
 from tiny import tiny_config, tiny_swin
 
@@ -298,6 +299,27 @@ def test_kernels_and_modules_agree_on_any_map(
             torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_triton_gets_rows_too() -> None:
+    pytest.importorskip("triton")
+    model = sparsify_(small(depths=(2,), num_heads=(1,), img_size=(36, 44)), partition="pad_first", kernels="triton")
+    set_sparsity(model, 0.4)
+    x = torch.randn(1, 3, 36, 44)  # a map of 9 x 11 tokens
+    with torch.no_grad():
+        with without_kernels():
+            expected = model(x)
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_it_compiles_without_a_graph_break() -> None:
+    model = sparsify_(small(depths=(2,), num_heads=(1,)), partition="pad_first")
+    x = torch.randn(2, 3, *PADDED)
+    for ratio in (0.0, 0.4):
+        set_sparsity(model, ratio)
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_where_nothing_is_padded_timm_computes_it_to_the_bit() -> None:
     dense = small(img_size=DIVIDES)
     model = sparsify_(copy.deepcopy(dense), partition="pad_first")
@@ -331,21 +353,22 @@ def test_counts_rivals_and_oracle_follow() -> None:
             assert model(x).isfinite().all()
 
 
-@pytest.mark.parametrize("ratios", [0.0, 0.4])
-def test_exported_files_pad_first(ratios: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ratio", "formats"), [(0.0, ("pt2",)), (0.4, ("onnx", "pt2"))])
+def test_exported_files_pad_first(ratio: float, formats: tuple[str, ...], tmp_path: Path) -> None:
     sizes = SMALL | {"depths": (2,), "num_heads": (1,), "img_size": (68, 92), "always_partition": True}
     model = sparsify_(small(**sizes, strict_img_size=True), partition="pad_first")
-    set_sparsity(model, ratios)
+    set_sparsity(model, ratio)
     report = export_model(
-        model, tmp_path, input_size=(68, 92), check_batch_sizes=(2, 3), tolerance=1e-4, measure_ms=False,
-        info=ModelInfo(NAMES[0], {"num_classes": 5, **sizes}),
+        model, tmp_path, input_size=(68, 92), formats=formats, check_batch_sizes=(2, 3), tolerance=1e-4,
+        measure_ms=False, info=ModelInfo(NAMES[0], {"num_classes": 5, **sizes}),
     )  # fmt: skip
     assert (report.partition, load_sparsity(tmp_path).partition) == ("pad_first", "pad_first")
     x = torch.randn(4, 3, 68, 92)
     with torch.no_grad():
         expected = model(x)
         torch.testing.assert_close(load_exported(tmp_path)(x), expected)
-        for run in (pt2_runner(tmp_path / "model.pt2"), onnx_runner(tmp_path / "model.onnx")):
+        runners = {"pt2": pt2_runner, "onnx": onnx_runner}
+        for run in (runners[name](tmp_path / f"model.{name}") for name in formats):
             torch.testing.assert_close(run(x)[0], expected, atol=1e-5, rtol=1e-4)
 
 
@@ -389,6 +412,19 @@ def test_weights_of_another_partition_are_told(tmp_path: Path) -> None:
         line.count(part)
         for line, part in zip(told, (other, other, kept.format("roll_first", "pad_first")), strict=True)
     ] == [1, 1, 1]
+
+
+def test_a_profile_says_that_timm_rolls_first(tmp_path: Path) -> None:
+    class Listening(SilentReporter):
+        def say(self, text: str) -> None:
+            told.append(text)
+
+    for partition, times in (("roll_first", 0), ("pad_first", 1)):
+        told: list[str] = []
+        config = tiny_config(model={"partition": partition}, profile={"batch_sizes": [1]}, output=str(tmp_path))
+        report = profile_model(Session(config, Listening(), fresh=True), ratios="0.5")
+        assert report.rows[0].label == "dense (timm)"
+        assert sum("rolls before it pads" in text for text in told) == times
 
 
 def test_results_of_another_partition_are_others() -> None:

@@ -88,7 +88,9 @@ def build_model(
     `img_size` (pixels, one number or (height, width)) replaces the section's. Windows keep their size in tokens
     whatever the image (in V2-CR without `window_size` they are timm's, an eighth of the patch grid); without
     `always_partition` timm shrinks a window to a map that is smaller. With `any_size` the model takes images of other
-    sizes too. Initial weights are a function of `seed`.
+    sizes too, and `always_partition` is on unless the section says otherwise: timm would drop the shift of a stage
+    whose map is no larger than a window, and never bring it back at larger images. A head in a `checkpoint` is left
+    out where there are no outputs. Initial weights are a function of `seed`.
     `say` is told what was taken from a checkpoint file. `pretrained` goes through timm, which replaces a classifier of
     other size and interpolates for other windows, patches and input channels; a `checkpoint` must fit exactly. Raises
     ConfigError, CheckpointError.
@@ -103,6 +105,8 @@ def build_model(
     if section.weight_init == "jax" and not section.name.startswith("swin_"):
         raise ConfigError("model.weight_init", f"'jax' is not offered by timm for {section.name}", "Take 'timm'.")
     arguments = model_arguments(section, outputs)
+    if any_size:
+        arguments = {"strict_img_size": False, "always_partition": True, **arguments}
     scheme = {"weight_init": "jax"} if section.weight_init == "jax" else {}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -111,7 +115,6 @@ def build_model(
                 section.name,
                 pretrained=section.pretrained,
                 img_size=size,
-                **({"strict_img_size": False} if any_size else {}),
                 **scheme,
                 **arguments,
             )
@@ -127,7 +130,7 @@ def build_model(
         raise ConfigError("model", got, do) from error
     if section.checkpoint is not None:
         path = as_path(section.checkpoint, "model.checkpoint")
-        load_weights(model, path, section.reset_head, say)
+        load_weights(model, path, section.reset_head or not outputs, say)  # without outputs there is no head to fit
         tell_partition(path, section.partition, say)
     return model
 

@@ -102,7 +102,9 @@ class ModelSection(Section):
     global_pool: Literal["avg", "max"] | None = Field(None, description="Pooling before the classifier; null keeps it.")
     drop_path_rate: Fraction | None = Field(None, description="Stochastic depth rate in training; null keeps it.")
     always_partition: bool | None = Field(
-        None, description="Keep the window size on maps smaller than a window (padded); null keeps timm's shrinking."
+        None,
+        description="Keep the window size on maps smaller than a window (padded); null keeps timm's shrinking in "
+        "classifiers, and is true in backbones that take any size.",
     )
     weight_init: Literal["timm", "jax", "quiet_background"] = Field(
         "timm",

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import nn
@@ -89,7 +90,7 @@ def load_sparsity(path: Path | str) -> SparsityFile:
         height, width = (int(side) for side in parsed["img_size"])
         if parsed["importance"] not in IMPORTANCES:
             raise ValueError(f"importance {parsed['importance']!r}")
-        partition = parsed["partition"] if parsed["format"] == FORMAT_VERSION else "roll_first"
+        partition: Any = parsed["partition"] if parsed["format"] == FORMAT_VERSION else "roll_first"
         if partition not in PARTITIONS:
             raise ValueError(f"partition {partition!r}")
         model = parsed["model"]

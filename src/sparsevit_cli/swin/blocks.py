@@ -120,9 +120,17 @@ class SparseBlock(nn.Module):
         """What timm does with the whole map after its windows."""
         return x
 
-    def _pads_itself(self, x: Tensor) -> bool:
-        """True if timm would roll the map `x` (B, H, W, C) before it pads it, and must not."""
-        return self.partition == "pad_first" and windows.has_padding(x.shape[1], x.shape[2], self.window_size)
+    def _attended(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """timm's attention `attend` of all windows of a map `x` (B, H, W, C), which timm would roll before it pads it.
+
+        With `pad_first` it gets a padded map and finds nothing left to pad; its masks are of such a map anyway.
+        """
+        height, width = x.shape[1:3]
+        if self.partition == "roll_first" or not windows.has_padding(height, width, self.window_size):
+            return attend(x)
+        bottom, right = (-side % window for side, window in zip((height, width), self.window_size, strict=True))
+        padded = nn.functional.pad(x, (0, 0, 0, right, 0, bottom))  # B, Hp, Wp, C
+        return attend(padded)[:, :height, :width]
 
     def _run_(self, x: Tensor, kept: Kept, stock: StockBlock) -> Tensor:
         """The map (B, H, W, C) itself, its `kept` windows replaced."""
@@ -164,8 +172,7 @@ class SparseSwinTransformerBlock(SparseBlock, v1.SwinTransformerBlock):
     """
 
     def _attn(self, x: Tensor) -> Tensor:
-        attend = super()._attn
-        return _on_padded(self, x, attend) if self._pads_itself(x) else attend(x)  # type: ignore[no-any-return]
+        return self._attended(x, super()._attn)
 
     def _residuals(self, tokens: Tensor, is_token: Tensor | None, mask: Tensor | None) -> Tensor:
         normed = self.norm1(tokens)
@@ -195,8 +202,7 @@ class SparseSwinTransformerV2Block(PostNormBlock, v2.SwinTransformerV2Block):
     """timm's block of V2. Differs as `SparseBlock` says, and in nothing else."""
 
     def _attn(self, x: Tensor) -> Tensor:
-        attend = super()._attn
-        return _on_padded(self, x, attend) if self._pads_itself(x) else attend(x)  # type: ignore[no-any-return]
+        return self._attended(x, super()._attn)
 
     def _position_bias(self) -> Tensor:
         attn, area = self.attn, self.window_area  # as in timm's WindowAttention.forward
@@ -216,8 +222,7 @@ class SparseSwinTransformerV2CrBlock(PostNormBlock, v2cr.SwinTransformerV2CrBloc
     """
 
     def _shifted_window_attn(self, x: Tensor) -> Tensor:
-        attend = super()._shifted_window_attn
-        return _on_padded(self, x, attend) if self._pads_itself(x) else attend(x)  # type: ignore[no-any-return]
+        return self._attended(x, super()._shifted_window_attn)
 
     def _position_bias(self) -> Tensor:
         return self.attn._relative_positional_encodings()  # type: ignore[no-any-return]
@@ -227,17 +232,6 @@ class SparseSwinTransformerV2CrBlock(PostNormBlock, v2cr.SwinTransformerV2CrBloc
 
     def _on_whole_map(self, x: Tensor) -> Tensor:
         return self.norm3(x)  # type: ignore[no-any-return]
-
-
-def _on_padded(block: SparseBlock, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-    """timm's attention `attend` of all windows of a map `x` (B, H, W, C) that is padded first and rolled then.
-
-    timm finds nothing left to pad. Its masks are those of the padded map anyway.
-    """
-    height, width = x.shape[1:3]
-    bottom, right = (-side % window for side, window in zip((height, width), block.window_size, strict=True))
-    padded = nn.functional.pad(x, (0, 0, 0, right, 0, bottom))
-    return attend(padded)[:, :height, :width]
 
 
 SPARSE_BLOCKS: dict[type[nn.Module], type[SparseBlock]] = {
