@@ -158,14 +158,15 @@ def test_somebody_elses_forward_is_refused() -> None:
 
 
 def test_held_indices_outlive_the_common_memory() -> None:
-    partition = (14, 14, (7, 7), (3, 3), torch.device("cpu"))
+    sizes, device = (12, 12, (7, 7), (3, 3)), torch.device("cpu")
     with held.held_indices() as kept:
-        index = held.token_index_of(*partition)
-        assert held.token_index_of(*partition) is index
-        held.shift_mask_of(*partition)
-    assert len(kept) == 2
-    assert held.token_index_of(*partition) is not index
-    assert torch.equal(held.token_index_of(*partition), index)
+        index = held.token_index_of(*sizes, "roll_first", device)
+        assert held.token_index_of(*sizes, "roll_first", device) is index
+        assert not torch.equal(held.token_index_of(*sizes, "pad_first", device), index)
+        held.shift_mask_of(*sizes, device)
+    assert len(kept) == 3
+    assert held.token_index_of(*sizes, "roll_first", device) is not index
+    assert torch.equal(held.token_index_of(*sizes, "roll_first", device), index)
 
 
 @pytest.mark.gpu

@@ -159,7 +159,7 @@ def test_padding_that_is_masked_equals_padding_that_is_left_out(
 def test_of_all_windows_true_tokens_alone_are_computed(norm_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(*IS_ASYNCHRONOUS)
-        every = held.all_windows(9, 20, (7, 7), (3, 3), 2, torch.device("cpu"))
+        every = held.all_windows(9, 20, (7, 7), (3, 3), "roll_first", 2, torch.device("cpu"))
     tokens, rows, bias = torch.randn(2 * 9 * 20, 16), every.rows.flatten(0, 1), torch.randn(1, 2, 49, 49)
     weights, expected = kernel_cases.block(16, 2, norm_first=norm_first), tokens.clone()
     portable.run_windows_(expected, rows, weights, bias, None, padded=True)

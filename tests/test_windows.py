@@ -25,24 +25,33 @@ def test_num_keep_is_exact_for_every_count() -> None:
 
 @given(
     height=st.integers(1, 23), width=st.integers(1, 23), window=st.tuples(st.integers(1, 8), st.integers(1, 8)),
-    shifted=st.booleans(),
+    shifted=st.booleans(), partition=st.sampled_from(windows.PARTITIONS),
 )  # fmt: skip
-def test_token_index_is_roll_pad_partition(height: int, width: int, window: tuple[int, int], shifted: bool) -> None:
+def test_token_index_is_roll_pad_partition(
+    height: int, width: int, window: tuple[int, int], shifted: bool, partition: windows.Partition
+) -> None:
     shift = (window[0] // 2, window[1] // 2) if shifted else (0, 0)
     rows = torch.arange(1, height * width + 1).view(1, height, width, 1)  # 0 is left for padding
-    rolled = torch.roll(rows, shifts=(-shift[0], -shift[1]), dims=(1, 2))
     grid = windows.window_grid(height, width, window)
-    padded = torch.nn.functional.pad(rolled, (0, 0, 0, grid[1] * window[1] - width, 0, grid[0] * window[0] - height))
-    expected = window_partition(padded, window).view(-1, window[0] * window[1])
 
-    index = windows.window_token_index(height, width, window, shift, torch.device("cpu"))
+    def rolled(x: torch.Tensor) -> torch.Tensor:
+        return torch.roll(x, shifts=(-shift[0], -shift[1]), dims=(1, 2))
+
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (0, 0, 0, grid[1] * window[1] - width, 0, grid[0] * window[0] - height))
+
+    shifted_map = rolled(padded(rows)) if partition == "pad_first" else padded(rolled(rows))
+    expected = window_partition(shifted_map, window).view(-1, window[0] * window[1])
+
+    index = windows.window_token_index(height, width, window, shift, torch.device("cpu"), partition)
     assert torch.equal((index + 1) % (height * width + 1), expected)
     assert windows.has_padding(height, width, window) == bool((index == height * width).any())
+    assert (index != height * width).any(1).all()  # every window holds a token
 
-    assert held.all_windows(height, width, window, shift, 2, torch.device("cpu")).places is None
+    assert held.all_windows(height, width, window, shift, partition, 2, torch.device("cpu")).places is None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(held, "is_asynchronous", lambda device: True)
-        every = held.all_windows(height, width, window, shift, 2, torch.device("cpu"))
+        every = held.all_windows(height, width, window, shift, partition, 2, torch.device("cpu"))
     assert torch.equal(every.indices, torch.arange(len(index)).expand(2, -1))
     assert torch.equal(every.rows, windows.rows_of(every.indices, index, height * width))
     assert (every.places is not None) == windows.has_padding(height, width, window)

@@ -109,7 +109,8 @@ class GraphedForward:
 
 def _settings(stage: SparseStage) -> Hashable:
     """What may be set on a stage at any time."""
-    return stage.sparsity_tenths, stage.as_timm, stage.importance, stage.kernels, stage.blocks[0].window_size
+    windows = stage.blocks[0].window_size, stage.partition
+    return stage.sparsity_tenths, stage.as_timm, stage.importance, stage.kernels, windows
 
 
 def is_replayable(x: object) -> bool:

@@ -14,8 +14,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from .config.experiment import ModelSection
 from .config.paths import as_path
 from .errors import ConfigError
-from .models import build_model
-from .sizes import Size
+from .models import build_model, tell_partition
+from .sizes import Size, size_text
+from .swin import sparsify_
 from .swin.features import drop_head, stage_maps
 from .swin.geometry import patch_size, stage_channels
 from .weights import Say, load_weights, tell_log
@@ -28,17 +29,19 @@ Sizes = Sequence[Size]
 class SwinBackbone(nn.Module):
     """A timm Swin and a LayerNorm for each level that it gives (mmdet, detectron2 and transformers have it).
 
-    `channels` and `strides` (pixels per token) are those of `levels`, the stages whose maps it gives. The Swin's
-    parameters keep timm's names below `swin.`.
+    `channels` and `strides` (pixels per token) are those of `levels`, the stages whose maps it gives. The last stage is
+    among them: else some of the Swin would run for nobody. The Swin's parameters keep timm's names below `swin.`; its
+    final norm and its head are gone.
     """
 
     def __init__(self, swin: nn.Module, levels: Sequence[int] = LEVELS) -> None:
         super().__init__()
         self.swin = drop_head(swin)
         channels = stage_channels(swin)
-        if not levels or sorted(set(levels)) != list(levels) or not set(levels) <= set(range(len(channels))):
-            got = f"{list(levels)}; the model has stages 0 to {len(channels) - 1}"
-            raise ConfigError("levels", got, "Name stages in order, each once.")
+        stages = range(len(channels))
+        if sorted(set(levels) & set(stages)) != list(levels) or not set(stages[-1:]) <= set(levels):
+            got = f"{list(levels)}; the model has stages 0 to {stages[-1]}"
+            raise ConfigError("levels", got, "Name stages in order, each once, and the last one among them.")
         self.levels = tuple(levels)
         self.channels = tuple(channels[level] for level in levels)
         self.strides = tuple(patch_size(swin)[0] * 2**level for level in levels)
@@ -56,25 +59,30 @@ class SwinBackbone(nn.Module):
         Args:
             images: the sides are multiples of `divisor`.
             sizes: (height, width) of each image, if the batch is padded at the bottom and right. An image is then
-                computed at its own size, rounded up to `divisor`: no window of padding is ranked or counted, and what
-                lies beside it does not change its map. Maps are zero outside.
+                computed at its own size, rounded up to `divisor`: no window of the batch's padding is ranked or
+                counted, and what lies beside an image does not change its map. Maps are zero outside.
+
+        Raises ConfigError for other sides, or sizes that are not those of these images.
         """
-        if any(side % self.divisor for side in images.shape[2:]):
-            got = f"images of {images.shape[2]} x {images.shape[3]} pixels"
+        whole = (int(images.shape[2]), int(images.shape[3]))
+        if any(side % self.divisor for side in whole):
+            got = f"images of {size_text(whole)} pixels"
             raise ConfigError("backbone", got, f"Pad both sides to a multiple of {self.divisor}.")
-        own = [self._rounded(size) for size in sizes or ()]
-        if not any(size != tuple(images.shape[2:]) for size in own):
+        if sizes is None:
+            return self._maps(images)  # asked first: a trace must not learn how many images there are
+        own = [self._rounded(size) for size in sizes]
+        if len(own) != len(images) or any(not (0 < y <= whole[0] and 0 < x <= whole[1]) for y, x in own):
+            got = f"sizes {list(sizes)} of {len(images)} images of {size_text(whole)} pixels"
+            raise ConfigError("backbone", got, "Give the height and width of every image, none above the batch's.")
+        groups = {size: [number for number, other in enumerate(own) if other == size] for size in own}
+        if set(groups) <= {whole}:
             return self._maps(images)
+        parts = [self._maps(images[group, :, : size[0], : size[1]]) for size, group in groups.items()]
+        places = torch.tensor([number for group in groups.values() for number in group], device=images.device).argsort()
         maps: OrderedDict[str, Tensor] = OrderedDict()
-        for size in dict.fromkeys(own):
-            group = torch.tensor([number for number, other in enumerate(own) if other == size], device=images.device)
-            for level, part in self._maps(images[group, :, : size[0], : size[1]]).items():
-                whole = maps.get(level)
-                if whole is None:
-                    stride = size[0] // part.shape[2]
-                    shape = (len(images), part.shape[1], images.shape[2] // stride, images.shape[3] // stride)
-                    whole = part.new_zeros(shape)
-                maps[level] = _placed(whole, group, part)
+        for level, stride in zip(map(str, self.levels), self.strides, strict=True):
+            padded = [_padded(part[level], whole[0] // stride, whole[1] // stride) for part in parts]
+            maps[level] = torch.cat(padded).index_select(0, places)
         return maps
 
     def _maps(self, images: Tensor) -> OrderedDict[str, Tensor]:
@@ -89,10 +97,9 @@ class SwinBackbone(nn.Module):
         return height, width
 
 
-def _placed(whole: Tensor, group: Tensor, part: Tensor) -> Tensor:
-    """`whole` (B, C, H, W) with the maps `part` (b, C, h, w) of the images `group` (b,) at the top left."""
-    padded = nn.functional.pad(part, (0, whole.shape[3] - part.shape[3], 0, whole.shape[2] - part.shape[2]))
-    return whole.index_copy(0, group, padded)
+def _padded(x: Tensor, height: int, width: int) -> Tensor:
+    """Maps (B, C, h, w) with zeros at the bottom and right: (B, C, height, width)."""
+    return nn.functional.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
 
 
 class SwinFPN(nn.Module):
@@ -125,6 +132,8 @@ def swin_backbone(
 ) -> SwinBackbone:
     """A dense backbone of a timm Swin, V2 or V2-CR by `name`; `sparsify_` makes it sparse.
 
+    With `partition="pad_first"` it is sparsified already, at ratio 0, and a later `sparsify_` keeps that.
+
     Args:
         name: a name of `supported_models`.
         img_size: pixels, one number or (height, width), of the images it is mostly for; it takes all multiples of 32.
@@ -132,11 +141,13 @@ def swin_backbone(
         seed: of the initial weights.
         settings: of the section `model` of a configuration: `pretrained`, `checkpoint`, `embed_dim`, `window_size` ...
 
-    Windows keep their size and are shifted on every map (`always_partition`): timm would drop the shift of a stage
-    whose map is no larger than a window, and never bring it back at larger images. Raises ConfigError, CheckpointError.
+    Windows keep their size and are shifted on every map (see `build_model`). Raises ConfigError, CheckpointError.
     """
-    section = ModelSection(name=name, img_size=img_size, **{"always_partition": True, **settings})
-    return build_backbone(section, levels, seed=seed)
+    section = ModelSection(name=name, img_size=img_size, **settings)
+    backbone = build_backbone(section, levels, seed=seed)
+    if section.partition != "roll_first":  # timm has no such setting: it stands in our classes
+        sparsify_(backbone, importance=section.importance, partition=section.partition)
+    return backbone
 
 
 def build_backbone(
@@ -155,7 +166,9 @@ def build_backbone(
     bare = section.model_copy(update={"checkpoint": None})
     backbone = SwinBackbone(build_model(bare, 0, img_size=img_size, seed=seed, any_size=True, say=say), levels)
     if section.checkpoint is not None:
-        load_weights(backbone, as_path(section.checkpoint, "model.checkpoint"), say=say)
+        path = as_path(section.checkpoint, "model.checkpoint")
+        load_weights(backbone, path, say=say)
+        tell_partition(path, section.partition, say)
     return backbone
 
 

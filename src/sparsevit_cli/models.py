@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import nn
 
+from .checkpoints import load_checkpoint
 from .config.experiment import ModelSection
 from .config.paths import as_path
+from .documents import read_json
 from .errors import CheckpointError, ConfigError, in_one_line, pass_on
 from .swin import GENERATIONS, model_depths
 from .swin.geometry import check_image_size, patch_embedding
@@ -24,6 +28,7 @@ __all__ = [
     "model_depths",
     "support_table",
     "supported_models",
+    "tell_partition",
 ]
 
 _PATCH_SIZE = 4  # of every timm Swin
@@ -81,7 +86,9 @@ def build_model(
     `img_size` (pixels, one number or (height, width)) replaces the section's. Windows keep their size in tokens
     whatever the image (in V2-CR without `window_size` they are timm's, an eighth of the patch grid); without
     `always_partition` timm shrinks a window to a map that is smaller. With `any_size` the model takes images of other
-    sizes too. Initial weights are a function of `seed`.
+    sizes too, and `always_partition` is on unless the section says otherwise: timm would drop the shift of a stage
+    whose map is no larger than a window, and never bring it back at larger images. A head in a `checkpoint` is left
+    out where there are no outputs. Initial weights are a function of `seed`.
     `say` is told what was taken from a checkpoint file. `pretrained` goes through timm, which replaces a classifier of
     other size and interpolates for other windows, patches and input channels; a `checkpoint` must fit exactly. Raises
     ConfigError, CheckpointError.
@@ -96,6 +103,8 @@ def build_model(
     if section.weight_init == "jax" and not section.name.startswith("swin_"):
         raise ConfigError("model.weight_init", f"'jax' is not offered by timm for {section.name}", "Take 'timm'.")
     arguments = model_arguments(section, outputs)
+    if any_size:
+        arguments = {"strict_img_size": False, "always_partition": True, **arguments}
     scheme = {"weight_init": "jax"} if section.weight_init == "jax" else {}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -104,7 +113,6 @@ def build_model(
                 section.name,
                 pretrained=section.pretrained,
                 img_size=size,
-                **({"strict_img_size": False} if any_size else {}),
                 **scheme,
                 **arguments,
             )
@@ -119,8 +127,31 @@ def build_model(
         do = "Give as many num_heads as depths, and no more heads than channels in each stage."
         raise ConfigError("model", got, do) from error
     if section.checkpoint is not None:
-        load_weights(model, as_path(section.checkpoint, "model.checkpoint"), section.reset_head, say)
+        path = as_path(section.checkpoint, "model.checkpoint")
+        load_weights(model, path, section.reset_head or not outputs, say)  # without outputs there is no head to fit
+        tell_partition(path, section.partition, say)
     return model
+
+
+def tell_partition(path: Path, partition: str, say: Say) -> None:
+    """Tell `say` if the weights in `path` were trained with another `partition`.
+
+    Known are checkpoint folders of ours, and `model.safetensors` of an export, by the sparsity.json beside it.
+    Raises CheckpointError for damaged ones.
+    """
+    if os.path.isdir(path):
+        settings = load_checkpoint(path, only=()).state.get("settings", {})
+        trained = settings.get("model.partition", "roll_first")  # there was no other before it was a setting
+    else:
+        beside = path.with_name("sparsity.json")
+        if path.name != "model.safetensors" or not beside.is_file():
+            return
+        trained = read_json(beside).get("partition", "roll_first")
+    if trained != partition:
+        say(
+            f"{path}: the weights were trained with model.partition {trained}, the model has {partition}: "
+            "the same where windows divide every map, worse elsewhere"
+        )
 
 
 def embed_flat_patches_as_zero_(model: nn.Module) -> None:

@@ -16,6 +16,13 @@ from torch import Tensor
 
 Importance = Literal["mean_abs_l2", "l2", "random"]
 IMPORTANCES: tuple[str, ...] = get_args(Importance)
+Partition = Literal["roll_first", "pad_first"]
+"""What comes first where windows are shifted and do not divide the map.
+
+`roll_first`: the map is rolled, then padded at the bottom and right, as timm does. `pad_first`: it is padded, then
+rolled, as transformers, mmdet and Microsoft's own code do. Without padding, or without a shift, both are equal.
+"""
+PARTITIONS: tuple[str, ...] = get_args(Partition)
 
 
 def num_keep(num_windows: int, tenths: int) -> int:
@@ -29,19 +36,28 @@ def window_grid(height: int, width: int, window_size: tuple[int, int]) -> tuple[
 
 
 def window_token_index(
-    height: int, width: int, window_size: tuple[int, int], shift_size: tuple[int, int], device: torch.device
+    height: int,
+    width: int,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int],
+    device: torch.device,
+    partition: Partition = "roll_first",
 ) -> Tensor:
     """Row of every token of every window in the flattened map: roll, pad and partition in one index.
 
-    Returns (n, N) int64 with values in 0 ... H*W - 1, and H*W for a padding token. As in timm, the map is
-    rolled by the shift first and padded after (timm/models/swin_transformer.py, SwinTransformerBlock._attn).
+    Returns (n, N) int64 with values in 0 ... H*W - 1, and H*W for a padding token. `roll_first` rolls the map by the
+    shift and pads it after (timm/models/swin_transformer.py, SwinTransformerBlock._attn). `pad_first` rolls the padded
+    map, so that padding stands inside of it (transformers/models/swin/modeling_swin.py, SwinLayer.forward).
     """
     rows, cols = window_grid(height, width, window_size)
-    y = torch.arange(rows * window_size[0], device=device)
-    x = torch.arange(cols * window_size[1], device=device)
-    source = ((y + shift_size[0]) % height * width)[:, None] + (x + shift_size[1]) % width  # Hp, Wp
-    padding = (y >= height)[:, None] | (x >= width)
-    source = torch.where(padding, height * width, source)
+    padded_height, padded_width = rows * window_size[0], cols * window_size[1]
+    y, x = torch.arange(padded_height, device=device), torch.arange(padded_width, device=device)
+    if partition == "pad_first":
+        y, x = (y + shift_size[0]) % padded_height, (x + shift_size[1]) % padded_width
+    padding = (y >= height)[:, None] | (x >= width)  # Hp, Wp
+    if partition == "roll_first":
+        y, x = (y + shift_size[0]) % height, (x + shift_size[1]) % width
+    source = torch.where(padding, height * width, (y * width)[:, None] + x)  # Hp, Wp
     source = source.view(rows, window_size[0], cols, window_size[1]).permute(0, 2, 1, 3)
     return source.reshape(rows * cols, window_size[0] * window_size[1])
 
@@ -82,7 +98,7 @@ def shift_mask(
     """Attention mask of shifted windows as a few classes: inside, right edge, bottom edge, corner.
 
     Returns the masks (4, N, N), 0 or -100, and the class of every window (n,) int64. Equal to timm's `get_attn_mask`
-    (timm/models/swin_transformer.py), which has one mask per window.
+    (timm/models/swin_transformer.py), which has one mask per window. Both partitions have the same classes.
     """
     rows, cols = window_grid(height, width, window_size)
 

@@ -104,7 +104,9 @@ class ModelSection(Section):
     global_pool: Literal["avg", "max"] | None = Field(None, description="Pooling before the classifier; null keeps it.")
     drop_path_rate: Fraction | None = Field(None, description="Stochastic depth rate in training; null keeps it.")
     always_partition: bool | None = Field(
-        None, description="Keep the window size on maps smaller than a window (padded); null keeps timm's shrinking."
+        None,
+        description="Keep the window size on maps smaller than a window (padded); null keeps timm's shrinking in "
+        "classifiers, and is true in backbones that take any size.",
     )
     weight_init: Literal["timm", "jax", "quiet_background"] = Field(
         "timm",
@@ -114,6 +116,11 @@ class ModelSection(Section):
     importance: Literal["mean_abs_l2", "l2", "random"] = Field(
         "mean_abs_l2",
         description="Score of a window: the released code's, the paper's wording, or a seeded random control.",
+    )
+    partition: Literal["roll_first", "pad_first"] = Field(
+        "roll_first",
+        description="What comes first where shifted windows do not divide a map: the roll, as in timm, or the padding, "
+        "as in transformers, mmdet, detectron2 and Microsoft's code. Take the one that the weights were trained with.",
     )
 
     @model_validator(mode="after")

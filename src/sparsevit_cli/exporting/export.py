@@ -25,6 +25,7 @@ from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.reporting import Reporter, SilentReporter
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import get_sparsity, set_sparsity, sparse_stages
+from sparsevit_cli.windows import Partition
 
 from .checks import Difference, checked, eager_reference, output_shapes_of
 from .folder import (
@@ -81,6 +82,7 @@ class ExportReport:
     sparsity_file: Path
     manifest: Path
     sparsity: SparsityConfig
+    partition: Partition
     opset: int
     input_shape: tuple[int | str, ...]
     output_shapes: Mapping[str, tuple[int | str, ...]]
@@ -162,6 +164,7 @@ def export_model(
             sparsity_file=directory / SPARSITY,
             manifest=directory / MANIFEST,
             sparsity=sparsity,
+            partition=sparse_stages(model)[0].partition,
             opset=opset,
             input_shape=("batch", *shape),
             output_shapes=output_shapes,
@@ -252,6 +255,7 @@ def _manifest(report: ExportReport, files: Mapping[str, object]) -> dict[str, ob
     manifest: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "sparsity": report.sparsity.ratios,
+        "partition": report.partition,
         "note": SIZE_NOTE,
         "input": {"name": INPUT, "shape": report.input_shape, "dtype": "float32"},
         "outputs": [{"name": name, "shape": shape} for name, shape in report.output_shapes.items()],

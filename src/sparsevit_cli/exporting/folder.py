@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import nn
@@ -31,13 +32,13 @@ from sparsevit_cli.reporting import Reporter
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_stages, sparsify_
 from sparsevit_cli.swin.geometry import window_sizes
-from sparsevit_cli.windows import IMPORTANCES, Importance
+from sparsevit_cli.windows import IMPORTANCES, PARTITIONS, Importance, Partition
 
 MANIFEST, WEIGHTS, SPARSITY = "manifest.json", "model.safetensors", "sparsity.json"
 FILES = {"onnx": "model.onnx", "pt2": "model.pt2"}
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-FORMAT_VERSION = 2
-"""Version 1 calls the categories `class_names`."""
+FORMAT_VERSION = 3
+"""Version 1 calls the categories `class_names`. Versions 1 and 2 name no partition: theirs is `roll_first`."""
 _ONNX_DATA = "model.onnx.data"
 NAMES = (*FILES.values(), _ONNX_DATA, WEIGHTS, SPARSITY)
 _BUILD_ARGS = (
@@ -73,6 +74,7 @@ class SparsityFile:
     versions: Mapping[str, str]
     windows: tuple[tuple[int, int], ...] = ()
     """Of each stage, (height, width) in tokens; empty in files of before 2026-11-22."""
+    partition: Partition = "roll_first"
 
 
 def load_sparsity(path: Path | str) -> SparsityFile:
@@ -81,13 +83,16 @@ def load_sparsity(path: Path | str) -> SparsityFile:
     path = path / SPARSITY if os.path.isdir(path) else path
     parsed = read_json(path, _AGAIN)
     with understood(path, _AGAIN):
-        if parsed["format"] not in (1, FORMAT_VERSION):
-            got = f"format {parsed['format']!r}, this version reads {FORMAT_VERSION}"
+        if parsed["format"] not in (1, 2, FORMAT_VERSION):
+            got = f"format {parsed['format']!r}, this version reads 1 to {FORMAT_VERSION}"
             raise CheckpointError(str(path), got, "Read it with the version of sparsevit-cli that wrote it.")
         depths = tuple(int(depth) for depth in parsed["depths"])
         height, width = (int(side) for side in parsed["img_size"])
         if parsed["importance"] not in IMPORTANCES:
             raise ValueError(f"importance {parsed['importance']!r}")
+        partition: Any = parsed["partition"] if parsed["format"] == FORMAT_VERSION else "roll_first"
+        if partition not in PARTITIONS:
+            raise ValueError(f"partition {partition!r}")
         model = parsed["model"]
         if parsed["format"] == 1:
             model["categories"] = model.pop("class_names")
@@ -105,6 +110,7 @@ def load_sparsity(path: Path | str) -> SparsityFile:
             ),
             versions=dict(parsed["versions"]),
             windows=tuple((int(height), int(width)) for height, width in parsed.get("windows", ())),
+            partition=partition,
         )
 
 
@@ -138,7 +144,7 @@ def load_exported(directory: Path | str) -> nn.Module:
         got = f"does not load into {saved.model.name} ({in_one_line(error)})"
         raise CheckpointError(str(directory / WEIGHTS), got, _AGAIN) from error
     with understood(directory / SPARSITY, _AGAIN):
-        set_sparsity(sparsify_(model, importance=saved.importance), saved.sparsity)
+        set_sparsity(sparsify_(model, importance=saved.importance, partition=saved.partition), saved.sparsity)
     return model.eval()
 
 
@@ -159,6 +165,7 @@ def sparsity_json(model: nn.Module, shape: tuple[int, int, int], info: ModelInfo
         "ratios": get_sparsity(model).ratios,
         "depths": model_depths(model),
         "importance": sparse_stages(model)[0].importance,
+        "partition": sparse_stages(model)[0].partition,
         "img_size": shape[1:],
         "windows": list(window_sizes(model)),
         "model": asdict(info),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsevit_cli import windows
-from sparsevit_cli.windows import Importance, Kept
+from sparsevit_cli.windows import Importance, Kept, Partition
 
 from . import held
 from .weights import BlockWeights, EmbeddingWeights, MergingWeights, Weights
@@ -36,11 +36,12 @@ class Moves:
         width: int,
         window_size: tuple[int, int],
         shift_size: tuple[int, int],
+        partition: Partition,
         batch: int,
         device: torch.device,
     ) -> Kept:
         """`held.all_windows`: indices (B, n), rows (B, n, N)."""
-        return held.all_windows(height, width, window_size, shift_size, batch, device)
+        return held.all_windows(height, width, window_size, shift_size, partition, batch, device)
 
     def flatten_map(self, x: Tensor, *, scratch_row: bool) -> Tensor:
         """`windows.flatten_map`: (B, H, W, C) -> (T, C), or (T + 1, C)."""

@@ -18,14 +18,24 @@ import torch
 from torch import Tensor
 
 from sparsevit_cli import windows
-from sparsevit_cli.windows import Kept
+from sparsevit_cli.windows import Kept, Partition
 
 
 def token_index_of(
-    height: int, width: int, window_size: tuple[int, int], shift_size: tuple[int, int], device: torch.device
+    height: int,
+    width: int,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int],
+    partition: Partition,
+    device: torch.device,
 ) -> Tensor:
     """`windows.window_token_index`, (n, N) int64."""
-    return _made_once(windows.window_token_index, height, width, window_size, shift_size, device)  # type: ignore[no-any-return]
+    return _made_once(_token_index, height, width, window_size, shift_size, partition, device)  # type: ignore[no-any-return]
+
+
+def _token_index(height: int, width: int, *sizes: Any) -> Tensor:
+    window_size, shift_size, partition, device = sizes
+    return windows.window_token_index(height, width, window_size, shift_size, device, partition)
 
 
 def shift_mask_of(
@@ -40,6 +50,7 @@ def all_windows(
     width: int,
     window_size: tuple[int, int],
     shift_size: tuple[int, int],
+    partition: Partition,
     batch: int,
     device: torch.device,
 ) -> Kept:
@@ -48,21 +59,21 @@ def all_windows(
     They are kept, and have `places`, on a device where every launch costs time. On a CPU they are made at every call:
     there they are not worth the memory, and nobody asks for the places.
     """
-    partition = (height, width, window_size, shift_size, batch, device)
+    sizes = (height, width, window_size, shift_size, partition, batch, device)
     if not is_asynchronous(device):
-        return _all_windows(*partition)
-    return _made_once(_all_windows_and_places, *partition, remembered=_remembered_batch)  # type: ignore[no-any-return]
+        return _all_windows(*sizes)
+    return _made_once(_all_windows_and_places, *sizes, remembered=_remembered_batch)  # type: ignore[no-any-return]
 
 
-def _all_windows(height: int, width: int, *partition: Any) -> Kept:
-    window_size, shift_size, batch, device = partition
-    index = token_index_of(height, width, window_size, shift_size, device)  # n, N
+def _all_windows(height: int, width: int, *sizes: Any) -> Kept:
+    window_size, shift_size, partition, batch, device = sizes
+    index = token_index_of(height, width, window_size, shift_size, partition, device)  # n, N
     every = windows.every_window(index, batch)
     return Kept(every, windows.rows_of(every, index, height * width))
 
 
-def _all_windows_and_places(height: int, width: int, *partition: Any) -> Kept:
-    found = _all_windows(height, width, *partition)
+def _all_windows_and_places(height: int, width: int, *sizes: Any) -> Kept:
+    found = _all_windows(height, width, *sizes)
     return found._replace(places=windows.token_places(found.rows, len(found.rows) * height * width))
 
 
@@ -96,9 +107,9 @@ def held_indices() -> Iterator[dict[Any, Any]]:
 _held: ContextVar[dict[Any, Any] | None] = ContextVar("held_indices", default=None)
 
 
-def _made(make: Callable[..., Any], *partition: Any) -> Any:
+def _made(make: Callable[..., Any], *sizes: Any) -> Any:
     with torch.inference_mode(False):  # a tensor made in inference mode could not serve a training step later
-        return make(*partition)
+        return make(*sizes)
 
 
 _remembered = lru_cache(maxsize=128)(_made)
@@ -106,19 +117,19 @@ _remembered_batch = lru_cache(maxsize=16)(_made)
 """For tensors that grow with the batch: the partitions of one model at two shapes."""
 
 
-def _made_once(make: Callable[..., Any], *partition: Any, remembered: Callable[..., Any] = _remembered) -> Any:
-    """`make(*partition)`, or what it gave before; the last of `partition` is the device.
+def _made_once(make: Callable[..., Any], *sizes: Any, remembered: Callable[..., Any] = _remembered) -> Any:
+    """`make(*sizes)`, or what it gave before; the last of `sizes` is the device.
 
     While a graph is traced or captured the tensor is made anew and becomes part of the graph, unless `held_indices`
     has it.
     """
     if torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
-        return make(*partition)
+        return make(*sizes)
     held = _held.get()
     if held is not None:
-        if (make, partition) not in held:
-            held[make, partition] = make(*partition)
-        return held[make, partition]
-    if is_capturing(partition[-1]):
-        return make(*partition)
-    return remembered(make, *partition)
+        if (make, sizes) not in held:
+            held[make, sizes] = make(*sizes)
+        return held[make, sizes]
+    if is_capturing(sizes[-1]):
+        return make(*sizes)
+    return remembered(make, *sizes)

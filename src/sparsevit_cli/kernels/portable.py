@@ -66,7 +66,9 @@ class _Slots(NamedTuple):
     places: Tensor | None = None
     """(R,) the slots that hold them, in 0 ... M*N - 1; None for all slots in order."""
     padding: Tensor | None = None
-    """(M, N, 1), True for padding that is computed: it stands in for the first token of its window."""
+    """(M, N, 1), True for padding that is computed: it stands in for the token at `standing` of its window."""
+    standing: Tensor | None = None
+    """(M, 1, 1), when there is `padding`: the slot of a token in each window."""
 
 
 def _slots(tokens: Tensor, rows: Tensor, places: Tensor | None) -> _Slots:
@@ -77,13 +79,15 @@ def _slots(tokens: Tensor, rows: Tensor, places: Tensor | None) -> _Slots:
         return _Slots(shape, flat.index_select(0, of_tokens), of_tokens)
     if places is not None:
         return _Slots(shape, None, places)
-    padding = rows == len(tokens)  # never the first of a window: maps are padded at the bottom and right
-    return _Slots(shape, torch.where(padding, rows[:, :1], rows).reshape(-1), padding=padding.unsqueeze(-1))
+    padding = rows == len(tokens)
+    standing = rows.argmin(1, keepdim=True)  # padding has the highest row, and every window holds a token
+    filled = torch.where(padding, rows.gather(1, standing), rows)
+    return _Slots(shape, filled.reshape(-1), padding=padding.unsqueeze(-1), standing=standing.unsqueeze(-1))
 
 
 def _run_(ops: LinearOps, tokens: Tensor, slots: _Slots, block: BlockWeights, bias: Tensor, moves: Moves) -> None:
     """The block on M windows of `tokens` (T, C), in place; `bias` (1 or M, h, N, N)."""
-    shape, rows, places, padding = slots
+    shape, rows, places, padding, standing = slots
     kept = tokens if rows is None else moves.gather_rows(tokens, rows)  # R, C
     entering = layer_norm(kept, block.norm1) if block.norm_first else kept
     if padding is not None:
@@ -102,9 +106,11 @@ def _run_(ops: LinearOps, tokens: Tensor, slots: _Slots, block: BlockWeights, bi
         kept = kept + layer_norm(ops.linear(attended, block.proj), block.norm1)
         hidden = ops.linear_gelu(kept, block.fc1)
         kept = layer_norm(ops.linear(hidden, block.fc2), block.norm2).add_(kept)
-    if padding is not None:  # a token that is written more than once gets the same bits every time: no race
+    if padding is not None and standing is not None:
+        # a token that is written more than once gets the same bits every time: no race
         each = kept.view(*shape, -1)
-        kept = torch.where(padding, each[:, :1], each).reshape(kept.shape)
+        token = each.gather(1, standing.expand(-1, 1, each.shape[-1]))  # M, 1, C
+        kept = torch.where(padding, token, each).reshape(kept.shape)
     if rows is None:
         tokens.copy_(kept)
     else:

@@ -154,6 +154,7 @@ def table_identity(workload: Workload) -> dict[str, object]:
         "channels": list(stage_channels(model)),
         "windows": [list(window) for window in window_sizes(model)],
         "parameters": sum(p.numel() for p in model.parameters()),
+        **({"partition": stages[0].partition} if stages[0].partition != "roll_first" else {}),  # as tables of before
     }
 
 

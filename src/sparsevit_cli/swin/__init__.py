@@ -2,7 +2,7 @@
 
 `sparsify_` swaps the classes of stages, blocks, patch mergings and patch embeddings in place, so parameters keep their
 names and a dense model runs timm's own code. What is stored on the model are settings: tenths per block pair,
-importance, kernels, and whether it must equal timm to the bit.
+importance, kernels, partition, and whether it must equal timm to the bit.
 
 A sparse model is computed in one of two ways, which agree to about 1e-5. In training, tracing and export timm's own
 modules run between gather and scatter. At inference an engine of `kernels` runs, on a map that is changed in place.
@@ -50,13 +50,20 @@ _SPARSE_CLASS: dict[type[nn.Module], type[nn.Module]] = {**SPARSE_STAGES, **SPAR
 
 
 def sparsify_(
-    model: nn.Module, *, importance: windows.Importance = "mean_abs_l2", kernels: Kernels = "auto"
+    model: nn.Module,
+    *,
+    importance: windows.Importance = "mean_abs_l2",
+    kernels: Kernels = "auto",
+    partition: windows.Partition | None = None,
 ) -> nn.Module:
     """Make every timm Swin stage inside `model` window-sparse, in place; returns `model`, still at ratio 0.
 
-    A second call changes `importance` and `kernels` only. Parameters, buffers and state-dict keys stay timm's.
+    A second call changes the settings only. Parameters, buffers and state-dict keys stay timm's.
     `kernels` says what runs at inference: `portable` (any device), `native` (C++ on a CPU, compiled at first use) or
     `triton` (a GPU), which fall back with a warning; `auto` is native on x86-64 with AVX2 and a compiler.
+    `partition` says what comes first where shifted windows do not divide a map: `roll_first`, as in timm, or
+    `pad_first`, which weights of transformers, mmdet, detectron2 and Microsoft's code were trained with. None keeps
+    what the model has; a timm model has `roll_first`.
     Raises ConfigError when `model` holds no timm Swin stage, a subclass of one, or for an unknown name.
     """
     if kernels not in KERNELS:
@@ -64,6 +71,9 @@ def sparsify_(
     if importance not in windows.IMPORTANCES:
         got = f"{importance!r}; allowed are {', '.join(windows.IMPORTANCES)}"
         raise ConfigError("importance", got, "Take mean_abs_l2 if in doubt.")
+    if partition is not None and partition not in windows.PARTITIONS:
+        got = f"{partition!r}; allowed are {', '.join(windows.PARTITIONS)}"
+        raise ConfigError("partition", got, "Take the one that the weights were trained with.")
     stages = [module for module in model.modules() if isinstance(module, STAGES)]
     if not stages:
         got = f"{type(model).__name__} contains no timm Swin Transformer stage"
@@ -79,6 +89,8 @@ def sparsify_(
         stage.importance, stage.kernels, stage.stage_number = importance, kernels, number
     for module in (*stages, *blocks, *(stage.downsample for stage in stages)):
         module.__class__ = _SPARSE_CLASS.get(type(module), type(module))
+    for block in blocks if partition is not None else ():
+        block.partition = partition
     for embed in embeddings_of(model):
         embed.__class__ = SparsePatchEmbed
         embed.kernels = kernels

@@ -20,7 +20,7 @@ class AuthorsFlowStage(SparseSwinTransformerStage):
 
     Each block rolls and pads the map, partitions all windows, gathers the kept ones, runs, scatters them among the
     others, reverses, crops and rolls back; attention masks are built in every forward. Attention and layers are timm's.
-    Same numbers as ours.
+    Same numbers as ours, with the partition of the model; the release pads first.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,12 +45,14 @@ class AuthorsFlowStage(SparseSwinTransformerStage):
 
 
 def _partitioned(block: Any, x: Tensor) -> Tensor:
-    """(B, H, W, C) rolled, padded and cut into all windows: (B, n, N, C)."""
+    """(B, H, W, C) rolled and padded, in the order of the block, and cut into all windows: (B, n, N, C)."""
     batch, height, width, channels = x.shape
     (wh, ww), (sh, sw) = block.window_size, block.shift_size
     rows, cols = windows.window_grid(height, width, block.window_size)
+    padding = (0, 0, 0, cols * ww - width, 0, rows * wh - height)
+    x = nn.functional.pad(x, padding) if block.partition == "pad_first" else x
     x = torch.roll(x, shifts=(-sh, -sw), dims=(1, 2)) if sh or sw else x
-    x = nn.functional.pad(x, (0, 0, 0, cols * ww - width, 0, rows * wh - height))
+    x = nn.functional.pad(x, padding) if block.partition == "roll_first" else x
     parts: Tensor = v1.window_partition(x, (wh, ww))
     return parts.view(batch, rows * cols, wh * ww, channels)
 
@@ -71,8 +73,10 @@ def _authors_block(block: Any, x: Tensor, keep: Tensor) -> Tensor:
     kept = kept + block.mlp(block.norm2(kept))
     parts = parts.scatter(1, place, kept)
     merged: Tensor = v1.window_reverse(parts.reshape(-1, wh, ww, channels), (wh, ww), rows * wh, cols * ww)
-    merged = merged[:, :height, :width].contiguous()
-    return merged.roll(shifts=(sh, sw), dims=(1, 2)) if sh or sw else merged
+    if block.partition == "roll_first":
+        merged = merged[:, :height, :width].contiguous()
+    merged = merged.roll(shifts=(sh, sw), dims=(1, 2)) if sh or sw else merged
+    return merged[:, :height, :width].contiguous()
 
 
 def authors_flow(model: nn.Module) -> nn.Module | None:

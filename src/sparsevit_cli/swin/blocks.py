@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -52,8 +53,12 @@ class SparsePatchMergingV2Cr(SparseMerging, v2cr.PatchMerging):
 
 
 class SparseBlock(nn.Module):
-    """timm's block. Differs: given `kept`, it computes those windows and leaves the others as they are."""
+    """timm's block. Differs: given `kept`, it computes those windows and leaves the others as they are.
 
+    If `partition` is `pad_first`, timm's own attention gets a map that is padded already.
+    """
+
+    partition: windows.Partition = "roll_first"
     window_size: tuple[int, int]
     shift_size: tuple[int, int]
     window_area: int
@@ -115,6 +120,18 @@ class SparseBlock(nn.Module):
         """What timm does with the whole map after its windows."""
         return x
 
+    def _attended(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """timm's attention `attend` of all windows of a map `x` (B, H, W, C), which timm would roll before it pads it.
+
+        With `pad_first` it gets a padded map and finds nothing left to pad; its masks are of such a map anyway.
+        """
+        height, width = x.shape[1:3]
+        if self.partition == "roll_first" or not windows.has_padding(height, width, self.window_size):
+            return attend(x)
+        bottom, right = (-side % window for side, window in zip((height, width), self.window_size, strict=True))
+        padded = nn.functional.pad(x, (0, 0, 0, right, 0, bottom))  # B, Hp, Wp, C
+        return attend(padded)[:, :height, :width]
+
     def _run_(self, x: Tensor, kept: Kept, stock: StockBlock) -> Tensor:
         """The map (B, H, W, C) itself, its `kept` windows replaced."""
         _, height, width, channels = x.shape
@@ -154,6 +171,9 @@ class SparseSwinTransformerBlock(SparseBlock, v1.SwinTransformerBlock):
     Norms come before attention and MLP. timm pads after the first norm, so padding enters attention as zeros.
     """
 
+    def _attn(self, x: Tensor) -> Tensor:
+        return self._attended(x, super()._attn)
+
     def _residuals(self, tokens: Tensor, is_token: Tensor | None, mask: Tensor | None) -> Tensor:
         normed = self.norm1(tokens)
         if is_token is not None:
@@ -181,6 +201,9 @@ class PostNormBlock(SparseBlock):
 class SparseSwinTransformerV2Block(PostNormBlock, v2.SwinTransformerV2Block):
     """timm's block of V2. Differs as `SparseBlock` says, and in nothing else."""
 
+    def _attn(self, x: Tensor) -> Tensor:
+        return self._attended(x, super()._attn)
+
     def _position_bias(self) -> Tensor:
         attn, area = self.attn, self.window_area  # as in timm's WindowAttention.forward
         table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
@@ -197,6 +220,9 @@ class SparseSwinTransformerV2CrBlock(PostNormBlock, v2cr.SwinTransformerV2CrBloc
 
     A third norm, in blocks that have one, takes the whole map: it changes the skipped windows too.
     """
+
+    def _shifted_window_attn(self, x: Tensor) -> Tensor:
+        return self._attended(x, super()._shifted_window_attn)
 
     def _position_bias(self) -> Tensor:
         return self.attn._relative_positional_encodings()  # type: ignore[no-any-return]

@@ -34,6 +34,11 @@ class SparseStage(nn.Module):
     as_timm = True
     """True when the whole model is dense: then the stage must give timm's numbers to the bit, and runs timm's code."""
 
+    @property
+    def partition(self) -> windows.Partition:
+        """What comes first in its blocks, roll or padding."""
+        return self.blocks[0].partition  # type: ignore[no-any-return]
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, H', W', C'); block pairs with `sparsity_tenths` above 0 are sparse."""
         if self.as_timm and not any(self.sparsity_tenths):
@@ -123,7 +128,7 @@ class _Ranking:
 
     def _partition(self, number: int) -> _Partition:
         block = self.stage.blocks[number]
-        return block.window_size, block.shift_size
+        return block.window_size, block.shift_size, block.partition
 
     def _token_index(self, partition: _Partition, device: torch.device) -> Tensor:
         return held.token_index_of(self.height, self.width, *partition, device)  # n, N
@@ -138,7 +143,7 @@ class _Ranking:
         partitions: dict[_Partition, int] = {}
         for number in range(first, len(self.stage.blocks)):
             partitions.setdefault(self._partition(number), number)
-        for window in dict.fromkeys(window for window, _ in partitions):  # timm has one size in all blocks of a stage
+        for window in dict.fromkeys(window for window, *_ in partitions):  # timm has one size in all blocks of a stage
             same = {partition: number for partition, number in partitions.items() if partition[0] == window}
             count, num_windows = self.counts[min(same.values())]
             ranked = self._ranked(x, [self._token_index(partition, x.device) for partition in same], count, num_windows)
@@ -152,4 +157,5 @@ class _Ranking:
         return windows.rank([scores] * len(indices), indices, count, self.height * self.width, rows_of)
 
 
-_Partition = tuple[tuple[int, int], tuple[int, int]]
+_Partition = tuple[tuple[int, int], tuple[int, int], windows.Partition]
+"""Sizes of windows and of their shift, and what comes first, roll or padding."""

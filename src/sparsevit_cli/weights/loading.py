@@ -85,7 +85,8 @@ def load_state(model: nn.Module, weights: dict[str, Tensor], name: str, reset_he
     wrong = [key for key in wrong if key not in kept]
     if wrong:
         raise _misfit(name, own, weights, wrong)
-    model.load_state_dict(weights | {key: own[key] for key in kept if key in own})
+    fitting = {key: tensor for key, tensor in weights.items() if key not in kept}
+    model.load_state_dict(fitting | {key: own[key] for key in kept if key in own})
     return kept
 
 

@@ -197,7 +197,8 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
             reached = score(session, of, images, progress=progress, before_batch=_check(session))
         found.append(_Contender(label, of, config, exact, size, reached))
 
-    add("dense (timm)", model, space.dense)
+    stock = session.config.model.partition == "roll_first"
+    add("dense (timm)" if stock else "dense (timm's code, padded first)", model, space.dense)
     add("dense, our kernels", model, space.dense, exact=False)
     folder = open_rival(session, winner)
     size = equal_size(session, folder, model, winner, partial(_measure, session, rounds=10))

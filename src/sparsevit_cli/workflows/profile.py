@@ -88,6 +88,7 @@ def profile_model(
     session, sizes, config = target.session, target.sizes, target.config
     section = session.config.profile
     folder = session.folder("profile")
+    tell_of_timm(session, "profile")
     rows: list[ProfileRow] = []
     samples: dict[str, tuple[float, ...]] = {}
     stages: dict[str, StageTimes] = {}
@@ -142,6 +143,15 @@ def profile_model(
     with optional_output(session.reporter, "profile.html"):
         write_atomic(folder.path / "profile.html", profile_page(report))
     return report
+
+
+def tell_of_timm(session: Session, command: str) -> None:
+    """One line if timm's rows are not of the same numbers as ours."""
+    if session.config.model.partition != "roll_first":
+        session.reporter.say(
+            f"{command}: rows called timm are timm as it is, which rolls before it pads; model.partition is "
+            f"{session.config.model.partition}. Their latency compares with ours, their outputs differ"
+        )
 
 
 def profile_settings(session: Session) -> str:

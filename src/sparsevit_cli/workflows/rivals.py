@@ -30,7 +30,7 @@ from sparsevit_cli.swin.authors_flow import authors_flow
 from sparsevit_cli.swin.fused import has_fused_attention, with_fused_attention
 
 from .plots import plot_rivals
-from .profile import built, profile_target, threads_set
+from .profile import built, profile_target, tell_of_timm, threads_set
 from .profile_report import refuse_unsteady
 from .session import Session
 
@@ -151,6 +151,7 @@ def measure_rivals(
     typed = {str(target.config): target.config} if ratios is not None else {}
     session = target.session
     folder, section = session.folder("rivals"), session.config.profile
+    tell_of_timm(session, "rivals")
     cells = []
     total = len(target.sizes) * len(section.batch_sizes)
     with threads_set(section.threads), session.reporter.progress("rivals", total) as bar:

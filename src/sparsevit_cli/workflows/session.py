@@ -162,8 +162,9 @@ class Session:
         return Workload(model, tree_map(moved, inputs), size, batch_size)
 
     def sparsified_(self, model: nn.Module) -> nn.Module:
-        """`sparsify_` with the configuration's importance and kernels."""
-        return sparsify_(model, importance=self.config.model.importance, kernels=self.config.kernels)
+        """`sparsify_` with the configuration's importance, kernels and partition."""
+        section = self.config.model
+        return sparsify_(model, importance=section.importance, kernels=self.config.kernels, partition=section.partition)
 
     def space(self, model: nn.Module, max_ratio: float) -> SearchSpace:
         """All configurations of `model` up to `max_ratio`."""

@@ -14,6 +14,7 @@ from sparsevit_cli.config.loading import config_differences, load_config
 from sparsevit_cli.config.paths import as_path, is_there
 from sparsevit_cli.data.source import Categories
 from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.models import tell_partition
 from sparsevit_cli.runs import RunFolder, missing_result
 from sparsevit_cli.weights import read_file
 
@@ -62,7 +63,9 @@ def chosen_weights(session: Session, typed: str | None, needed_by: str) -> Weigh
     if not is_there(path, "--weights"):
         got = f"{path} is no file; allowed are {', '.join(LEAVE_WEIGHTS)}, {BEST} and paths"
         raise ConfigError("--weights", got, "Name a command, a file of weights, or a checkpoint folder.")
-    return file_weights(path, session.reporter.say)
+    weights = file_weights(path, session.reporter.say)
+    tell_partition(path, session.config.model.partition, session.reporter.say)
+    return weights
 
 
 def file_weights(path: Path, say: Callable[[str], None] = lambda text: None) -> Weights:
