@@ -25,6 +25,7 @@ __all__ = [
     "model_depths",
     "support_table",
     "supported_models",
+    "timm_model",
 ]
 
 _PATCH_SIZE = 4  # of every timm Swin
@@ -67,6 +68,12 @@ def model_arguments(section: ModelSection, outputs: int) -> dict[str, Any]:
     """Arguments of timm.create_model, besides `img_size`, with which the weights of a trained model fit."""
     given = {key: value for key in _OVERRIDES if (value := getattr(section, key)) is not None}
     return {"in_chans": section.in_chans, "num_classes": outputs, **given}
+
+
+def timm_model(section: ModelSection, outputs: int = 0, *, any_size: bool = False) -> dict[str, Any]:
+    """timm's `name` of the model of `section`, without a tag, and `model_arguments`; `any_size` as in `build_model`."""
+    sizes = {"strict_img_size": False} if any_size else {}
+    return {"name": section.name.partition(".")[0], **model_arguments(section, outputs), **sizes}
 
 
 def build_model(
