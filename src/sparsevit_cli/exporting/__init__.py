@@ -11,7 +11,7 @@ model that answers each image by boxes and masks is written for one image at a t
 Everything is made and checked in a hidden folder and moved into place at the end.
 """
 
-from .checks import Difference
+from .checks import Difference, runs_on
 from .export import SIZE_NOTE, ExportedFile, ExportReport, export_model
 from .folder import (
     FEATURE_WEIGHTS,
@@ -50,6 +50,7 @@ __all__ = [
     "export_model",
     "load_exported",
     "load_sparsity",
+    "runs_on",
     "sparsity_json",
     "structured_images",
     "with_fixed_outputs",

@@ -24,7 +24,7 @@ Reference = Callable[[int], Pairs]
 """Seed to pairs, one per batch of images to check: images, and eager's outputs by name."""
 Draw = Callable[[int], Sequence[Tensor]]
 """Seed to batches of images."""
-CANDIDATES = 6
+CANDIDATES = 4
 """Images from which two are taken to check a model of one image."""
 _NOT_KEPT = "The file was not kept. Try another opset or format; if all fail, report it with your versions."
 
@@ -43,9 +43,9 @@ class Difference:
 
 @contextmanager
 def runs_on(shape: Sequence[int]) -> Iterator[None]:
-    """Errors of a forward of images of `shape` (C, H, W), as ConfigError or ResourceError."""
+    """Errors of a forward of images of `shape`, as ConfigError or ResourceError."""
     try:
-        with memory_errors(f"forward of images {tuple(shape)}"):
+        with memory_errors(f"forward of {tuple(shape)}"):
             yield
     except Exception as error:
         pass_on(error)

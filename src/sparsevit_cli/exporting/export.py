@@ -164,7 +164,7 @@ def export_model(
     sparsity = get_sparsity(module)
     info = _buildable(module, shape, info, reporter)
     contents = sparsity_json(module, shape, info, scope)
-    with runs_on(shape):
+    with runs_on((min(check_batch_sizes), *shape)):
         model = with_fixed_outputs(module, lambda batch: structured_images(shape, batch, seed), check_batch_sizes)
     one_image = isinstance(model, OneImage)
     draw = single_images(shape, check_images) if one_image else batches(shape, check_batch_sizes)
@@ -191,8 +191,9 @@ def export_model(
         before_step()
         if measure_ms and "onnx" in formats:
             dense_latency, sparse_latency = _measure(
-                model, staging / file_name(scope, "onnx"), shape, opset=opset, seed=seed, reporter=reporter,
-                patience=patience, check=before_step, names=list(output_shapes), as_program=program is not None,
+                model, staging / file_name(scope, "onnx"), shape, outputs(seed)[0][0][:1], opset=opset, seed=seed,
+                reporter=reporter, patience=patience, check=before_step, names=list(output_shapes),
+                as_program=program is not None,
             )  # fmt: skip
         elif measure_ms:
             reporter.warn("export: latency is measured on the ONNX file only, and `onnx` is not among the formats")
@@ -247,24 +248,29 @@ def _buildable(module: nn.Module, shape: tuple[int, int, int], info: ModelInfo, 
     named = replace(info, name=body.built_with["name"], args=args)
     if builds(module, sparsity_json(module, shape, named)):
         return named
-    reporter.say("export: load_exported cannot build the model again: it is not what it was built as")
+    reporter.warn("export: load_exported cannot build the model again: it is not what it was built as")
     return info
 
 
 def _traced(
-    model: nn.Module, shape: tuple[int, int, int], batch_sizes: Sequence[int], formats: Sequence[str], reporter: Reporter
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    batch_sizes: Sequence[int],
+    formats: Sequence[str],
+    reporter: Reporter,
 ) -> torch.export.ExportedProgram | None:
-    """The traced program; None where only torch's older exporter can write the file. Raises UntraceableError."""
+    """The traced program; None where torch's TorchScript exporter writes all files. Raises UntraceableError."""
+    one_image = isinstance(model, OneImage)
+    if one_image and set(formats) == {"onnx"}:
+        reporter.say("export: the model answers each image: torch's TorchScript exporter writes it, for one image")
+        return None
     try:
         return trace(model, shape, batch_sizes)
     except UntraceableError as error:
-        if not isinstance(model, OneImage):
+        if not one_image:
             raise
-        if set(formats) - {"onnx"}:
-            do = "Set export.formats: [onnx], which takes one image, or export.scope: features, backbone and neck alone."
-            raise UntraceableError("export to .pt2", error.got, do) from error
-        reporter.say(f"export: {error.got}; torch's older exporter writes the file, for one image at a time")
-        return None
+        do = "Set export.formats: [onnx] for one image at a time, or export.scope: features for backbone and neck."
+        raise UntraceableError("export to .pt2", error.got, do) from error
 
 
 def _save_onnx(
@@ -303,6 +309,7 @@ def _measure(
     model: nn.Module,
     path: Path,
     shape: tuple[int, int, int],
+    image: Tensor,
     *,
     names: list[str],
     as_program: bool,
@@ -312,9 +319,8 @@ def _measure(
     patience: Patience | None,
     check: Callable[[], None],
 ) -> tuple[Latency, Latency]:
-    """onnxruntime latency of the dense and the sparse program at batch 1. Leaves `model` at ratio 0."""
+    """onnxruntime latency of the dense and the sparse program on one image. Leaves `model` at ratio 0."""
     sparse = onnx_runner(path)
-    image = structured_images(shape, 1, seed)
     candidates = {"dense": lambda: sparse(image)}
     if not get_sparsity(model).is_dense:
         reporter.say("export: measuring onnxruntime latency, dense against sparse")

@@ -53,7 +53,7 @@ class OneImage(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.training = model, model.training
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return dict(self.model(images)[0])
@@ -64,7 +64,7 @@ class PlainOutputs(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.training = model, model.training
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {name.removeprefix("output_"): tensor for name, tensor in named_tensors(self.model(images))}
