@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ def test_a_segmenter_is_exported_whole_and_a_detector_is_not(tmp_path: Path) -> 
     model, file = weights_of(session, tmp_path / "a")
     report = export_winner(session, weights=file, ratios=RATIOS).report
     assert (report.scope, report.output_shapes) == ("model", {"output": ("batch", 3, *SIZE)})
-    with pytest.raises(CheckpointError, match="a Segmenter of task dense.*with its own code"):
+    with pytest.raises(CheckpointError, match=r"a Segmenter of task dense.*with its own code"):
         load_exported(report.directory)
     session = session_of(Detection, tmp_path / "b", formats=[])
     model, file = weights_of(session, tmp_path / "b")
@@ -203,12 +202,13 @@ def test_outputs_of_a_class_of_their_own_become_a_dict(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def as_first_written(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def as_first_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows counted by -(-a // b), which torch's TorchScript exporter translates to another number."""
-    monkeypatch.setattr(
-        windows, "window_grid", lambda height, width, size: (-(-height // size[0]), -(-width // size[1]))
-    )
-    yield
+
+    def window_grid(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+        return -(-height // size[0]), -(-width // size[1])
+
+    monkeypatch.setattr(windows, "window_grid", window_grid)
 
 
 def detector_file(folder: Path, model: nn.Module | None = None, **changes: Any) -> Path:
@@ -262,7 +262,7 @@ def test_what_cannot_be_exported_is_told_before_anything_is_trained(tmp_path: Pa
 
 def test_a_detector_that_finds_nothing_is_not_checked_and_so_refused(tmp_path: Path) -> None:
     blind = sparse(detector(pyramid(), threshold=1.0))
-    with pytest.raises(ConfigError, match="finds nothing on any of 4 images.*check_images"):
+    with pytest.raises(ConfigError, match=r"finds nothing on any of 4 images.*check_images"):
         export_model(blind, tmp_path / "new", input_size=SIZE, formats=("onnx",), measure_ms=False)
     assert not (tmp_path / "new").exists()
 

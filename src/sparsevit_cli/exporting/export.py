@@ -111,8 +111,8 @@ class ExportReport:
     threads: int
     dense_latency: Latency | None
     sparse_latency: Latency | None
-    scope: Scope = "model"
-    info: ModelInfo = ModelInfo()
+    scope: Scope
+    info: ModelInfo
 
     @property
     def dynamic_batch(self) -> bool:

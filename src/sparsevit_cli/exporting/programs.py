@@ -118,8 +118,8 @@ def trace(
 
 def _named_operator(error: Exception) -> str:
     """The error in one line, with the operator that torch blames for it behind."""
-    cause = re.search(r"^Caused by: \((\S*?)([^/\s]+/[^/\s]+:\d+) in (\w+)\)", str(error), re.MULTILINE)
-    return in_one_line(error) + (f" in {cause[3]}, {cause[2]}" if cause else "")
+    cause = re.search(r"^Caused by: \(\S*?([^/\s]+/[^/\s]+:\d+) in (\w+)\)", str(error), re.MULTILINE)
+    return in_one_line(error) + (f" in {cause[2]}, {cause[1]}" if cause else "")
 
 
 def save_onnx_of_one_image(
@@ -173,7 +173,10 @@ def save_onnx(
     *,
     dynamic_batch: bool = True,
 ) -> None:
-    """Write an ONNX file, with a free batch if the program has one; torch puts weights above 1.5 GiB beside it. Raises ConfigError."""
+    """Write an ONNX file, with a free batch if the program has one. Raises ConfigError.
+
+    torch puts weights above 1.5 GiB beside it.
+    """
     import onnx
 
     try:

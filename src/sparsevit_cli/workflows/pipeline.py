@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsevit_cli.commands import COMMANDS
 from sparsevit_cli.data.shrunk import Scale, Shrunk
-from sparsevit_cli.errors import ConfigError, UnsteadyError
+from sparsevit_cli.errors import UnsteadyError
 from sparsevit_cli.exporting import check_packages
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import macs_cost
