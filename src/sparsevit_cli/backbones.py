@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from .config.experiment import ModelSection
 from .errors import ConfigError
-from .models import build_model, timm_model
+from .models import build_model
 from .sizes import Size
 from .swin.features import drop_head, stage_maps
 from .swin.geometry import patch_size, stage_channels
@@ -27,15 +27,11 @@ class SwinBackbone(nn.Module):
     """A timm Swin and a LayerNorm for each level that it gives (mmdet, detectron2 and transformers have it).
 
     `channels` and `strides` (pixels per token) are those of `levels`, the stages whose maps it gives. The Swin's
-    parameters keep timm's names below `swin.`. `built_with` tells exports how to build it again.
+    parameters keep timm's names below `swin.`.
     """
 
-    def __init__(
-        self, swin: nn.Module, levels: Sequence[int] = LEVELS, built_with: Mapping[str, Any] | None = None
-    ) -> None:
-        """`built_with`: timm's name of `swin` as `name`, and the other arguments of timm.create_model."""
+    def __init__(self, swin: nn.Module, levels: Sequence[int] = LEVELS) -> None:
         super().__init__()
-        self.built_with = dict(built_with or {})
         self.swin = drop_head(swin)
         channels = stage_channels(swin)
         if not levels or sorted(set(levels)) != list(levels) or not set(levels) <= set(range(len(channels))):
@@ -109,8 +105,7 @@ class SwinFPN(nn.Module):
         self.fpn = FeaturePyramidNetwork(
             list(body.channels), out_channels, extra_blocks=LastLevelMaxPool() if pool else None
         )
-        self.out_channels = out_channels
-        self.pool = pool
+        self.out_channels, self.pool = out_channels, pool
 
     def forward(self, images: Tensor, sizes: Sizes | None = None) -> OrderedDict[str, Tensor]:
         """Images (B, C, H, W) to maps (B, out_channels, H/stride, W/stride) by name; see `SwinBackbone.forward`."""
@@ -139,7 +134,7 @@ def swin_backbone(
     whose map is no larger than a window, and never bring it back at larger images. Raises ConfigError, CheckpointError.
     """
     section = ModelSection(name=name, img_size=img_size, **{"always_partition": True, **settings})
-    return SwinBackbone(build_model(section, 0, seed=seed, any_size=True), levels, timm_model(section, any_size=True))
+    return SwinBackbone(build_model(section, 0, seed=seed, any_size=True), levels)
 
 
 def swin_fpn(

@@ -25,7 +25,6 @@ __all__ = [
     "model_depths",
     "support_table",
     "supported_models",
-    "timm_model",
 ]
 
 _PATCH_SIZE = 4  # of every timm Swin
@@ -70,12 +69,6 @@ def model_arguments(section: ModelSection, outputs: int) -> dict[str, Any]:
     return {"in_chans": section.in_chans, "num_classes": outputs, **given}
 
 
-def timm_model(section: ModelSection, outputs: int = 0, *, any_size: bool = False) -> dict[str, Any]:
-    """timm's `name` of the model of `section`, without a tag, and `model_arguments`; `any_size` as in `build_model`."""
-    sizes = {"strict_img_size": False} if any_size else {}
-    return {"name": section.name.partition(".")[0], **model_arguments(section, outputs), **sizes}
-
-
 def build_model(
     section: ModelSection,
     outputs: int,
@@ -91,6 +84,7 @@ def build_model(
     whatever the image (in V2-CR without `window_size` they are timm's, an eighth of the patch grid); without
     `always_partition` timm shrinks a window to a map that is smaller. With `any_size` the model takes images of other
     sizes too. Initial weights are a function of `seed`.
+    `built_with` of the model are its arguments of timm.create_model besides `img_size`, for exports to build it again.
     `say` is told what was taken from a checkpoint file. `pretrained` goes through timm, which replaces a classifier of
     other size and interpolates for other windows, patches and input channels; a `checkpoint` must fit exactly. Raises
     ConfigError, CheckpointError.
@@ -105,6 +99,8 @@ def build_model(
     if section.weight_init == "jax" and not section.name.startswith("swin_"):
         raise ConfigError("model.weight_init", f"'jax' is not offered by timm for {section.name}", "Take 'timm'.")
     arguments = model_arguments(section, outputs)
+    if any_size:
+        arguments = {"strict_img_size": False, **arguments}
     scheme = {"weight_init": "jax"} if section.weight_init == "jax" else {}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -113,7 +109,6 @@ def build_model(
                 section.name,
                 pretrained=section.pretrained,
                 img_size=size,
-                **({"strict_img_size": False} if any_size else {}),
                 **scheme,
                 **arguments,
             )
@@ -127,6 +122,8 @@ def build_model(
             raise CheckpointError("model.pretrained", got, do) from error
         do = "Give as many num_heads as depths, and no more heads than channels in each stage."
         raise ConfigError("model", got, do) from error
+    remembers: Any = model
+    remembers.built_with = {"name": section.name.partition(".")[0], **arguments}
     if section.checkpoint is not None:
         load_weights(model, as_path(section.checkpoint, "model.checkpoint"), section.reset_head, say)
     return model

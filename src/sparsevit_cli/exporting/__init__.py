@@ -22,10 +22,8 @@ from .folder import (
     ModelInfo,
     Scope,
     SparsityFile,
-    builds,
     load_exported,
     load_sparsity,
-    sparsity_json,
 )
 from .images import structured_images
 from .programs import OneImage, UntraceableError, check_packages, with_fixed_outputs
@@ -45,13 +43,11 @@ __all__ = [
     "Scope",
     "SparsityFile",
     "UntraceableError",
-    "builds",
     "check_packages",
     "export_model",
     "load_exported",
     "load_sparsity",
     "runs_on",
-    "sparsity_json",
     "structured_images",
     "with_fixed_outputs",
 ]

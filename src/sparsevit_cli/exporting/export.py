@@ -240,12 +240,13 @@ def _check_settings(formats: Sequence[str], opset: int, batch_sizes: Sequence[in
 
 
 def _buildable(module: nn.Module, shape: tuple[int, int, int], info: ModelInfo, reporter: Reporter) -> ModelInfo:
-    """`info`, with what a backbone of ours says that it was built with if nobody else says it, and if that is true."""
+    """`info`, with what a Swin of `build_model` says that it was built with, if nobody else says it and it is true."""
     body = module.body if isinstance(module, SwinFPN) else module
-    if info.name is not None or not isinstance(body, SwinBackbone) or "name" not in body.built_with:
+    swin = body.swin if isinstance(body, SwinBackbone) else body
+    built_with = dict(getattr(swin, "built_with", {}))
+    if info.name is not None or not built_with:
         return info
-    args = {key: value for key, value in body.built_with.items() if key != "name"}
-    named = replace(info, name=body.built_with["name"], args=args)
+    named = replace(info, name=built_with.pop("name"), args=built_with)
     if builds(module, sparsity_json(module, shape, named)):
         return named
     reporter.warn("export: load_exported cannot build the model again: it is not what it was built as")

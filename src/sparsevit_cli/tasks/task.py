@@ -23,7 +23,7 @@ from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.tasks import add_task, task_class
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
-from sparsevit_cli.models import build_model, timm_model
+from sparsevit_cli.models import build_model
 from sparsevit_cli.sizes import Size, as_pair
 
 
@@ -193,8 +193,7 @@ class Task(ABC):
 
     def swin_backbone(self, options: BuildOptions, levels: Sequence[int] = LEVELS) -> SwinBackbone:
         """The configuration's timm Swin as a backbone that gives the maps of `levels`; see `SwinBackbone`."""
-        built_with = timm_model(self.config.model, any_size=True)
-        return SwinBackbone(self.swin(0, options, any_size=True), levels, built_with)
+        return SwinBackbone(self.swin(0, options, any_size=True), levels)
 
     def about(self) -> dict[str, str]:
         """What every record carries: task, metric, and what costs stand for."""

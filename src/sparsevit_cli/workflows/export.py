@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,18 +17,15 @@ from sparsevit_cli.exporting import (
     OneImage,
     Scope,
     UntraceableError,
-    builds,
     export_model,
     runs_on,
-    sparsity_json,
     with_fixed_outputs,
 )
-from sparsevit_cli.models import timm_model
 from sparsevit_cli.profiling.inputs import evaluating, model_device
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
-from sparsevit_cli.swin.geometry import swin_shape, trunk
+from sparsevit_cli.swin.geometry import trunk
 
 from .ratios import ratios_of_weights
 from .session import Session, Weights
@@ -182,20 +179,12 @@ def _export(session: Session, part: Part, model: nn.Module, folder: RunFolder, t
 
 
 def _info(session: Session, part: Part, trained: Weights) -> ModelInfo:
-    """What sparsity.json tells of the model: how timm builds it, if timm alone can, and what its images are."""
-    task, module = session.task, part.module
+    """What sparsity.json tells of the model: how timm builds it, if the task says it, and what its images are."""
+    task = session.task
     mean, std = task.normalisation() or (None, None)
-    info = ModelInfo(categories=trained.categories.names or None, mean=mean, std=std, task=task.name)
-    if part.scope == "model" and (said := task.timm_model(trained.state_dict)) is not None:
-        return replace(info, name=said[0], args=said[1])
-    if trunk(module) is not module:
-        return info
-    # The Swin itself, as most tasks build it: the configuration tells how, if that is what was built.
-    channels = swin_shape(module, session.img_size).stages[-1].channels
-    arguments = timm_model(session.config.model, swin_shape(module, session.img_size).head_weights // channels)
-    guessed = replace(info, name=str(arguments.pop("name")), args=arguments)
-    shape = (session.config.model.in_chans, *session.img_size)
-    return guessed if builds(module, sparsity_json(module, shape, guessed)) else info
+    built = task.timm_model(trained.state_dict) if part.scope == "model" else None
+    name, args = built or (None, {})
+    return ModelInfo(name, args, task.name, categories=trained.categories.names or None, mean=mean, std=std)
 
 
 def _images(session: Session, trained: Weights) -> Tensor | None:
