@@ -19,7 +19,7 @@ from sparsevit_cli.tasks.task import BuildOptions, Metric, Task
 
 SIZE = (32, 48)
 """Maps of 8 x 12 and 4 x 6 tokens: windows of 3 do not divide them, and are padded."""
-SETTINGS = {"embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), "window_size": 3}
+SETTINGS = {"embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "window_size": 3}
 
 
 def pyramid(*, size: tuple[int, int] = SIZE, **settings: Any) -> SwinFPN:
