@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from sparsevit_cli.config import tasks as kinds
 from sparsevit_cli.profiling import neighbours
 
 if not torch.cuda.is_available():
@@ -30,6 +31,13 @@ def _unwatched() -> Iterator[None]:
         patch.setattr(neighbours, "machine_watch", lambda device: neighbours.UNWATCHED.watch)
         patch.setattr(neighbours, "GLANCE_SECONDS", 0.0)
         yield
+
+
+@pytest.fixture
+def known_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks that a test makes known are forgotten after it."""
+    for name in ("KINDS", "_classes", "_TYPES"):
+        monkeypatch.setattr(kinds, name, dict(getattr(kinds, name)))
 
 
 MACHINE_WATCH, GLANCE_SECONDS = neighbours.machine_watch, neighbours.GLANCE_SECONDS

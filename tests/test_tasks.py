@@ -26,6 +26,7 @@ from sparsevit_cli.data import Batch, Categories, Shrunk, Source
 from sparsevit_cli.data.shrunk import Scale
 from sparsevit_cli.errors import CheckpointError, ConfigError, NonFiniteError
 from sparsevit_cli.evaluation import evaluate
+from sparsevit_cli.exporting import load_exported
 from sparsevit_cli.seeding import derive_seed
 from sparsevit_cli.sizes import ImageSize
 from sparsevit_cli.tasks.task import Metric, Task, load_task, task_of
@@ -39,13 +40,6 @@ SHORT = [
     *("clock.wait=0", "clock.max_neighbour=1000.0", "clock.max_spread=1000.0", 'export.formats=["pt2"]'),
     "export.latency=false",
 ]
-
-
-@pytest.fixture
-def known_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks that a test makes known are forgotten after it."""
-    for name in ("KINDS", "_classes", "_TYPES"):
-        monkeypatch.setattr(kinds, name, dict(getattr(kinds, name)))
 
 
 def typed(folder: Path, *words: str) -> list[str]:
@@ -63,6 +57,7 @@ def test_a_task_from_outside_goes_from_nothing_to_a_finetuned_sparse_model(tmp_p
     assert document["rows"][-1]["label"] == "winner, finetuned"
     assert document["rows"][-1]["gmacs"] < document["rows"][0]["gmacs"]
     folder = tmp_path / "blobs"
+    assert load_exported(folder / "export")(torch.zeros(1, 3, 32, 32)).shape == (1, 1)
     assert (folder / "search" / "history.csv").read_text().startswith("ratios,right,cost")
     assert "metric: right" in (folder / "search" / "winner.yaml").read_text()
     header = (folder / "pretrain" / "results.csv").read_text().splitlines()[0]
@@ -359,12 +354,14 @@ def test_a_model_around_a_swin_with_inputs_of_its_own_runs_through(tmp_path: Pat
     words += [word for setting in sets for word in ("--set", setting)]
     result = CliRunner().invoke(app, ["run", "--json", *words])
     assert result.exit_code == 0, result.output
-    assert "export is left out" in result.stderr
+    assert "names no `features`: its Swin is exported" in result.stderr
     rows = json.loads(result.stdout)["rows"]
     assert rows[-1]["gmacs"] < rows[0]["gmacs"]
-    export = CliRunner().invoke(app, ["export", *words])
-    assert export.exit_code == 2
-    assert "takes a dict" in export.stderr
+    swin = load_exported(tmp_path / "blobs" / "export")
+    assert swin(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
+    whole = CliRunner().invoke(app, ["export", *words, "--set", "export.scope=model"])
+    assert whole.exit_code == 2
+    assert "takes a dict" in whole.stderr
     (tmp_path / "wrapped.py").write_text(WRAPPED.replace("(3, 7)", "(3, 8)"))
     other = CliRunner().invoke(app, ["evaluate", *words])
     assert other.exit_code == 4

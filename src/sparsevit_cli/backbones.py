@@ -114,7 +114,7 @@ class SwinFPN(nn.Module):
         self.fpn = FeaturePyramidNetwork(
             list(body.channels), out_channels, extra_blocks=LastLevelMaxPool() if pool else None
         )
-        self.out_channels = out_channels
+        self.out_channels, self.pool = out_channels, pool
 
     def forward(self, images: Tensor, sizes: Sizes | None = None) -> OrderedDict[str, Tensor]:
         """Images (B, C, H, W) to maps (B, out_channels, H/stride, W/stride) by name; see `SwinBackbone.forward`."""

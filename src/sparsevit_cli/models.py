@@ -89,6 +89,7 @@ def build_model(
     sizes too, and `always_partition` is on unless the section says otherwise: timm would drop the shift of a stage
     whose map is no larger than a window, and never bring it back at larger images. A head in a `checkpoint` is left
     out where there are no outputs. Initial weights are a function of `seed`.
+    `built_with` of the model are its arguments of timm.create_model besides `img_size`, for exports to build it again.
     `say` is told what was taken from a checkpoint file. `pretrained` goes through timm, which replaces a classifier of
     other size and interpolates for other windows, patches and input channels; a `checkpoint` must fit exactly. Raises
     ConfigError, CheckpointError.
@@ -126,6 +127,8 @@ def build_model(
             raise CheckpointError("model.pretrained", got, do) from error
         do = "Give as many num_heads as depths, and no more heads than channels in each stage."
         raise ConfigError("model", got, do) from error
+    remembers: Any = model
+    remembers.built_with = {"name": section.name.partition(".")[0], **arguments}
     if section.checkpoint is not None:
         path = as_path(section.checkpoint, "model.checkpoint")
         load_weights(model, path, section.reset_head or not outputs, say)  # without outputs there is no head to fit

@@ -136,16 +136,19 @@ def show_rivals(report: RivalReport) -> None:
 
 def show_export(summary: ExportSummary) -> None:
     """Files, their checks, and onnxruntime's latency."""
+    from .exporting import WEIGHTS
+
+    parts = {"model": "the whole model", "features": "backbone and neck"}
     report = summary.report
     rows = [
         (file.path.name, f"{file.size_bytes / 1e6:.2f}", f"{max(d.relative for d in file.differences):.1e}", "ok")
         for file in report.files
     ]
-    rows += [(report.weights.name, f"{report.weights.stat().st_size / 1e6:.2f}", "-", "ok")]
+    weights = dict.fromkeys((report.weights, report.weights.with_name(WEIGHTS)))
+    rows += [(path.name, f"{path.stat().st_size / 1e6:.2f}", "-", "ok") for path in weights]
     rows += [(report.sparsity_file.name, "0.00", "-", "ok")]
-    print_table(
-        f"Export of the weights of {summary.weights} at {summary.config}", ("file", "MB", "difference", "check"), rows
-    )
+    title = f"Export of {parts[report.scope]}: weights of {summary.weights} at {summary.config}"
+    print_table(title, ("file", "MB", "difference", "check"), rows)
     if report.dense_latency is not None and report.sparse_latency is not None:
         dense, sparse = report.dense_latency, report.sparse_latency
         shaky = dense.unsteady or sparse.unsteady

@@ -32,7 +32,8 @@ def num_keep(num_windows: int, tenths: int) -> int:
 
 def window_grid(height: int, width: int, window_size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of windows that cover the map once it is padded at the bottom and right."""
-    return -(-height // window_size[0]), -(-width // window_size[1])
+    # Not -(-height // window): torch's TorchScript exporter to ONNX cuts quotients towards zero, negative ones too.
+    return (height + window_size[0] - 1) // window_size[0], (width + window_size[1] - 1) // window_size[1]
 
 
 def window_token_index(

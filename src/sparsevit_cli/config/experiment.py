@@ -314,6 +314,11 @@ class ClockSection(Section):
 class ExportSection(Section):
     """Files for other runtimes, each checked against eager before it is called good (`sparsevit export`)."""
 
+    scope: Literal["auto", "model", "features"] = Field(
+        "auto",
+        description="The whole model, or its backbone and neck; `auto` takes the whole model when it gives tensors of "
+        "fixed number and shape for a batch of images, as classifiers and segmenters do.",
+    )
     formats: tuple[Literal["onnx", "pt2"], ...] = Field(
         ("onnx", "pt2"), description="Formats besides safetensors + sparsity.json, which are always written."
     )

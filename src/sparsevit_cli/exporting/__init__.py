@@ -2,19 +2,34 @@
 
     model.onnx         torch.onnx (dynamo), opset as asked; weights inside, or beside it where they are large
     model.pt2          torch.export
-    model.safetensors  the weights under timm's names; sparsity.json: ratios and what builds the model
+    model.safetensors  all weights under the model's names; sparsity.json: ratios and what builds the model
     manifest.json      shapes, hashes, differences to eager, latency; written last: without it a folder is not whole
+
+`features.onnx`, `.pt2` and `.safetensors` are backbone and neck of a detector or segmenter (scope "features"). A whole
+model that answers each image by boxes and masks is written for one image at a time, as ONNX alone.
 
 Everything is made and checked in a hidden folder and moved into place at the end.
 """
 
-from .checks import Difference
-from .export import FORMATS, SIZE_NOTE, ExportedFile, ExportReport, export_model
-from .folder import MANIFEST, SPARSITY, WEIGHTS, ModelInfo, SparsityFile, load_exported, load_sparsity
+from .checks import Difference, runs_on
+from .export import SIZE_NOTE, ExportedFile, ExportReport, export_model
+from .folder import (
+    FEATURE_WEIGHTS,
+    FORMATS,
+    MANIFEST,
+    SPARSITY,
+    WEIGHTS,
+    ModelInfo,
+    Scope,
+    SparsityFile,
+    load_exported,
+    load_sparsity,
+)
 from .images import structured_images
-from .programs import check_packages
+from .programs import OneImage, UntraceableError, check_packages, with_fixed_outputs
 
 __all__ = [
+    "FEATURE_WEIGHTS",
     "FORMATS",
     "MANIFEST",
     "SIZE_NOTE",
@@ -24,10 +39,15 @@ __all__ = [
     "ExportReport",
     "ExportedFile",
     "ModelInfo",
+    "OneImage",
+    "Scope",
     "SparsityFile",
+    "UntraceableError",
     "check_packages",
     "export_model",
     "load_exported",
     "load_sparsity",
+    "runs_on",
     "structured_images",
+    "with_fixed_outputs",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +17,15 @@ from sparsevit_cli.profiling.memory import memory_errors
 from sparsevit_cli.reporting import Reporter
 
 from .images import structured_images
-from .programs import named_tensors, onnx_runner, pt2_runner
+from .programs import ANSWERS, named_tensors, onnx_runner, pt2_runner
 
-Reference = Callable[[int], list[tuple[Tensor, dict[str, Tensor]]]]
-"""Seed to pairs, one per batch size to check: images, and eager's outputs by name."""
+Pairs = list[tuple[Tensor, dict[str, Tensor]]]
+Reference = Callable[[int], Pairs]
+"""Seed to pairs, one per batch of images to check: images, and eager's outputs by name."""
+Draw = Callable[[int], Sequence[Tensor]]
+"""Seed to batches of images."""
+CANDIDATES = 4
+"""Images from which two are taken to check a model of one image."""
 _NOT_KEPT = "The file was not kept. Try another opset or format; if all fail, report it with your versions."
 
 
@@ -35,21 +41,59 @@ class Difference:
     relative: float
 
 
-def eager_reference(model: nn.Module, shape: tuple[int, int, int], batch_sizes: Sequence[int]) -> Reference:
-    """Eager's outputs, computed once per seed. The function raises ConfigError, NonFiniteError, ResourceError."""
+@contextmanager
+def runs_on(shape: Sequence[int]) -> Iterator[None]:
+    """Errors of a forward of images of `shape`, as ConfigError or ResourceError."""
+    try:
+        with memory_errors(f"forward of {tuple(shape)}"):
+            yield
+    except Exception as error:
+        pass_on(error)
+        got = f"the model does not run on {tuple(shape)} ({in_one_line(error)})"
+        raise ConfigError("export input size", got, "Give the size that the model was built for.") from error
+
+
+def batches(shape: tuple[int, int, int], batch_sizes: Sequence[int]) -> Draw:
+    """One batch of drawn images of each size."""
+    return lambda seed: [structured_images(shape, batch, seed) for batch in batch_sizes]
+
+
+def single_images(shape: tuple[int, int, int], given: Tensor | None) -> Draw:
+    """CANDIDATES images (1, C, H, W): drawn, or of `given` (N, C, H, W); another seed takes the other half of those."""
+    if given is None:
+        return lambda seed: [structured_images(shape, 1, CANDIDATES * seed + number) for number in range(CANDIDATES)]
+    halves = [given[::2], given[1::2]] if len(given) >= 4 else [given, given]
+    return lambda seed: list(halves[seed % 2][:CANDIDATES].split(1))
+
+
+def with_most_different_answers(outputs: Reference) -> Reference:
+    """Of the pairs of single images, that with most answers and that with fewest.
+
+    The function raises ConfigError where the model answers nothing: such a check would prove nothing.
+    """
+
+    def of_seed(seed: int) -> Pairs:
+        pairs = sorted(outputs(seed), key=lambda pair: sum(tensor.numel() for tensor in pair[1].values()))
+        if not any(tensor.numel() for tensor in pairs[-1][1].values()):
+            got = f"the model finds nothing on any of {len(pairs)} images, so that no file of it could be checked"
+            raise ConfigError("export", got, "Give images with objects (check_images), or a trained model.")
+        return [pairs[-1], pairs[0]] if len(pairs) > 1 else pairs
+
+    return of_seed
+
+
+def eager_reference(model: nn.Module, draw: Draw, prefix: str = "output") -> Reference:
+    """Eager's outputs, computed once per seed, under names that begin with `prefix`.
+
+    The function raises ConfigError, NonFiniteError, ResourceError.
+    """
 
     @lru_cache
-    def of_seed(seed: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    def of_seed(seed: int) -> Pairs:
         pairs = []
-        for batch in batch_sizes:
-            images = structured_images(shape, batch, seed)
-            try:
-                with torch.no_grad(), memory_errors(f"forward of {tuple(images.shape)}"):
-                    outputs = dict(named_tensors(model(images)))
-            except Exception as error:
-                pass_on(error)
-                got = f"the model does not run on {tuple(images.shape)} ({in_one_line(error)})"
-                raise ConfigError("export input size", got, "Give the size that the model was built for.") from error
+        for images in draw(seed):
+            with torch.no_grad(), runs_on(images.shape):
+                outputs = dict(named_tensors(model(images), prefix))
             bad = [name for name, output in outputs.items() if not output.isfinite().all()]
             if bad:
                 got = f"{bad[0]} of the model has NaN or infinite values on a check image"
@@ -60,8 +104,13 @@ def eager_reference(model: nn.Module, shape: tuple[int, int, int], batch_sizes: 
     return of_seed
 
 
-def output_shapes_of(pairs: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, tuple[int | str, ...]]:
-    """Shape of every output; `batch` where two batch sizes give two lengths."""
+def output_shapes_of(pairs: Pairs, one_image: bool = False) -> dict[str, tuple[int | str, ...]]:
+    """Shape of every output; `batch` where two batch sizes give two lengths.
+
+    Of `one_image` the first dimension is the number of answers.
+    """
+    if one_image:
+        return {name: (ANSWERS, *tensor.shape[1:]) for name, tensor in pairs[0][1].items()}
     (_, one), (_, other) = min(pairs, key=lambda pair: len(pair[0])), max(pairs, key=lambda pair: len(pair[0]))
     return {
         name: tuple(a if a == b else "batch" for a, b in zip(one[name].shape, other[name].shape, strict=True))
@@ -80,10 +129,12 @@ def checked(
     try:
         run = (onnx_runner if path.suffix == ".onnx" else pt2_runner)(path)
         for attempt in (seed, seed + 1):
-            tries.append(tuple(_difference(run(images), list(named.values())) for images, named in outputs(attempt)))
+            tries.append(
+                tuple(_difference(run(images), list(named.values()), len(images)) for images, named in outputs(attempt))
+            )
             worst = _worst(tries[-1])
             if worst <= tolerance:
-                sizes = " and ".join(str(difference.batch) for difference in tries[-1])
+                sizes = " and ".join(dict.fromkeys(str(difference.batch) for difference in tries[-1]))
                 reporter.say(
                     f"export: {path.name} agrees with eager at batch {sizes} ({worst:.1e} of its largest output)"
                 )
@@ -109,11 +160,16 @@ def _worst(differences: Sequence[Difference]) -> float:
     return max(math.inf if math.isnan(d.relative) else d.relative for d in differences)
 
 
-def _difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> Difference:
-    """Compare outputs; an output of another shape differs infinitely."""
+def _difference(actual: Sequence[Tensor], expected: Sequence[Tensor], batch: int) -> Difference:
+    """Compare outputs for `batch` images; an output of another shape differs infinitely, none at all by nothing."""
     pairs = list(zip(actual, expected, strict=True))
-    absolute = [float((a.double() - e.double()).abs().max()) if a.shape == e.shape else math.inf for a, e in pairs]
-    largest = [max(float(e.abs().max()), torch.finfo(torch.float32).tiny) for e in expected]
+    absolute = [_largest(a.double() - e.double()) if a.shape == e.shape else math.inf for a, e in pairs]
+    largest = [max(_largest(e), torch.finfo(torch.float32).tiny) for e in expected]
     relative = [a / e for a, e in zip(absolute, largest, strict=True)]
     # torch's max, unlike Python's, is NaN where one value is
-    return Difference(len(expected[0]), float(torch.tensor(absolute).max()), float(torch.tensor(relative).max()))
+    return Difference(batch, float(torch.tensor(absolute).max()), float(torch.tensor(relative).max()))
+
+
+def _largest(tensor: Tensor) -> float:
+    """Largest absolute value; 0 of an empty tensor."""
+    return float(tensor.abs().max()) if tensor.numel() else 0.0

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import safetensors.torch
 from torch import nn
@@ -25,6 +25,7 @@ from sparsevit_cli.atomic import (
     sync,
     sync_folder,
 )
+from sparsevit_cli.backbones import LEVELS, SwinBackbone, SwinFPN
 from sparsevit_cli.documents import read_json, understood
 from sparsevit_cli.errors import CheckpointError, ConfigError, in_one_line, pass_on
 from sparsevit_cli.profiling.device import describe_versions
@@ -34,13 +35,26 @@ from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_
 from sparsevit_cli.swin.geometry import window_sizes
 from sparsevit_cli.windows import IMPORTANCES, PARTITIONS, Importance, Partition
 
-MANIFEST, WEIGHTS, SPARSITY = "manifest.json", "model.safetensors", "sparsity.json"
-FILES = {"onnx": "model.onnx", "pt2": "model.pt2"}
+Scope = Literal["model", "features"]
+"""What the programs of a folder compute: the whole model, or its backbone and neck."""
+FORMATS = ("onnx", "pt2")
+MANIFEST, SPARSITY = "manifest.json", "sparsity.json"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FORMAT_VERSION = 3
-"""Version 1 calls the categories `class_names`. Versions 1 and 2 name no partition: theirs is `roll_first`."""
-_ONNX_DATA = "model.onnx.data"
-NAMES = (*FILES.values(), _ONNX_DATA, WEIGHTS, SPARSITY)
+"""Version 1 calls the categories `class_names`. Versions 1 and 2 know whole timm models alone, and no partition but
+`roll_first`."""
+
+
+def file_name(scope: Scope, kind: str) -> str:
+    """`features.onnx`; `kind` is a format, `safetensors` for the weights, or `onnx.data` for those of large models."""
+    return f"{scope}.{kind}"
+
+
+WEIGHTS, FEATURE_WEIGHTS = (file_name(scope, "safetensors") for scope in get_args(Scope))
+NAMES = (
+    *(file_name(scope, kind) for scope in get_args(Scope) for kind in (*FORMATS, "onnx.data", "safetensors")),
+    SPARSITY,
+)
 _BUILD_ARGS = (
     "img_size in_chans num_classes embed_dim depths num_heads head_dim window_size patch_size mlp_ratio qkv_bias "
     "global_pool drop_rate drop_path_rate strict_img_size always_partition features_only out_indices"
@@ -52,14 +66,47 @@ _AGAIN = "Export the model again."
 class ModelInfo:
     """What sparsity.json tells about the model besides its weights; all of it optional.
 
-    `name` and `args` build it with timm.create_model; `mean` and `std` normalise images in 0-1, per channel.
+    `name` and `args` build its Swin with timm.create_model; `mean` and `std` normalise images in 0-1, per channel.
+    `task` is the name of the task that it was trained for.
     """
 
     name: str | None = None
     args: Mapping[str, object] = field(default_factory=dict)
+    task: str | None = None
     categories: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """The class that was exported, and what builds it around a Swin if it is one of ours; `levels` are stages."""
+
+    name: str = ""
+    levels: tuple[int, ...] = LEVELS
+    out_channels: int = 0
+    pool: bool = False
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ModuleInfo:
+        """That of a module."""
+        if isinstance(module, SwinFPN):
+            return cls("SwinFPN", module.body.levels, module.out_channels, module.pool)
+        if isinstance(module, SwinBackbone):
+            return cls("SwinBackbone", module.levels)
+        return cls(type(module).__name__)
+
+    @property
+    def is_ours(self) -> bool:
+        """True if `built` knows the class."""
+        return self.name in ("SwinBackbone", "SwinFPN")
+
+    def built(self, swin: nn.Module) -> nn.Module:
+        """The module around a timm Swin; another class than ours is the Swin itself. Raises ConfigError."""
+        if not self.is_ours:
+            return swin
+        body = SwinBackbone(swin, self.levels)
+        return body if self.name == "SwinBackbone" else SwinFPN(body, self.out_channels, pool=self.pool)
 
 
 @dataclass(frozen=True)
@@ -75,13 +122,18 @@ class SparsityFile:
     windows: tuple[tuple[int, int], ...] = ()
     """Of each stage, (height, width) in tokens; empty in files of before 2026-11-22."""
     partition: Partition = "roll_first"
+    scope: Scope = "model"
+    module: ModuleInfo = ModuleInfo()
 
 
 def load_sparsity(path: Path | str) -> SparsityFile:
     """Read a sparsity.json, or the one of an export folder. Raises CheckpointError."""
     path = Path(path)
     path = path / SPARSITY if os.path.isdir(path) else path
-    parsed = read_json(path, _AGAIN)
+    return _read(path, read_json(path, _AGAIN))
+
+
+def _read(path: Path, parsed: Any) -> SparsityFile:
     with understood(path, _AGAIN):
         if parsed["format"] not in (1, 2, FORMAT_VERSION):
             got = f"format {parsed['format']!r}, this version reads 1 to {FORMAT_VERSION}"
@@ -98,6 +150,9 @@ def load_sparsity(path: Path | str) -> SparsityFile:
             model["categories"] = model.pop("class_names")
         if not isinstance(model["name"], (str, type(None))):
             raise TypeError(f"a model named {model['name']!r}")
+        scope, module = parsed.get("scope", "model"), parsed.get("module", {})
+        if scope not in get_args(Scope):
+            raise ValueError(f"scope {scope!r}")
         return SparsityFile(
             sparsity=SparsityConfig.from_ratios(parsed["ratios"], depths),
             depths=depths,
@@ -106,46 +161,72 @@ def load_sparsity(path: Path | str) -> SparsityFile:
             model=ModelInfo(
                 name=model["name"],
                 args={key: tuple(arg) if isinstance(arg, list) else arg for key, arg in model["args"].items()},
+                task=model.get("task"),
                 **{key: None if model[key] is None else tuple(model[key]) for key in ("categories", "mean", "std")},
             ),
             versions=dict(parsed["versions"]),
             windows=tuple((int(height), int(width)) for height, width in parsed.get("windows", ())),
             partition=partition,
+            scope=scope,
+            module=ModuleInfo(**{**module, "levels": tuple(module.get("levels", LEVELS))}),
         )
 
 
 def load_exported(directory: Path | str) -> nn.Module:
-    """Build the model of an export folder with timm, load its weights and set its ratios; in evaluation mode.
+    """Build what an export folder holds, load its weights and set its ratios; in evaluation mode.
 
-    The weights are checked against the manifest. Raises CheckpointError where a file is missing, damaged or does
-    not fit, or where the export was made without the model's name.
+    That is timm's model, or the `SwinBackbone` or `SwinFPN` of a detector or segmenter. The weights are checked against
+    the manifest. Raises CheckpointError where a file is missing, damaged or does not fit, where the export was made
+    without the model's name, or where only the code of a task can build the module.
     """
-    import timm
-
     directory = Path(directory)
-    _verify(directory, (WEIGHTS, SPARSITY))
+    _verify(directory, (SPARSITY,))
     saved = load_sparsity(directory)
+    weights = file_name(saved.scope, "safetensors")
+    _verify(directory, (weights,))
     if saved.model.name is None:
-        raise CheckpointError(
-            str(directory / SPARSITY), "holds no model name", "Build the model, then load its weights."
-        )
+        of_task = f" of task {saved.model.task}" if saved.model.task else ""
+        got = f"holds no model name: what was exported is a {saved.module.name or 'model'}{of_task}"
+        do = f"Build the model with its own code, then load {weights} and set the ratios."
+        raise CheckpointError(str(directory / SPARSITY), got, do)
     strange = sorted(set(saved.model.args) - set(_BUILD_ARGS.split()))
     if strange or not saved.model.name.startswith(("swin_", "swinv2_")):
         got = f"asks timm for {saved.model.name!r} with {strange or 'known arguments'}"
         raise CheckpointError(str(directory / SPARSITY), got, "Build the model yourself, then load its weights.")
     try:
-        args = {"img_size": saved.img_size, **saved.model.args}
-        if saved.windows and saved.model.name.startswith("swinv2_"):  # no weight of theirs tells the window
-            args["window_size"] = saved.windows
-        model: nn.Module = timm.create_model(saved.model.name, pretrained=False, **args)
-        model.load_state_dict(safetensors.torch.load_file(directory / WEIGHTS))
+        model = _built(saved)
+        model.load_state_dict(safetensors.torch.load_file(directory / weights))
     except Exception as error:
         pass_on(error)
         got = f"does not load into {saved.model.name} ({in_one_line(error)})"
-        raise CheckpointError(str(directory / WEIGHTS), got, _AGAIN) from error
+        raise CheckpointError(str(directory / weights), got, _AGAIN) from error
     with understood(directory / SPARSITY, _AGAIN):
         set_sparsity(sparsify_(model, importance=saved.importance, partition=saved.partition), saved.sparsity)
     return model.eval()
+
+
+def _built(saved: SparsityFile) -> nn.Module:
+    """The dense module that a sparsity.json tells of, with weights of its own. Raises whatever timm raises."""
+    import timm
+
+    args = {"img_size": saved.img_size, **saved.model.args}
+    if saved.windows and str(saved.model.name).startswith("swinv2_"):  # no weight of theirs tells the window
+        args["window_size"] = saved.windows
+    return saved.module.built(timm.create_model(saved.model.name, pretrained=False, **args))
+
+
+def builds(model: nn.Module, contents: Mapping[str, object]) -> bool:
+    """True if `load_exported` can build `model` from the contents of a sparsity.json: parts and their shapes agree."""
+    saved = _read(Path(SPARSITY), json.loads(json.dumps(contents)))
+    if saved.model.name is None:
+        return False
+    try:
+        other = _built(saved)
+    except Exception as error:  # timm checks nothing before it builds
+        pass_on(error)
+        return False
+    shapes, found = ([(name, tensor.shape) for name, tensor in m.state_dict().items()] for m in (model, other))
+    return shapes == found and window_sizes(model) == window_sizes(other)
 
 
 def check_info(info: ModelInfo) -> None:
@@ -158,8 +239,10 @@ def check_info(info: ModelInfo) -> None:
         ) from error
 
 
-def sparsity_json(model: nn.Module, shape: tuple[int, int, int], info: ModelInfo) -> dict[str, object]:
-    """Content of sparsity.json for images of `shape` (C, H, W)."""
+def sparsity_json(
+    model: nn.Module, shape: tuple[int, int, int], info: ModelInfo, scope: Scope = "model"
+) -> dict[str, object]:
+    """Content of sparsity.json for images of `shape` (C, H, W) that enter the exported `model`."""
     return {
         "format": FORMAT_VERSION,
         "ratios": get_sparsity(model).ratios,
@@ -168,6 +251,8 @@ def sparsity_json(model: nn.Module, shape: tuple[int, int, int], info: ModelInfo
         "partition": sparse_stages(model)[0].partition,
         "img_size": shape[1:],
         "windows": list(window_sizes(model)),
+        "scope": scope,
+        "module": asdict(ModuleInfo.of(model)),
         "model": asdict(info),
         "versions": export_versions(),
     }

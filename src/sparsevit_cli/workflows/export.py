@@ -6,22 +6,35 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.documents import read_json
-from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.exporting import ExportReport, ModelInfo, export_model
+from sparsevit_cli.errors import ConfigError, SparseViTError
+from sparsevit_cli.exporting import (
+    ExportReport,
+    ModelInfo,
+    OneImage,
+    Scope,
+    UntraceableError,
+    export_model,
+    runs_on,
+    with_fixed_outputs,
+)
+from sparsevit_cli.profiling.inputs import evaluating, model_device
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
+from sparsevit_cli.swin.geometry import trunk
 
 from .ratios import ratios_of_weights
-from .session import Session
+from .session import Session, Weights
 from .weights import chosen_weights
 
 KEPT = ("config.yaml", "env.json", "command.txt", "log.txt")
 """Files of an export folder that belong to no single export."""
+CHECK_IMAGES = 8
+"""Validation images on which a model of one image may be checked."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +57,62 @@ class ExportSummary:
         }
 
 
-def check_exportable(session: Session) -> None:
-    """Raise ConfigError for a task whose model takes anything but one tensor of images (B, C, H, W)."""
-    inputs = session.task.example(session.img_size, 1)
-    if not (isinstance(inputs, Tensor) and inputs.ndim == 4):
-        name, kind = session.task.name, type(inputs).__name__
-        got = f"the model of task {name} takes a {kind}, and files take one tensor of images"
-        raise ConfigError("export", got, "Export a part of it from Python: sparsevit_cli.export_model.")
+@dataclass(frozen=True)
+class Part:
+    """The part of a model that is exported, and its scope.
+
+    `one_image` is true for a whole model that answers each image, as detectors do. `unless` is exported where
+    torch.export cannot trace `module`.
+    """
+
+    scope: Scope
+    module: nn.Module
+    one_image: bool = False
+    unless: nn.Module | None = None
+
+
+def exported_part(session: Session, model: nn.Module) -> Part:
+    """What `export.scope` means for `model`. Raises ConfigError for a scope that this task's models do not have.
+
+    `auto` is the whole model if it takes a batch of images and gives tensors of fixed number and shape. Else it is
+    backbone and neck, as the task names them; of a task that names none it is the Swin.
+    """
+    task, asked = session.task, session.config.export.scope
+    inputs = task.example(session.img_size, 1, seed=session.config.seed)
+    takes_images = isinstance(inputs, Tensor) and inputs.ndim == 4
+    if asked == "model" and not takes_images:
+        got = f"the model of task {task.name} takes a {type(inputs).__name__}, and files take one tensor of images"
+        raise ConfigError("export.scope", got, "Set export.scope: features.")
+    named = task.features(model)
+    features = trunk(model) if named is model else named
+    if asked == "features" and features is model:
+        got = f"the model of task {task.name} is its Swin: there is no smaller part"
+        raise ConfigError("export.scope", got, "Set export.scope: model.")
+    one_image = takes_images and asked != "features" and _answers_each_image(session, model)
+    if asked == "model" or (asked == "auto" and takes_images and not one_image):
+        return Part("model", model, one_image, None if asked == "model" or features is model else features)
+    if named is model:
+        session.reporter.say(f"export: task {task.name} names no `features`: its Swin is exported")
+    return Part("features", features)
+
+
+def _answers_each_image(session: Session, model: nn.Module) -> bool:
+    """True if the model gives a dict of its own for each image of a batch."""
+
+    def images(batch: int) -> Tensor:
+        found: Tensor = session.task.example(session.img_size, batch, seed=session.config.seed)
+        return found.to(model_device(model))
+
+    with evaluating(model), runs_on(session.img_size):
+        return isinstance(with_fixed_outputs(model, images, (1, 2)), OneImage)
+
+
+def check_exportable(session: Session, model: nn.Module) -> None:
+    """Raise ConfigError for what `export_winner` would refuse, as far as that is known without tracing."""
+    if exported_part(session, model).one_image and "pt2" in session.config.export.formats:
+        got = f"pt2, but the model of task {session.task.name} gives as many answers as it finds: .pt2 cannot hold that"
+        do = "Set export.formats: [onnx] for one image at a time, or export.scope: features for backbone and neck."
+        raise ConfigError("export.formats", got, do)
 
 
 def export_settings(session: Session) -> str:
@@ -63,10 +125,9 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
 
     Raises MeasurementError where an exported file does not agree with PyTorch; nothing is left of it then.
     """
-    check_exportable(session)
-    section = session.config.export
     trained = chosen_weights(session, weights, "sparsevit export")
     model = session.model(trained.categories, trained).eval()
+    part = exported_part(session, model)
     config = ratios_of_weights(session, model_depths(model), ratios, trained)
     folder = session.folder("export")
     set_sparsity(model, config)
@@ -74,10 +135,31 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
     folder.set_aside(
         [path.name for path in folder.path.iterdir() if path.name not in KEPT], session.reporter, copy=True
     )
-    name, arguments = session.task.timm_model(trained.like) or (None, {})
-    mean, std = session.task.normalisation() or (None, None)
-    report = export_model(
-        model,
+    try:
+        report = _export(session, part, model, folder, trained)
+    except UntraceableError as error:
+        if part.unless is None:
+            raise
+        session.reporter.warn(f"export: {error.got}: backbone and neck are exported, not the whole model")
+        report = _export(session, Part("features", part.unless), model, folder, trained)
+    folder.write_result(
+        {
+            "weights": trained.told,
+            "weights_sha256": trained.sha256,
+            "ratios": config.ratios,
+            "settings": export_settings(session),
+            "manifest": report.manifest.name,
+            "scope": report.scope,
+        },
+        files=[*read_json(report.manifest)["files"], report.manifest.name],
+    )
+    return ExportSummary(folder, trained.told, config, report)
+
+
+def _export(session: Session, part: Part, model: nn.Module, folder: RunFolder, trained: Weights) -> ExportReport:
+    section = session.config.export
+    return export_model(
+        part.module,
         folder.path,
         input_size=(session.config.model.in_chans, *session.img_size),
         formats=section.formats,
@@ -86,19 +168,32 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
         tolerance=section.tolerance,
         measure_ms=section.latency,
         seed=session.config.seed,
-        info=ModelInfo(name=name, args=arguments, categories=trained.categories.names or None, mean=mean, std=std),
+        info=_info(session, part, trained),
+        scope=part.scope,
+        whole=model if part.scope == "features" else None,
+        check_images=_images(session, trained) if part.one_image else None,
         reporter=session.reporter,
         patience=session.patience,
         before_step=partial(session.stop.check, "export", "an earlier export is as it was"),
     )
-    folder.write_result(
-        {
-            "weights": trained.told,
-            "weights_sha256": trained.sha256,
-            "ratios": config.ratios,
-            "settings": export_settings(session),
-            "manifest": report.manifest.name,
-        },
-        files=[*read_json(report.manifest)["files"], report.manifest.name],
-    )
-    return ExportSummary(folder, trained.told, config, report)
+
+
+def _info(session: Session, part: Part, trained: Weights) -> ModelInfo:
+    """What sparsity.json tells of the model: how timm builds it, if the task says it, and what its images are."""
+    task = session.task
+    mean, std = task.normalisation() or (None, None)
+    built = task.timm_model(trained.like) if part.scope == "model" else None
+    name, args = built or (None, {})
+    return ModelInfo(name, args, task.name, categories=trained.categories.names or None, mean=mean, std=std)
+
+
+def _images(session: Session, trained: Weights) -> Tensor | None:
+    """Validation images (N, C, H, W) to check a model on that finds nothing in drawn ones; None if there are none."""
+    try:
+        source = session.data(trained).val
+        inputs, _ = source.collate([source[number] for number in range(min(CHECK_IMAGES, len(source)))], None)
+    except SparseViTError as error:
+        session.reporter.say(f"export: checked on drawn images: {error.got}")
+        return None
+    fits = isinstance(inputs, Tensor) and inputs.ndim == 4 and tuple(inputs.shape[2:]) == session.img_size
+    return inputs if fits else None

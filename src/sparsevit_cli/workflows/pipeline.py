@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsevit_cli.commands import COMMANDS
 from sparsevit_cli.data.shrunk import Scale, Shrunk
-from sparsevit_cli.errors import ConfigError, UnsteadyError
+from sparsevit_cli.errors import UnsteadyError
 from sparsevit_cli.exporting import check_packages
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import macs_cost
@@ -132,11 +132,6 @@ def run_pipeline(session: Session) -> PipelineSummary:
         ("profile", profile_model, {"ratios": tuned_at, "settings": profile_settings(session), "steady": True}),
         ("export", export_winner, {**tuned, "settings": export_settings(session)}),
     )
-    try:
-        check_exportable(session)
-    except ConfigError as error:
-        session.reporter.warn(f"run: export is left out: {error.got}")
-        steps = steps[:-1]
     for command, step, wanted in steps:
         found = session.earlier(command).done(*COMMANDS[command].needed)
         if session.fresh or any(found.get(name) != value for name, value in wanted.items()):
@@ -168,6 +163,7 @@ def _check_settings(session: Session) -> None:
     check_packages(config.export.formats)
     data = session.data()
     model = session.model(data.categories)
+    check_exportable(session, model)
     sections = {"pretrain": config.train, "adapt": config.adapt, "finetune": config.finetune}
     if has_own_weights(session):
         del sections["pretrain"]
