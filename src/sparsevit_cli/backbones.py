@@ -87,6 +87,11 @@ class SwinBackbone(nn.Module):
         return height, width
 
 
+def divisor(backbone: nn.Module) -> int:
+    """Pixels that the sides of the backbone's images must be a multiple of; 1 if it does not say."""
+    return int(getattr(backbone, "divisor", 1))
+
+
 def _placed(whole: Tensor, group: Tensor, part: Tensor) -> Tensor:
     """`whole` (B, C, H, W) with the maps `part` (b, C, h, w) of the images `group` (b,) at the top left."""
     padded = nn.functional.pad(part, (0, whole.shape[3] - part.shape[3], 0, whole.shape[2] - part.shape[2]))
