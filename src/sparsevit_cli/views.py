@@ -92,15 +92,19 @@ def show_evaluation(summary: EvaluateSummary) -> None:
 
 def show_profile(report: ProfileReport) -> None:
     """All cells, the losing ones marked, and where the time goes."""
-    from .workflows.pages import COLUMNS, STAGE_COLUMNS, row_values, stage_rows
+    from .workflows.pages import PART_COLUMNS, STAGE_COLUMNS, columns, part_rows, parts_title, rows_of, stage_rows
 
     losing = [number for number, row in enumerate(report.rows) if row.losing]
-    print_table(f"{report.model} at {report.config}", COLUMNS, [row_values(row) for row in report.rows], losing=losing)
+    print_table(f"{report.model} at {report.config}", columns(report), rows_of(report), losing=losing)
+    if report.parts is not None:
+        print_table(parts_title(report.parts), PART_COLUMNS, part_rows(report.parts))
+        print_lines(f"{report.parts.told()}.")
     for label, times in report.stages.items():
         print_table(f"Where the time goes: {label}, first steady size", STAGE_COLUMNS, stage_rows(times))
     for number in losing:
         row = report.rows[number]
-        print_lines(f"sparse LOSES at batch {row.batch}, {size_text(row.image_size)}: {row.speedup:.2f}x of dense")
+        of = f", {row.scope} alone" if row.scope == "backbone" else ""
+        print_lines(f"sparse LOSES at batch {row.batch}, {size_text(row.image_size)}{of}: {row.speedup:.2f}x of dense")
     print_lines(f"written: {report.folder.path / 'profile.json'}")
 
 

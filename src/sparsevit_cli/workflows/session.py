@@ -18,6 +18,7 @@ from sparsevit_cli.errors import CheckpointError
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, model_device, model_dtype, placed
 from sparsevit_cli.profiling.neighbours import Patience
+from sparsevit_cli.profiling.parts import Parts
 from sparsevit_cli.profiling.workload import Workload, image_workload
 from sparsevit_cli.reporting import Reporter
 from sparsevit_cli.runs import RunFolder, RunLocks, folder_of, open_run
@@ -174,6 +175,10 @@ class Session:
             backbone = placed(backbone, self.device, TORCH_DTYPE[precision])
         seed = self.config.seed
         return image_workload(backbone, (height, width), batch_size, scope="backbone", seed=seed)
+
+    def parts(self, model: nn.Module) -> Parts:
+        """The task's parts of `model`; the backbone alone if the task names none."""
+        return self.task.parts(model) or {"backbone": (self.task.backbone(model),)}
 
     def sparsified_(self, model: nn.Module) -> nn.Module:
         """`sparsify_` with the configuration's importance and kernels."""
