@@ -9,6 +9,7 @@ from .commands import COMMANDS
 from .console import print_lines, print_table
 from .runs import RunFolder, next_command
 from .sizes import size_text
+from .workflows.rows import NOT_STEADY
 
 if TYPE_CHECKING:
     from .models import SupportedModel
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from .workflows.search import SearchSummary
     from .workflows.training import TrainingSummary
 
-NOT_STEADY = "not steady"
+VALUES_OF_A_CLASSIFIER = 2
+"""Its metric and its loss: one line tells the metric, and results.csv the loss."""
 
 
 def _following(folder: RunFolder) -> str:
@@ -35,6 +37,11 @@ def _told(middle: float | None, low: float | None, high: float | None, form: str
     return absent if middle is None else f"{middle:{form}} [{low:{form}}, {high:{form}}]"
 
 
+def _gmacs(model: float, backbone: float | None) -> tuple[str, ...]:
+    """The cells of multiply-adds: the backbone's first, if there are modules around it."""
+    return (f"{model:.3f}",) if backbone is None else (f"{backbone:.3f}", f"{model:.3f}")
+
+
 def show_models(models: Sequence[SupportedModel]) -> None:
     """The support table."""
     rows = [(model.name, model.generation, model.img_size, model.pretrained) for model in models]
@@ -44,8 +51,13 @@ def show_models(models: Sequence[SupportedModel]) -> None:
 def show_training(summary: TrainingSummary) -> None:
     """Score, the closing table of adapt, and what to type next."""
     if summary.rows:
-        rows = [(row.label, summary.metric.text(row.score), f"{row.gmacs:.3f}") for row in summary.rows]
-        print_table("Adapted weights at fixed sparsity", ("sparsity", summary.metric.column, "GMACs"), rows)
+        both = all(row.backbone_gmacs is not None for row in summary.rows)
+        rows = [
+            (row.label, summary.metric.text(row.score), *_gmacs(row.gmacs, row.backbone_gmacs if both else None))
+            for row in summary.rows
+        ]
+        columns = ("sparsity", summary.metric.column, *(("backbone GMACs", "model GMACs") if both else ("GMACs",)))
+        print_table("Adapted weights at fixed sparsity", columns, rows)
     print_lines(
         f"{summary.command}: {summary.metric.told(summary.score)} after {summary.seconds:.0f} s, "
         f"in {summary.folder.path}",
@@ -67,7 +79,8 @@ def show_search(summary: SearchSummary) -> None:
         for f in summary.finalists
     ]  # fmt: skip
     columns = ("ratios", f"search {metric.column}", "GMACs", "predicted ms", "measured ms", "speed-up", "within budget")
-    print_table("Finalists, measured", columns, rows)
+    of = "" if summary.scope is None else f", GMACs and times of the {summary.scope}"
+    print_table(f"Finalists, measured{of}", columns, rows)
     lines = [
         f"search: {summary.asked} candidates, {summary.evaluated} evaluated now, "
         f"{summary.asked - summary.evaluated} from the ledger, {summary.infeasible} infeasible"
@@ -83,10 +96,16 @@ def show_search(summary: SearchSummary) -> None:
 
 
 def show_evaluation(summary: EvaluateSummary) -> None:
-    """One line."""
+    """One line; before it a table of all values of the score, if there are more than the two of a classifier."""
+    score = summary.score
+    if len(score.values) > VALUES_OF_A_CLASSIFIER:
+        digits = summary.metric.digits
+        rows = [(name, f"{value:.{digits}f}") for name, value in score.values.items()]
+        print_table(f"Score on {score.count} validation images", ("value", ""), rows)
+    backbone = "" if summary.backbone_gmacs is None else f" ({summary.backbone_gmacs:.3f} in the backbone)"
     print_lines(
-        f"evaluate: weights of {summary.weights} at {summary.config}: {summary.metric.told(summary.score.value)} "
-        f"on {summary.score.count} validation images, {summary.gmacs:.3f} GMACs"
+        f"evaluate: weights of {summary.weights} at {summary.config}: {summary.metric.told(score.value)} "
+        f"on {score.count} validation images, {summary.gmacs:.3f} GMACs{backbone}"
     )
 
 
@@ -118,7 +137,7 @@ def show_rivals(report: RivalReport) -> None:
                 row.label, row.kind, f"{row.gmacs:.2f}",
                 f"{row.latency_ms:.1f} [{row.latency_ms_low:.1f}, {row.latency_ms_high:.1f}]"
                 if row.stable else NOT_STEADY,
-                f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]" if row.compares else "-",
+                row.speedup_text,
                 _told(row.realised, row.realised_low, row.realised_high, ".2f"),
                 _told(row.tax, row.tax_low, row.tax_high, "+.1%"),
                 "-" if row.roofline is None or not row.stable else f"{row.roofline:.0%}",
@@ -130,7 +149,8 @@ def show_rivals(report: RivalReport) -> None:
             number for number, row in enumerate(cell.rows) if row.kind == "ours" and row.compares and row.speedup < 1
         ]
         first = cell.rows[0]
-        title = f"{report.model}, batch {first.batch}, {size_text(first.image_size)}, {first.dtype}"
+        of = "backbone of " if first.scope == "backbone" else ""
+        title = f"{of}{report.model}, batch {first.batch}, {size_text(first.image_size)}, {first.dtype}"
         print_table(title, columns, rows, losing=losing)
         known = any(row.compares for row in cell.rows)
         print_lines(f"best dense: {cell.best_dense if known else 'not known, for dense rows are not steady'}")

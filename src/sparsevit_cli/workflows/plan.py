@@ -11,12 +11,12 @@ from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.profiling.device import synchronize
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, trained_in
 from sparsevit_cli.profiling.latency_table import measure_configs
-from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.training import plan_training
 
 from .profile import ProfileTarget, profile_target
+from .scopes import BACKBONE, gmacs_of
 from .session import Session
 
 OPTIMIZER_COPIES = 3
@@ -72,13 +72,19 @@ class _Plan:
         """Data, model, space."""
         config = self.session.config
         space = self.session.space(self.model, config.search.max_ratio)
-        macs = macs_cost(self.session.workload(self.model))
+        gmacs = gmacs_of(self.session, self.model)
+        dense, sparsest = gmacs(space.dense), gmacs(space.sparsest)
+        of_backbone = (
+            [f"of these in the backbone: {dense[BACKBONE]:.3f} G dense, {sparsest[BACKBONE]:.3f} G sparsest"]
+            if BACKBONE in dense
+            else []
+        )
         return [
             *(f"{name}: {value}" for name, value in self.data.describe()),
             f"model: {config.model.name}, {self.parameters / 1e6:.2f} M parameters, "
             f"depths {list(model_depths(self.model))}",
-            f"multiply-adds per image: {macs(space.dense) / 1e9:.3f} G dense, {macs(space.sparsest) / 1e9:.3f} G "
-            "sparsest",
+            f"multiply-adds per image: {dense['gmacs']:.3f} G dense, {sparsest['gmacs']:.3f} G sparsest",
+            *of_backbone,
             f"configurations: {space.size}",
         ]
 

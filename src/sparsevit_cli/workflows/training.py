@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
+from statistics import fmean
 from typing import Any
 
 from timm.optim import list_optimizers
@@ -23,7 +24,6 @@ from sparsevit_cli.data.shrunk import Scale, Shrunk
 from sparsevit_cli.data.source import Data, Source
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.evaluation import evaluate
-from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.reporting import Reporter, optional_output
 from sparsevit_cli.runs import HARMLESS, RunFolder
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
@@ -36,6 +36,7 @@ from sparsevit_cli.training import TrainingJob, TrainingPlan, plan_training, tra
 
 from .plots import plot_training
 from .ratios import ratios_to_finetune
+from .scopes import gmacs_of
 from .session import Session, Weights
 from .weights import file_weights, trained_weights
 
@@ -45,11 +46,12 @@ MOVABLE = ("data.root",)
 
 @dataclass(frozen=True)
 class CheckRow:
-    """Score and cost of one fixed configuration."""
+    """Score and cost of one fixed configuration; the backbone's if there are modules around it."""
 
     label: str
     score: float
     gmacs: float
+    backbone_gmacs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def _check_rows(
     done = folder.done("sparsity.json").get("check", {})
     if set(done) != {label for label, _ in wanted}:
         done = {}
-        macs = macs_cost(session.workload(model))
+        gmacs = gmacs_of(session, model)
         total = sum(len(configs) for _, configs in wanted)
         check = partial(session.stop.check, "adapt", "the training is saved, its closing table is not")
         with session.reporter.progress("check", total) as progress:
@@ -265,9 +267,10 @@ def _check_rows(
                     set_sparsity(model, config)
                     mean += score(session, model, data.val, before_batch=check).value / len(configs)
                     progress.advance()
-                done[label] = {"score": mean, "gmacs": sum(map(macs, configs)) / len(configs) / 1e9}
+                found = [gmacs(config) for config in configs]
+                done[label] = {"score": mean, **{name: fmean(each[name] for each in found) for name in found[0]}}
         folder.write_result({**(folder.read_result() or {}), "check": done}, files=["sparsity.json"])
-    return tuple(CheckRow(label, row["score"], row["gmacs"]) for label, row in done.items())
+    return tuple(CheckRow(label, **row) for label, row in done.items())
 
 
 def dense_weights(session: Session, needed_by: str) -> Weights | None:
