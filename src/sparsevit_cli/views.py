@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .models import SupportedModel
     from .workflows.evaluate import EvaluateSummary
     from .workflows.export import ExportSummary
-    from .workflows.pipeline import PipelineSummary
+    from .workflows.pipeline import PipelineRow, PipelineSummary, ScopeCost
     from .workflows.profile_report import ProfileReport
     from .workflows.rivals import RivalReport
     from .workflows.search import SearchSummary
@@ -186,31 +186,66 @@ def show_export(summary: ExportSummary) -> None:
 
 
 def show_pipeline(summary: PipelineSummary) -> None:
-    """The one table."""
+    """The one table; a second one of the backbone if there are modules around it."""
+    from .workflows.pipeline import TRAINED_AS_LONG
+
     device = summary.environment["device"]
     metric = summary.metric
     name = device.get("name", "this machine") if isinstance(device, dict) else "this machine"
-    rows = [
-        (
-            row.label, metric.text(row.score), f"{row.gmacs:.3f}",
-            _told(row.latency_ms, row.latency_ms_low, row.latency_ms_high, ".2f", NOT_STEADY),
-            "-" if row.speedup is None else f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
-        )
-        for row in summary.rows
-    ]  # fmt: skip
-    losing = [number for number, row in enumerate(summary.rows) if number and (row.speedup or 1) < 1]
-    title = f"Dense against sparse: {name}, batch {summary.batch}, {summary.count} validation images"
-    print_table(title, ("model", metric.column, "GMACs", "ms per batch [95 %]", "speed-up [95 %]"), rows, losing=losing)
-    unit = "points" if metric.unit == "%" else metric.unit
     dense, ours, winner = summary.rows[0], summary.rows[1], summary.rows[-1]
-    speed = "" if winner.speedup is None else f"{winner.speedup:.2f}x as fast as timm, "
-    if winner.speedup is not None and ours.speedup is not None:
-        speed += f"{winner.speedup / ours.speedup:.2f}x as our own dense, "
+    rows = [(row.label, metric.text(row.score), f"{row.gmacs:.3f}", *_speed(row)) for row in summary.rows]
+    title = f"Dense against sparse: {name}, batch {summary.batch}, {summary.count} validation images"
+    print_table(title, ("model", metric.column, "GMACs", *SPEED), rows, losing=_losing(summary.rows))
+    if dense.backbone is not None:
+        parts = [row.backbone for row in summary.rows if row.backbone is not None]
+        rows = [
+            (row.label, f"{part.gmacs:.3f}", f"{1 - part.gmacs / dense.backbone.gmacs:.0%}", *_speed(part))
+            for row, part in zip(summary.rows, parts, strict=True)
+        ]
+        print_table("Its backbone alone", ("model", "GMACs", "gone", *SPEED), rows, losing=_losing(parts))
+    unit = "points" if metric.unit == "%" else metric.unit
+    longer = [row for row in summary.rows if row.label == TRAINED_AS_LONG]
     print_lines(
-        f"winner {[list(stage) for stage in winner.ratios or ()]}: {1 - winner.gmacs / dense.gmacs:.0%} of the "
-        f"multiply-adds gone, {speed}{winner.score - dense.score:+.{metric.digits}f} {unit} of {metric.label}",
+        f"winner {[list(stage) for stage in winner.ratios or ()]}: {_gone(winner, dense)}, "
+        f"{_faster(winner, ours)}{winner.score - dense.score:+.{metric.digits}f} {unit} of {metric.label}",
+        *(f"against dense trained as long: {winner.score - row.score:+.{metric.digits}f} {unit}" for row in longer),
         *([] if not summary.without_clock else ["The search left its latency budget out: the clock was not steady."]),
         *([] if summary.clock is None else [f"not steady: {summary.clock}. Type the command again for latencies."]),
         "written:",
         *(f"  {path}" for path in summary.written),
     )
+
+
+SPEED = ("ms per batch [95 %]", "speed-up [95 %]")
+
+
+def _speed(cost: ScopeCost) -> tuple[str, str]:
+    """The cells under SPEED."""
+    return (
+        _told(cost.latency_ms, cost.latency_ms_low, cost.latency_ms_high, ".2f", NOT_STEADY),
+        "-" if cost.speedup is None else f"{cost.speedup:.2f}x [{cost.speedup_low:.2f}, {cost.speedup_high:.2f}]",
+    )
+
+
+def _losing(costs: Sequence[ScopeCost]) -> list[int]:
+    """Numbers of those slower than the first one, dense timm."""
+    return [number for number, cost in enumerate(costs) if number and (cost.speedup or 1) < 1]
+
+
+def _gone(winner: PipelineRow, dense: PipelineRow) -> str:
+    """How many multiply-adds were saved, of what."""
+    of_model = f"{1 - winner.gmacs / dense.gmacs:.0%} of the"
+    if winner.backbone is None or dense.backbone is None:
+        return f"{of_model} multiply-adds gone"
+    saved = 1 - winner.backbone.gmacs / dense.backbone.gmacs
+    return f"{saved:.0%} of the backbone's multiply-adds gone, {of_model} model's"
+
+
+def _faster(winner: PipelineRow, ours: PipelineRow) -> str:
+    """Against timm and our own dense; the backbone's gain, if there are modules around it."""
+    speed = "" if winner.speedup is None else f"{winner.speedup:.2f}x as fast as timm, "
+    if winner.speedup is not None and ours.speedup is not None:
+        speed += f"{winner.speedup / ours.speedup:.2f}x as our own dense, "
+    if winner.backbone is not None and winner.backbone.speedup is not None:
+        speed += f"its backbone {winner.backbone.speedup:.2f}x as timm's, "
+    return speed

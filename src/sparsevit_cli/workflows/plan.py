@@ -46,6 +46,9 @@ def plan_lines(
     for name, section in trainings.items():
         if command in (name, "run"):
             lines += plan.training_lines(name, section)
+    if command == "run" and session.config.run.dense_baseline:
+        for name in ("adapt", "finetune"):
+            lines += plan.training_lines(f"dense_{name}", trainings[name])
     if command in ("search", "run"):
         lines += plan.search_lines()
     if command in ("evaluate", "run"):

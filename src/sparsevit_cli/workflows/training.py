@@ -142,6 +142,26 @@ def train_smaller_rival(
     return _train(session, folder, data, model, _Kind("rival", section, FixedSchedule(dense), dense, plan, start))
 
 
+def train_dense_baseline(session: Session) -> tuple[Weights, float]:
+    """The dense weights trained on as long as the sparse model was, and the seconds that it took.
+
+    Two trainings at ratio 0, without a teacher: the first with the settings of adapt, the second with those of
+    finetune. So the images, their order, the sizes and the number of steps are the same. Each resumes.
+    """
+    weights, seconds = dense_weights(session, "run"), 0.0
+    for command, section in (("dense_adapt", session.config.adapt), ("dense_finetune", session.config.finetune)):
+        data = session.data(weights)
+        model = session.model(data.categories, weights)
+        dense = SparsityConfig.dense(model_depths(model))
+        plan = checked_plan(session, COMMANDS[command].training or "", section, model, data)
+        folder = session.folder(command)
+        kind = _Kind(command, section, FixedSchedule(dense), dense, plan, _start(session, weights))
+        seconds += _train(session, folder, data, model, kind).seconds
+        weights = trained_weights(session, command, "sparsevit run")
+    assert weights is not None
+    return weights, seconds
+
+
 def _train(session: Session, folder: RunFolder, data: Data, model: nn.Module, kind: _Kind) -> TrainingSummary:
     config, section, settings = session.config, kind.section, _settings(kind)
     job = TrainingJob(
