@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,32 @@ from sparsevit_cli import views
 from sparsevit_cli.backbones import SwinBackbone, SwinFPN
 from sparsevit_cli.cli import app
 from sparsevit_cli.config import tasks as kinds
-from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.profiling.latency_table import table_identity
+from sparsevit_cli.config.loading import load_config
+from sparsevit_cli.data import Categories
+from sparsevit_cli.errors import BudgetError, ConfigError
+from sparsevit_cli.profiling.latency_table import measure_latency_table, table_identity
 from sparsevit_cli.profiling.macs import analytic_macs, flopcounter_macs, macs_cost, traced_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
+from sparsevit_cli.profiling.neighbours import UNWATCHED
 from sparsevit_cli.profiling.stages import time_parts, time_stages
 from sparsevit_cli.profiling.workload import Workload, image_workload
+from sparsevit_cli.reporting import SilentReporter
+from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.search.budget import Budget, check_reachable, parse_budgets
+from sparsevit_cli.search.ledger import Ledger, LedgerScope
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparsify_
-from sparsevit_cli.tasks.task import Metric, Score, Task
+from sparsevit_cli.tasks.task import Metric, Score, Task, load_task
 from sparsevit_cli.workflows.evaluate import EvaluateSummary
-from sparsevit_cli.workflows.profile_report import PartCost, PartCosts
+from sparsevit_cli.workflows.latencies import SearchLatencies
+from sparsevit_cli.workflows.plan import plan_lines
+from sparsevit_cli.workflows.profile import _check_mode
+from sparsevit_cli.workflows.profile_report import PartCost, PartCosts, ProfileReport, ProfileRow
 from sparsevit_cli.workflows.search import named_scope
+from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.smaller import rival_sizes, size_step
+from sparsevit_cli.workflows.training import train_dense_baseline
+from sparsevit_cli.workflows.weights import trained_weights
 from test_workflows import session_in
 from tiny import tiny_swin
 
@@ -314,15 +327,13 @@ def test_a_detector_with_lists_of_inputs_is_timed_in_stages_and_its_memory_seen(
 
 
 def test_budgets_name_their_scope_where_there_are_two() -> None:
-    from dataclasses import replace
-
     latency, macs = (replace(each, scope="backbone") for each in parse_budgets("70%", "60%"))
     assert str(macs) == "60% of the dense backbone's multiply-adds"
     assert str(latency) == "70% of the dense backbone's latency"
     assert str(replace(macs, scope=None)) == "60% of dense"
     assert str(macs.resolve(10e9)) == "6 GMACs of the backbone"
     assert macs.resolve(10e9) == Budget(6e9, "macs", "backbone")
-    with pytest.raises(Exception, match="1 GMACs of the backbone is below the sparsest configuration"):
+    with pytest.raises(BudgetError, match="1 GMACs of the backbone is below the sparsest configuration"):
         check_reachable(Budget(1e9, "macs", "backbone"), 10e9, 2e9)
 
 
@@ -396,13 +407,20 @@ def test_the_dense_baseline_is_trained_as_long_and_costs_what_dense_does(done: t
     assert longer["score"] == read(folder / "dense_finetune" / "metrics.json")["score"]
 
 
-def test_a_run_again_trains_nothing_again(done: tuple[Path, str], task_file: Path) -> None:
+def session_of(task_file: Path, folder: Path, *sets: str) -> Session:
+    load_task(f"{task_file}:Finding")
+    overrides = [*SHORT, *sets, "task.name=finding", f"output={folder}"]
+    return Session(load_config(None, overrides, is_packaged=False), SilentReporter())
+
+
+def test_a_dense_baseline_that_is_done_is_not_trained_again(done: tuple[Path, str], task_file: Path) -> None:
     folder, _ = done
     before = {name: (folder / name / "metrics.json").stat().st_mtime_ns for name in ("dense_adapt", "dense_finetune")}
-    score = read(folder / "run" / "metrics.json")["rows"][2]["score"]
-    again = typed(task_file, folder.parent, "run", "--json")
-    assert again.exit_code == 0, again.output
-    assert json.loads(again.stdout)["rows"][2]["score"] == score
+    session = session_of(task_file, folder.parent)
+    weights, seconds = train_dense_baseline(session)
+    session.locks.close()
+    assert weights.sha256 == trained_weights(session, "dense_finetune", "a test").sha256
+    assert seconds == sum(read(folder / name / "metrics.json")["seconds"] for name in before)
     assert before == {name: (folder / name / "metrics.json").stat().st_mtime_ns for name in before}
 
 
@@ -449,7 +467,7 @@ def test_a_profile_tells_both_scopes_and_where_the_time_goes(done: tuple[Path, s
         assert [row["name"] for row in csv.DictReader(file)] == list(parts)
 
 
-def test_evaluate_and_profile_print_tables(done: tuple[Path, str], task_file: Path) -> None:
+def test_evaluate_tells_all_values_and_both_scopes(done: tuple[Path, str], task_file: Path) -> None:
     folder, _ = done
     evaluation = typed(task_file, folder.parent, "evaluate")
     assert evaluation.exit_code == 0, evaluation.output
@@ -457,24 +475,69 @@ def test_evaluate_and_profile_print_tables(done: tuple[Path, str], task_file: Pa
         assert words in evaluation.stdout
     found = read(folder / "evaluate" / "metrics.json")
     assert found["backbone_gmacs"] < found["gmacs"]
-    profile = typed(task_file, folder.parent, "profile", sets=("profile.mode=eager",))
-    assert profile.exit_code == 0, profile.output
-    for words in ("scope", "sparse GMACs", "mask head", "now costs most"):
-        assert words in profile.stdout
-    plan = typed(task_file, folder.parent, "run", "--dry-run")
-    assert plan.exit_code == 0, plan.output
-    for words in ("of these in the backbone", "dense_adapt: 2 steps", "dense_finetune: 3 steps"):
-        assert words in plan.stdout
 
 
-def test_the_latency_table_of_a_search_is_of_its_scope(task_file: Path, done: tuple[Path, str]) -> None:
+def test_a_profile_is_shown_with_its_scopes_and_parts(
+    done: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From what its file holds: nothing that is shown is missing there."""
     folder, _ = done
-    search = typed(task_file, folder.parent, "search", "--budget-latency", "150%", "--fresh")
-    assert search.exit_code == 0, search.output
-    assert "150% of the dense backbone's latency" in search.output
-    assert "GMACs and times of the backbone" in search.output
-    table = read(folder / "search" / "latency_table.json")
-    assert table["identity"]["scope"] == "backbone"
+    document = read(folder / "profile" / "profile.json")
+    parts = document["parts"]
+    shown = PartCosts(parts["batch"], tuple(parts["image_size"]), tuple(PartCost(**row) for row in parts["rows"]))
+    rows = tuple(ProfileRow(**{**row, "image_size": tuple(row["image_size"])}) for row in document["rows"])
+    slow = replace(rows[2], speedup=0.5)
+    config = SearchSpace((2, 2)).dense
+    views.show_profile(
+        ProfileReport(RunFolder(folder, "profile"), "a Swin", config, (*rows, slow), {}, {}, {}, {}, {}, shown)
+    )
+    told = capsys.readouterr().out
+    for words in ("scope", "sparse GMACs", "mask head", parts["told"], "32x32, backbone alone: 0.50x of dense"):
+        assert words in told
+
+
+def test_a_plan_counts_the_dense_baseline(done: tuple[Path, str], task_file: Path) -> None:
+    plan = "\n".join(plan_lines(session_of(task_file, done[0].parent), "run"))
+    for words in ("of these in the backbone", "dense_adapt: 2 steps", "dense_finetune: 3 steps"):
+        assert words in plan
+
+
+def test_latencies_of_a_search_are_of_its_scope(tmp_path: Path, task_file: Path) -> None:
+    identities = {}
+    for scope in ("model", "backbone"):
+        session = session_of(task_file, tmp_path, f"search.scope={scope}")
+        model: Any = session.model(Categories()).eval()
+        assert named_scope(session, model) == scope
+        with Ledger.open(tmp_path / f"{scope}.sqlite", LedgerScope("a", "b", "c")) as ledger:
+            space = session.space(model, 0.8)
+            latencies = SearchLatencies(session, RunFolder(tmp_path, "search"), model, space, ledger)
+        assert latencies.workload.model is (model if scope == "model" else model.backbone)
+        identities[scope] = latencies._identity
+    assert {name for name, value in identities["model"].items() if value != identities["backbone"][name]} == {
+        "scope", "parameters",
+    }  # fmt: skip
+    table = measure_latency_table(latencies.workload, seconds=1e-6, rounds=2, max_spread=1e9, patience=UNWATCHED)
+    assert table.predict(space.dense) > 0
+    latencies.workload.run()
+    whole = session.workload(model)
+    whole.run()
+    assert model.threshold == 1e9, "put back"
+
+
+def test_a_size_that_the_backbone_cannot_take_is_rounded_up_for_it_alone(tmp_path: Path, task_file: Path) -> None:
+    session = session_of(task_file, tmp_path)
+    model = session.model(Categories()).eval()
+    assert size_step(session, model) == 8
+    workload = session.workload(model, (30, 41), 2, scope="backbone")
+    assert (workload.image_size, workload.batch, workload.scope) == ((32, 48), 2, "backbone")
+    assert [tuple(level.shape) for level in workload.run().values()] == [(2, 8, 8, 12), (2, 16, 4, 6)]
+
+
+def test_cuda_graphs_of_a_model_around_a_swin_are_refused(tmp_path: Path, task_file: Path) -> None:
+    session = session_of(task_file, tmp_path, "profile.mode=graph", "device=cuda")
+    session.__dict__["device"] = torch.device("cuda")
+    with pytest.raises(ConfigError, match="around its backbone cannot be captured"):
+        _check_mode(session, ("backbone", "model"))
 
 
 # -- sentences --------------------------------------------------------------------------------------------------

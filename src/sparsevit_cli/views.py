@@ -13,6 +13,7 @@ from .workflows.rows import NOT_STEADY
 
 if TYPE_CHECKING:
     from .models import SupportedModel
+    from .tasks.task import Metric
     from .workflows.evaluate import EvaluateSummary
     from .workflows.export import ExportSummary
     from .workflows.pipeline import PipelineRow, PipelineSummary, ScopeCost
@@ -203,12 +204,11 @@ def show_pipeline(summary: PipelineSummary) -> None:
             for row, part in zip(summary.rows, parts, strict=True)
         ]
         print_table("Its backbone alone", ("model", "GMACs", "gone", *SPEED), rows, losing=_losing(parts))
-    unit = "points" if metric.unit == "%" else metric.unit
     longer = [row for row in summary.rows if row.label == TRAINED_AS_LONG]
     print_lines(
         f"winner {[list(stage) for stage in winner.ratios or ()]}: {_gone(winner, dense)}, "
-        f"{_faster(winner, ours)}{winner.score - dense.score:+.{metric.digits}f} {unit} of {metric.label}",
-        *(f"against dense trained as long: {winner.score - row.score:+.{metric.digits}f} {unit}" for row in longer),
+        f"{_faster(winner, ours)}{_points(winner.score - dense.score, metric)} of {metric.label}",
+        *(f"against dense trained as long: {_points(winner.score - row.score, metric)}" for row in longer),
         *([] if not summary.without_clock else ["The search left its latency budget out: the clock was not steady."]),
         *([] if summary.clock is None else [f"not steady: {summary.clock}. Type the command again for latencies."]),
         "written:",
@@ -230,6 +230,12 @@ def _speed(cost: ScopeCost) -> tuple[str, str]:
 def _losing(costs: Sequence[ScopeCost]) -> list[int]:
     """Numbers of those slower than the first one, dense timm."""
     return [number for number, cost in enumerate(costs) if number and (cost.speedup or 1) < 1]
+
+
+def _points(difference: float, metric: Metric) -> str:
+    """`-0.57 points`"""
+    unit = "points" if metric.unit == "%" else metric.unit
+    return f"{difference:+.{metric.digits}f} {unit}".rstrip()
 
 
 def _gone(winner: PipelineRow, dense: PipelineRow) -> str:
