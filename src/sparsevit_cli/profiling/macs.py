@@ -189,7 +189,9 @@ def flopcounter_macs(workload: Workload, parts: Parts | None = None) -> MacsRepo
         workload.run()
     counted = {name: count / 2 / workload.batch for name, count in flops.items()}
     total = counter.get_total_flops() / 2 / workload.batch
-    return MacsReport(total, {**counted, REST: total - sum(counted.values())}, "torch", dict(sorted(unknown.met.items())))
+    return MacsReport(
+        total, {**counted, REST: total - sum(counted.values())}, "torch", dict(sorted(unknown.met.items()))
+    )
 
 
 class _Uncounted(TorchDispatchMode):
@@ -231,8 +233,8 @@ def macs_cost(workload: Workload) -> Callable[[SparsityConfig], float]:
 
     For a Swin alone it equals `analytic_macs`, and nothing runs. With modules around the Swin, such as a neck, one
     forward pass of the dense model is counted here (`flopcounter_macs`): the stages follow the configuration, all else
-    stays as it was counted. Raises ConfigError and ResourceError here; the function itself raises ConfigError for a configuration of
-    another model.
+    stays as it was counted. Raises ConfigError and ResourceError here; the function itself raises ConfigError for a
+    configuration of another model.
     """
     model = uncompiled(workload.model)
     found = _alone(model, workload.image_size) if has_only_a_swin(model) else _with_surroundings(workload)

@@ -80,8 +80,8 @@ class Timeline:
 def timed_forward(workload: Workload, timeline: Timeline) -> dict[Label, float]:
     """Milliseconds of one forward pass of the workload per label, which add up to the whole pass.
 
-    Labels of `hooked`: `("stem",)`; per stage s `("merging", s)` and `("scoring", s)`, the stage's own work, which is scoring
-    and ranking; per block pair p `("pair", s, p)`, less the moves that a `TimedEngine` takes out of it; and
+    Labels of `hooked`: `("stem",)`; per stage s `("merging", s)` and `("scoring", s)`, the stage's own work, which is
+    scoring and ranking; per block pair p `("pair", s, p)`, less the moves that a `TimedEngine` takes out of it; and
     `("rest",)` for what is in no other one: final norm, pooling, head.
     """
     timeline.enter(("rest",))

@@ -17,6 +17,7 @@ from sparsevit_cli.swin import SparseStage, get_sparsity, set_sparsity, sparse_s
 from .device import resolve_device
 from .inputs import InputSize, example_input, image_shape, model_device, model_dtype, placed
 
+
 @dataclass(frozen=True, eq=False)
 class Workload:
     """One call of `model(inputs)`.

@@ -74,7 +74,8 @@ class Budget:
 class BudgetRequest:
     """A budget as the user wrote it: absolute (milliseconds, multiply-adds) or a share of dense (0.7 is 70 %).
 
-    `scope` says of what, where a model has more than one: messages name it then. A share above 1 is allowed; the search then returns dense and says so. Raises ConfigError.
+    `scope` says of what, where a model has more than one: messages name it then. A share above 1 is allowed; the search
+    then returns dense and says so. Raises ConfigError.
     """
 
     value: float

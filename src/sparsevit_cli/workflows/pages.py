@@ -70,7 +70,9 @@ def stage_rows(times: StageTimes) -> list[tuple[str, ...]]:
 
 def layers_csv(stages: Mapping[str, StageTimes]) -> str:
     """One row per model and stage, milliseconds."""
-    return _csv(("model", *STAGE_COLUMNS), [(label, *row) for label, times in stages.items() for row in stage_rows(times)])
+    return _csv(
+        ("model", *STAGE_COLUMNS), [(label, *row) for label, times in stages.items() for row in stage_rows(times)]
+    )
 
 
 def parts_csv(parts: PartCosts | None) -> str:

@@ -48,7 +48,6 @@ from .training import (
 )
 from .weights import trained_weights
 
-
 DENSE = "dense (timm)"
 TRAINED_AS_LONG = "dense, trained as long"
 """As long as the sparse model: adaptation and finetuning included."""

@@ -248,9 +248,7 @@ class _Cell:
         return self.latencies[DENSE].stable and self.latencies[OURS_SPARSE].stable
 
 
-def _measured(
-    session: Session, models: Mapping[Kind, nn.Module], size: Size, batch: int, scope: Scope
-) -> _Cell:
+def _measured(session: Session, models: Mapping[Kind, nn.Module], size: Size, batch: int, scope: Scope) -> _Cell:
     section = session.config.profile
     workloads = {kind: session.workload(model, size, batch, section.precision, scope) for kind, model in models.items()}
     runnable: dict[Kind, Any] = {kind: workload.model for kind, workload in workloads.items()}
@@ -370,8 +368,10 @@ def _part_costs(session: Session, cell: _Cell) -> PartCosts:
     rows = [
         PartCost(
             name,
-            *(times[kind].ms[name] if times else None for kind in (DENSE, OURS_SPARSE)),
-            *(macs[kind][name] / 1e9 for kind in (DENSE, OURS_SPARSE)),
+            times[DENSE].ms[name] if times else None,
+            times[OURS_SPARSE].ms[name] if times else None,
+            macs[DENSE][name] / 1e9,
+            macs[OURS_SPARSE][name] / 1e9,
         )
         for name in macs[DENSE]
     ]

@@ -212,9 +212,7 @@ def _cell(bench: _Bench, size: Size, batch: int, typed: Mapping[str, SparsityCon
     )
 
 
-def _contestants(
-    bench: _Bench, size: Size, batch: int, typed: Mapping[str, SparsityConfig]
-) -> dict[str, _Contestant]:
+def _contestants(bench: _Bench, size: Size, batch: int, typed: Mapping[str, SparsityConfig]) -> dict[str, _Contestant]:
     session = bench.session
     section = session.config.profile
     dense = bench.built(size)
