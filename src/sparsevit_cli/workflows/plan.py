@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import time
+from functools import reduce
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from sparsevit_cli.config.experiment import LoopSection
+from sparsevit_cli.data.loader import train_batches
 from sparsevit_cli.profiling.device import synchronize
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, trained_in
 from sparsevit_cli.profiling.latency_table import measure_configs
@@ -127,20 +129,25 @@ class _Plan:
 
     def _step_seconds(self, section: LoopSection) -> float:
         """Seconds of one dense step, forward and backward, in the precision of the training; the best of a few."""
-        device = self.session.device
+        session, device = self.session, self.session.device
         precision = trained_in(section.precision, device)
-        workload = self.session.workload(self.model, batch_size=section.batch_size)
+        source = session.task.training_source(self.data, section)
+        batch = next(train_batches(source, batch_size=section.batch_size, seed=session.config.seed, epoch=0)).to(device)
         set_sparsity(self.model, 0.0)
+        self.model.train()  # some models compute a loss in training alone
         best = float("inf")
         for _ in range(TIMED_STEPS):
             synchronize(device)
             began = time.perf_counter()
-            with torch.autocast(device.type, TORCH_DTYPE[precision], enabled=precision != "fp32"):
-                loss = sum(leaf.float().sum() for leaf in tree_leaves(workload.run()))
-            loss.backward()
+            for part in batch.parts(-(-len(batch) // section.accumulation)):
+                with torch.autocast(device.type, TORCH_DTYPE[precision], enabled=precision != "fp32"):
+                    losses = session.task.loss(self.model, part, section, None)
+                    loss = reduce(operator.add, losses.values())
+                loss.backward()
             synchronize(device)
             best = min(best, time.perf_counter() - began)
         self.model.zero_grad(set_to_none=True)
+        self.model.eval()
         return best
 
 
