@@ -278,6 +278,14 @@ def test_operators_that_may_multiply_and_have_no_count_are_told() -> None:
     assert flopcounter_macs(image_workload(Hidden(), 8)).uncounted == {"aten::_euclidean_dist": 1, "aten::mv": 1}
 
 
+def test_attention_of_torch_is_counted() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    report = flopcounter_macs(Workload(layer, torch.randn(2, 5, 16), (1, 5), 2))
+    assert report.total == 5 * (4 * 16 * 16 + 2 * 16 * 32) + 2 * 5 * 5 * 16
+    assert report.uncounted == {}
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 # -- times ------------------------------------------------------------------------------------------------------
 
 
@@ -351,6 +359,7 @@ def test_a_classifier_has_one_scope_and_refuses_the_other(tmp_path: Path) -> Non
 def test_sizes_of_a_rival_are_those_that_its_backbone_takes() -> None:
     assert rival_sizes((192, 192), 32, 16) == {(side, side) for side in (64, 96, 128, 160)}
     assert rival_sizes((64, 64), 32, 16) == {(32, 32)}
+    assert rival_sizes((32, 32), 32, 16) == set()
 
 
 # -- commands ---------------------------------------------------------------------------------------------------

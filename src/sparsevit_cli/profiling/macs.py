@@ -183,6 +183,7 @@ def flopcounter_macs(workload: Workload, parts: Parts | None = None) -> MacsRepo
         evaluating(workload.model),
         memory_errors(str(workload)),
         calls_told(labelled(parts), enter, leave),
+        _attention_in_pieces(),
         unknown,
         counter,  # the innermost: it takes composite operators to pieces, which `unknown` then sees
     ):
@@ -192,6 +193,17 @@ def flopcounter_macs(workload: Workload, parts: Parts | None = None) -> MacsRepo
     return MacsReport(
         total, {**counted, REST: total - sum(counted.values())}, "torch", dict(sorted(unknown.met.items()))
     )
+
+
+@contextmanager
+def _attention_in_pieces() -> Iterator[None]:
+    """torch's attention layers without their fast path, which is one operator that nobody has a formula for."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Uncounted(TorchDispatchMode):

@@ -227,11 +227,12 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
         add(TRAINED_AS_LONG, model, space.dense, timed_as=DENSE)
     folder = open_rival(session, winner)
     size = equal_size(session, folder, model, winner, partial(_measure, session, rounds=10))
-    rival = session.model(data.categories, dense)
-    set_image_size(rival, size)
-    scale = Scale(session.img_size, size, size_step(session, rival))
-    seconds["rival"] = train_smaller_rival(session, folder, rival, dense, scale).seconds
-    add(f"dense at {size_text(size)}, our kernels", rival.eval(), space.dense, size, exact=False)
+    if size is not None:
+        rival = session.model(data.categories, dense)
+        set_image_size(rival, size)
+        scale = Scale(session.img_size, size, size_step(session, rival))
+        seconds["rival"] = train_smaller_rival(session, folder, rival, dense, scale).seconds
+        add(f"dense at {size_text(size)}, our kernels", rival.eval(), space.dense, size, exact=False)
     load_state(model, adapted.state_dict, "weights of adapt")
     for config in _uniform_rivals(session, space, model, winner):
         add(f"uniform {config.ratios[0][0]:g}", model, config)

@@ -90,8 +90,11 @@ class SearchSummary:
     infeasible: int
     proxy_correlation: float | None
     note: str
-    scope: Scope | None = None
-    """What costs are of, if the model has more than one scope."""
+
+    @property
+    def scope(self) -> Scope | None:
+        """What costs are of, if the model has more than one scope."""
+        return self.feasibility[0].scope
 
 
 @dataclass(frozen=True)
@@ -388,7 +391,6 @@ class _Search:
         summary = SearchSummary(
             self.folder, self.session.task.metric, winner, tuple(finalists), dense_ms, costs.feasibility,
             costs.table_error, len(result.history), result.evaluations, result.infeasible, correlation, result.note,
-            costs.feasibility[0].scope,
         )  # fmt: skip
         self._write_winner(summary, costs)
         front = pareto_front(result.history)

@@ -50,11 +50,13 @@ def _kept_size(folder: RunFolder, winner: SparsityConfig) -> Size | None:
         return None
 
 
-def equal_size(session: Session, folder: RunFolder, model: nn.Module, winner: SparsityConfig, measure: Measure) -> Size:
+def equal_size(
+    session: Session, folder: RunFolder, model: nn.Module, winner: SparsityConfig, measure: Measure
+) -> Size | None:
     """The image size at which the dense `model` is as fast as at `winner` and full size, or nearest to it.
 
-    By multiply-adds if latencies are not steady. It is kept in the folder, for noise could pick another one than was
-    trained. The model is left at `winner`.
+    None if the model takes no smaller images than its own. By multiply-adds if latencies are not steady. It is kept in
+    the folder, for noise could pick another one than was trained. The model is left at `winner`.
     """
     set_sparsity(model, winner)
     if (kept := _kept_size(folder, winner)) is not None:
@@ -62,6 +64,9 @@ def equal_size(session: Session, folder: RunFolder, model: nn.Module, winner: Sp
     workloads = {"winner": _workload(session, model, session.img_size)}
     step = size_step(session, model)
     sizes = sorted(rival_sizes(session.img_size, step, max(window_sizes(model)[0]) * patch_size(model)[0]))
+    if not sizes:
+        session.reporter.warn(f"run: no dense rival at a lower resolution: sides must be multiples of {step} pixels")
+        return None
     for size in sizes:
         dense = _sharing_weights(model)
         set_image_size(dense, size)
