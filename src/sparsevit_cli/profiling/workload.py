@@ -15,7 +15,7 @@ from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.swin import SparseStage, get_sparsity, set_sparsity, sparse_stages
 
 from .device import resolve_device
-from .inputs import InputSize, example_input, image_shape, model_device, model_dtype, placed
+from .inputs import InputSize, example_input, image_shape, model_device, model_dtype, placed, uncompiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Workload:
 
     def run(self) -> Any:
         """The outputs of one forward pass."""
-        with self.loaded(self.model):
+        with self.loaded(uncompiled(self.model)):
             return self.model(self.inputs)
 
     def of(self, model: nn.Module) -> Workload:

@@ -146,7 +146,7 @@ class Session:
         """A seeded batch of inputs for the task's `model`, or for its backbone alone.
 
         The whole model gets the task's example inputs, and works at full load. The backbone of a model around a Swin
-        gets noise of the size that the backbone takes. `size` (height, width) defaults to the experiment's. With a
+        gets the example images if those are one tensor, else noise. `size` (height, width) defaults to the experiment's. With a
         `precision` of the configuration what is measured and its inputs are on the session's device in that type, as a
         copy if it is elsewhere; without one they are as the model is.
         """
@@ -169,12 +169,14 @@ class Session:
         self, backbone: nn.Module, size: Size, batch_size: int = 1, precision: str | None = None
     ) -> Workload:
         """As `workload`, for a backbone that is there alone; `size` is rounded up to what it takes, as a task pads."""
-        step = divisor(backbone)
+        step, seed = divisor(backbone), self.config.seed
         height, width = (-(-side // step) * step for side in size)
+        example = self.task.example((height, width), batch_size, seed=seed)
+        fits = isinstance(example, Tensor) and example.ndim == 4 and example.shape[2:] == (height, width)
         if precision is not None:
             backbone = placed(backbone, self.device, TORCH_DTYPE[precision])
-        seed = self.config.seed
-        return image_workload(backbone, (height, width), batch_size, scope="backbone", seed=seed)
+        given = example if fits else (height, width)
+        return image_workload(backbone, given, batch_size, scope="backbone", seed=seed)
 
     def parts(self, model: nn.Module) -> Parts:
         """The task's parts of `model`; the backbone alone if the task names none."""
