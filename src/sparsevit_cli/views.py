@@ -120,7 +120,8 @@ def show_profile(report: ProfileReport) -> None:
         print_table(parts_title(report.parts), PART_COLUMNS, part_rows(report.parts))
         print_lines(f"{report.parts.told()}.")
     for label, times in report.stages.items():
-        print_table(f"Where the time goes: {label}, first steady size", STAGE_COLUMNS, stage_rows(times))
+        of = "" if report.parts is None else "backbone, "
+        print_table(f"Where the time goes: {of}{label}, first steady size", STAGE_COLUMNS, stage_rows(times))
     for number in losing:
         row = report.rows[number]
         of = f", {row.scope} alone" if row.scope == "backbone" else ""

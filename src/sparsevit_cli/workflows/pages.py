@@ -106,7 +106,8 @@ def profile_page(report: ProfileReport) -> str:
         parts.append(_table(parts_title(report.parts), PART_COLUMNS, part_rows(report.parts)))
         parts.append(f"<p>{html.escape(report.parts.told())}.</p>")
     for label, times in report.stages.items():
-        parts.append(_table(f"Where the time goes: {label}, in ms", STAGE_COLUMNS, stage_rows(times)))
+        of = "" if report.parts is None else "backbone, "
+        parts.append(_table(f"Where the time goes: {of}{label}, in ms", STAGE_COLUMNS, stage_rows(times)))
     return "\n".join(parts) + "\n"
 
 

@@ -146,9 +146,9 @@ class Session:
         """A seeded batch of inputs for the task's `model`, or for its backbone alone.
 
         The whole model gets the task's example inputs, and works at full load. The backbone of a model around a Swin
-        gets the example images if those are one tensor, else noise. `size` (height, width) defaults to the experiment's. With a
-        `precision` of the configuration what is measured and its inputs are on the session's device in that type, as a
-        copy if it is elsewhere; without one they are as the model is.
+        gets the example images if those are one tensor, else noise. `size` (height, width) defaults to the
+        experiment's. With a `precision` of the configuration what is measured and its inputs are on the session's
+        device in that type, as a copy if it is elsewhere; without one they are as the model is.
         """
         size = size or self.img_size
         if scope == "backbone" and len(self.task.scopes(model)) > 1:
