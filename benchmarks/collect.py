@@ -109,7 +109,8 @@ def _newest(path: Path) -> list[dict[str, Any]]:
 def _cell_of(run: dict[str, Any], cell: dict[str, Any]) -> Cell:
     row, engine = cell["rows"][0], run["settings"].get("kernels", "portable").split()[0].rstrip(",")
     size = f"{row['image_size'][0]}x{row['image_size'][1]}"
-    return run["device"]["type"], run["model"], size, row["batch"], row["dtype"], engine
+    model = run["model"] if run.get("scope", "model") == "model" else f"{run['scope']} of {run['model']}"
+    return run["device"]["type"], model, size, row["batch"], row["dtype"], engine
 
 
 def _summary(cells: dict[Cell, list[dict[str, Any]]]) -> list[str]:

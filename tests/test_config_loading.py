@@ -525,6 +525,7 @@ def test_a_dump_holds_every_setting_and_no_comment() -> None:
         "profile",
         "clock",
         "export",
+        "run",
     ]
 
 

@@ -97,6 +97,11 @@ class SwinBackbone(nn.Module):
         return height, width
 
 
+def divisor(backbone: nn.Module) -> int:
+    """Pixels that the sides of the backbone's images must be a multiple of; 1 if it does not say."""
+    return int(getattr(backbone, "divisor", 1))
+
+
 def _padded(x: Tensor, height: int, width: int) -> Tensor:
     """Maps (B, C, h, w) with zeros at the bottom and right: (B, C, height, width)."""
     return nn.functional.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))

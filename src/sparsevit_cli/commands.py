@@ -27,6 +27,8 @@ COMMANDS: Mapping[str, Command] = {
     "search": Command(("task", "model", "data"), next_command="finetune"),
     "finetune": Command(("seed", "task", "model", "data", "finetune"), "finetune", "profile"),
     "rival": Command(("seed", "task", "model", "data", "finetune"), "finetune"),
+    "dense_adapt": Command(("seed", "task", "model", "data", "adapt"), "adapt"),
+    "dense_finetune": Command(("seed", "task", "model", "data", "finetune"), "finetune"),
     "evaluate": Command(("task", "model", "data")),
     "profile": Command(("task", "model"), needed=("profile.json",)),
     "rivals": Command(("task", "model")),

@@ -53,6 +53,7 @@ class _Check(BaseModel):
     model_config = ConfigDict(strict=True)
     score: float
     gmacs: float
+    backbone_gmacs: float | None = None
 
 
 class _Result(BaseModel):

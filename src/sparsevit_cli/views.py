@@ -9,18 +9,21 @@ from .commands import COMMANDS
 from .console import print_lines, print_table
 from .runs import RunFolder, next_command
 from .sizes import size_text
+from .workflows.rows import NOT_STEADY
 
 if TYPE_CHECKING:
     from .models import SupportedModel
+    from .tasks.task import Metric
     from .workflows.evaluate import EvaluateSummary
     from .workflows.export import ExportSummary
-    from .workflows.pipeline import PipelineSummary
+    from .workflows.pipeline import PipelineRow, PipelineSummary, ScopeCost
     from .workflows.profile_report import ProfileReport
     from .workflows.rivals import RivalReport
     from .workflows.search import SearchSummary
     from .workflows.training import TrainingSummary
 
-NOT_STEADY = "not steady"
+VALUES_OF_A_CLASSIFIER = 2
+"""Its metric and its loss: one line tells the metric, and results.csv the loss."""
 
 
 def _following(folder: RunFolder) -> str:
@@ -35,6 +38,11 @@ def _told(middle: float | None, low: float | None, high: float | None, form: str
     return absent if middle is None else f"{middle:{form}} [{low:{form}}, {high:{form}}]"
 
 
+def _gmacs(model: float, backbone: float | None) -> tuple[str, ...]:
+    """The cells of multiply-adds: the backbone's first, if there are modules around it."""
+    return (f"{model:.3f}",) if backbone is None else (f"{backbone:.3f}", f"{model:.3f}")
+
+
 def show_models(models: Sequence[SupportedModel]) -> None:
     """The support table."""
     rows = [(model.name, model.generation, model.img_size, model.pretrained) for model in models]
@@ -44,8 +52,13 @@ def show_models(models: Sequence[SupportedModel]) -> None:
 def show_training(summary: TrainingSummary) -> None:
     """Score, the closing table of adapt, and what to type next."""
     if summary.rows:
-        rows = [(row.label, summary.metric.text(row.score), f"{row.gmacs:.3f}") for row in summary.rows]
-        print_table("Adapted weights at fixed sparsity", ("sparsity", summary.metric.column, "GMACs"), rows)
+        both = all(row.backbone_gmacs is not None for row in summary.rows)
+        rows = [
+            (row.label, summary.metric.text(row.score), *_gmacs(row.gmacs, row.backbone_gmacs if both else None))
+            for row in summary.rows
+        ]
+        columns = ("sparsity", summary.metric.column, *(("backbone GMACs", "model GMACs") if both else ("GMACs",)))
+        print_table("Adapted weights at fixed sparsity", columns, rows)
     print_lines(
         f"{summary.command}: {summary.metric.told(summary.score)} after {summary.seconds:.0f} s, "
         f"in {summary.folder.path}",
@@ -67,7 +80,8 @@ def show_search(summary: SearchSummary) -> None:
         for f in summary.finalists
     ]  # fmt: skip
     columns = ("ratios", f"search {metric.column}", "GMACs", "predicted ms", "measured ms", "speed-up", "within budget")
-    print_table("Finalists, measured", columns, rows)
+    of = "" if summary.scope is None else f", GMACs and times of the {summary.scope}"
+    print_table(f"Finalists, measured{of}", columns, rows)
     lines = [
         f"search: {summary.asked} candidates, {summary.evaluated} evaluated now, "
         f"{summary.asked - summary.evaluated} from the ledger, {summary.infeasible} infeasible"
@@ -83,24 +97,35 @@ def show_search(summary: SearchSummary) -> None:
 
 
 def show_evaluation(summary: EvaluateSummary) -> None:
-    """One line."""
+    """One line; before it a table of all values of the score, if there are more than the two of a classifier."""
+    score = summary.score
+    if len(score.values) > VALUES_OF_A_CLASSIFIER:
+        digits = summary.metric.digits
+        rows = [(name, f"{value:.{digits}f}") for name, value in score.values.items()]
+        print_table(f"Score on {score.count} validation images", ("value", ""), rows)
+    backbone = "" if summary.backbone_gmacs is None else f" ({summary.backbone_gmacs:.3f} in the backbone)"
     print_lines(
-        f"evaluate: weights of {summary.weights} at {summary.config}: {summary.metric.told(summary.score.value)} "
-        f"on {summary.score.count} validation images, {summary.gmacs:.3f} GMACs"
+        f"evaluate: weights of {summary.weights} at {summary.config}: {summary.metric.told(score.value)} "
+        f"on {score.count} validation images, {summary.gmacs:.3f} GMACs{backbone}"
     )
 
 
 def show_profile(report: ProfileReport) -> None:
     """All cells, the losing ones marked, and where the time goes."""
-    from .workflows.pages import COLUMNS, STAGE_COLUMNS, row_values, stage_rows
+    from .workflows.pages import PART_COLUMNS, STAGE_COLUMNS, columns, part_rows, parts_title, rows_of, stage_rows
 
     losing = [number for number, row in enumerate(report.rows) if row.losing]
-    print_table(f"{report.model} at {report.config}", COLUMNS, [row_values(row) for row in report.rows], losing=losing)
+    print_table(f"{report.model} at {report.config}", columns(report), rows_of(report), losing=losing)
+    if report.parts is not None:
+        print_table(parts_title(report.parts), PART_COLUMNS, part_rows(report.parts))
+        print_lines(f"{report.parts.told()}.")
     for label, times in report.stages.items():
-        print_table(f"Where the time goes: {label}, first steady size", STAGE_COLUMNS, stage_rows(times))
+        of = "" if report.parts is None else "backbone, "
+        print_table(f"Where the time goes: {of}{label}, first steady size", STAGE_COLUMNS, stage_rows(times))
     for number in losing:
         row = report.rows[number]
-        print_lines(f"sparse LOSES at batch {row.batch}, {size_text(row.image_size)}: {row.speedup:.2f}x of dense")
+        of = f", {row.scope} alone" if row.scope == "backbone" else ""
+        print_lines(f"sparse LOSES at batch {row.batch}, {size_text(row.image_size)}{of}: {row.speedup:.2f}x of dense")
     print_lines(f"written: {report.folder.path / 'profile.json'}")
 
 
@@ -114,7 +139,7 @@ def show_rivals(report: RivalReport) -> None:
                 row.label, row.kind, f"{row.gmacs:.2f}",
                 f"{row.latency_ms:.1f} [{row.latency_ms_low:.1f}, {row.latency_ms_high:.1f}]"
                 if row.stable else NOT_STEADY,
-                f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]" if row.compares else "-",
+                row.speedup_text,
                 _told(row.realised, row.realised_low, row.realised_high, ".2f"),
                 _told(row.tax, row.tax_low, row.tax_high, "+.1%"),
                 "-" if row.roofline is None or not row.stable else f"{row.roofline:.0%}",
@@ -126,7 +151,8 @@ def show_rivals(report: RivalReport) -> None:
             number for number, row in enumerate(cell.rows) if row.kind == "ours" and row.compares and row.speedup < 1
         ]
         first = cell.rows[0]
-        title = f"{report.model}, batch {first.batch}, {size_text(first.image_size)}, {first.dtype}"
+        of = "backbone of " if first.scope == "backbone" else ""
+        title = f"{of}{report.model}, batch {first.batch}, {size_text(first.image_size)}, {first.dtype}"
         print_table(title, columns, rows, losing=losing)
         known = any(row.compares for row in cell.rows)
         print_lines(f"best dense: {cell.best_dense if known else 'not known, for dense rows are not steady'}")
@@ -165,31 +191,71 @@ def show_export(summary: ExportSummary) -> None:
 
 
 def show_pipeline(summary: PipelineSummary) -> None:
-    """The one table."""
+    """The one table; a second one of the backbone if there are modules around it."""
+    from .workflows.pipeline import TRAINED_AS_LONG
+
     device = summary.environment["device"]
     metric = summary.metric
     name = device.get("name", "this machine") if isinstance(device, dict) else "this machine"
-    rows = [
-        (
-            row.label, metric.text(row.score), f"{row.gmacs:.3f}",
-            _told(row.latency_ms, row.latency_ms_low, row.latency_ms_high, ".2f", NOT_STEADY),
-            "-" if row.speedup is None else f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]",
-        )
-        for row in summary.rows
-    ]  # fmt: skip
-    losing = [number for number, row in enumerate(summary.rows) if number and (row.speedup or 1) < 1]
-    title = f"Dense against sparse: {name}, batch {summary.batch}, {summary.count} validation images"
-    print_table(title, ("model", metric.column, "GMACs", "ms per batch [95 %]", "speed-up [95 %]"), rows, losing=losing)
-    unit = "points" if metric.unit == "%" else metric.unit
     dense, ours, winner = summary.rows[0], summary.rows[1], summary.rows[-1]
-    speed = "" if winner.speedup is None else f"{winner.speedup:.2f}x as fast as timm, "
-    if winner.speedup is not None and ours.speedup is not None:
-        speed += f"{winner.speedup / ours.speedup:.2f}x as our own dense, "
+    rows = [(row.label, metric.text(row.score), f"{row.gmacs:.3f}", *_speed(row)) for row in summary.rows]
+    title = f"Dense against sparse: {name}, batch {summary.batch}, {summary.count} validation images"
+    print_table(title, ("model", metric.column, "GMACs", *SPEED), rows, losing=_losing(summary.rows))
+    if dense.backbone is not None:
+        parts = [row.backbone for row in summary.rows if row.backbone is not None]
+        rows = [
+            (row.label, f"{part.gmacs:.3f}", f"{1 - part.gmacs / dense.backbone.gmacs:.0%}", *_speed(part))
+            for row, part in zip(summary.rows, parts, strict=True)
+        ]
+        print_table("Its backbone alone", ("model", "GMACs", "gone", *SPEED), rows, losing=_losing(parts))
+    longer = [row for row in summary.rows if row.label == TRAINED_AS_LONG]
     print_lines(
-        f"winner {[list(stage) for stage in winner.ratios or ()]}: {1 - winner.gmacs / dense.gmacs:.0%} of the "
-        f"multiply-adds gone, {speed}{winner.score - dense.score:+.{metric.digits}f} {unit} of {metric.label}",
+        f"winner {[list(stage) for stage in winner.ratios or ()]}: {_gone(winner, dense)}, "
+        f"{_faster(winner, ours)}{_points(winner.score - dense.score, metric)} of {metric.label}",
+        *(f"against dense trained as long: {_points(winner.score - row.score, metric)}" for row in longer),
         *([] if not summary.without_clock else ["The search left its latency budget out: the clock was not steady."]),
         *([] if summary.clock is None else [f"not steady: {summary.clock}. Type the command again for latencies."]),
         "written:",
         *(f"  {path}" for path in summary.written),
     )
+
+
+SPEED = ("ms per batch [95 %]", "speed-up [95 %]")
+
+
+def _speed(cost: ScopeCost) -> tuple[str, str]:
+    """The cells under SPEED."""
+    return (
+        _told(cost.latency_ms, cost.latency_ms_low, cost.latency_ms_high, ".2f", NOT_STEADY),
+        "-" if cost.speedup is None else f"{cost.speedup:.2f}x [{cost.speedup_low:.2f}, {cost.speedup_high:.2f}]",
+    )
+
+
+def _losing(costs: Sequence[ScopeCost]) -> list[int]:
+    """Numbers of those slower than the first one, dense timm."""
+    return [number for number, cost in enumerate(costs) if number and (cost.speedup or 1) < 1]
+
+
+def _points(difference: float, metric: Metric) -> str:
+    """`-0.57 points`"""
+    unit = "points" if metric.unit == "%" else metric.unit
+    return f"{difference:+.{metric.digits}f} {unit}".rstrip()
+
+
+def _gone(winner: PipelineRow, dense: PipelineRow) -> str:
+    """How many multiply-adds were saved, of what."""
+    of_model = f"{1 - winner.gmacs / dense.gmacs:.0%} of the"
+    if winner.backbone is None or dense.backbone is None:
+        return f"{of_model} multiply-adds gone"
+    saved = 1 - winner.backbone.gmacs / dense.backbone.gmacs
+    return f"{saved:.0%} of the backbone's multiply-adds gone, {of_model} model's"
+
+
+def _faster(winner: PipelineRow, ours: PipelineRow) -> str:
+    """Against timm and our own dense; the backbone's gain, if there are modules around it."""
+    speed = "" if winner.speedup is None else f"{winner.speedup:.2f}x as fast as timm, "
+    if winner.speedup is not None and ours.speedup is not None:
+        speed += f"{winner.speedup / ours.speedup:.2f}x as our own dense, "
+    if winner.backbone is not None and winner.backbone.speedup is not None:
+        speed += f"its backbone {winner.backbone.speedup:.2f}x as timm's, "
+    return speed

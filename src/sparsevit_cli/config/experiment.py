@@ -51,6 +51,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=1, le=16384)]
 Precision = Literal["fp32", "bf16", "fp16"]
+Scope = Literal["model", "backbone"]
+"""How much of a task's model a cost stands for: everything, or the backbone alone."""
 
 
 class Section(BaseModel):
@@ -229,6 +231,11 @@ class SearchSection(Section):
     """The search for the best sparsity configuration within a budget (`sparsevit search`)."""
 
     strategy: Literal["evolution", "random"] = Field("evolution", description="The paper's algorithm, or its control.")
+    scope: Scope = Field(
+        "model",
+        description="What budgets and latencies of the search are of: the whole `model`, or, in tasks with modules "
+        "around the Swin, its `backbone` alone.",
+    )
     budget_latency: Text | None = Field(
         None, description="Latency budget per batch: milliseconds (`50ms`) or share of dense (`70%`)."
     )
@@ -311,6 +318,16 @@ class ClockSection(Section):
     )
 
 
+class RunSection(Section):
+    """What the closing table compares with (`sparsevit run`)."""
+
+    dense_baseline: bool = Field(
+        False,
+        description="Train the dense model on for as many steps as adaptation and finetuning took, on the same images, "
+        "and give it a row: without it the sparse model had the longer training.",
+    )
+
+
 class ExportSection(Section):
     """Files for other runtimes, each checked against eager before it is called good (`sparsevit export`)."""
 
@@ -357,6 +374,7 @@ class ExperimentConfig(Section):
     profile: ProfileSection = Field(ProfileSection(), description="Measurement.")
     clock: ClockSection = Field(ClockSection(), description="When a latency may be relied on.")
     export: ExportSection = Field(ExportSection(), description="Files for other runtimes.")
+    run: RunSection = Field(RunSection(), description="What the closing table compares with.")
 
     @model_validator(mode="after")
     def _curricula_end_at_full_size(self) -> ExperimentConfig:

@@ -190,7 +190,7 @@ class _TableSession:
             set_sparsity(model, self.uniform[tenths], exact=False)  # as the dense stages of a sparse model
             if marked:
                 with hooked(model, self.timeline):
-                    parts_ms[tenths] = timed_forward(model, self.workload.inputs, self.timeline)
+                    parts_ms[tenths] = timed_forward(self.workload, self.timeline)
             else:
                 whole_ms[tenths] = self.stopwatch(self.workload.run, 1)
         return _Round(parts_ms, whole_ms)

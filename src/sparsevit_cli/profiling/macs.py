@@ -1,8 +1,9 @@
 """Multiply-adds per image (MACs; FLOPs = 2 MACs), counted three ways.
 
-`count_macs` traces the model with fvcore and is what reports show. `analytic_macs` reckons from the Swin's sizes and
-its ratios, and runs nothing. `flopcounter_macs` is torch's own counter. `macs_cost` serves the search: it counts
-everything that a workload runs, at any configuration.
+`flopcounter_macs` is torch's own counter: it watches one forward pass of any model, detectors included, tells its parts
+apart, and is what reports show. `count_macs` traces the model with fvcore, which needs a forward pass that its inputs
+do not steer. `analytic_macs` reckons from the Swin's sizes and its ratios, and runs nothing. `macs_cost` serves the
+search: it counts everything that a workload runs, at any configuration.
 
 All of them count the matrix products and convolutions of timm's modules. Attention runs on whole windows, with their
 padding. The MLP of a dense block runs on the tokens of the map; the MLP of a sparse block runs on all tokens of the
@@ -17,14 +18,17 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
@@ -44,6 +48,7 @@ from sparsevit_cli.windows import num_keep, window_grid
 
 from .inputs import InputSize, Measured, evaluating, uncompiled
 from .memory import memory_errors
+from .parts import REST, Parts, calls_told, labelled
 from .workload import Workload, dense_meanwhile, image_workload
 
 log = logging.getLogger(__name__)
@@ -155,17 +160,68 @@ def padding_macs(workload: Workload) -> float:
     return left_out / workload.batch
 
 
-def flopcounter_macs(workload: Workload) -> MacsReport:
+def flopcounter_macs(workload: Workload, parts: Parts | None = None) -> MacsReport:
     """Multiply-adds per sample by torch.utils.flop_counter (its FLOPs halved); runs one forward pass.
 
-    It names no operators that it does not know, so `uncounted` is empty. Raises ConfigError, ResourceError.
+    Without `parts` all of them are in the part `rest`. Where the work depends on the inputs, as that of a detector's
+    heads does, this pass's is counted. `uncounted` names operators that multiply two tensors of real numbers, as far as
+    anybody knows, and have no count. Raises ConfigError, ResourceError.
     """
     workload = workload.of(uncompiled(workload.model))
-    counter = FlopCounterMode(display=False)
-    with evaluating(workload.model), memory_errors(str(workload)), counter:
+    parts = parts or {}
+    counter, unknown = FlopCounterMode(display=False), _Uncounted()
+    began: dict[str, int] = {}
+    flops = dict.fromkeys(parts, 0)
+
+    def enter(name: str) -> None:
+        began[name] = counter.get_total_flops()
+
+    def leave(name: str) -> None:
+        flops[name] += counter.get_total_flops() - began[name]
+
+    with (
+        evaluating(workload.model),
+        memory_errors(str(workload)),
+        calls_told(labelled(parts), enter, leave),
+        _attention_in_pieces(),
+        unknown,
+        counter,  # the innermost: it takes composite operators to pieces, which `unknown` then sees
+    ):
         workload.run()
+    counted = {name: count / 2 / workload.batch for name, count in flops.items()}
     total = counter.get_total_flops() / 2 / workload.batch
-    return MacsReport(total, {"head": total}, "torch", {})
+    return MacsReport(
+        total, {**counted, REST: total - sum(counted.values())}, "torch", dict(sorted(unknown.met.items()))
+    )
+
+
+@contextmanager
+def _attention_in_pieces() -> Iterator[None]:
+    """torch's attention layers without their fast path, which is one operator that nobody has a formula for."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+class _Uncounted(TorchDispatchMode):
+    """Counts in `met` the operators that may hold a matrix product and that FlopCounterMode has no formula for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func._overloadpacket
+        name = str(packet).replace(".", "::")
+        known = packet in flop_registry or func.is_view or torch.Tag.pointwise in func.tags
+        if not known and name not in _ELEMENTWISE and name not in _ELEMENTWISE_INSIDE:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+            if sum(tensor.is_floating_point() for tensor in tensors) > 1:
+                self.met[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def analytic_macs(workload: Workload) -> MacsReport:
@@ -188,9 +244,9 @@ def macs_cost(workload: Workload) -> Callable[[SparsityConfig], float]:
     """A function from configuration to multiply-adds per sample of everything the workload runs, in microseconds.
 
     For a Swin alone it equals `analytic_macs`, and nothing runs. With modules around the Swin, such as a neck, one
-    forward pass of the dense model is traced here: the stages follow the configuration, all else stays as it was
-    traced. Raises ConfigError and ResourceError here; the function itself raises ConfigError for a configuration of
-    another model.
+    forward pass of the dense model is counted here (`flopcounter_macs`): the stages follow the configuration, all else
+    stays as it was counted. Raises ConfigError and ResourceError here; the function itself raises ConfigError for a
+    configuration of another model.
     """
     model = uncompiled(workload.model)
     found = _alone(model, workload.image_size) if has_only_a_swin(model) else _with_surroundings(workload)
@@ -225,10 +281,10 @@ def _alone(model: nn.Module, image: tuple[int, int]) -> _Split:
 
 
 def _with_surroundings(workload: Workload) -> _Split:
-    """From one trace of the dense model; the Swin may see several images per sample, of any size."""
+    """From one forward pass of the dense model; the Swin may see several images per sample, of any size."""
     model = uncompiled(workload.model)
     with dense_meanwhile(model), images_seen(model) as seen:
-        report = traced_macs(workload)
+        report = flopcounter_macs(workload)
     if not seen:
         got = f"{type(model).__name__} does not call the Swin inside it"
         raise ConfigError("model", got, "Give a model whose forward runs its Swin.")
@@ -360,3 +416,15 @@ _ELEMENTWISE = frozenset(
     """.split()  # noqa: SIM905 - a paragraph reads better than seventy quoted lines
 )
 """Operators without a matrix product that fvcore would call unsupported."""
+
+_ELEMENTWISE_INSIDE = frozenset(
+    """
+        aten::_batch_norm_with_update aten::_native_batch_norm_legit aten::_native_batch_norm_legit_no_training
+        aten::_unique2 aten::as_strided_ aten::cat aten::cudnn_batch_norm aten::empty_like aten::equal
+        aten::grid_sampler_2d aten::grid_sampler_3d aten::index_copy_ aten::index_reduce aten::is_same_size
+        aten::lift_fresh aten::native_batch_norm aten::native_group_norm aten::native_layer_norm aten::scatter_add
+        aten::scatter_add_ aten::scatter_reduce aten::searchsorted aten::set_ aten::stack
+        torchvision::nms torchvision::ps_roi_align torchvision::ps_roi_pool torchvision::roi_align torchvision::roi_pool
+    """.split()  # noqa: SIM905
+)
+"""More of them: what torch runs inside those, or in place of them, on several tensors."""

@@ -1,7 +1,9 @@
-"""Time per stage: blocks, scoring and ranking, gather and scatter, merging."""
+"""Time per stage (blocks, scoring and ranking, gather and scatter, merging), and per part of a model around a Swin."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -12,7 +14,8 @@ from sparsevit_cli.swin.geometry import sparsity_or_dense
 from .inputs import evaluating
 from .latency import Clock
 from .memory import memory_errors
-from .timeline import Label, TimedEngine, Timeline, hooked, timed_forward
+from .parts import REST, Parts, labelled
+from .timeline import Label, TimedEngine, Timeline, hooked, marked, timed_forward
 from .workload import Workload
 
 WARMUP_PASSES = 3
@@ -77,21 +80,66 @@ def time_stages(
     Medians over `passes`, scaled to add up to `total_ms`, the latency measured without marks (None: not scaled).
     A dense timm model has blocks and merging only. Raises ConfigError for a compiled model, ResourceError.
     """
-    model = workload.model
     timeline = Timeline(workload.device, clock)
-    samples: dict[Label, list[float]] = {}
     timed = partial(TimedEngine, timeline=timeline)
-    with evaluating(model), memory_errors(str(workload)), hooked(model, timeline), kernels.using(timed):
-        for _ in range(WARMUP_PASSES):
-            timed_forward(model, workload.inputs, timeline)
-        for _ in range(passes):
-            for label, ms in timed_forward(model, workload.inputs, timeline).items():
-                samples.setdefault(label, []).append(ms)
-    is_pruned = [any(tenths) for tenths in sparsity_or_dense(model).tenths]
-    rows = _rows({label: median(values) for label, values in samples.items()}, is_pruned)
+    with kernels.using(timed):
+        times = _medians_ms(workload, hooked(workload.model, timeline), timeline, passes)
+    rows = _rows(times, [any(tenths) for tenths in sparsity_or_dense(workload.model).tenths])
     marked_ms = sum(row.total_ms for row in rows)
     total_ms = marked_ms if total_ms is None else total_ms
     return StageTimes(tuple(row.scaled(total_ms / marked_ms) for row in rows), total_ms, marked_ms)
+
+
+@dataclass(frozen=True)
+class PartTimes:
+    """Milliseconds of every part of a forward pass and of the `rest`, in their order; they add up to `total_ms`.
+
+    Scaled from marked passes of `marked_ms`, as `StageTimes`.
+    """
+
+    ms: Mapping[str, float]
+    total_ms: float
+    marked_ms: float
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the total by part."""
+        return {name: ms / self.total_ms for name, ms in self.ms.items()}
+
+
+def time_parts(
+    workload: Workload,
+    parts: Parts,
+    *,
+    total_ms: float | None = None,
+    passes: int = 15,
+    clock: Clock | None = None,
+) -> PartTimes:
+    """Where a forward pass of a model around a Swin spends its time; settings and errors as in `time_stages`.
+
+    A part that is not called takes no time.
+    """
+    timeline = Timeline(workload.device, clock)
+    labels = [(module, (name,)) for module, name in labelled(parts)]
+    found = _medians_ms(workload, marked(workload.model, labels, timeline), timeline, passes)
+    times = {name: found.get((name,), 0.0) for name in (*parts, REST)}
+    marked_ms = sum(times.values())
+    total_ms = marked_ms if total_ms is None else total_ms
+    return PartTimes({name: ms * total_ms / marked_ms for name, ms in times.items()}, total_ms, marked_ms)
+
+
+def _medians_ms(
+    workload: Workload, marks: AbstractContextManager[None], timeline: Timeline, passes: int
+) -> dict[Label, float]:
+    """Median milliseconds per label over `passes` marked passes, after some to warm up."""
+    samples: dict[Label, list[float]] = {}
+    with evaluating(workload.model), memory_errors(str(workload)), marks:
+        for _ in range(WARMUP_PASSES):
+            timed_forward(workload, timeline)
+        for _ in range(passes):
+            for label, ms in timed_forward(workload, timeline).items():
+                samples.setdefault(label, []).append(ms)
+    return {label: median(values) for label, values in samples.items()}
 
 
 def _rows(times: dict[Label, float], is_pruned: list[bool]) -> list[StageTime]:

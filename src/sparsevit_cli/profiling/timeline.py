@@ -6,14 +6,13 @@ For passes of their own: the marks cost some microseconds each, so no figure of 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.kernels import Engine, EngineAround, Moves
@@ -21,6 +20,8 @@ from sparsevit_cli.swin.geometry import named_stages, stem_name
 
 from .device import synchronize
 from .latency import Clock
+from .parts import calls_told
+from .workload import Workload
 
 Label = tuple[Any, ...]
 
@@ -76,32 +77,32 @@ class Timeline:
         return times
 
 
-def timed_forward(model: nn.Module, x: Tensor, timeline: Timeline) -> dict[Label, float]:
-    """Milliseconds of one forward pass per label, which add up to the whole pass.
+def timed_forward(workload: Workload, timeline: Timeline) -> dict[Label, float]:
+    """Milliseconds of one forward pass of the workload per label, which add up to the whole pass.
 
-    Labels: `("stem",)`; per stage s `("merging", s)` and `("scoring", s)`, the stage's own work, which is scoring
-    and ranking; per block pair p `("pair", s, p)`, less the moves that a `TimedEngine` takes out of it; and
+    Labels of `hooked`: `("stem",)`; per stage s `("merging", s)` and `("scoring", s)`, the stage's own work, which is
+    scoring and ranking; per block pair p `("pair", s, p)`, less the moves that a `TimedEngine` takes out of it; and
     `("rest",)` for what is in no other one: final norm, pooling, head.
     """
     timeline.enter(("rest",))
-    model(x)
+    workload.run()
     timeline.leave()
     return timeline.take_ms()
 
 
-@contextmanager
-def hooked(model: nn.Module, timeline: Timeline) -> Iterator[None]:
-    """Hooks on the stem, the stages, their merging and their blocks. Raises ConfigError for a compiled model."""
+def hooked(model: nn.Module, timeline: Timeline) -> AbstractContextManager[None]:
+    """Marks on the stem, the stages, their merging and their blocks. Raises ConfigError for a compiled model."""
+    return marked(model, _labelled_modules(model), timeline)
+
+
+def marked(
+    model: nn.Module, labelled: Iterable[tuple[nn.Module, Label]], timeline: Timeline
+) -> AbstractContextManager[None]:
+    """Charge every call of a module inside `model` to its label. Raises ConfigError for a compiled model."""
     if hasattr(model, "_orig_mod"):
         got = "a compiled model does not call its modules one by one"
         raise ConfigError("model", got, "Measure the parts of the model before torch.compile.")
-    with ExitStack() as stack:
-        for module, label in _labelled_modules(model):
-            enter, leave = partial(_enter, timeline, label), partial(_leave, timeline)
-            enter.keeps_nothing = leave.keeps_nothing = True  # type: ignore[attr-defined]
-            stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(leave).remove)
-        yield
+    return calls_told(labelled, timeline.enter, lambda _: timeline.leave())
 
 
 class TimedEngine(EngineAround):
@@ -151,11 +152,3 @@ def _labelled_modules(model: nn.Module) -> Iterator[tuple[nn.Module, Label]]:
         yield stage.downsample, ("merging", number)
         for index, block in enumerate(stage.blocks):
             yield block, ("pair", number, index // 2)
-
-
-def _enter(timeline: Timeline, label: Label, *_: object) -> None:
-    timeline.enter(label)
-
-
-def _leave(timeline: Timeline, *_: object) -> None:
-    timeline.leave()

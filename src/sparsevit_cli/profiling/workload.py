@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.swin import SparseStage, get_sparsity, set_sparsity, sparse_stages
 
 from .device import resolve_device
-from .inputs import InputSize, example_input, image_shape, model_device, model_dtype, placed
-
-Scope = Literal["backbone", "model"]
-"""How much of a task's model is measured: the backbone alone, or everything."""
+from .inputs import InputSize, example_input, image_shape, model_device, model_dtype, placed, uncompiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +24,8 @@ class Workload:
 
     `inputs` is a tensor (B, C, H, W), or tensors in lists, tuples and dicts, with one floating-point tensor at least.
     `image_size` is (height, width) in pixels of one image, `batch` the number of samples. Where `scope` is "backbone",
-    `model` is the backbone alone.
+    `model` is the backbone alone. The model is called inside `loaded(model)`, which makes it work as hard as it can
+    (`Task.at_full_load`).
     """
 
     model: nn.Module
@@ -34,10 +33,12 @@ class Workload:
     image_size: tuple[int, int]
     batch: int
     scope: Scope = "model"
+    loaded: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext
 
     def run(self) -> Any:
         """The outputs of one forward pass."""
-        return self.model(self.inputs)
+        with self.loaded(uncompiled(self.model)):
+            return self.model(self.inputs)
 
     def of(self, model: nn.Module) -> Workload:
         """Another model on the same inputs."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal, get_args
 
+from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.errors import BudgetError, ConfigError
 from sparsevit_cli.sparsity import MAX_TENTHS, SearchSpace, SparsityConfig
 
@@ -19,6 +20,8 @@ Cost = Callable[[SparsityConfig], float]
 
 FIELD: dict[str, str] = {"latency_ms": "search.budget_latency", "macs": "search.budget_macs"}
 """Configuration field of each metric: how messages name a budget."""
+
+COST_NAME: dict[str, str] = {"latency_ms": "latency", "macs": "multiply-adds"}
 
 _NUMBER = r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*"
 _UNITS: dict[str, dict[str, Decimal]] = {
@@ -46,11 +49,12 @@ def _four_digits(value: float) -> str:
 class Budget:
     """Most that a configuration may cost: `limit` in milliseconds per batch or multiply-adds per image.
 
-    Raises ConfigError unless the limit is positive and finite.
+    `scope` says of what, where a model has more than one. Raises ConfigError unless the limit is positive and finite.
     """
 
     limit: float
     metric: CostMetric
+    scope: Scope | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in get_args(CostMetric):
@@ -63,29 +67,39 @@ class Budget:
         return cost <= self.limit
 
     def __str__(self) -> str:
-        return format_cost(self.limit, self.metric)
+        return f"{format_cost(self.limit, self.metric)}{of_scope(self.scope)}"
 
 
 @dataclass(frozen=True)
 class BudgetRequest:
     """A budget as the user wrote it: absolute (milliseconds, multiply-adds) or a share of dense (0.7 is 70 %).
 
-    A share above 1 is allowed; the search then returns dense and says so. Raises ConfigError.
+    `scope` says of what, where a model has more than one: messages name it then. A share above 1 is allowed; the search
+    then returns dense and says so. Raises ConfigError.
     """
 
     value: float
     unit: Literal["absolute", "share"]
     metric: CostMetric
+    scope: Scope | None = None
 
     def __post_init__(self) -> None:
         _check_positive(FIELD[self.metric], self.value, _ALLOWED[self.metric])
 
     def resolve(self, dense_cost: float) -> Budget:
         """The budget in the metric's own unit, given what dense costs."""
-        return Budget(self.value * dense_cost if self.unit == "share" else self.value, self.metric)
+        return Budget(self.value * dense_cost if self.unit == "share" else self.value, self.metric, self.scope)
 
     def __str__(self) -> str:
-        return f"{self.value * 100:g}% of dense" if self.unit == "share" else format_cost(self.value, self.metric)
+        if self.unit == "absolute":
+            return f"{format_cost(self.value, self.metric)}{of_scope(self.scope)}"
+        of = "dense" if self.scope is None else f"the dense {self.scope}'s {COST_NAME[self.metric]}"
+        return f"{self.value * 100:g}% of {of}"
+
+
+def of_scope(scope: Scope | None) -> str:
+    """` of the backbone`, or nothing where there is one scope."""
+    return "" if scope is None else f" of the {scope}"
 
 
 def parse_budgets(latency: str | None, macs: str | None) -> tuple[BudgetRequest, ...]:
@@ -124,13 +138,19 @@ def _check_positive(what: str, value: float, allowed: str, shown: object = None)
 
 @dataclass(frozen=True)
 class Feasibility:
-    """What a budget can be compared with before anything is evaluated; all in the unit of `metric`."""
+    """What a budget can be compared with before anything is evaluated; all in the unit of `metric`, of `scope`."""
 
     dense: float
     middle: float
     sparsest: float
     limit: float
     metric: CostMetric
+    scope: Scope | None = None
+
+    @property
+    def budget(self) -> Budget:
+        """The budget."""
+        return Budget(self.limit, self.metric, self.scope)
 
     @property
     def reachable(self) -> bool:
@@ -146,7 +166,7 @@ class Feasibility:
 def feasibility(space: SearchSpace, cost: Cost, budget: Budget) -> Feasibility:
     """The table shown before a search: three costs, nothing evaluated."""
     dense, middle, sparsest = (float(cost(config)) for config in (space.dense, space.middle, space.sparsest))
-    return Feasibility(dense, middle, sparsest, budget.limit, budget.metric)
+    return Feasibility(dense, middle, sparsest, budget.limit, budget.metric, budget.scope)
 
 
 def check_reachable(budget: Budget, dense: float, sparsest: float) -> None:

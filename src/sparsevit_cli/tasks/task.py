@@ -7,6 +7,7 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparsevit_cli.backbones import LEVELS, SwinBackbone, build_backbone
-from sparsevit_cli.config.experiment import ExperimentConfig, LoopSection, ModelSection
+from sparsevit_cli.config.experiment import ExperimentConfig, LoopSection, ModelSection, Scope
 from sparsevit_cli.config.kind import Kind
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.tasks import add_task, task_class
@@ -173,6 +174,14 @@ class Task(ABC):
         """
         return {}
 
+    def at_full_load(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Let `model` do as much inside the block as an image may ask of it: costs are measured so.
+
+        By default nothing is changed. A detector takes its threshold of scores away, and puts it back: else its heads
+        would have nothing to do with weights that find nothing.
+        """
+        return nullcontext()
+
     def picture(self, source: Source, index: int) -> Image.Image:
         """A sample as the model gets it, with its truth drawn on it, for people. Raises UnreadableImageError."""
         raise NotImplementedError(f"{self.name} draws no samples")
@@ -205,9 +214,13 @@ class Task(ABC):
         named = {} if options.initial_weights else {"pretrained": False, "checkpoint": None}
         return section.model_copy(update=named)
 
-    def about(self) -> dict[str, str]:
+    def scopes(self, model: nn.Module) -> tuple[Scope, ...]:
+        """What costs of `model` are told of: the backbone and the whole, or the whole alone if it is the backbone."""
+        return ("model",) if self.backbone(model) is model else ("backbone", "model")
+
+    def about(self, scope: Scope = "model") -> dict[str, str]:
         """What every record carries: task, metric, and what costs stand for."""
-        return {"task": self.name, "metric": self.metric.key, "scope": "model", "per": self.per}
+        return {"task": self.name, "metric": self.metric.key, "scope": scope, "per": self.per}
 
 
 def task_of(config: ExperimentConfig) -> Task:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.tasks.task import Metric, Score
 
 from .ratios import ratios_of_weights
+from .scopes import gmacs_of
 from .session import Session
 from .training import score
 from .weights import chosen_weights
@@ -19,7 +19,7 @@ from .weights import chosen_weights
 
 @dataclass(frozen=True)
 class EvaluateSummary:
-    """Score on the validation data, and multiply-adds per image."""
+    """Score on the validation data, and multiply-adds per image; the backbone's if there are modules around it."""
 
     folder: RunFolder
     weights: str
@@ -27,6 +27,7 @@ class EvaluateSummary:
     metric: Metric
     score: Score
     gmacs: float
+    backbone_gmacs: float | None = None
 
 
 def evaluate_checkpoint(session: Session, *, weights: str | None = None, ratios: str | None = None) -> EvaluateSummary:
@@ -43,7 +44,7 @@ def evaluate_checkpoint(session: Session, *, weights: str | None = None, ratios:
     with session.reporter.progress("evaluate", -(-len(data.val) // session.config.data.eval_batch_size)) as progress:
         check = partial(session.stop.check, "evaluate", "nothing of this evaluation is saved")
         found = score(session, model, data.val, progress=progress, before_batch=check)
-    macs = macs_cost(session.workload(model))(config)
+    gmacs = gmacs_of(session, model)(config)
     folder.set_aside(["metrics.json"], session.reporter)
     folder.write_result(
         {
@@ -54,8 +55,8 @@ def evaluate_checkpoint(session: Session, *, weights: str | None = None, ratios:
             "score": found.value,
             "scores": found.values,
             "count": found.count,
-            "gmacs": macs / 1e9,
+            **gmacs,
             **session.environment,
         }
     )
-    return EvaluateSummary(folder, trained.told, config, session.task.metric, found, macs / 1e9)
+    return EvaluateSummary(folder, trained.told, config, session.task.metric, found, **gmacs)

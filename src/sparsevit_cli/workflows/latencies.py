@@ -31,7 +31,9 @@ class SearchLatencies:
     ) -> None:
         self.session, self.folder, self.space, self.ledger = session, folder, space, ledger
         self.section = session.config.search
-        self.workload = session.workload(model, batch_size=self.section.batch_size, precision=self.section.precision)
+        self.workload = session.workload(
+            model, batch_size=self.section.batch_size, precision=self.section.precision, scope=self.section.scope
+        )
         clock = session.config.clock
         self._identity = {**table_identity(self.workload), "clock": [clock.max_neighbour, clock.max_spread]}
         self._measured: dict[SparsityConfig, LatencyRecord] = {}

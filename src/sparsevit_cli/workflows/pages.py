@@ -5,33 +5,58 @@ from __future__ import annotations
 import csv
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, fields
 from typing import Any
 
 from sparsevit_cli.profiling.stages import StageTimes
 from sparsevit_cli.sizes import size_text
 
-from .profile_report import ProfileReport, ProfileRow
+from .profile_report import PartCost, PartCosts, ProfileReport, ProfileRow
 
 COLUMNS = ("model", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [95 %]", "speed-up [95 %]", "images/s",
            "peak MB")  # fmt: skip
+PART_COLUMNS = ("part", "dense ms", "sparse ms", "dense GMACs", "sparse GMACs")
+_GMACS = ("dense_gmacs", "sparse_gmacs")
 STAGE_COLUMNS = ("part", "blocks", "scoring, ranking", "gather, scatter", "merging", "other", "ms")
-
-NOT_STEADY = "not steady"
 
 _STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.5em 0 2em}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left}tr.losing td{color:#b3261e}"""
 
 
-def row_values(row: ProfileRow) -> tuple[Any, ...]:
-    """Texts under COLUMNS; an unsteady number is none."""
+def columns(report: ProfileReport) -> tuple[str, ...]:
+    """Heads of the columns of latencies; the scope is among them if there are several."""
+    return (COLUMNS[0], "scope", *COLUMNS[1:]) if len(report.scopes) > 1 else COLUMNS
+
+
+def rows_of(report: ProfileReport) -> list[tuple[Any, ...]]:
+    """Texts under `columns`; an unsteady number is none."""
+    return [_row_values(row, (row.scope,) if len(report.scopes) > 1 else ()) for row in report.rows]
+
+
+def _row_values(row: ProfileRow, scope: tuple[str, ...]) -> tuple[Any, ...]:
     return (
-        row.label, size_text(row.image_size), row.batch, f"{row.gmacs:.2f}",
-        f"{row.latency_ms:.2f} [{row.latency_ms_low:.2f}, {row.latency_ms_high:.2f}]" if row.stable else NOT_STEADY,
-        f"{row.speedup:.2f}x [{row.speedup_low:.2f}, {row.speedup_high:.2f}]" if row.compares else "-",
+        row.label, *scope, size_text(row.image_size), row.batch, f"{row.gmacs:.2f}", row.latency_text, row.speedup_text,
         f"{row.throughput:.1f}" if row.stable else "-", f"{row.peak_memory_mb:.0f}",
     )  # fmt: skip
+
+
+def part_rows(parts: PartCosts) -> list[tuple[str, ...]]:
+    """Texts under PART_COLUMNS, with the share of each in the whole."""
+    columns = [[getattr(row, name) for row in parts.rows] for name in ("dense_ms", "sparse_ms", *_GMACS)]
+    texts = [_with_shares(values, digits) for values, digits in zip(columns, (2, 2, 3, 3), strict=True)]
+    return [(row.name, *values) for row, *values in zip(parts.rows, *texts, strict=True)]
+
+
+def _with_shares(values: Sequence[float | None], digits: int) -> list[str]:
+    total = sum(value or 0.0 for value in values) or 1.0
+    return ["-" if value is None else f"{value:.{digits}f} ({value / total:.0%})" for value in values]
+
+
+def parts_title(parts: PartCosts) -> str:
+    """Head of the table of parts."""
+    return f"Where the time goes: parts of the model, batch {parts.batch}, {size_text(parts.image_size)}"
 
 
 def stage_rows(times: StageTimes) -> list[tuple[str, ...]]:
@@ -44,12 +69,23 @@ def stage_rows(times: StageTimes) -> list[tuple[str, ...]]:
 
 
 def layers_csv(stages: Mapping[str, StageTimes]) -> str:
-    """One row per model and part, milliseconds."""
+    """One row per model and stage, milliseconds."""
+    return _csv(
+        ("model", *STAGE_COLUMNS), [(label, *row) for label, times in stages.items() for row in stage_rows(times)]
+    )
+
+
+def parts_csv(parts: PartCosts | None) -> str:
+    """One row per part: milliseconds per batch, and multiply-adds per image in 10^9, dense and sparse."""
+    rows = [] if parts is None else [astuple(row) for row in parts.rows]
+    return _csv([field.name for field in fields(PartCost)], rows)
+
+
+def _csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(("model", *STAGE_COLUMNS))
-    for label, times in stages.items():
-        writer.writerows((label, *row) for row in stage_rows(times))
+    writer.writerow(head)
+    writer.writerows(rows)
     return text.getvalue()
 
 
@@ -65,9 +101,13 @@ def profile_page(report: ProfileReport) -> str:
         values = ", ".join(f"{key} {value}" for key, value in found.items())
         parts.append(f"<p>{html.escape(f'{name}: {values}')}</p>")
     losing = [number for number, row in enumerate(report.rows) if row.losing]
-    parts.append(_table("Latency", COLUMNS, [row_values(row) for row in report.rows], losing))
+    parts.append(_table("Latency", columns(report), rows_of(report), losing))
+    if report.parts is not None:
+        parts.append(_table(parts_title(report.parts), PART_COLUMNS, part_rows(report.parts)))
+        parts.append(f"<p>{html.escape(report.parts.told())}.</p>")
     for label, times in report.stages.items():
-        parts.append(_table(f"Where the time goes: {label}, in ms", STAGE_COLUMNS, stage_rows(times)))
+        of = "" if report.parts is None else "backbone, "
+        parts.append(_table(f"Where the time goes: {of}{label}, in ms", STAGE_COLUMNS, stage_rows(times)))
     return "\n".join(parts) + "\n"
 
 

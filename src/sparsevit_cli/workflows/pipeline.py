@@ -5,7 +5,7 @@ A step that is done is not done again, so a killed run goes on where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from sparsevit_cli.commands import COMMANDS
+from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.data.shrunk import Scale, Shrunk
 from sparsevit_cli.errors import UnsteadyError
 from sparsevit_cli.exporting import check_packages
@@ -23,7 +24,7 @@ from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sizes import Size, size_text
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
-from sparsevit_cli.swin.geometry import patch_size, set_image_size
+from sparsevit_cli.swin.geometry import set_image_size
 from sparsevit_cli.tasks.task import Metric, Score
 from sparsevit_cli.weights import load_state
 
@@ -31,9 +32,9 @@ from .evaluate import evaluate_checkpoint
 from .export import check_exportable, export_settings, export_winner
 from .profile import profile_model, profile_settings
 from .ratios import ratios_to_finetune
-from .search import budget_requests, is_searched, search
+from .search import budget_requests, is_searched, named_scope, search
 from .session import Session
-from .smaller import equal_size, open_rival
+from .smaller import equal_size, open_rival, size_step
 from .training import (
     adapt,
     checked_plan,
@@ -42,22 +43,23 @@ from .training import (
     has_own_weights,
     pretrain,
     score,
+    train_dense_baseline,
     train_smaller_rival,
 )
 from .weights import trained_weights
 
+DENSE = "dense (timm)"
+TRAINED_AS_LONG = "dense, trained as long"
+"""As long as the sparse model: adaptation and finetuning included."""
 
-@dataclass(frozen=True)
-class PipelineRow:
-    """One model of the closing table; speed-up against dense in the same interleaved measurement.
+
+@dataclass(frozen=True, kw_only=True)
+class ScopeCost:
+    """What a model, or its backbone, costs; speed-up against dense at the same scope, in the same measurement.
 
     Latency is None where it is not steady, speed-up where it or dense's is not.
     """
 
-    label: str
-    ratios: tuple[tuple[float, ...], ...] | None
-    image_size: Size
-    score: float
     gmacs: float
     latency_ms: float | None
     latency_ms_low: float | None
@@ -65,6 +67,22 @@ class PipelineRow:
     speedup: float | None
     speedup_low: float | None
     speedup_high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineRow(ScopeCost):
+    """One model of the closing table and what the whole of it costs; its `backbone` if there are modules around it."""
+
+    label: str
+    ratios: tuple[tuple[float, ...], ...] | None
+    image_size: Size
+    score: float
+    backbone: ScopeCost | None = None
+
+    def document(self) -> dict[str, Any]:
+        """The row in JSON documents."""
+        found = asdict(self)
+        return {name: value for name, value in found.items() if name != "backbone" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -89,7 +107,7 @@ class PipelineSummary:
         """The JSON document of `sparsevit run --json`."""
         return {
             "schema_version": 2, **self.about, **self.environment, "batch": self.batch, "validation_images": self.count,
-            "rows": [asdict(row) for row in self.rows], "clock": self.clock,
+            "rows": [row.document() for row in self.rows], "clock": self.clock,
             "searched_without_clock": self.without_clock, "seconds": self.seconds,
             "written": self.written,
         }  # fmt: skip
@@ -99,7 +117,8 @@ class PipelineSummary:
 class _Contender:
     """One row of the table: a model at a setting, and what it scored with weights of its own.
 
-    Latency does not depend on weights: all rows of one image size are measured with one `model`.
+    Latency does not depend on weights: all rows of one image size are measured with one `model`. A row that is
+    `timed_as` another one is the same model but for its weights, and is not measured again.
     """
 
     label: str
@@ -108,6 +127,7 @@ class _Contender:
     exact: bool
     size: Size
     score: Score
+    timed_as: str
 
 
 def run_pipeline(session: Session) -> PipelineSummary:
@@ -171,6 +191,7 @@ def _check_settings(session: Session) -> None:
         checked_plan(session, command, section, model, data)
     if config.finetune.ratios is None:
         budget_requests(session)
+        named_scope(session, model)
     else:
         SparsityConfig.from_ratios(config.finetune.ratios, model_depths(model))
 
@@ -185,24 +206,30 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
     found: list[_Contender] = []
 
     def add(
-        label: str, of: nn.Module, config: SparsityConfig, size: Size = session.img_size, exact: bool = True
-    ) -> None:
+        label: str, of: nn.Module, config: SparsityConfig, size: Size = session.img_size, exact: bool = True,
+        timed_as: str | None = None,
+    ) -> None:  # fmt: skip
         set_sparsity(of, config, exact=exact)
         images = data.val if size == session.img_size else Shrunk(data.val, Scale(session.img_size, size))
         with session.reporter.progress("score", -(-len(data.val) // session.config.data.eval_batch_size)) as progress:
             reached = score(session, of, images, progress=progress, before_batch=_check(session))
-        found.append(_Contender(label, of, config, exact, size, reached))
+        found.append(_Contender(label, of, config, exact, size, reached, timed_as or label))
 
-    stock = session.config.model.partition == "roll_first"
-    add("dense (timm)" if stock else "dense (timm's code, padded first)", model, space.dense)
+    timm = DENSE if session.config.model.partition == "roll_first" else "dense (timm's code, padded first)"
+    add(timm, model, space.dense)
     add("dense, our kernels", model, space.dense, exact=False)
+    if session.config.run.dense_baseline:
+        longer, seconds["dense baseline"] = train_dense_baseline(session)
+        load_state(model, longer.state_dict, "weights of the dense baseline")
+        add(TRAINED_AS_LONG, model, space.dense, timed_as=timm)
     folder = open_rival(session, winner)
     size = equal_size(session, folder, model, winner, partial(_measure, session, rounds=10))
-    rival = session.model(data.categories, dense)
-    set_image_size(rival, size)
-    scale = Scale(session.img_size, size, patch_size(rival)[0])
-    seconds["rival"] = train_smaller_rival(session, folder, rival, dense, scale).seconds
-    add(f"dense at {size_text(size)}, our kernels", rival.eval(), space.dense, size, exact=False)
+    if size is not None:
+        rival = session.model(data.categories, dense)
+        set_image_size(rival, size)
+        scale = Scale(session.img_size, size, size_step(session, rival))
+        seconds["rival"] = train_smaller_rival(session, folder, rival, dense, scale).seconds
+        add(f"dense at {size_text(size)}, our kernels", rival.eval(), space.dense, size, exact=False)
     load_state(model, adapted.state_dict, "weights of adapt")
     for config in _uniform_rivals(session, space, model, winner):
         add(f"uniform {config.ratios[0][0]:g}", model, config)
@@ -220,7 +247,7 @@ def _uniform_rivals(
     session: Session, space: SearchSpace, model: nn.Module, winner: SparsityConfig
 ) -> list[SparsityConfig]:
     """The two uniform ratios whose multiply-adds stand next to the winner's, above and below."""
-    macs = macs_cost(session.workload(model))
+    macs = macs_cost(session.workload(model, scope=session.task.scopes(model)[0]))
     uniform = [space.uniform(tenths / 10) for tenths in range(1, space.max_tenths + 1)]
     above = [config for config in uniform if macs(config) >= macs(winner)]
     below = [config for config in uniform if macs(config) < macs(winner)]
@@ -244,29 +271,17 @@ def _measure(
 def _summary(
     session: Session, folder: RunFolder, contenders: list[_Contender], seconds: Mapping[str, float]
 ) -> PipelineSummary:
-    """Measure all contenders in one interleaved run, dense first: it is the reference."""
-    section = session.config.search
-    models = {c.model: session.workload(c.model, c.size, section.batch_size, section.precision) for c in contenders}
-    macs = {model: macs_cost(workload) for model, workload in models.items()}
-
-    def call(contender: _Contender) -> object:
-        workload = models[contender.model]
-        set_sparsity(workload.model, contender.config, exact=contender.exact)
-        return workload.run()
-
-    latencies = _measure(
-        session, {c.label: partial(call, c) for c in contenders},
-        patience=Patience(session.config.clock.wait, session.config.clock.max_neighbour),
-    )  # fmt: skip
-    reference = latencies[contenders[0].label]
+    """Measure all contenders, dense first: it is the reference. Each scope is one interleaved run."""
+    scopes = session.task.scopes(contenders[0].model)
+    measured = {scope: _costs(session, contenders, scope) for scope in scopes}
     rows = [
         PipelineRow(
             label=contender.label,
             ratios=contender.config.ratios,
             image_size=contender.size,
             score=contender.score.value,
-            gmacs=macs[contender.model](contender.config) / 1e9,
-            **_facts(latencies[contender.label], reference),
+            **asdict(measured["model"].costs[contender.label]),
+            backbone=measured["backbone"].costs[contender.label] if "backbone" in measured else None,
         )
         for contender in contenders
     ]
@@ -282,12 +297,46 @@ def _summary(
         folder, session.task.metric, session.task.about(), session.config.search.batch_size,
         contenders[0].score.count, tuple(rows), seconds,
         tuple(str(path) for path in written if path.exists() or path == folder.result), session.environment,
-        next((latency.unsteady for latency in latencies.values() if latency.unsteady), None),
+        next((found.unsteady for found in measured.values() if found.unsteady), None),
         bool((session.earlier("search").read_result() or {}).get("without_clock")),
     )  # fmt: skip
     folder.set_aside(["metrics.json"], session.reporter)
     folder.write_result(summary.document())
     return summary
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Costs by label at one scope, and why some latencies are missing (None: all are steady)."""
+
+    costs: Mapping[str, ScopeCost]
+    unsteady: str | None
+
+
+def _costs(session: Session, contenders: Sequence[_Contender], scope: Scope) -> _Measured:
+    section = session.config.search
+    workloads = {
+        c.model: session.workload(c.model, c.size, section.batch_size, section.precision, scope) for c in contenders
+    }
+    macs = {model: macs_cost(workload) for model, workload in workloads.items()}
+
+    def call(contender: _Contender) -> object:
+        workload = workloads[contender.model]
+        set_sparsity(workload.model, contender.config, exact=contender.exact)
+        return workload.run()
+
+    latencies = _measure(
+        session, {c.label: partial(call, c) for c in contenders if c.timed_as == c.label},
+        patience=Patience(session.config.clock.wait, session.config.clock.max_neighbour),
+    )  # fmt: skip
+    reference = latencies[contenders[0].label]
+    return _Measured(
+        {
+            c.label: ScopeCost(gmacs=macs[c.model](c.config) / 1e9, **_facts(latencies[c.timed_as], reference))
+            for c in contenders
+        },
+        next((latency.unsteady for latency in latencies.values() if latency.unsteady), None),
+    )
 
 
 def _facts(latency: Latency, reference: Latency) -> dict[str, float | None]:

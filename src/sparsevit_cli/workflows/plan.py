@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import operator
 import time
+from functools import reduce
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from sparsevit_cli.config.experiment import LoopSection
+from sparsevit_cli.data.loader import train_batches
 from sparsevit_cli.profiling.device import synchronize
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, trained_in
 from sparsevit_cli.profiling.latency_table import measure_configs
-from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.training import plan_training
 
 from .profile import ProfileTarget, profile_target
+from .scopes import BACKBONE, gmacs_of
 from .session import Session
 
 OPTIMIZER_COPIES = 3
@@ -46,6 +48,9 @@ def plan_lines(
     for name, section in trainings.items():
         if command in (name, "run"):
             lines += plan.training_lines(name, section)
+    if command == "run" and session.config.run.dense_baseline:
+        for name in ("adapt", "finetune"):
+            lines += plan.training_lines(f"dense_{name}", trainings[name])
     if command in ("search", "run"):
         lines += plan.search_lines()
     if command in ("evaluate", "run"):
@@ -72,13 +77,19 @@ class _Plan:
         """Data, model, space."""
         config = self.session.config
         space = self.session.space(self.model, config.search.max_ratio)
-        macs = macs_cost(self.session.workload(self.model))
+        gmacs = gmacs_of(self.session, self.model)
+        dense, sparsest = gmacs(space.dense), gmacs(space.sparsest)
+        of_backbone = (
+            [f"of these in the backbone: {dense[BACKBONE]:.3f} G dense, {sparsest[BACKBONE]:.3f} G sparsest"]
+            if BACKBONE in dense
+            else []
+        )
         return [
             *(f"{name}: {value}" for name, value in self.data.describe()),
             f"model: {config.model.name}, {self.parameters / 1e6:.2f} M parameters, "
             f"depths {list(model_depths(self.model))}",
-            f"multiply-adds per image: {macs(space.dense) / 1e9:.3f} G dense, {macs(space.sparsest) / 1e9:.3f} G "
-            "sparsest",
+            f"multiply-adds per image: {dense['gmacs']:.3f} G dense, {sparsest['gmacs']:.3f} G sparsest",
+            *of_backbone,
             f"configurations: {space.size}",
         ]
 
@@ -118,20 +129,25 @@ class _Plan:
 
     def _step_seconds(self, section: LoopSection) -> float:
         """Seconds of one dense step, forward and backward, in the precision of the training; the best of a few."""
-        device = self.session.device
+        session, device = self.session, self.session.device
         precision = trained_in(section.precision, device)
-        workload = self.session.workload(self.model, batch_size=section.batch_size)
+        source = session.task.training_source(self.data, section)
+        batch = next(train_batches(source, batch_size=section.batch_size, seed=session.config.seed, epoch=0)).to(device)
         set_sparsity(self.model, 0.0)
+        self.model.train()  # some models compute a loss in training alone
         best = float("inf")
         for _ in range(TIMED_STEPS):
             synchronize(device)
             began = time.perf_counter()
-            with torch.autocast(device.type, TORCH_DTYPE[precision], enabled=precision != "fp32"):
-                loss = sum(leaf.float().sum() for leaf in tree_leaves(workload.run()))
-            loss.backward()
+            for part in batch.parts(-(-len(batch) // section.accumulation)):
+                with torch.autocast(device.type, TORCH_DTYPE[precision], enabled=precision != "fp32"):
+                    losses = session.task.loss(self.model, part, section, None)
+                    loss = reduce(operator.add, losses.values())
+                loss.backward()
             synchronize(device)
             best = min(best, time.perf_counter() - began)
         self.model.zero_grad(set_to_none=True)
+        self.model.eval()
         return best
 
 

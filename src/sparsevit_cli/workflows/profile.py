@@ -6,11 +6,11 @@ import copy
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from sparsevit_cli import kernels
 from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.atomic import write_atomic, write_json
-from sparsevit_cli.config.experiment import ExperimentConfig
+from sparsevit_cli.config.experiment import ExperimentConfig, Scope
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.data.source import Categories
 from sparsevit_cli.errors import ConfigError
@@ -29,19 +29,31 @@ from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import flopcounter_macs, macs_cost, traced_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
 from sparsevit_cli.profiling.neighbours import Disturbed, Vigil
-from sparsevit_cli.profiling.stages import StageTimes, time_stages
+from sparsevit_cli.profiling.stages import PartTimes, StageTimes, time_parts, time_stages
+from sparsevit_cli.profiling.workload import Workload
 from sparsevit_cli.reporting import optional_output
+from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sizes import Size, as_pair, size_text
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity
 from sparsevit_cli.tasks.task import BuildOptions
 
-from .pages import layers_csv, profile_page
-from .profile_report import DENSE, LABELS, OURS_DENSE, OURS_SPARSE, Kind, ProfileReport, ProfileRow
+from .pages import layers_csv, parts_csv, profile_page
+from .profile_report import (
+    DENSE,
+    LABELS,
+    OURS_DENSE,
+    OURS_SPARSE,
+    Kind,
+    PartCost,
+    PartCosts,
+    ProfileReport,
+    ProfileRow,
+)
 from .ratios import ratios_to_profile
 from .session import Session
 
-FILES = ("profile.json", "profile.html", "samples.npz", "layers.csv", "metrics.json")
+FILES = ("profile.json", "profile.html", "samples.npz", "layers.csv", "parts.csv", "metrics.json")
 """What one profile writes; an earlier one's are set aside."""
 MACS_TOLERANCE = 0.005
 """Share by which the three counters may differ before a warning is given."""
@@ -81,17 +93,14 @@ def profile_model(
     Weights do not matter to the clock: the architecture is built with random ones. Rows that stay unsteady are marked.
     Raises CheckpointError where there is no winner and no ratios are given.
     """
-    if session.config.profile.mode == "graph" and session.device.type != "cuda":
-        got = f"graph, but {session.device} has no CUDA graphs"
-        raise ConfigError("profile.mode", got, "Choose eager or compile, or give --device cuda.")
     target = profile_target(session, model=model, img_size=img_size, ratios=ratios)
     session, sizes, config = target.session, target.sizes, target.config
     section = session.config.profile
-    folder = session.folder("profile")
-    tell_of_timm(session, "profile")
+    folder: RunFolder | None = None
     rows: list[ProfileRow] = []
     samples: dict[str, tuple[float, ...]] = {}
     stages: dict[str, StageTimes] = {}
+    parts: PartCosts | None = None
     macs_check: dict[str, float] = {}
     with (
         threads_set(section.threads),
@@ -99,17 +108,32 @@ def profile_model(
     ):
         for size in sizes:
             models = _models(session, size, config)
-            if not macs_check:
-                macs_check = _macs_check(session, models[OURS_SPARSE], size)
+            scopes = session.task.scopes(models[DENSE])
+            if folder is None:
+                _check_mode(session, scopes)
+                folder = session.folder("profile")
+                tell_of_timm(session, "profile")
+                macs_check = _macs_check(session, models[OURS_SPARSE], size, scopes[0])
             for batch in section.batch_sizes:
-                cell, latencies = _cell(session, models, config, size, batch)
-                rows += cell
-                samples |= {f"{LABELS[kind]} b{batch} {size_text(size)}": x.samples_ms for kind, x in latencies.items()}
-                if not stages and latencies[DENSE].stable and latencies[OURS_SPARSE].stable:
-                    stages = _stage_times(session, models, size, batch, latencies)
+                cells = {scope: _measured(session, models, size, batch, scope) for scope in scopes}
+                for scope, cell in cells.items():
+                    rows += _rows(session, cell, config)
+                    told = f"{scope}, " if len(scopes) > 1 else ""
+                    samples |= {
+                        f"{told}{LABELS[kind]} b{batch} {size_text(size)}": latency.samples_ms
+                        for kind, latency in cell.latencies.items()
+                    }
+                if not stages:
+                    stages = _stage_times(session, cells[scopes[0]])
+                if len(scopes) > 1 and (parts is None or parts.rows[0].dense_ms is None):
+                    parts = _part_costs(session, cells["model"])
                 bar.advance()
         clock = session.config.clock.model_dump(mode="json")
         settings = {**section.model_dump(mode="json"), "threads": torch.get_num_threads(), "clock": clock}
+    assert folder is not None, "there is a size"
+    about = session.task.about()
+    if parts is not None:
+        del about["scope"]  # each row says its own
     report = ProfileReport(
         folder,
         session.config.model.name,
@@ -119,7 +143,8 @@ def profile_model(
         macs_check,
         session.environment,
         settings,
-        session.task.about(),
+        about,
+        parts,
     )
     folder.set_aside(FILES, session.reporter)
     write_json(folder.path / "profile.json", report.document())
@@ -140,6 +165,9 @@ def profile_model(
         write_atomic(folder.path / "samples.npz", packed.getvalue())
     with optional_output(session.reporter, "layers.csv"):
         write_atomic(folder.path / "layers.csv", layers_csv(stages))
+    if parts is not None:
+        with optional_output(session.reporter, "parts.csv"):
+            write_atomic(folder.path / "parts.csv", parts_csv(parts))
     with optional_output(session.reporter, "profile.html"):
         write_atomic(folder.path / "profile.html", profile_page(report))
     return report
@@ -152,6 +180,18 @@ def tell_of_timm(session: Session, command: str) -> None:
             f"{command}: rows called timm are timm as it is, which rolls before it pads; model.partition is "
             f"{session.config.model.partition}. Their latency compares with ours, their outputs differ"
         )
+
+
+def _check_mode(session: Session, scopes: Sequence[Scope]) -> None:
+    """Raises ConfigError where CUDA graphs are asked for and cannot be had."""
+    if session.config.profile.mode != "graph":
+        return
+    if session.device.type != "cuda":
+        got = f"graph, but {session.device} has no CUDA graphs"
+        raise ConfigError("profile.mode", got, "Choose eager or compile, or give --device cuda.")
+    if len(scopes) > 1:
+        got = f"graph, but what {session.task.name} has around its backbone cannot be captured as a whole"
+        raise ConfigError("profile.mode", got, "Choose eager or compile.")
 
 
 def profile_settings(session: Session) -> str:
@@ -204,20 +244,32 @@ def _models(session: Session, size: Size, config: SparsityConfig) -> dict[Kind, 
     return {DENSE: dense, OURS_DENSE: ours_dense, OURS_SPARSE: ours_sparse}
 
 
-def _cell(
-    session: Session, models: Mapping[Kind, nn.Module], config: SparsityConfig, size: Size, batch: int
-) -> tuple[list[ProfileRow], dict[Kind, Latency]]:
+@dataclass(frozen=True)
+class _Cell:
+    """The three rivals at one batch, size and scope, measured in turns. `workloads` are eager, `counted` one image."""
+
+    workloads: Mapping[Kind, Workload]
+    counted: Mapping[Kind, Workload]
+    latencies: Mapping[Kind, Latency]
+
+    @property
+    def compares(self) -> bool:
+        """True where the times of the dense and of the sparse model are facts."""
+        return self.latencies[DENSE].stable and self.latencies[OURS_SPARSE].stable
+
+
+def _measured(session: Session, models: Mapping[Kind, nn.Module], size: Size, batch: int, scope: Scope) -> _Cell:
     section = session.config.profile
-    workload = session.workload(models[DENSE], size, batch, section.precision)
-    runnable: dict[Kind, Any] = dict(models)
+    workloads = {kind: session.workload(model, size, batch, section.precision, scope) for kind, model in models.items()}
+    runnable: dict[Kind, Any] = {kind: workload.model for kind, workload in workloads.items()}
     if section.mode == "compile":
         torch._dynamo.reset()  # each cell is compiled anew; past a limit torch would fall back to eager in silence
         session.reporter.say(f"profile: compiling at batch {batch}, {size_text(size)}")
-        runnable = {kind: torch.compile(model, dynamic=False) for kind, model in models.items()}
+        runnable = {kind: torch.compile(model, dynamic=False) for kind, model in runnable.items()}
     elif section.mode == "graph":
-        runnable = {kind: accelerate_(copy.deepcopy(model)) for kind, model in models.items()}
+        runnable = {kind: accelerate_(copy.deepcopy(model)) for kind, model in runnable.items()}
     by_label = measure_interleaved(
-        {LABELS[kind]: workload.of(model).run for kind, model in runnable.items()},
+        {LABELS[kind]: workloads[kind].of(model).run for kind, model in runnable.items()},
         device=session.device,
         seconds=section.seconds,
         rounds=section.rounds,
@@ -226,43 +278,55 @@ def _cell(
         strict=False,
         retries=session.config.clock.retries,
         patience=session.patience,
-        before_round=partial(session.stop.check, "profile", "nothing of this profile is saved"),
+        before_round=_check(session),
     )
-    latencies = {kind: by_label[LABELS[kind]] for kind in models}
-    rows = []
-    for kind, model in models.items():
-        latency = latencies[kind]
+    counted = {kind: session.workload(model, size, scope=scope) for kind, model in models.items()}
+    return _Cell(workloads, counted, {kind: by_label[LABELS[kind]] for kind in models})
+
+
+def _check(session: Session) -> Callable[[], None]:
+    return partial(session.stop.check, "profile", "nothing of this profile is saved")
+
+
+def _rows(session: Session, cell: _Cell, config: SparsityConfig) -> list[ProfileRow]:
+    section, rows = session.config.profile, []
+    for kind, workload in cell.workloads.items():
+        latency, size = cell.latencies[kind], workload.image_size
         rows.append(
             ProfileRow(
                 kind=kind,
                 label=LABELS[kind],
+                scope=workload.scope,
                 ratios=None if kind == DENSE else (config if kind == OURS_SPARSE else _dense_of(config)).ratios,
-                batch=batch,
+                batch=workload.batch,
                 image_size=size,
                 dtype=section.precision,
                 mode=section.mode,
-                gmacs=traced_macs(session.workload(model, size)).gmacs,
+                gmacs=flopcounter_macs(cell.counted[kind]).gmacs,
                 **latency.as_row(),
-                throughput=1000 * batch / latency.median_ms,
-                peak_memory_mb=peak_memory_mb(workload.of(model)),
-                parameters=sum(parameter.numel() for parameter in model.parameters()),
+                throughput=1000 * workload.batch / latency.median_ms,
+                peak_memory_mb=peak_memory_mb(workload),
+                parameters=sum(parameter.numel() for parameter in workload.model.parameters()),
                 rounds=latency.rounds,
                 outliers=latency.outliers,
                 stable=latency.stable,
                 unsteady=latency.unsteady,
-                compares=latency.stable and latencies[DENSE].stable,
+                compares=latency.stable and cell.latencies[DENSE].stable,
             )
         )
-    return rows, latencies
+    return rows
 
 
 def _dense_of(config: SparsityConfig) -> SparsityConfig:
     return SparsityConfig(tuple((0,) * pairs for pairs in config.pairs))
 
 
-def _macs_check(session: Session, model: nn.Module, size: Size) -> dict[str, float]:
-    """The sparse model counted three ways; a difference is told, never averaged away."""
-    workload = session.workload(model, size)
+def _macs_check(session: Session, model: nn.Module, size: Size, scope: Scope) -> dict[str, float]:
+    """The sparse model counted three ways; a difference is told, never averaged away.
+
+    Where modules stand around the backbone, the backbone alone: fvcore traces no model whose inputs steer it.
+    """
+    workload = session.workload(model, size, scope=scope)
     traced, analytic = traced_macs(workload), macs_cost(workload)(get_sparsity(model))
     counts = {"fvcore": traced.gmacs, "analytic": analytic / 1e9, "torch": flopcounter_macs(workload).gmacs}
     if max(counts.values()) - min(counts.values()) > MACS_TOLERANCE * counts["fvcore"]:
@@ -272,24 +336,57 @@ def _macs_check(session: Session, model: nn.Module, size: Size) -> dict[str, flo
     return counts
 
 
-def _stage_times(
-    session: Session, models: Mapping[Kind, nn.Module], size: Size, batch: int, latencies: Mapping[Kind, Latency]
-) -> dict[str, StageTimes]:
-    """Where the time goes, dense and sparse, in instrumented passes scaled to the measured latency."""
-    workload = session.workload(models[DENSE], size, batch, session.config.profile.precision)
-    check = partial(session.stop.check, "profile", "nothing of this profile is saved")
+T = TypeVar("T")
 
-    def times_of(kind: Kind) -> StageTimes:
-        def take() -> StageTimes:
-            return time_stages(workload.of(models[kind]), total_ms=latencies[kind].median_ms)
 
-        return Vigil(session.patience, session.device, check).collect(take, bool)[0]
-
-    try:
-        return {LABELS[kind]: times_of(kind) for kind in (DENSE, OURS_SPARSE)}
-    except Disturbed as neighbour:
-        session.reporter.warn(f"times per stage are left out: {neighbour}")
+def _dense_and_sparse(session: Session, cell: _Cell, take: Callable[[Workload, float], T]) -> dict[Kind, T]:
+    """What `take` finds in marked passes of both, given their latency; nothing where neighbours do not let it."""
+    if not cell.compares:
         return {}
+    try:
+        return {
+            kind: Vigil(session.patience, session.device, _check(session)).collect(
+                partial(take, cell.workloads[kind], cell.latencies[kind].median_ms), bool
+            )[0]
+            for kind in (DENSE, OURS_SPARSE)
+        }
+    except Disturbed as neighbour:
+        session.reporter.warn(f"times per stage and part are left out: {neighbour}")
+        return {}
+
+
+def _stage_times(session: Session, cell: _Cell) -> dict[str, StageTimes]:
+    """Where the time of the Swin goes, in marked passes scaled to the measured latency."""
+    found = _dense_and_sparse(session, cell, lambda workload, ms: time_stages(workload, total_ms=ms))
+    return {LABELS[kind]: times for kind, times in found.items()}
+
+
+def _part_costs(session: Session, cell: _Cell) -> PartCosts:
+    """Where the time and the multiply-adds of the whole model go."""
+
+    def take(workload: Workload, ms: float) -> PartTimes:
+        return time_parts(workload, session.parts(workload.model), total_ms=ms)
+
+    times = _dense_and_sparse(session, cell, take)
+    macs = {}
+    for kind in (DENSE, OURS_SPARSE):
+        workload = cell.counted[kind]
+        report = flopcounter_macs(workload, session.parts(workload.model))
+        if report.uncounted:
+            session.reporter.warn(f"operators without a multiply-add count: {dict(report.uncounted)}")
+        macs[kind] = report.parts
+    rows = [
+        PartCost(
+            name,
+            times[DENSE].ms[name] if times else None,
+            times[OURS_SPARSE].ms[name] if times else None,
+            macs[DENSE][name] / 1e9,
+            macs[OURS_SPARSE][name] / 1e9,
+        )
+        for name in macs[DENSE]
+    ]
+    workload = cell.workloads[DENSE]
+    return PartCosts(workload.batch, workload.image_size, tuple(rows))
 
 
 @contextmanager

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.profiling.neighbours import unsteady
+from sparsevit_cli.profiling.parts import REST
 from sparsevit_cli.profiling.stages import StageTimes
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sizes import Size
 from sparsevit_cli.sparsity import SparsityConfig
+
+from .rows import MeasuredRow
 
 Kind = Literal["dense", "ours dense", "ours sparse"]
 DENSE: Kind = "dense"
@@ -20,38 +24,20 @@ LABELS: Mapping[Kind, str] = {DENSE: "dense (timm)", OURS_DENSE: "ours at ratio 
 """How rows are called on the terminal and in files."""
 
 
-@dataclass(frozen=True)
-class ProfileRow:
-    """One measured cell. Latency is milliseconds per batch: median and 95 % interval; speed-up is against dense.
+@dataclass(frozen=True, kw_only=True)
+class ProfileRow(MeasuredRow):
+    """One measured cell; `kind` is a Kind, and the speed-up is against dense at the same scope.
 
     Peak memory is that of plain PyTorch in every mode.
     """
 
-    kind: Kind
-    label: str
-    ratios: tuple[tuple[float, ...], ...] | None
-    batch: int
-    image_size: Size
-    dtype: str
     mode: str
-    gmacs: float
-    latency_ms: float
-    latency_ms_low: float
-    latency_ms_high: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
     throughput: float
     """Images per second."""
     peak_memory_mb: float
     parameters: int
     rounds: int
     outliers: int
-    stable: bool
-    unsteady: str
-    """Why the latency is not to be relied on; nothing where it is."""
-    compares: bool
-    """True where this row and the dense one are steady: then the speed-up is a fact."""
 
     @property
     def losing(self) -> bool:
@@ -60,8 +46,44 @@ class ProfileRow:
 
 
 @dataclass(frozen=True)
+class PartCost:
+    """What one part of a model around a Swin takes, dense and sparse: milliseconds per batch, multiply-adds per image.
+
+    Times are None where latencies were not steady.
+    """
+
+    name: str
+    dense_ms: float | None
+    sparse_ms: float | None
+    dense_gmacs: float
+    sparse_gmacs: float
+
+
+@dataclass(frozen=True)
+class PartCosts:
+    """The parts of a model and the rest of it, in the order of its forward pass, at one batch and image size."""
+
+    batch: int
+    image_size: Size
+    rows: tuple[PartCost, ...]
+
+    def told(self) -> str:
+        """Which part of the sparse model costs most, in one sentence."""
+        by_time = all(row.sparse_ms is not None for row in self.rows)
+        costs = {row.name: (row.sparse_ms or 0.0) if by_time else row.sparse_gmacs for row in self.rows}
+        name = max(costs, key=lambda each: costs[each])
+        share = costs[name] / (sum(costs.values()) or 1)
+        what = "What runs in no part" if name == REST else f"The {name}"
+        return f"{what} now costs most: {share:.0%} of the {'time' if by_time else 'multiply-adds'}"
+
+
+@dataclass(frozen=True)
 class ProfileReport:
-    """All cells, and where the time of the first one goes."""
+    """All cells, and where the time of the first one goes.
+
+    `stages` are those of the backbone. `parts` are there if the model has modules around its backbone; then there are
+    rows of both scopes.
+    """
 
     folder: RunFolder
     model: str
@@ -72,13 +94,20 @@ class ProfileReport:
     environment: Mapping[str, object]
     settings: Mapping[str, object]
     about: Mapping[str, str]
+    parts: PartCosts | None = None
 
     def refuse_unsteady(self) -> None:
         """As the function of that name."""
         refuse_unsteady({f"{row.label}, batch {row.batch}": row.unsteady for row in self.rows})
 
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        """The scopes of the rows."""
+        return tuple(dict.fromkeys(row.scope for row in self.rows))
+
     def document(self) -> dict[str, object]:
         """The JSON document of `sparsevit profile --json`."""
+        parts = {} if self.parts is None else {"parts": {**asdict(self.parts), "told": self.parts.told()}}
         return {
             "schema_version": 2,
             **self.about,
@@ -87,6 +116,7 @@ class ProfileReport:
             "settings": self.settings,
             "rows": [asdict(row) for row in self.rows],
             "stages": {label: asdict(times) for label, times in self.stages.items()},
+            **parts,
             "gmacs_by_counter": self.macs_check,
         }
 

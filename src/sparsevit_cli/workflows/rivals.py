@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from sparsevit_cli import kernels
 from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.atomic import write_json
+from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.profiling.device import device_identity
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
-from sparsevit_cli.profiling.macs import padding_macs, traced_macs
+from sparsevit_cli.profiling.macs import flopcounter_macs, padding_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
 from sparsevit_cli.profiling.rivals import Memory, dense_variants, foreseen, frozen_variant, oracle
 from sparsevit_cli.profiling.roofline import known_peak, roofline_ms
@@ -32,6 +33,7 @@ from sparsevit_cli.swin.fused import has_fused_attention, with_fused_attention
 from .plots import plot_rivals
 from .profile import built, profile_target, tell_of_timm, threads_set
 from .profile_report import refuse_unsteady
+from .rows import MeasuredRow
 from .session import Session
 
 PUBLISHED: Mapping[str, Ratios] = {
@@ -47,34 +49,17 @@ SMALLER_SHARES = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 """Sides tried for the dense model at a lower resolution, as shares of the full ones."""
 
 
-@dataclass(frozen=True)
-class RivalRow:
+@dataclass(frozen=True, kw_only=True)
+class RivalRow(MeasuredRow):
     """One contestant of one cell. `speedup` is the best dense timm's time over this one's, in the same rounds.
 
     `kind` is B1 (timm as installed), B2 (its variants), B2f (compiled and frozen), B0 (the authors' flow), B3 (dense at
     a lower resolution), ours or O (the oracle). `gmacs` are without padding where our kernels leave it out. `realised`
     is the share of latency saved over the share of multiply-adds saved, against our own dense; `tax` what the sparse
     model takes longer than its oracle; both from the same rounds, with 95 % intervals. `roofline` is the share of its
-    time that the device would need at best, where the device's peaks are known.
+    time that the device would need at best, where the device's peaks are known. It `compares` with all dense rows.
     """
 
-    label: str
-    kind: str
-    ratios: tuple[tuple[float, ...], ...] | None
-    batch: int
-    image_size: Size
-    dtype: str
-    gmacs: float
-    latency_ms: float
-    latency_ms_low: float
-    latency_ms_high: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-    stable: bool
-    unsteady: str = ""
-    compares: bool = True
-    """True where this row and all dense ones are steady: then the speed-up is a fact."""
     peak_memory_mb: float | None = None
     realised: float | None = None
     realised_low: float | None = None
@@ -98,7 +83,7 @@ class RivalCell:
 
 @dataclass(frozen=True)
 class RivalReport:
-    """The benchmark of one model."""
+    """The benchmark of one model, or of its backbone alone where that is a part of it: what our kernels compute."""
 
     folder: RunFolder
     model: str
@@ -118,6 +103,32 @@ class RivalReport:
         """As `profile.refuse_unsteady`."""
         rows = [row for cell in self.cells for row in cell.rows]
         refuse_unsteady({f"{row.label}, batch {row.batch}": row.unsteady for row in rows})
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What is measured in every cell: the backbone of the task's model, which is all of it where `scope` is model."""
+
+    session: Session
+    scope: Scope
+
+    def built(self, size: Size) -> nn.Module:
+        """Dense, on the session's device, in the precision of the profile."""
+        backbone = self.session.task.backbone(built(self.session, size))
+        return backbone.to(self.session.device, TORCH_DTYPE[self.session.config.profile.precision])
+
+    def timed(self, model: nn.Module, size: Size, batch: int) -> Workload:
+        """`model` in the precision of the profile."""
+        return self._workload(model, size, batch, self.session.config.profile.precision)
+
+    def counted(self, model: nn.Module, size: Size) -> Workload:
+        """`model` as it is, on one image."""
+        return self._workload(model, size, 1, None)
+
+    def _workload(self, model: nn.Module, size: Size, batch: int, precision: str | None) -> Workload:
+        if self.scope == "backbone":
+            return self.session.backbone_workload(model, size, batch, precision)
+        return self.session.workload(model, size, batch, precision)
 
 
 @dataclass(frozen=True)
@@ -145,11 +156,14 @@ def measure_rivals(
 ) -> RivalReport:
     """Measure every contestant at every batch and image size of the profile section. Needs neither data nor weights.
 
+    The contestants are of the backbone alone where a task's model has modules around it.
+
     `ratios` as typed are measured besides the published configurations and 60 % everywhere.
     """
     target = profile_target(session, model=model, img_size=img_size, ratios=ratios or "0.6")
     typed = {str(target.config): target.config} if ratios is not None else {}
     session = target.session
+    bench = _Bench(session, session.task.scopes(built(session, target.sizes[0]))[0])
     folder, section = session.folder("rivals"), session.config.profile
     tell_of_timm(session, "rivals")
     cells = []
@@ -157,7 +171,7 @@ def measure_rivals(
     with threads_set(section.threads), session.reporter.progress("rivals", total) as bar:
         for size in target.sizes:
             for batch in section.batch_sizes:
-                cells.append(_cell(session, size, batch, typed))
+                cells.append(_cell(bench, size, batch, typed))
                 bar.advance()
         threads = torch.get_num_threads()
     settings = {
@@ -165,9 +179,8 @@ def measure_rivals(
         "clock": session.config.clock.model_dump(mode="json"),
         "kernels": f"{kernels.running(session.config.kernels, session.device)}, {kernels.VERSION}",
     }  # fmt: skip
-    report = RivalReport(
-        folder, session.config.model.name, tuple(cells), session.environment, settings, session.task.about()
-    )
+    about = session.task.about(bench.scope)
+    report = RivalReport(folder, session.config.model.name, tuple(cells), session.environment, settings, about)
     folder.set_aside(["rivals.json", "rivals.png", "metrics.json"], session.reporter)
     write_json(folder.path / "rivals.json", report.document())
     folder.write_result({**report.about, "model": report.model, "best_dense": [cell.best_dense for cell in cells]})
@@ -175,10 +188,11 @@ def measure_rivals(
     return report
 
 
-def _cell(session: Session, size: Size, batch: int, typed: Mapping[str, SparsityConfig]) -> RivalCell:
+def _cell(bench: _Bench, size: Size, batch: int, typed: Mapping[str, SparsityConfig]) -> RivalCell:
+    session = bench.session
     section = session.config.profile
     torch._dynamo.reset()
-    contestants = _contestants(session, size, batch, typed)
+    contestants = _contestants(bench, size, batch, typed)
     session.reporter.say(f"rivals: {len(contestants)} contestants at batch {batch}, {size_text(size)}")
     latencies = measure_interleaved(
         {label: contestant.run for label, contestant in contestants.items()},
@@ -191,7 +205,7 @@ def _cell(session: Session, size: Size, batch: int, typed: Mapping[str, Sparsity
     best = min(dense, key=lambda label: latencies[label].median_ms)
     is_best = all(latencies[label].stable for label in dense)
     rows = {
-        label: _row(session, label, contestant, batch, latencies[label], latencies[best], is_best)
+        label: _row(bench, label, contestant, batch, latencies[label], latencies[best], is_best)
         for label, contestant in contestants.items()
     }
     return RivalCell(
@@ -199,13 +213,11 @@ def _cell(session: Session, size: Size, batch: int, typed: Mapping[str, Sparsity
     )
 
 
-def _contestants(
-    session: Session, size: Size, batch: int, typed: Mapping[str, SparsityConfig]
-) -> dict[str, _Contestant]:
+def _contestants(bench: _Bench, size: Size, batch: int, typed: Mapping[str, SparsityConfig]) -> dict[str, _Contestant]:
+    session = bench.session
     section = session.config.profile
-    dtype = TORCH_DTYPE[section.precision]
-    dense = built(session, size).to(session.device, dtype)
-    x = _workload(session, dense, size, batch).inputs
+    dense = bench.built(size)
+    x = bench.timed(dense, size, batch).inputs
     found: dict[str, _Contestant] = {}
     for number, variant in enumerate(dense_variants(dense, max_autotune=section.max_autotune)):
         kind, run = "B2" if number else "B1", partial(variant.run, x)
@@ -231,7 +243,7 @@ def _contestants(
         if theirs is not None:
             found[f"authors' flow, {label}"] = _Contestant("B0", partial(_fastest(theirs), x), theirs, config, size)
     middle = found["ours, config 2" if "config 2" in configs else "ours, 60% everywhere"]
-    found |= _smaller(session, size, batch, middle)
+    found |= _smaller(bench, size, batch, middle)
     return found
 
 
@@ -245,13 +257,13 @@ def _as_oracle(model: nn.Module, x: Tensor, memory: Memory) -> None:
         model(x)
 
 
-def _smaller(session: Session, size: Size, batch: int, ours: _Contestant) -> dict[str, _Contestant]:
+def _smaller(bench: _Bench, size: Size, batch: int, ours: _Contestant) -> dict[str, _Contestant]:
     """B3: the dense model, compiled and with fused attention, at the side that takes nearest to ours uncompiled."""
-    dtype = TORCH_DTYPE[session.config.profile.precision]
+    session = bench.session
     sides = {_rounded(size, share) for share in SMALLER_SHARES}
-    models = {s: with_fused_attention(built(session, s).to(session.device, dtype), fused=True) for s in sides}
+    models = {s: with_fused_attention(bench.built(s), fused=True) for s in sides}
     calls: dict[str, Any] = {"ours": ours.run}
-    calls |= {str(s): _workload(session, model, s, batch).of(_fastest(model)).run for s, model in models.items()}
+    calls |= {str(s): bench.timed(model, s, batch).of(_fastest(model)).run for s, model in models.items()}
     quick = measure_interleaved(
         calls, device=session.device, seconds=0.01, rounds=3, strict=False, retries=0, max_spread=1.0,
         patience=session.patience, before_round=partial(session.stop.check, "rivals", "nothing is measured yet"),
@@ -259,10 +271,10 @@ def _smaller(session: Session, size: Size, batch: int, ours: _Contestant) -> dic
     costs = {name: latency.median_ms for name, latency in quick.items()}
     if not all(latency.stable for latency in quick.values()):
         session.reporter.warn("the smaller dense model is chosen by multiply-adds: latencies are not steady")
-        costs = {str(s): traced_macs(session.workload(model, s)).gmacs for s, model in models.items()}
-        costs["ours"] = traced_macs(session.workload(ours.model, size)).gmacs
+        costs = {str(s): flopcounter_macs(bench.counted(model, s)).gmacs for s, model in models.items()}
+        costs["ours"] = flopcounter_macs(bench.counted(ours.model, size)).gmacs
     nearest = min(sides, key=lambda s: abs(costs[str(s)] - costs["ours"]))
-    model, x = models[nearest], _workload(session, models[nearest], nearest, batch).inputs
+    model, x = models[nearest], bench.timed(models[nearest], nearest, batch).inputs
     fused = ", fused" if has_fused_attention(model) else ""
     label = f"timm at {size_text(nearest)}{fused}"
     compiled: Any = torch.compile(
@@ -279,23 +291,20 @@ def _rounded(size: Size, share: float, multiple: int = 32) -> Size:
     return height, width
 
 
-def _workload(session: Session, model: nn.Module, size: Size, batch: int) -> Workload:
-    return session.workload(model, size, batch, session.config.profile.precision)
-
-
 def _row(
-    session: Session, label: str, contestant: _Contestant, batch: int, latency: Latency, best: Latency, is_best: bool
+    bench: _Bench, label: str, contestant: _Contestant, batch: int, latency: Latency, best: Latency, is_best: bool
 ) -> RivalRow:
-    workload = _workload(session, contestant.model, contestant.size, batch)
+    session, workload = bench.session, bench.timed(contestant.model, contestant.size, batch)
     precision = session.config.profile.precision
     device_peak = known_peak(str(device_identity(session.device).get("name")), precision)
     least_ms = None if device_peak is None else roofline_ms(workload, device_peak, precision)
     ours = contestant.kind in ("ours", "O")
     padding = padding_macs(workload) if ours else 0
-    gmacs = traced_macs(session.workload(contestant.model, contestant.size)).gmacs - padding / 1e9
+    gmacs = flopcounter_macs(bench.counted(contestant.model, contestant.size)).gmacs - padding / 1e9
     return RivalRow(
         label=label,
         kind=contestant.kind,
+        scope=bench.scope,
         ratios=None if contestant.config is None else contestant.config.ratios,
         batch=batch,
         image_size=contestant.size,

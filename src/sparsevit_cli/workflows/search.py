@@ -7,11 +7,12 @@ import io
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
 from sparsevit_cli.atomic import write_atomic
+from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.data.source import Data
 from sparsevit_cli.data.splits import fixed_subset
@@ -20,12 +21,14 @@ from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.reporting import optional_output
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.search.budget import (
+    COST_NAME,
     Budget,
     BudgetRequest,
     Cost,
     Feasibility,
     check_reachable,
     format_cost,
+    of_scope,
     parse_budgets,
 )
 from sparsevit_cli.search.correlation import spearman
@@ -88,6 +91,11 @@ class SearchSummary:
     proxy_correlation: float | None
     note: str
 
+    @property
+    def scope(self) -> Scope | None:
+        """What costs are of, if the model has more than one scope."""
+        return self.feasibility[0].scope
+
 
 @dataclass(frozen=True)
 class _Costs:
@@ -108,8 +116,6 @@ def search(session: Session, *, without_clock: bool = False) -> SearchSummary:
     to search with.
     """
     requests = budget_requests(session)
-    if without_clock:
-        requests = tuple(request for request in requests if request.metric == "macs")
     weights = trained_weights(session, "adapt", "sparsevit search")
     data = session.data(weights)
     if data.fingerprint != weights.result.get("data_fingerprint"):
@@ -121,11 +127,15 @@ def search(session: Session, *, without_clock: bool = False) -> SearchSummary:
             f"{session.config.adapt.max_ratio:g}: weights were not adapted to all that is searched"
         )
     model = session.model(weights.categories, weights).eval()
+    scope = named_scope(session, model)
+    requests = tuple(
+        replace(request, scope=scope) for request in requests if request.metric == "macs" or not without_clock
+    )
     subset = _subset(session, len(data.search))
     folder = session.folder("search")
     samples = "all" if subset is None else f"{len(subset)} of seed {session.config.seed}"
-    scope = LedgerScope(weights.sha256, data.fingerprint, _ledger_settings(session, samples))
-    with Ledger.open(folder.path / "ledger.sqlite", scope) as ledger:
+    valid_for = LedgerScope(weights.sha256, data.fingerprint, _ledger_settings(session, samples))
+    with Ledger.open(folder.path / "ledger.sqlite", valid_for) as ledger:
         work = _Search(session, folder, data, model, weights, subset, ledger, without_clock)
         costs = work.costs(requests)
         result = work.run(costs)
@@ -139,12 +149,25 @@ def _ledger_settings(session: Session, samples: str) -> str:
 
 
 def budget_requests(session: Session) -> tuple[BudgetRequest, ...]:
+    """The budgets of the configuration. Raises ConfigError where there is none."""
     section = session.config.search
     requests = parse_budgets(section.budget_latency, section.budget_macs)
     if not requests:
         got = "neither search.budget_latency nor search.budget_macs is set"
         raise ConfigError("search", got, "Give --budget-latency 50ms or 70%, or --budget-macs 3G or 60%.")
     return requests
+
+
+def named_scope(session: Session, model: nn.Module) -> Scope | None:
+    """What the costs of a search are of; None where `model` has one scope, so that there is nothing to tell apart.
+
+    Raises ConfigError for a scope that it does not have.
+    """
+    wanted, scopes = session.config.search.scope, session.task.scopes(model)
+    if wanted not in scopes:
+        got = f"{wanted}, but nothing stands around the Swin in a model of task {session.task.name}"
+        raise ConfigError("search.scope", got, "Set it to model.")
+    return wanted if len(scopes) > 1 else None
 
 
 def is_searched(session: Session) -> bool:
@@ -189,7 +212,7 @@ class _Search:
         self.subset, self.ledger = subset, ledger
         self.section = session.config.search
         self.space = session.space(model, self.section.max_ratio)
-        self.macs = macs_cost(session.workload(model))
+        self.macs = macs_cost(session.workload(model, scope=self.section.scope))
         self.latencies = SearchLatencies(session, folder, model, self.space, ledger)
 
     def score(self, config: SparsityConfig, subset: Sequence[int] | None) -> float:
@@ -213,7 +236,7 @@ class _Search:
         def row_of(request: BudgetRequest, cost: Cost) -> Feasibility:
             dense, middle, sparsest = map(cost, corners)
             budget = request.resolve(dense)
-            return Feasibility(dense, middle, sparsest, budget.limit, budget.metric)
+            return Feasibility(dense, middle, sparsest, budget.limit, budget.metric, budget.scope)
 
         by_macs = [request for request in requests if request.metric == "macs"]  # known without a measurement
         self._refuse_unreachable([row_of(request, self.macs) for request in by_macs], by_macs)
@@ -224,7 +247,7 @@ class _Search:
         self._refuse_unreachable(feasibility, requests)
         self._tell(feasibility, requests)
         for row in feasibility:
-            budget = Budget(row.limit, row.metric)
+            budget = row.budget
             if row.metric == "macs":
                 constraints.append((self.macs, budget))
                 continue
@@ -237,20 +260,20 @@ class _Search:
         if not all(row.reachable for row in feasibility):
             self._tell(feasibility, requests)
         for row in feasibility:
-            check_reachable(Budget(row.limit, row.metric), row.dense, row.sparsest)
+            check_reachable(row.budget, row.dense, row.sparsest)
 
     def _with_margin(self, budget: Budget, table: LatencyTable, row: Feasibility) -> Budget:
         """The budget less the share kept free for errors of the table; dense is in or out as it was measured."""
         if row.dense_fits:
-            return Budget(max(budget.limit, table.predict(self.space.dense)), "latency_ms")
+            return replace(budget, limit=max(budget.limit, table.predict(self.space.dense)))
         dense, cheapest = table.predict(self.space.dense), table.predict(self.space.sparsest)
         below_dense = min(budget.limit * (1 - self.section.margin), math.nextafter(dense, 0))
-        return Budget(max(below_dense, cheapest), "latency_ms")
+        return replace(budget, limit=max(below_dense, cheapest))
 
     def _tell(self, feasibility: Sequence[Feasibility], requests: Sequence[BudgetRequest]) -> None:
         rows = [
             (
-                "latency" if row.metric == "latency_ms" else "multiply-adds",
+                f"{COST_NAME[row.metric]}{of_scope(row.scope)}",
                 *(format_cost(value, row.metric) for value in (row.dense, row.middle, row.sparsest, row.limit)),
                 "yes" if row.reachable else "NO",
             )
@@ -316,7 +339,7 @@ class _Search:
         fastest_ms, predicted_ms = min((f.latency_ms, f.predicted_ms) for f in chosen if f.latency_ms is not None)
         got = (
             f"the fastest of {len(chosen)} finalists takes {fastest_ms:.3g} ms, predicted {predicted_ms:.3g} ms, "
-            f"the budget is {format_cost(limit.limit, 'latency_ms')}"
+            f"the budget is {limit.budget}"
         )
         raise MeasurementError("search", got, "Search again on an idle machine, or raise search.margin.")
 
@@ -374,6 +397,7 @@ class _Search:
         self._write_csv("history.csv", result.history)
         self._write_csv("pareto.csv", front)
         unit = "predicted ms per batch" if costs.table else "multiply-adds per image"
+        unit += of_scope(summary.scope)
         plot_pareto(
             self.folder.path / "pareto.png",
             result.history,
@@ -388,9 +412,11 @@ class _Search:
         with optional_output(self.session.reporter, name):
             text = io.StringIO()
             writer = csv.writer(text)
-            writer.writerow(["ratios", self.session.task.metric.key, "cost", "gmacs", "generation", "cached"])
+            key, scope = self.session.task.metric.key, self.section.scope
+            writer.writerow(["ratios", key, "cost", "gmacs", "generation", "cached", "scope"])
             for e in evaluations:
-                writer.writerow([e.config, e.metric, e.cost, self.macs(e.config) / 1e9, e.generation, e.cached])
+                gmacs = self.macs(e.config) / 1e9
+                writer.writerow([e.config, e.metric, e.cost, gmacs, e.generation, e.cached, scope])
             write_atomic(self.folder.path / name, text.getvalue())
 
     def _write_winner(self, summary: SearchSummary, costs: _Costs) -> None:
@@ -406,7 +432,7 @@ class _Search:
             "speedup": winner.speedup,
         }
         about = {
-            **self.session.task.about(),
+            **self.session.task.about(self.section.scope),
             "depths": list(self.space.depths),
             **{name: None if value is None else round(value, 4) for name, value in numbers.items()},
             "budget": budgets,
@@ -417,7 +443,7 @@ class _Search:
         }  # fmt: skip
         self.folder.write_result(
             {
-                **self.session.task.about(),
+                **self.session.task.about(self.section.scope),
                 **numbers,
                 "ratios": winner.config.ratios,
                 "budget": budgets,

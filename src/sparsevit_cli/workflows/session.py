@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from sparsevit_cli.config.experiment import ExperimentConfig
+from sparsevit_cli.backbones import divisor
+from sparsevit_cli.config.experiment import ExperimentConfig, Scope
 from sparsevit_cli.data.source import Categories, Data, shorten
 from sparsevit_cli.errors import CheckpointError
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, model_device, model_dtype, placed
 from sparsevit_cli.profiling.neighbours import Patience
-from sparsevit_cli.profiling.workload import Workload
+from sparsevit_cli.profiling.parts import Parts
+from sparsevit_cli.profiling.workload import Workload, image_workload
 from sparsevit_cli.reporting import Reporter
 from sparsevit_cli.runs import RunFolder, RunLocks, folder_of, open_run
 from sparsevit_cli.sizes import Size
@@ -141,14 +143,23 @@ class Session:
         return self.sparsified_(model).to(self.device)
 
     def workload(
-        self, model: nn.Module, size: Size | None = None, batch_size: int = 1, precision: str | None = None
+        self,
+        model: nn.Module,
+        size: Size | None = None,
+        batch_size: int = 1,
+        precision: str | None = None,
+        scope: Scope = "model",
     ) -> Workload:
-        """A seeded batch of the task's example inputs for `model`; `size` (height, width) defaults to the experiment's.
+        """A seeded batch of inputs for the task's `model`, or for its backbone alone.
 
-        With a `precision` of the configuration model and inputs are on the session's device in that type, the model as
-        a copy if it is elsewhere; without one they are as the model is.
+        The whole model gets the task's example inputs, and works at full load. The backbone of a model around a Swin
+        gets the example images if those are one tensor, else noise. `size` (height, width) defaults to the
+        experiment's. With a `precision` of the configuration what is measured and its inputs are on the session's
+        device in that type, as a copy if it is elsewhere; without one they are as the model is.
         """
         size = size or self.img_size
+        if scope == "backbone" and len(self.task.scopes(model)) > 1:
+            return self.backbone_workload(self.task.backbone(model), size, batch_size, precision)
         inputs = self.task.example(size, batch_size, seed=self.config.seed)
         if precision is not None:
             model = placed(model, self.device, TORCH_DTYPE[precision])
@@ -159,7 +170,24 @@ class Session:
                 return leaf
             return leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
 
-        return Workload(model, tree_map(moved, inputs), size, batch_size)
+        return Workload(model, tree_map(moved, inputs), size, batch_size, loaded=self.task.at_full_load)
+
+    def backbone_workload(
+        self, backbone: nn.Module, size: Size, batch_size: int = 1, precision: str | None = None
+    ) -> Workload:
+        """As `workload`, for a backbone that is there alone; `size` is rounded up to what it takes, as a task pads."""
+        step, seed = divisor(backbone), self.config.seed
+        height, width = (-(-side // step) * step for side in size)
+        example = self.task.example((height, width), batch_size, seed=seed)
+        fits = isinstance(example, Tensor) and example.ndim == 4 and example.shape[2:] == (height, width)
+        if precision is not None:
+            backbone = placed(backbone, self.device, TORCH_DTYPE[precision])
+        given = example if fits else (height, width)
+        return image_workload(backbone, given, batch_size, scope="backbone", seed=seed)
+
+    def parts(self, model: nn.Module) -> Parts:
+        """The task's parts of `model`; the backbone alone if the task names none."""
+        return self.task.parts(model) or {"backbone": (self.task.backbone(model),)}
 
     def sparsified_(self, model: nn.Module) -> nn.Module:
         """`sparsify_` with the configuration's importance, kernels and partition."""

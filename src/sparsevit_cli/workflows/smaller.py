@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from operator import index
 
 from torch import nn
 
 from sparsevit_cli.atomic import write_json
+from sparsevit_cli.backbones import divisor
 from sparsevit_cli.data.shrunk import multiples
 from sparsevit_cli.documents import read_json, understood
 from sparsevit_cli.errors import CheckpointError
 from sparsevit_cli.profiling.latency import Latency
-from sparsevit_cli.profiling.macs import traced_macs
+from sparsevit_cli.profiling.macs import flopcounter_macs
 from sparsevit_cli.profiling.workload import Workload
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sizes import Size, size_text
@@ -48,17 +50,23 @@ def _kept_size(folder: RunFolder, winner: SparsityConfig) -> Size | None:
         return None
 
 
-def equal_size(session: Session, folder: RunFolder, model: nn.Module, winner: SparsityConfig, measure: Measure) -> Size:
+def equal_size(
+    session: Session, folder: RunFolder, model: nn.Module, winner: SparsityConfig, measure: Measure
+) -> Size | None:
     """The image size at which the dense `model` is as fast as at `winner` and full size, or nearest to it.
 
-    By multiply-adds if latencies are not steady. It is kept in the folder, for noise could pick another one than was
-    trained. The model is left at `winner`.
+    None if the model takes no smaller images than its own. By multiply-adds if latencies are not steady. It is kept in
+    the folder, for noise could pick another one than was trained. The model is left at `winner`.
     """
     set_sparsity(model, winner)
     if (kept := _kept_size(folder, winner)) is not None:
         return kept
     workloads = {"winner": _workload(session, model, session.img_size)}
-    sizes = sorted(rival_sizes(session.img_size, patch_size(model)[0], max(window_sizes(model)[0])))
+    step = size_step(session, model)
+    sizes = sorted(rival_sizes(session.img_size, step, max(window_sizes(model)[0]) * patch_size(model)[0]))
+    if not sizes:
+        session.reporter.warn(f"run: no dense rival at a lower resolution: sides must be multiples of {step} pixels")
+        return None
     for size in sizes:
         dense = _sharing_weights(model)
         set_image_size(dense, size)
@@ -67,7 +75,7 @@ def equal_size(session: Session, folder: RunFolder, model: nn.Module, winner: Sp
     latencies = measure({name: workload.run for name, workload in workloads.items()})
     costs, cost, unit = {name: latency.median_ms for name, latency in latencies.items()}, "latency", "ms"
     if not all(latency.stable for latency in latencies.values()):
-        costs = {name: traced_macs(workload).gmacs for name, workload in workloads.items()}
+        costs = {name: flopcounter_macs(workload).gmacs for name, workload in workloads.items()}
         cost, unit = "multiply-adds, for latencies are not steady", "GMACs"
     chosen = min(sizes, key=lambda size: abs(costs[size_text(size)] - costs["winner"]))
     session.reporter.say(
@@ -78,12 +86,18 @@ def equal_size(session: Session, folder: RunFolder, model: nn.Module, winner: Sp
     return chosen
 
 
-def rival_sizes(img_size: Size, patch: int, window: int) -> set[Size]:
+def size_step(session: Session, model: nn.Module) -> int:
+    """Pixels that the sides of the model's images are multiples of: a patch, or more if its backbone asks for more."""
+    return math.lcm(patch_size(model)[0], divisor(session.task.backbone(model)))
+
+
+def rival_sizes(img_size: Size, step: int, window: int) -> set[Size]:
     """Sizes from a third of `img_size` up, in steps that fill whole windows of the first stage: no padding slows them.
 
-    `patch` in pixels, `window` in patches. For 192 pixels, patches of 4 and windows of 4: 64, 80 ... 176.
+    `step` is the least one, `window` a side of a window, both in pixels. For 192, 4 and 16: 64, 80 ... 176.
     """
-    unit = patch * window if min(img_size) >= 2 * patch * window else patch
+    unit = math.lcm(step, window)
+    unit = unit if min(img_size) >= 2 * unit else step
     count = min(img_size) // unit
     numbers = range(max(1, -(-count // 3)), count)
     thinned = numbers[:: max(1, -(-len(numbers) // MOST_SIZES))]

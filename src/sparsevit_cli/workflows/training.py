@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
+from statistics import fmean
 from typing import Any
 
 from timm.optim import list_optimizers
@@ -23,7 +24,6 @@ from sparsevit_cli.data.shrunk import Scale, Shrunk
 from sparsevit_cli.data.source import Data, Source
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.evaluation import evaluate
-from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.reporting import Reporter, optional_output
 from sparsevit_cli.runs import HARMLESS, RunFolder
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
@@ -36,6 +36,7 @@ from sparsevit_cli.training import TrainingJob, TrainingPlan, plan_training, tra
 
 from .plots import plot_training
 from .ratios import ratios_to_finetune
+from .scopes import gmacs_of
 from .session import Session, Weights
 from .weights import file_weights, trained_weights
 
@@ -45,11 +46,12 @@ MOVABLE = ("data.root",)
 
 @dataclass(frozen=True)
 class CheckRow:
-    """Score and cost of one fixed configuration."""
+    """Score and cost of one fixed configuration; the backbone's if there are modules around it."""
 
     label: str
     score: float
     gmacs: float
+    backbone_gmacs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,26 @@ def train_smaller_rival(
     plan = checked_plan(session, "finetune", section, model, data)
     start = f"{_start(session, weights)} at {scale.small}"
     return _train(session, folder, data, model, _Kind("rival", section, FixedSchedule(dense), dense, plan, start))
+
+
+def train_dense_baseline(session: Session) -> tuple[Weights, float]:
+    """The dense weights trained on as long as the sparse model was, and the seconds that it took.
+
+    Two trainings at ratio 0, without a teacher: the first with the settings of adapt, the second with those of
+    finetune. So the images, their order, the sizes and the number of steps are the same. Each resumes.
+    """
+    weights, seconds = dense_weights(session, "run"), 0.0
+    for command, section in (("dense_adapt", session.config.adapt), ("dense_finetune", session.config.finetune)):
+        data = session.data(weights)
+        model = session.model(data.categories, weights)
+        dense = SparsityConfig.dense(model_depths(model))
+        plan = checked_plan(session, COMMANDS[command].training or "", section, model, data)
+        folder = session.folder(command)
+        kind = _Kind(command, section, FixedSchedule(dense), dense, plan, _start(session, weights))
+        seconds += _train(session, folder, data, model, kind).seconds
+        weights = trained_weights(session, command, "sparsevit run")
+    assert weights is not None
+    return weights, seconds
 
 
 def _train(session: Session, folder: RunFolder, data: Data, model: nn.Module, kind: _Kind) -> TrainingSummary:
@@ -255,7 +277,7 @@ def _check_rows(
     done = folder.done("sparsity.json").get("check", {})
     if set(done) != {label for label, _ in wanted}:
         done = {}
-        macs = macs_cost(session.workload(model))
+        gmacs = gmacs_of(session, model)
         total = sum(len(configs) for _, configs in wanted)
         check = partial(session.stop.check, "adapt", "the training is saved, its closing table is not")
         with session.reporter.progress("check", total) as progress:
@@ -265,9 +287,10 @@ def _check_rows(
                     set_sparsity(model, config)
                     mean += score(session, model, data.val, before_batch=check).value / len(configs)
                     progress.advance()
-                done[label] = {"score": mean, "gmacs": sum(map(macs, configs)) / len(configs) / 1e9}
+                found = [gmacs(config) for config in configs]
+                done[label] = {"score": mean, **{name: fmean(each[name] for each in found) for name in found[0]}}
         folder.write_result({**(folder.read_result() or {}), "check": done}, files=["sparsity.json"])
-    return tuple(CheckRow(label, row["score"], row["gmacs"]) for label, row in done.items())
+    return tuple(CheckRow(label, **row) for label, row in done.items())
 
 
 def dense_weights(session: Session, needed_by: str) -> Weights | None:
