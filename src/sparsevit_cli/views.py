@@ -12,6 +12,7 @@ from .sizes import size_text
 
 if TYPE_CHECKING:
     from .models import SupportedModel
+    from .workflows.check_data import DataCheck
     from .workflows.evaluate import EvaluateSummary
     from .workflows.export import ExportSummary
     from .workflows.pipeline import PipelineSummary
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .workflows.training import TrainingSummary
 
 NOT_STEADY = "not steady"
+MOST_CATEGORIES = 40
+"""Rows of a table of categories."""
 
 
 def _following(folder: RunFolder) -> str:
@@ -39,6 +42,34 @@ def show_models(models: Sequence[SupportedModel]) -> None:
     """The support table."""
     rows = [(model.name, model.generation, model.img_size, model.pretrained) for model in models]
     print_table("timm models that can be made sparse", ("name", "generation", "made for pixels", "weights"), rows)
+
+
+def show_data_check(found: DataCheck) -> None:
+    """What was counted, split by split and category by category, and all that is wrong."""
+    print_lines(*(f"{name}: {value}" for name, value in found.rows))
+    rows = [
+        (split.name, split.samples, split.tried, split.unreadable, size_text(split.image_size))
+        for split in found.splits
+    ]  # fmt: skip
+    print_table("Samples", ("split", "samples", "tried", "unreadable", "pixels"), rows)
+    counts = [(name, *(split.categories[name] for split in found.splits)) for name in found.splits[0].categories]
+    if len(counts) > MOST_CATEGORIES:
+        rarest = sorted(counts, key=lambda row: row[1])
+        print_lines(f"Of {len(counts)} categories the rarest in train are shown; all are in metrics.json.")
+        counts = rarest[:MOST_CATEGORIES]
+    if counts:
+        columns = ("category", *(split.name for split in found.splits))
+        print_table(f"{found.counted.capitalize()} of each", columns, counts)
+    for finding in found.findings:
+        more = ", ..." if finding.count > len(finding.examples) else ""
+        shown = f" ({', '.join(finding.examples)}{more})" if finding.examples else ""
+        print_lines(f"{finding.split}, {finding.what}: {finding.count}{shown}")
+    if not found.findings:
+        tried_all = all(split.tried == split.samples for split in found.splits)
+        print_lines("Nothing wrong was found" + ("." if tried_all else " in the samples that were tried."))
+    if found.pictures:
+        print_lines(f"pictures: {found.folder.path / 'samples.png'}")
+    print_lines(f"written: {found.folder.result}", *([f"Next: {_following(found.folder)}"] if found.usable else []))
 
 
 def show_training(summary: TrainingSummary) -> None:
