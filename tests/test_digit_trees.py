@@ -53,7 +53,10 @@ def test_pycocotools_finds_the_scenes_in_a_coco_tree(masks: str, tmp_path: Path)
             pixels = np.asarray(Image.open(tmp_path / folder / image["file_name"]))
             assert np.array_equal(pixels, scene.grey()[:, :, None].repeat(3, 2))
             assert [COCO_IDS.index(each["category_id"]) for each in annotations] == scene.labels.tolist()
-            assert all(np.array_equal(read.annToMask(each), mask.numpy()) for each, mask in zip(annotations, scene.masks, strict=True))  # noqa: E501
+            assert all(
+                np.array_equal(read.annToMask(each), mask.numpy())
+                for each, mask in zip(annotations, scene.masks, strict=True)
+            )
             tight = [coco_masks.toBbox(read.annToRLE(each)).tolist() for each in annotations]
             assert [each["bbox"] for each in annotations] == tight
 

@@ -400,7 +400,9 @@ def _workflow(module: str, name: str, **flags: str | int | None) -> Callable[[Se
         import importlib
 
         function = getattr(importlib.import_module(f".workflows.{module}", __package__), name)
-        session.stop.check(f"sparsevit {module.replace('_', '-')}", "nothing was begun")  # a signal that came while libraries loaded
+        session.stop.check(
+            f"sparsevit {module.replace('_', '-')}", "nothing was begun"
+        )  # a signal that came while libraries loaded
         return function(session, **flags)
 
     return work

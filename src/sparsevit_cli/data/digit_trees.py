@@ -94,9 +94,7 @@ def _annotations(scene: Scene, masks: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def write_cityscapes(
-    root: Path, *, spec: DigitsSpec, seed: int = 0, counts: Mapping[Split, int] = COUNTS
-) -> None:
+def write_cityscapes(root: Path, *, spec: DigitsSpec, seed: int = 0, counts: Mapping[Split, int] = COUNTS) -> None:
     """Write `counts` scenes of each split below `root`, as Cityscapes has them.
 
     Images are `leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png` and so on; beside each of them is

@@ -17,7 +17,7 @@ from PIL import Image
 from sparsevit_cli.atomic import sha256_file, write_atomic
 from sparsevit_cli.data.loader import checked_batches, num_batches
 from sparsevit_cli.data.pictures import contact_sheet
-from sparsevit_cli.data.source import Categories, Data, Finding, Source, shorten
+from sparsevit_cli.data.source import Categories, Finding, Source, shorten
 from sparsevit_cli.data.splits import fixed_subset
 from sparsevit_cli.errors import DataError, SparseViTError
 from sparsevit_cli.reporting import optional_output

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data.mixup import Mixup, mixup_target
 from timm.task import ClassificationEvaluator
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
