@@ -1,4 +1,4 @@
-"""Tiny trees in the real layouts of COCO and Cityscapes, with the quirks of the real sets, not by the package's writers.
+"""Tiny trees in the real layouts of COCO and Cityscapes, with the real sets' quirks, not by the package's writers.
 
 `coco_tree` and `cityscapes_tree` give the folder and the truth that a reader must find in it. `broken` names one thing
 that is wrong with a tree: BROKEN_COCO and BROKEN_CITYSCAPES say what each means.

@@ -52,12 +52,15 @@ def show_data_check(found: DataCheck) -> None:
         for split in found.splits
     ]  # fmt: skip
     print_table("Samples", ("split", "samples", "tried", "unreadable", "pixels"), rows)
-    counts = [(name, *(split.categories[name] for split in found.splits)) for name in found.splits[0].categories]
-    if len(counts) > MOST_CATEGORIES:
-        rarest = sorted(counts, key=lambda row: row[1])
-        print_lines(f"Of {len(counts)} categories the rarest in train are shown; all are in metrics.json.")
-        counts = rarest[:MOST_CATEGORIES]
-    if counts:
+    in_train = found.splits[0].categories
+    names = list(in_train)
+    if len(names) > MOST_CATEGORIES:
+        print_lines(
+            f"Of {len(names)} categories the {MOST_CATEGORIES} rarest in train are shown; all are in metrics.json."
+        )
+        names = sorted(names, key=in_train.__getitem__)[:MOST_CATEGORIES]
+    if names:
+        counts = [(name, *(split.categories[name] for split in found.splits)) for name in names]
         columns = ("category", *(split.name for split in found.splits))
         print_table(f"{found.counted.capitalize()} of each", columns, counts)
     for finding in found.findings:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -37,7 +39,7 @@ def enlargement(size: Sequence[int]) -> int:
 
 def captioned(picture: Image.Image, text: str) -> Image.Image:
     """`picture` with a line of text below it; what does not fit in is left out."""
-    font = ImageFont.load_default(max(_TEXT_PIXELS, picture.height // 20))
+    font = _font(max(_TEXT_PIXELS, picture.height // 20))
     text = " ".join(ascii(text)[1:-1].split())  # Pillow's own font has no other letters
     if font.getlength(text) > picture.width - _GAP:
         while text and font.getlength(f"{text} ...") > picture.width - _GAP:
@@ -48,6 +50,11 @@ def captioned(picture: Image.Image, text: str) -> Image.Image:
     canvas.paste(picture)
     ImageDraw.Draw(canvas).text((_GAP // 2, picture.height + _GAP // 2), text, fill=_INK, font=font)
     return canvas
+
+
+@functools.lru_cache(maxsize=8)
+def _font(pixels: int) -> Any:
+    return ImageFont.load_default(pixels)
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int = 4, side: int = 320) -> Image.Image:
