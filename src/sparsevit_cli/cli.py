@@ -38,7 +38,7 @@ app = typer.Typer(
     name="sparsevit",
     help=(
         "Make a timm Swin Transformer faster on large images by skipping attention windows (SparseViT, CVPR 2023). "
-        "Order of work: pretrain, adapt, search, finetune, profile, export; `run` does all of it. "
+        "Order of work: check-data, pretrain, adapt, search, finetune, profile, export; `run` does all of it. "
         "Without --config the packaged digits experiment is used."
     ),
     no_args_is_help=True,
