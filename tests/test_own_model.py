@@ -30,6 +30,7 @@ SHORT = [
     *("model.img_size=32", "train.curriculum=[{img_size: 32, epochs: 1}]", "finetune.epochs=1", "search.samples=10"),
     *("adapt.curriculum=[{img_size: 48, epochs: 1}, {img_size: 32, epochs: 1}]", "search.budget_macs=95%"),
     *("search.population=4", "search.parents=2", "search.generations=1", "search.seconds=0.01"),
+    *("search.finalists=1", "search.holdout=2", "adapt.check_random=1"),
     *("profile.seconds=0.02", "profile.rounds=6", "profile.max_spread=100.0", 'export.formats=["pt2"]'),
     *("clock.wait=0", "clock.max_neighbour=1000.0", "clock.max_spread=1000.0", "export.latency=false"),
 ]
