@@ -46,7 +46,7 @@ def listed_commands() -> list[str]:
     """The names in the README's table of commands."""
     table = README.read_text(encoding="utf-8").partition("## Commands")[2].partition("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    return [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    return [name for row in rows for name in re.findall(r"`([\w-]+)`", row)]
 
 
 def light(words: list[str]) -> list[str]:

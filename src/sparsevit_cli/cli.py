@@ -38,7 +38,7 @@ app = typer.Typer(
     name="sparsevit",
     help=(
         "Make a timm Swin Transformer faster on large images by skipping attention windows (SparseViT, CVPR 2023). "
-        "Order of work: pretrain, adapt, search, finetune, profile, export; `run` does all of it. "
+        "Order of work: check-data, pretrain, adapt, search, finetune, profile, export; `run` does all of it. "
         "Without --config the packaged digits experiment is used."
     ),
     no_args_is_help=True,
@@ -186,6 +186,26 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+# -- before training ---------------------------------------------------------------------------------------------
+
+
+@app.command("check-data")
+def check_data(
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Read so many samples of each split; default: all.")
+    ] = None,
+    config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
+    seed: Seed = None,
+    as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
+) -> None:  # fmt: skip
+    """Read the data as the task will: counts, what is wrong, duplicates between splits, and a picture of 16 samples."""
+    from .views import show_data_check
+
+    options = _options(config, set_, as_json, dry_run, verbose, fresh, task, output=output, device=device, seed=seed)
+    work = _workflow("check_data", "check_data", samples=samples)
+    _run("check-data", options, work, show_data_check, refuse=methodcaller("refuse_unusable"))
 
 
 # -- training ---------------------------------------------------------------------------------------------------
@@ -375,12 +395,14 @@ def _version(
         raise typer.Exit
 
 
-def _workflow(module: str, name: str, **flags: str | None) -> Callable[[Session], Any]:
+def _workflow(module: str, name: str, **flags: str | int | None) -> Callable[[Session], Any]:
     def work(session: Session) -> Any:
         import importlib
 
         function = getattr(importlib.import_module(f".workflows.{module}", __package__), name)
-        session.stop.check(f"sparsevit {module}", "nothing was begun")  # a signal that came while libraries loaded
+        session.stop.check(
+            f"sparsevit {module.replace('_', '-')}", "nothing was begun"
+        )  # a signal that came while libraries loaded
         return function(session, **flags)
 
     return work

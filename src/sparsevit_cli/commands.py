@@ -22,6 +22,7 @@ class Command:
 
 
 COMMANDS: Mapping[str, Command] = {
+    "check-data": Command((), next_command="pretrain"),
     "pretrain": Command(("seed", "task", "model", "data", "train"), "train", "adapt"),
     "adapt": Command(("seed", "task", "model", "data", "adapt"), "adapt", "search --budget-latency 70%"),
     "search": Command(("task", "model", "data"), next_command="finetune"),

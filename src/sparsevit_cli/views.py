@@ -14,6 +14,7 @@ from .workflows.rows import NOT_STEADY
 if TYPE_CHECKING:
     from .models import SupportedModel
     from .tasks.task import Metric
+    from .workflows.check_data import DataCheck
     from .workflows.evaluate import EvaluateSummary
     from .workflows.export import ExportSummary
     from .workflows.pipeline import PipelineRow, PipelineSummary, ScopeCost
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 VALUES_OF_A_CLASSIFIER = 2
 """Its metric and its loss: one line tells the metric, and results.csv the loss."""
+MOST_CATEGORIES = 40
+"""Rows of a table of categories."""
 
 
 def _following(folder: RunFolder) -> str:
@@ -47,6 +50,37 @@ def show_models(models: Sequence[SupportedModel]) -> None:
     """The support table."""
     rows = [(model.name, model.generation, model.img_size, model.pretrained) for model in models]
     print_table("timm models that can be made sparse", ("name", "generation", "made for pixels", "weights"), rows)
+
+
+def show_data_check(found: DataCheck) -> None:
+    """What was counted, split by split and category by category, and all that is wrong."""
+    print_lines(*(f"{name}: {value}" for name, value in found.rows))
+    rows = [
+        (split.name, split.samples, split.tried, split.unreadable, size_text(split.image_size))
+        for split in found.splits
+    ]  # fmt: skip
+    print_table("Samples", ("split", "samples", "tried", "unreadable", "pixels"), rows)
+    in_train = found.splits[0].categories
+    names = list(in_train)
+    if len(names) > MOST_CATEGORIES:
+        print_lines(
+            f"Of {len(names)} categories the {MOST_CATEGORIES} rarest in train are shown; all are in metrics.json."
+        )
+        names = sorted(names, key=in_train.__getitem__)[:MOST_CATEGORIES]
+    if names:
+        counts = [(name, *(split.categories[name] for split in found.splits)) for name in names]
+        columns = ("category", *(split.name for split in found.splits))
+        print_table(f"{found.counted.capitalize()} of each", columns, counts)
+    for finding in found.findings:
+        more = ", ..." if finding.count > len(finding.examples) else ""
+        shown = f" ({', '.join(finding.examples)}{more})" if finding.examples else ""
+        print_lines(f"{finding.split}, {finding.what}: {finding.count}{shown}")
+    if not found.findings:
+        tried_all = all(split.tried == split.samples for split in found.splits)
+        print_lines("Nothing wrong was found" + ("." if tried_all else " in the samples that were tried."))
+    if found.pictures:
+        print_lines(f"pictures: {found.folder.path / 'samples.png'}")
+    print_lines(f"written: {found.folder.result}", *([f"Next: {_following(found.folder)}"] if found.usable else []))
 
 
 def show_training(summary: TrainingSummary) -> None:

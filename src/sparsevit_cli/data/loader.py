@@ -103,6 +103,31 @@ def eval_batches(
         yield fetched.batch
 
 
+class Checked(NamedTuple):
+    """The samples of a batch that can be read (None if none can), and (name, reason) of those that cannot."""
+
+    batch: Batch | None
+    bad: tuple[tuple[str, str], ...]
+
+
+def checked_batches(
+    source: Source,
+    batch_size: int,
+    workers: int = 0,
+    subset: Sequence[int] | None = None,
+    max_wait_seconds: float = MAX_WAIT_SECONDS,
+    check: Check = lambda: False,
+) -> Iterator[Checked]:
+    """As `eval_batches`, but what cannot be read is told, whatever is wrong with it, and nothing else is left out.
+
+    Raises DataError if a loader process died or delivers nothing.
+    """
+    order = list(range(len(source)) if subset is None else subset)
+    total = num_batches(len(order), batch_size, drop_last=False)
+    for fetched in _run(_CheckFetch(source, order, batch_size), range(total), workers, max_wait_seconds, check):
+        yield Checked(fetched.batch, fetched.bad)
+
+
 class _Fetched(NamedTuple):
     """What a loader process sends: failures travel as values, since an exception would arrive as text."""
 
@@ -124,6 +149,32 @@ class _Fetch(Dataset[_Fetched]):
     def __getitem__(self, number: int) -> _Fetched:
         samples = self.samples(number)
         return _take(self.source, samples, len(samples))
+
+
+class _CheckFetch(_Fetch):
+    """Every sample is tried, however many cannot be read."""
+
+    def __getitem__(self, number: int) -> _Fetched:
+        indices, samples, bad = [], [], []
+        for index in self.samples(number):
+            try:
+                sample = self.source[index]
+            except DataError as error:
+                bad.append((error.what, error.got))
+            except Exception as error:  # a source of the user's may raise anything
+                pass_on(error)
+                bad.append((self.source.sample_name(index), in_one_line(error)))
+            else:
+                indices.append(index)
+                samples.append(sample)
+        if not indices:
+            return _Fetched(None, tuple(bad))
+        try:
+            return _Fetched(Batch(*self.source.collate(samples, None), torch.tensor(indices)), tuple(bad))
+        except Exception as error:
+            pass_on(error)
+            reason = f"makes no batch with its neighbours ({in_one_line(error)})"
+            return _Fetched(None, (*bad, *((self.source.sample_name(index), reason) for index in indices)))
 
 
 class _TrainFetch(_Fetch):

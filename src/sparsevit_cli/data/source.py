@@ -10,6 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,6 +147,10 @@ class Source(ABC):
         """What to call a sample in a message; may hold any character."""
         return f"sample {index}"
 
+    def sample_file(self, index: int) -> Path | None:
+        """The file that a sample's image is read from; None if the sample has no file of its own."""
+        return None
+
 
 class WrappedSource(Source):
     """A source that changes something of another one, `inner`, and passes the rest on."""
@@ -178,6 +183,9 @@ class WrappedSource(Source):
 
     def sample_name(self, index: int) -> str:
         return self.inner.sample_name(index)
+
+    def sample_file(self, index: int) -> Path | None:
+        return self.inner.sample_file(index)
 
 
 @dataclass(frozen=True)

@@ -202,11 +202,21 @@ def set_image_size(model: nn.Module, size: int | Size) -> None:
 
     Only where a map is, or was, smaller than the window, and without `always_partition`, timm interpolates bias
     tables to another shape: new parameters, unknown to an optimizer. Raises ConfigError for sizes timm would crop.
+
+    timm's `features_only=True` takes a Swin apart. Its stages are then all that is left: without `always_partition`
+    their windows stay as small as the smallest map has made them.
     """
     swin: Any = trunk(model)
     check_image_size(size, patch_size(swin))
     pair = (size, size) if isinstance(size, int) else size
-    swin.set_input_size(img_size=pair, window_size=swin._ref_window_sizes)  # timm alone would scale the windows
+    if hasattr(swin, "set_input_size"):
+        swin.set_input_size(img_size=pair, window_size=swin._ref_window_sizes)  # timm alone would scale the windows
+        return
+    swin.patch_embed.set_input_size(img_size=pair)
+    for number, (_, stage) in enumerate(named_stages(swin)):
+        scale = 2 ** max(number - 1, 0)  # timm gives a stage the size of the map that enters it
+        entering = tuple(-(-side // scale) for side in swin.patch_embed.grid_size)
+        stage.set_input_size(feat_size=entering, window_size=stage.blocks[0].window_size)
 
 
 def set_image_size_in_training(model: nn.Module, size: Size, what: str) -> None:

@@ -98,6 +98,8 @@ class Task(ABC):
     name: ClassVar[str]
     metric: ClassVar[Metric]
     per: ClassVar[str] = "image"
+    counted: ClassVar[str] = "images"
+    """What `category_counts` counts: images, objects or pixels."""
     kind: ClassVar[Kind] = Kind()
     """The sections of its experiments; a task adds settings by types of its own."""
 
@@ -181,6 +183,10 @@ class Task(ABC):
         would have nothing to do with weights that find nothing.
         """
         return nullcontext()
+
+    def category_counts(self, batch: Batch, categories: Categories) -> Tensor | None:
+        """(categories,) int64: how many examples of each a batch holds, in what `counted` names; None if none told."""
+        return None
 
     def picture(self, source: Source, index: int) -> Image.Image:
         """A sample as the model gets it, with its truth drawn on it, for people. Raises UnreadableImageError."""

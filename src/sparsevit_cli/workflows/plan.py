@@ -42,6 +42,8 @@ def plan_lines(
     if command in ("profile", "rivals"):
         ratios = ratios or ("0.6" if command == "rivals" else None)
         return _profile_lines(profile_target(session, model=model, img_size=img_size, ratios=ratios), command)
+    if command == "check-data":
+        return [*_folder_lines(session, command), *(f"{name}: {value}" for name, value in session.data().describe())]
     plan = _Plan(session)
     lines = [*_folder_lines(session, command), *plan.model_lines()]
     trainings = {"pretrain": session.config.train, "adapt": session.config.adapt, "finetune": session.config.finetune}

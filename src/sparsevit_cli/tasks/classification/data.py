@@ -32,6 +32,11 @@ class DigitsSource(Source):
     def image_size(self) -> Size:
         return as_pair(self.dataset.spec.canvas)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names in the order of the labels."""
+        return self.dataset.names
+
     def __len__(self) -> int:
         return len(self.dataset)
 

@@ -33,8 +33,10 @@ class FolderRecords(Records):
     num_ignored: int
 
     def load(self, index: int) -> Image.Image:
-        file = self.folder / self.keys[index].removeprefix(self.split + "/")
-        return decode_image(file, self.keys[index], self.max_megapixels)
+        return decode_image(self.file(index), self.keys[index], self.max_megapixels)
+
+    def file(self, index: int) -> Path:
+        return self.folder / self.keys[index].removeprefix(self.split + "/")
 
 
 def read_folder(root: Path, split: str, max_megapixels: float) -> FolderRecords:

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -69,6 +70,10 @@ class Records(ABC):
     @abstractmethod
     def load(self, index: int) -> Image.Image:
         """Upright RGB image. Raises UnreadableImageError."""
+
+    def file(self, index: int) -> Path | None:
+        """Where an image lies; None if it has no file of its own."""
+        return None
 
     def read(self, index: int) -> Image.Image:
         """`load`, without touching what the listing already told to be unreadable."""
@@ -224,6 +229,9 @@ class RecordSource(Source):
 
     def sample_name(self, index: int) -> str:
         return self.records.keys[self._record(index)]
+
+    def sample_file(self, index: int) -> Path | None:
+        return self.records.file(self._record(index))
 
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{self._listing_digest}\n{self.spec.describe()}".encode()).hexdigest()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data.mixup import Mixup, mixup_target
 from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from sparsevit_cli.config.classification import (
     LabelledData,
 )
 from sparsevit_cli.config.experiment import LoopSection
+from sparsevit_cli.data.digits import MEAN, STD
+from sparsevit_cli.data.pictures import as_picture, captioned
 from sparsevit_cli.data.source import Batch, Categories, Data, Source, WrappedSource
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import model_arguments
@@ -26,7 +29,8 @@ from sparsevit_cli.seeding import seeded
 from sparsevit_cli.sizes import ImageSize
 from sparsevit_cli.tasks.task import BuildOptions, Metric, Scorer, Task
 
-from .data import build_data
+from .data import DigitsSource, build_data
+from .records import RecordSource
 
 IMAGENET_CLASSES = 1000
 """Outputs of a model of which nothing but its name is known."""
@@ -86,6 +90,19 @@ class Classification(Task):
     def wants_teacher(self, section: LoopSection) -> bool:
         """True with `distill`."""
         return bool(getattr(section, "distill", 0.0))
+
+    def category_counts(self, batch: Batch, categories: Categories) -> Tensor:
+        """Images of each class (classes,)."""
+        return batch.targets.bincount(minlength=len(categories))  # type: ignore[no-any-return]
+
+    def picture(self, source: Source, index: int) -> Image.Image:
+        """The image, with the name of its class below it."""
+        image, label = source[index]
+        while isinstance(source, WrappedSource):
+            source = source.inner
+        assert isinstance(source, (DigitsSource, RecordSource))
+        mean, std = self.normalisation() or ((MEAN,), (STD,))
+        return captioned(as_picture(image, mean, std), source.class_names[int(label)])
 
     def timm_model(self, like: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
         """timm builds the whole of it."""

@@ -60,6 +60,11 @@ class TimmRecords(Records):
         with opened:
             return decode_image(opened, name, self.max_megapixels)
 
+    def file(self, index: int) -> Path | None:
+        items = getattr(self.open_image, "items", None)
+        path = items[index][0] if items else None
+        return Path(path) if isinstance(path, str) else None  # a member of a tar is no path
+
 
 def read_timm(dataset: str, root: str | None, split: str, max_megapixels: float) -> TimmRecords:
     """List one split of a timm data set; nothing is downloaded by timm or torchvision.
@@ -185,13 +190,23 @@ class _ReaderItem:
     def __call__(self, index: int) -> Any:
         return self.reader[index][0]
 
+    @property
+    def items(self) -> Any:
+        """Pairs of path and label, if the reader has them."""
+        return getattr(self.reader, "samples", None)
+
 
 @dataclass(frozen=True)
 class _SamplePath:
     dataset: Any
 
     def __call__(self, index: int) -> Path:
-        return Path(self.dataset.samples[index][0])
+        return Path(self.items[index][0])
+
+    @property
+    def items(self) -> Any:
+        """Pairs of path and label."""
+        return self.dataset.samples
 
 
 @dataclass(frozen=True)
