@@ -95,7 +95,7 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    metric: ClassVar[Metric]
+    metric: Metric
     per: ClassVar[str] = "image"
     kind: ClassVar[Kind] = Kind()
     """The sections of its experiments; a task adds settings by types of its own."""
