@@ -19,7 +19,7 @@ from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
 from .masks import Pixels
-from .truth import Instance, Truth
+from .truth import Truth
 
 Target = dict[str, object]
 LEAST_SIDE = 1.0
@@ -159,13 +159,12 @@ def placed_objects(truth: Truth, placement: Placement, *, masks: bool) -> Target
             kept_masks.append(mask)
         boxes.append(box)
         labels.append(instance.label + 1)
-    found: Target = {
-        "boxes": _boxes(torch.stack(boxes) if boxes else torch.zeros(0, 4), placement.part),
-        "labels": torch.tensor(labels, dtype=torch.int64),
-    }
+    stacked = _boxes(torch.stack(boxes) if boxes else torch.zeros(0, 4), placement.part)
+    found: Target = {"boxes": _on_canvas(stacked, placement), "labels": torch.tensor(labels, dtype=torch.int64)}
     if masks:
-        found["masks"] = tv_tensors.Mask(torch.stack(kept_masks) if kept_masks else _no_masks(placement.part))
-    return {name: value if name == "labels" else _on_canvas(value, placement) for name, value in found.items()}
+        pixels = torch.stack(kept_masks) if kept_masks else torch.zeros(0, height, width, dtype=torch.uint8)
+        found["masks"] = _on_canvas(tv_tensors.Mask(pixels), placement)
+    return found
 
 
 def _placed_mask(pixels: Pixels, placement: Placement) -> Tensor:
@@ -181,13 +180,8 @@ def _around(mask: Tensor) -> Tensor:
     return torch.stack([xs[0, 0], ys[0, 0], xs[-1, 0] + 1, ys[-1, 0] + 1]).float()
 
 
-def _no_masks(size: Size) -> Tensor:
-    return torch.zeros(0, *size, dtype=torch.uint8)
-
-
 def _boxes(boxes: Tensor, canvas: Size) -> tv_tensors.BoundingBoxes:
-    found = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=canvas)  # type: ignore[call-overload]
-    assert isinstance(found, tv_tensors.BoundingBoxes)
+    found: tv_tensors.BoundingBoxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=canvas)
     return found
 
 

@@ -40,9 +40,12 @@ class InstanceSource(Source):
         """An image with its objects on the canvas, whatever the split: `boxes`, `labels` and, if asked for, `masks`."""
 
     def collate(self, samples: Sequence[Sample], seed: int | None) -> tuple[Any, Any]:
-        """Images (B, 3, H, W), and the targets as a list."""
+        """Images (B, 3, H, W), and the targets as a list; in training each with `draw`, a seed of its own."""
         images = torch.stack([image.as_subclass(Tensor) for image, _ in samples])
-        return images, [{name: _plain(value) for name, value in target.items()} for _, target in samples]
+        targets = [{name: _plain(value) for name, value in target.items()} for _, target in samples]
+        if seed is not None:
+            targets = [{**target, "draw": derive_seed(seed, "draw", at) >> 1} for at, target in enumerate(targets)]
+        return images, targets
 
 
 def _plain(value: object) -> object:
@@ -72,7 +75,7 @@ class SceneSource(InstanceSource):
 
     def objects(self, index: int) -> Sample:
         scene = self.scenes[index]
-        boxes = tv_tensors.BoundingBoxes(scene.boxes, format="XYXY", canvas_size=self.image_size)  # type: ignore[call-overload]
+        boxes = tv_tensors.BoundingBoxes(scene.boxes, format="XYXY", canvas_size=self.image_size)
         target: Target = {"boxes": boxes, "labels": scene.labels + 1}
         if self.masks:
             target["masks"] = tv_tensors.Mask(scene.masks.to(torch.uint8))

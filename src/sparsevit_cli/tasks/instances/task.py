@@ -70,8 +70,8 @@ class Instances(Task):
     ) -> Mapping[str, Tensor]:
         """torchvision's losses of proposals, boxes and masks.
 
-        They are means over anchors and regions, of which every image has as many: `anchors_per_image` and
-        `rois_per_image`. So they are means over images; only the loss of masks weighs images by their objects.
+        They are means over anchors and regions, of which every image has as many (`anchors_per_image`,
+        `rois_per_image`), and so means over images. What is drawn of an image does not depend on its neighbours.
         """
         losses: dict[str, Tensor] = model(batch.inputs, batch.targets)
         return losses
@@ -134,7 +134,8 @@ class Instances(Task):
         if len(boxes):
             told = [names[number] for number in numbers]
             shown = draw_bounding_boxes(shown, boxes.as_subclass(Tensor), labels=told, colors=colours)
-        return F.to_pil_image(shown)
+        picture: Image.Image = F.to_pil_image(shown)
+        return picture
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Those of image files; the digits are drawn as they are."""
