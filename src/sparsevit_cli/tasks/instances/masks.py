@@ -20,7 +20,7 @@ from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sizes import Size
 
 Pixels = NDArray[np.bool_]
-Box = tuple[float, float, float, float]
+Box = Sequence[float]
 """x0, y0, x1, y1 in pixels."""
 _BITS, _MORE, _SIGN, _FIRST_LETTER = 0x1F, 0x20, 0x10, 48
 """Of COCO's letters: five bits of a number each, a sixth where more follow; the last one carries the sign."""
@@ -131,12 +131,6 @@ def pasted(mask: Tensor, box: Box, size: Size) -> Pixels:
     drawn = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
     whole[top:bottom, left:right] = (drawn >= 0.5).numpy()
     return whole
-
-
-def tight_box(pixels: Pixels) -> Box:
-    """The box around the True pixels, of which there is one at least."""
-    ys, xs = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
-    return float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1)
 
 
 def outlines_of(polygons: Sequence[Sequence[float]]) -> tuple[NDArray[np.float64], ...]:

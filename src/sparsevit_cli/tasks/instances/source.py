@@ -44,7 +44,7 @@ class InstanceSource(Source):
         images = torch.stack([image.as_subclass(Tensor) for image, _ in samples])
         targets = [{name: _plain(value) for name, value in target.items()} for _, target in samples]
         if seed is not None:
-            targets = [{**target, "draw": derive_seed(seed, "draw", at) >> 1} for at, target in enumerate(targets)]
+            targets = [{**target, "draw": derive_seed(seed, "draw", at)} for at, target in enumerate(targets)]
         return images, targets
 
 
