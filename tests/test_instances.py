@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from sparsevit_cli.data.shrunk import Scale
 from sparsevit_cli.errors import ConfigError, StoppedError
 from sparsevit_cli.evaluation import evaluate
 from sparsevit_cli.reporting import SilentReporter
+from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.stopping import StopRequest
@@ -34,6 +36,7 @@ from sparsevit_cli.tasks.instances import Instances
 from sparsevit_cli.tasks.instances.model import Detector
 from sparsevit_cli.tasks.task import BuildOptions, task_of
 from sparsevit_cli.training import TrainingJob, plan_training, train
+from sparsevit_cli.workflows.training import _write_rows
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -107,17 +110,17 @@ def test_outputs_are_those_of_torchvision_with_its_own_transform(masks: bool) ->
     """The same weights under torchvision's Mask R-CNN at a size that its transform leaves alone; standard heads."""
     heads = {"fpn_channels": 16, "anchor_sizes": None, "anchor_ratios": [0.5, 1.0, 2.0], "box_resolution": 7,
              "box_channels": 1024, "mask_resolution": 14, "mask_convs": 4, "mask_channels": 256, "roi_samples": 2,
-             "candidates_test": 1000, "proposals_test": 1000, "detections_per_image": 100, "score_threshold": 0.05,
+             "candidates_test": 1000, "proposals_test": 1000, "detections_per_image": 10, "score_threshold": 0.05,
              "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8]}  # fmt: skip
     _, _, model = built(model=heads, task={"masks": masks})
     family = MaskRCNN if masks else FasterRCNN
     theirs = family(copy.deepcopy(model.backbone), num_classes=11, min_size=64, max_size=64,
-                    image_mean=[0.0] * 3, image_std=[1.0] * 3)  # fmt: skip
+                    image_mean=[0.0] * 3, image_std=[1.0] * 3, box_detections_per_img=10)  # fmt: skip
     theirs.load_state_dict(model.state_dict())
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         ours, expected = model.eval()(images), theirs.eval()(list(images))
-    assert sum(len(found["boxes"]) for found in ours) > 20
+    assert sum(len(found["boxes"]) for found in ours) > 10
     for found, reference in zip(ours, expected, strict=True):
         for name in ("boxes", "labels", "scores"):
             assert torch.equal(found[name], reference[name]), name
@@ -244,8 +247,8 @@ class StopAt(StopRequest):
 
 def test_a_stopped_training_ends_as_the_straight_one_to_the_bit(tmp_path: Path) -> None:
     """With random sparsity, a canvas that grows, micro-batches, averaged weights and jittered images."""
-    section = {"curriculum": [{"img_size": 32, "epochs": 1}, {"img_size": 64, "epochs": 2}], "accumulation": 2,
-               "ema_decay": 0.9, "eval_every": 2.0, "batch_size": 2}  # fmt: skip
+    section = {"curriculum": [{"img_size": 32, "epochs": 1}, {"img_size": 64, "epochs": 1}], "accumulation": 2,
+               "ema_decay": 0.9, "eval_every": 1.0, "batch_size": 2}  # fmt: skip
     fields = coco(tmp_path) | {"augment": {"jitter": [0.5, 1.5]}}
     task, data, model = built(data=fields, train=section)
     space = SearchSpace(model_depths(model))
@@ -257,7 +260,9 @@ def test_a_stopped_training_ends_as_the_straight_one_to_the_bit(tmp_path: Path) 
 
         def validate(model: nn.Module, img_size: Any, before_batch: Any) -> Any:
             set_sparsity(model, space.uniform(0.5))
-            return evaluate(task, model, data.val.resized(img_size), batch_size=2, device=CPU)
+            found = evaluate(task, model, data.val.resized(img_size), batch_size=2, device=CPU)
+            lacking = "box_ap75" if img_size == (32, 32) else ""  # as AP of sizes that no object has
+            return replace(found, values={name: value for name, value in found.values.items() if name != lacking})
 
         job = TrainingJob(
             kind="adapt", task=task, model=fresh, section=task.config.train,
@@ -304,6 +309,21 @@ def test_examples_are_validation_images_and_pictures_show_the_truth(tmp_path: Pa
         colours = torch.tensor(list(picture.getdata())).float()
         assert (colours.max(1).values - colours.min(1).values).max() > 60, "something is drawn in colour"
         assert plain.shape == (3, 64, 64)
+
+
+def test_at_full_load_the_heads_get_as_many_boxes_as_they_ever_do() -> None:
+    task, _, model = built(model={"score_threshold": 0.9})
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode(), task.at_full_load(model.eval()):
+        assert [len(found["masks"]) for found in model(images)] == [5, 5]
+    with torch.inference_mode():
+        assert [len(found["masks"]) for found in model(images)] == [0, 0]
+
+
+def test_a_value_that_a_validation_lacks_is_an_empty_cell(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "pretrain")
+    _write_rows(folder, ({"step": 1, "mask_ap": 2.0}, {"step": 2, "mask_ap": 3.0, "val_large": 4.0}), SilentReporter())
+    assert (tmp_path / "results.csv").read_text().split() == ["step,mask_ap,val_large", "1,2.0,", "2,3.0,4.0"]
 
 
 def typed(folder: Path, config: ExperimentConfig, *words: str) -> list[str]:

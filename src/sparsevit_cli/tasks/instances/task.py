@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,6 +116,22 @@ class Instances(Task):
         if self.masks:
             found["mask head"] = [heads.mask_roi_pool, heads.mask_head, heads.mask_predictor]
         return found
+
+    @contextmanager
+    def at_full_load(self, model: nn.Module) -> Iterator[None]:
+        """Without a threshold of scores: boxes and masks are computed up to `detections_per_image`, found or not."""
+        assert isinstance(model, Detector)
+        heads = model.roi_heads
+        before, heads.score_thresh = heads.score_thresh, -1.0
+        try:
+            yield
+        finally:
+            heads.score_thresh = before
+
+    @property
+    def checkpoint_is_whole(self) -> bool:
+        """False: `model.checkpoint` gives the weights of the Swin alone."""
+        return False
 
     def picture(self, source: Source, index: int) -> Image.Image:
         """A sample as the model gets it, with boxes, masks and names of categories. Raises UnreadableImageError."""
