@@ -376,6 +376,35 @@ def test_bad_annotations_end_with_the_exit_code_of_data(tmp_path: Path) -> None:
     assert "it has no list of images" in result.output
 
 
+def test_without_data_noise_is_measured_on() -> None:
+    task = task_of(tiny(data={"source": "coco", "root": "nowhere"}))
+    assert torch.equal(task.example((32, 64), 2, seed=1), task.example((32, 64), 2, seed=1))
+    assert task.example((32, 64), 2).std() > 0.9
+
+
+def test_the_authors_detector_has_as_many_weights_as_theirs() -> None:
+    """mmdet's Mask R-CNN of Swin-T has 47.8 million."""
+    config = load_config(CONFIGS / "coco_mask_rcnn_swin_t_672.yaml", ["model.pretrained=false"])
+    model = task_of(config).build(None, BuildOptions())
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(47.8, abs=0.05)
+    assert model.rpn.anchor_generator.sizes == ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
+
+
+@pytest.mark.slow
+def test_the_configuration_for_coco_trains_evaluates_and_goes_on(tmp_path: Path) -> None:
+    tree = coco_tree(tmp_path / "coco")
+    phases = "[{img_size: 64, epochs: 1, lr: 1e-4}, {img_size: 64, epochs: 1, lr: 1e-5}]"
+    sets = [f"data.root={tree}", "data.workers=0", "data.search_fraction=0.2", "model.pretrained=false", "device=cpu",
+            "model.img_size=64", f"train.curriculum={phases}", "train.batch_size=4", "train.eval_every=1",
+            f"finetune.curriculum={phases}"]  # fmt: skip
+    words = ["--config", str(CONFIGS / "coco_mask_rcnn_swin_t_672.yaml"), "--output", str(tmp_path / "runs")]
+    words += [word for text in sets for word in ("--set", text)]
+    for command in (["pretrain", "--dry-run"], ["pretrain"], ["evaluate"], ["pretrain"]):
+        result = CliRunner().invoke(app, [*command, *words])
+        assert result.exit_code == 0, f"{command}: {result.output}"
+    assert "already done" in result.output
+
+
 def test_the_packaged_configuration_has_light_heads_and_a_shift_everywhere() -> None:
     config = load_config(CONFIGS / "digits_instances.yaml")
     task = task_of(config)

@@ -69,8 +69,8 @@ def _coco(data: CocoData, spec: PlacingSpec, seed: int, masks: bool) -> Data:
     _refuse_unreadable(val)
     kept, held_out = _split(data, train)
     bad_images = BadImages(len(kept), data.max_bad_fraction)
-    faults = {number: reason for number, reason in train.images.faults.items() if number in set(kept.tolist())}
-    bad_images.note((train.images.key(number), reason) for number, reason in faults.items())
+    faults, chosen = train.images.faults, set(kept.tolist())
+    bad_images.note((train.images.key(number), reason) for number, reason in faults.items() if number in chosen)
     everything = np.arange(len(val.images.names))
     held_spec = spec.evaluation()
     sources = (

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsevit_cli.config.instances import InstancesModel
 from sparsevit_cli.data.source import Batch, Categories
 from sparsevit_cli.errors import DataError
 from sparsevit_cli.sizes import Size
@@ -18,8 +17,6 @@ from .masks import mask_api, pasted
 from .model import MASK_SHIFT, Detections
 from .truth import Truth
 
-COUNTED = InstancesModel.model_fields["detections_per_image"].default
-"""Detections per image that COCO's AP counts."""
 NAMES = {"AP_all": "ap", "AP_50": "ap50", "AP_75": "ap75", "AP_small": "ap_small", "AP_medium": "ap_medium",
          "AP_large": "ap_large"}  # fmt: skip
 """faster_coco_eval's names, and ours after `box_` or `mask_`."""
