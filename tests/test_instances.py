@@ -396,7 +396,8 @@ def test_the_configuration_for_coco_trains_evaluates_and_goes_on(tmp_path: Path)
     phases = "[{img_size: 64, epochs: 1, lr: 1e-4}, {img_size: 64, epochs: 1, lr: 1e-5}]"
     sets = [f"data.root={tree}", "data.workers=0", "data.search_fraction=0.2", "model.pretrained=false", "device=cpu",
             "model.img_size=64", f"train.curriculum={phases}", "train.batch_size=4", "train.eval_every=1",
-            f"finetune.curriculum={phases}"]  # fmt: skip
+            f"finetune.curriculum={phases}", "model.fpn_channels=16", "model.mask_channels=16", "model.box_channels=32",
+            "model.detections_per_image=5", "model.proposals_test=20", "model.embed_dim=24"]  # fmt: skip
     words = ["--config", str(CONFIGS / "coco_mask_rcnn_swin_t_672.yaml"), "--output", str(tmp_path / "runs")]
     words += [word for text in sets for word in ("--set", text)]
     for command in (["pretrain", "--dry-run"], ["pretrain"], ["evaluate"], ["pretrain"]):
