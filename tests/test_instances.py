@@ -144,6 +144,8 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
 
 def test_boxes_are_computed_in_float32_whatever_the_weights_are() -> None:
     _, _, model = built()
+    with torch.inference_mode():
+        assert model.double().eval()(torch.randn(1, 3, 64, 64).double())[0]["boxes"].dtype == torch.float64
     small = model.to(torch.bfloat16)
     assert small.backbone.fpn.layer_blocks[0][0].weight.dtype == torch.bfloat16
     assert small.rpn.head.cls_logits.weight.dtype == torch.float32

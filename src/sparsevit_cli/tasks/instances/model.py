@@ -117,9 +117,10 @@ class Detector(nn.Module):
         """Images (B, 3, H, W) to detections in evaluation mode, images and targets to losses in training mode."""
         sizes = [(int(images.shape[2]), int(images.shape[3]))] * len(images)
         features: Maps = self.backbone(images)
+        dtype = next(self.rpn.parameters()).dtype
         with torch.autocast(images.device.type, enabled=False):
-            features = OrderedDict((name, level.float()) for name, level in features.items())
-            proposals, losses = self.rpn(ImageList(images.float(), sizes), features, targets)
+            features = OrderedDict((name, level.to(dtype)) for name, level in features.items())
+            proposals, losses = self.rpn(ImageList(images.to(dtype), sizes), features, targets)
             if self.training:
                 assert targets is not None, "training needs targets"
                 return {**losses, **self.roi_heads.losses(features, proposals, sizes, targets)}
