@@ -41,6 +41,15 @@ def test_every_field_has_a_row_with_a_sentence() -> None:
     )
 
 
+def test_what_another_task_has_instead_stands_under_its_name() -> None:
+    page = render_reference().partition("\n## Task `instances`\n")[2].partition("\n## Task ")[0]
+    assert "| `fpn_channels` |" in page
+    assert "| `embed_dim` |" not in page, "it is the same as above"
+    assert "Not in `model` of task `instances`: `num_classes`." in page
+    assert "\n## `data.augment`, source `coco`, task `instances`\n" in page
+    assert "\n## `data`, source `digits`, task `instances`\n" in page
+
+
 def test_check_notices_an_old_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,7 +96,7 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    metric: ClassVar[Metric]
+    metric: Metric
     per: ClassVar[str] = "image"
     counted: ClassVar[str] = "images"
     """What `category_counts` counts: images, objects or pixels."""

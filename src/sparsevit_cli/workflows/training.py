@@ -323,10 +323,10 @@ def _teacher(session: Session, section: LoopSection, data: Data, weights: Weight
 
 
 def _write_rows(folder: RunFolder, rows: tuple[Mapping[str, float], ...], reporter: Reporter) -> None:
-    """results.csv: one row per validation."""
+    """results.csv: one row per validation; a value that a row lacks is an empty cell."""
     with optional_output(reporter, "results.csv"):
         text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(folder.path / "results.csv", text.getvalue())

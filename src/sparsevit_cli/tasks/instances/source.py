@@ -1,0 +1,224 @@
+"""Sources of images with objects: the embedded scenes of digits, and image files."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+
+from sparsevit_cli.data.digit_scenes import DigitScenes, Scene
+from sparsevit_cli.data.images import UnreadableImageError, decode_image
+from sparsevit_cli.data.source import BadImages, Source
+from sparsevit_cli.data.splits import Indices
+from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.seeding import derive_seed
+from sparsevit_cli.sizes import ImageSize, Size, as_pair
+
+from .masks import run_lengths
+from .placing import PlacingSpec, Target, frame_of, placed_image, placed_objects, stretched
+from .truth import Instance, Truth
+
+Sample = tuple[Tensor, Target]
+"""Image (3, H, W) float32, and `boxes`, `labels`, `masks` to learn from, or `truth` and `frame` to be judged by."""
+
+
+class InstanceSource(Source):
+    """Images with objects. `held_out` ones are never augmented, and carry the whole truth at its own size."""
+
+    held_out: bool
+
+    @abstractmethod
+    def objects(self, index: int) -> Sample:
+        """An image with its objects on the canvas, whatever the split: `boxes`, `labels` and, if asked for, `masks`."""
+
+    def collate(self, samples: Sequence[Sample], seed: int | None) -> tuple[Any, Any]:
+        """Images (B, 3, H, W), and the targets as a list; in training each with `draw`, a seed of its own."""
+        images = torch.stack([image.as_subclass(Tensor) for image, _ in samples])
+        targets = [{name: _plain(value) for name, value in target.items()} for _, target in samples]
+        if seed is not None:
+            targets = [{**target, "draw": derive_seed(seed, "draw", at)} for at, target in enumerate(targets)]
+        return images, targets
+
+
+def _plain(value: object) -> object:
+    return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
+
+
+class SceneSource(InstanceSource):
+    """The embedded scenes of digits."""
+
+    def __init__(self, scenes: DigitScenes, *, masks: bool) -> None:
+        self.scenes, self.masks = scenes, masks
+        self.held_out = scenes.split != "train"
+
+    @property
+    def image_size(self) -> Size:
+        return as_pair(self.scenes.spec.canvas)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not self.held_out:
+            return self.objects(index)
+        scene, placement = self.scenes[index], stretched(self.image_size, self.image_size)
+        target: Target = {"truth": scene_truth(scene, index), "frame": frame_of(placement)}
+        return tv_tensors.Image(scene.image), target
+
+    def objects(self, index: int) -> Sample:
+        scene = self.scenes[index]
+        boxes = tv_tensors.BoundingBoxes(scene.boxes, format="XYXY", canvas_size=self.image_size)
+        target: Target = {"boxes": boxes, "labels": scene.labels + 1}
+        if self.masks:
+            target["masks"] = tv_tensors.Mask(scene.masks.to(torch.uint8))
+        return tv_tensors.Image(scene.image), target
+
+    def set_epoch(self, epoch: int) -> None:
+        self.scenes.set_epoch(epoch)
+
+    def resized(self, size: ImageSize) -> SceneSource:
+        return SceneSource(self.scenes.with_canvas(square(size)), masks=self.masks)
+
+    def sample_name(self, index: int) -> str:
+        return self.scenes.sample_name(index)
+
+    def fingerprint(self) -> str:
+        return f"{self.scenes.fingerprint()}{'' if self.masks else ', boxes'}"
+
+
+def scene_truth(scene: Scene, number: int) -> Truth:
+    """The digits of a scene as COCO would tell them."""
+    instances = []
+    for box, label, mask in zip(scene.boxes.tolist(), scene.labels.tolist(), scene.masks.numpy(), strict=True):
+        shape = run_lengths(mask)
+        x0, y0, x1, y1 = box
+        instances.append(Instance(label, (x0, y0, x1 - x0, y1 - y0), float(shape.area), shape))
+    height, width = scene.image.shape[1:]
+    return Truth(number, (int(height), int(width)), tuple(instances))
+
+
+def square(size: ImageSize) -> int:
+    """The side of a square. Raises ConfigError for other sizes, which the digits have not."""
+    height, width = as_pair(size)
+    if height != width:
+        raise ConfigError("model.img_size", f"{height} x {width}; scenes of digits are square", "Give one number.")
+    return height
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The images of one split, listed and not decoded.
+
+    `truths` holds one Truth per image, `names` the files below `folder`, `faults` why an image cannot be read, as far
+    as the listing tells, `digest` what tells one state of the annotations and files from another.
+    """
+
+    split: str
+    folder: Path
+    names: tuple[str, ...]
+    truths: tuple[Truth, ...]
+    faults: dict[int, str]
+    digest: str
+    max_megapixels: float
+
+    def key(self, index: int) -> str:
+        """What to call an image."""
+        return f"{self.split}/{self.names[index]}"
+
+
+class FileSource(InstanceSource):
+    """Chosen images from files. Augmentation is a function of (seed, epoch, number), whoever computes it."""
+
+    def __init__(
+        self,
+        images: Images,
+        indices: Indices,
+        spec: PlacingSpec,
+        *,
+        masks: bool,
+        seed: int,
+        bad_images: BadImages | None,
+    ) -> None:
+        self.images, self.indices, self.spec = images, indices, spec
+        self.masks, self.seed, self._bad_images = masks, seed, bad_images
+        self.held_out, self.epoch = spec.augment is None, 0
+
+    @property
+    def bad_images(self) -> BadImages | None:
+        return self._bad_images
+
+    @property
+    def image_size(self) -> Size:
+        return self.spec.size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not self.held_out:
+            return self.objects(index)
+        truth = self._truth(index)
+        placement = self.spec.place(truth.size, 0)
+        image = placed_image(self._decoded(index), placement, self.spec)
+        return tv_tensors.Image(image), {"truth": truth, "frame": frame_of(placement)}
+
+    def objects(self, index: int) -> Sample:
+        truth = self._truth(index)
+        placement = self.spec.place(truth.size, derive_seed(self.seed, "augment", self.epoch, index))
+        image = placed_image(self._decoded(index), placement, self.spec)
+        return tv_tensors.Image(image), placed_objects(truth, placement, masks=self.masks)
+
+    def _truth(self, index: int) -> Truth:
+        return self.images.truths[self._number(index)]
+
+    def _decoded(self, index: int) -> Any:
+        """The upright image. Raises UnreadableImageError, also if its size is not the one of the annotations."""
+        number = self._number(index)
+        name = self.images.key(number)
+        if number in self.images.faults:
+            raise UnreadableImageError(name, self.images.faults[number], "Replace or remove it.")
+        image = decode_image(self.images.folder / self.images.names[number], name, self.images.max_megapixels)
+        height, width = self.images.truths[number].size
+        if (image.height, image.width) != (height, width):
+            got = f"it has {image.height} x {image.width} pixels, its annotations {height} x {width}"
+            raise UnreadableImageError(name, got, "Correct one of the two; an upright image counts (EXIF).")
+        return image
+
+    def _number(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return int(self.indices[index])
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def resized(self, size: ImageSize) -> FileSource:
+        other = FileSource(
+            self.images, self.indices, self.spec.resized(size),
+            masks=self.masks, seed=self.seed, bad_images=self._bad_images,
+        )  # fmt: skip
+        other.set_epoch(self.epoch)
+        return other
+
+    def sample_name(self, index: int) -> str:
+        return self.images.key(self._number(index))
+
+    def fingerprint(self) -> str:
+        masks = "" if self.masks else "\nboxes"
+        return hashlib.sha256(f"{self._listed}\n{self.spec.describe()}{masks}".encode()).hexdigest()
+
+    @functools.cached_property
+    def _listed(self) -> str:
+        """SHA-256 over the annotations and the chosen images."""
+        digest = hashlib.sha256(self.images.digest.encode())
+        for name in sorted(self.images.names[number] for number in self.indices.tolist()):
+            digest.update(name.encode("utf-8", "surrogatepass") + b"\n")
+        return digest.hexdigest()
