@@ -144,6 +144,11 @@ class Task(ABC):
         """The training samples, with what `section` says of their batches (mixup)."""
         return data.train
 
+    @property
+    def checkpoint_is_whole(self) -> bool:
+        """True if `model.checkpoint` gives every weight, so that nothing must be pretrained; a backbone's does not."""
+        return True
+
     def wants_teacher(self, section: LoopSection) -> bool:
         """True if `loss` learns from the dense model too."""
         return False

@@ -279,7 +279,8 @@ def dense_weights(session: Session, needed_by: str) -> Weights | None:
 
 def has_own_weights(session: Session) -> bool:
     """True where the configuration names whole weights; timm's pretrained ones come with a new, untrained head."""
-    return session.config.model.checkpoint is not None and not session.config.model.reset_head
+    section = session.config.model
+    return section.checkpoint is not None and not section.reset_head and session.task.checkpoint_is_whole
 
 
 def _start(session: Session, weights: Weights | None) -> str:

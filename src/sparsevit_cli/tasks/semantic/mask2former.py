@@ -24,7 +24,7 @@ from .segmenter import Segmenter
 from .transformers_swin import swin_weights
 
 _LEAST_LEVELS = 3
-_NOTHING_THERE = -20.0
+_NO_MASK = -20.0
 """Score of a mask where the truth is ignored: its sigmoid is 0 to eight digits, and so is its gradient."""
 
 
@@ -57,16 +57,33 @@ class PixelFeatures(nn.Module):
 
 
 class Mask2FormerSegmenter(Segmenter):
-    """Masks and their classes, found by queries (Cheng et al. 2022), as semantic segmentation."""
+    """Masks and their classes, found by queries (Cheng et al. 2022), as semantic segmentation.
+
+    Parameters around the Swin have the names of transformers' Mask2FormerForUniversalSegmentation.
+    """
 
     def __init__(self, backbone: SwinBackbone, classes: int, section: Mask2FormerSection, overlap: float) -> None:
         super().__init__(overlap)
-        self.net: Any = _network(backbone, classes, section)
+        net = _network(backbone, classes, section)
+        self.model: Any = net.model
+        self.class_predictor: nn.Module = net.class_predictor
+        self.criterion: nn.Module = net.criterion
+        self.loss_weights: dict[str, float] = net.weight_dict
 
     @property
     def swin(self) -> SwinBackbone:
-        backbone: SwinBackbone = self.net.model.pixel_level_module.encoder.backbone
+        backbone: SwinBackbone = self.model.pixel_level_module.encoder.backbone
         return backbone
+
+    def queries(self, images: Tensor, *, last: bool = True) -> list[tuple[Tensor, Tensor]]:
+        """Classes (B, queries, classes + 1) and masks (B, queries, H/4, W/4), both before any sigmoid, of each layer.
+
+        With `last` those of the last layer alone; else the last one comes first, then the others, as the loss has them.
+        """
+        found = self.model(images, output_hidden_states=True, return_dict=True)
+        states, masks = found.transformer_decoder_intermediate_states, found.masks_queries_logits
+        order = [len(masks) - 1, *([] if last else range(len(masks) - 1))]
+        return [(self.class_predictor(states[layer].transpose(0, 1)), masks[layer]) for layer in order]
 
     def scores(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to scores (B, classes, H, W): each class's share of all masks at a pixel.
@@ -74,49 +91,45 @@ class Mask2FormerSegmenter(Segmenter):
         Masks are brought to the size of the image before their sigmoid, as in Mask2Former's own code; transformers'
         `post_process_semantic_segmentation` brings them to 384 x 384 pixels, which is the same for such images.
         """
-        found = self.net(images)
-        masks = F.interpolate(found.masks_queries_logits, images.shape[2:], mode="bilinear", align_corners=False)
-        shares = found.class_queries_logits.softmax(-1)[..., :-1]  # the last one is "no object"
+        classes, masks = self.queries(images)[0]
+        masks = F.interpolate(masks, images.shape[2:], mode="bilinear", align_corners=False)
+        shares = classes.softmax(-1)[..., :-1]  # the last one is "no object"
         return torch.einsum("bqc,bqhw->bchw", shares, masks.sigmoid())
 
     def losses(self, images: Tensor, truth: Tensor) -> dict[str, Tensor]:
         """Mask2Former's own losses by name, each a mean over the images that have a class anywhere.
 
-        Differs from transformers in two things. Each image has its own matching and normaliser (theirs is one for the
-        batch), so that micro-batches change nothing. Masks count for nothing where the truth (B, H, W) is ignored,
-        but for a margin of some pixels. Draws points from the global generator of the device.
+        Differs from transformers in two things. Each image has its own normaliser (theirs is one for the batch), so
+        that micro-batches change nothing. Masks count for nothing where the truth (B, H, W) is IGNORED, but for a
+        margin of some pixels. Points are drawn from the global generator, image by image.
         """
-        found = self.net(images, output_auxiliary_logits=True)
-        layers = [
-            (layer["masks_queries_logits"].float(), layer["class_queries_logits"].float())
-            for layer in (found, *found.auxiliary_logits)
-        ]
-        totals: dict[str, Tensor] = {}
-        counted = 0
+        layers = [(classes.float(), masks.float()) for classes, masks in self.queries(images, last=False)]
+        each = [image for image in range(len(truth)) if bool((truth[image] != IGNORED).any())]
+        if not each:
+            return {"mask": layers[0][1].sum() * 0}
         with torch.autocast(images.device.type, enabled=False):
-            for number, own in enumerate(truth):
-                classes = own.unique()
-                classes = classes[classes != IGNORED]
-                if not len(classes):
-                    continue
-                counted += 1
-                ignored = _far_from_labels(own, layers[0][0].shape[2:])
-                pairs = [
-                    (masks[number : number + 1].masked_fill(ignored, _NOTHING_THERE), of_class[number : number + 1])
-                    for masks, of_class in layers
-                ]
-                loss = self.net.get_loss_dict(
-                    *pairs[0],
-                    [(own == classes[:, None, None]).float()],
-                    [classes.long()],
-                    [{"masks_queries_logits": masks, "class_queries_logits": of_class} for masks, of_class in pairs[1:]],
-                )
-                for name in ("cross_entropy", "mask", "dice"):
-                    one = sum(value for key, value in loss.items() if key.startswith(f"loss_{name}"))
-                    totals[name] = totals.get(name, 0) + one
-        if not counted:
-            return {"mask": layers[0][0].sum() * 0}
-        return {name: total / counted for name, total in totals.items()}
+            found = [self._loss([(a[image], b[image]) for a, b in layers], truth[image]) for image in each]
+        return {name: torch.stack([loss[name] for loss in found]).mean() for name in found[0]}
+
+    def _loss(self, layers: list[tuple[Tensor, Tensor]], truth: Tensor) -> dict[str, Tensor]:
+        """The losses of one image: classes (queries, classes + 1) and masks (queries, h, w) of each layer."""
+        present = truth.unique()
+        present = present[present != IGNORED]
+        ignored = _far_from_labels(truth, layers[0][1].shape[1:])
+        outputs = [
+            {"class_queries_logits": classes[None], "masks_queries_logits": masks.masked_fill(ignored, _NO_MASK)[None]}
+            for classes, masks in layers
+        ]
+        found = self.criterion(
+            **outputs[0],
+            mask_labels=[(truth == present[:, None, None]).float()],
+            class_labels=[present.long()],
+            auxiliary_predictions=outputs[1:],
+        )
+        return {
+            name.removeprefix("loss_"): weight * torch.stack([v for key, v in found.items() if name in key]).sum()
+            for name, weight in self.loss_weights.items()
+        }
 
 
 def _far_from_labels(truth: Tensor, size: torch.Size) -> Tensor:
@@ -174,7 +187,7 @@ def settings(section: Mask2FormerSection) -> dict[str, Any]:
 # -- checkpoints of transformers ----------------------------------------------------------------------------------
 
 _THEIR_ENCODER = "model.pixel_level_module.encoder."
-_OUR_ENCODER = f"net.{_THEIR_ENCODER}backbone."
+_OUR_ENCODER = f"{_THEIR_ENCODER}backbone."
 _MARK = "model.transformer_module."
 """What a checkpoint of a whole Mask2Former has, and no other."""
 _IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
@@ -201,7 +214,7 @@ def transformers_weights(path: Path, section: Mask2FormerSection) -> dict[str, T
     encoder = {
         key.removeprefix(_THEIR_ENCODER): tensor for key, tensor in tensors.items() if key.startswith(_THEIR_ENCODER)
     }
-    others = {f"net.{key}": tensor for key, tensor in tensors.items() if not key.startswith(_THEIR_ENCODER)}
+    others = {key: tensor for key, tensor in tensors.items() if not key.startswith(_THEIR_ENCODER)}
     return others | {f"{_OUR_ENCODER}{key}": tensor for key, tensor in swin_weights(encoder).items()}
 
 

@@ -21,9 +21,9 @@ from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.semantic import BACKGROUND, MaskFiles, SemanticDigits, SemanticModel, SemanticTask
 from sparsevit_cli.data.digits import MEAN, STD
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
-from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.seeding import seeded
-from sparsevit_cli.sizes import Size, size_text
+from sparsevit_cli.sizes import Size, as_pair, size_text
 from sparsevit_cli.tasks.task import BuildOptions, Metric, Scorer, Task
 from sparsevit_cli.weights import load_state
 
@@ -51,18 +51,17 @@ class SemanticSegmentation(Task):
     def build(self, categories: Categories | None, options: BuildOptions) -> nn.Module:
         """A `Segmenter` with a score per class.
 
-        `model.checkpoint` may be a whole segmenter: a checkpoint folder of ours, or a Mask2Former of transformers.
-        Weights of a backbone alone need `reset_head`: what stands on it is new then.
+        `model.checkpoint` may be that of a backbone, or of a whole segmenter: a checkpoint folder of ours, or a
+        Mask2Former that transformers saved.
         """
         names = self._names if categories is None or not len(categories) else categories.names
-        self._check_weights()
+        if self._class_weights is not None and self._is_mask2former:
+            do = "Remove task.class_weights and task.background_weight; see model.mask2former.no_object."
+            raise ConfigError("task", "weights of classes, and Mask2Former's loss has none", do)
         whole = self._whole_weights() if options.initial_weights else None
         bare = options if whole is None else replace(options, initial_weights=False)
         backbone = self.swin_backbone(bare, range(len(self._model.depths or LEVELS)))
-        size = options.img_size or self.image_size
-        if any(side % backbone.divisor for side in size):
-            got = f"{size_text(size)}; maps of all stages need multiples of {backbone.divisor} pixels"
-            raise ConfigError("model.img_size", got, "Round it.")
+        self._check_sizes(backbone.divisor)
         with seeded(options.seed):
             model = self._standing_on(backbone, len(names))
         if whole is not None:
@@ -71,26 +70,38 @@ class SemanticSegmentation(Task):
             options.say(f"{path}: the whole {self._model.head} is taken from it")
         return model
 
+    def _check_sizes(self, divisor: int) -> None:
+        """Raises ConfigError for sizes of images whose maps do not halve from stage to stage."""
+        config = self.config
+        sizes = {"model.img_size": config.model.img_size}
+        if isinstance(self._data, MaskFiles) and self._data.crop is not None:
+            sizes["data.crop"] = self._data.crop
+        for name in ("train", "adapt", "finetune"):
+            phases = getattr(config, name).curriculum
+            sizes |= {f"{name}.curriculum[{number}].img_size": phase.img_size for number, phase in enumerate(phases)}
+        for name, size in sizes.items():
+            if any(side % divisor for side in as_pair(size)):
+                got = f"{size_text(as_pair(size))} pixels; the stages need multiples of {divisor}"
+                raise ConfigError(name, got, "Round it.")
+
     def _standing_on(self, backbone: SwinBackbone, classes: int) -> Segmenter:
         overlap = self._data.overlap if isinstance(self._data, MaskFiles) else 0.0
         if self._model.head == "mask2former":
             return Mask2FormerSegmenter(backbone, classes, self._model.mask2former, overlap)
         return FpnSegmenter(backbone, classes, self._model.fpn.channels, overlap)
 
+    @functools.cached_property
+    def checkpoint_is_whole(self) -> bool:  # type: ignore[override] - looked up once: weights are large
+        """True if `model.checkpoint` is that of a segmenter, and not of a backbone alone."""
+        return self._whole_weights() is not None
+
     def _whole_weights(self) -> dict[str, Tensor] | None:
         """The weights of a whole segmenter in `model.checkpoint`; None if there is none. Raises CheckpointError."""
         if self._model.checkpoint is None:
             return None
         path = as_path(self._model.checkpoint, "model.checkpoint")
-        if self._model.head == "mask2former" and (found := transformers_weights(path, self._model.mask2former)):
-            return found
-        if (found := _own_weights(path)) is not None:
-            return found
-        if not self._model.reset_head:
-            got = f"{path} is no segmenter of ours" + (", nor one of transformers" if self._is_mask2former else "")
-            do = "If it is a backbone, set model.reset_head: true: what stands on it is new then."
-            raise CheckpointError("model.checkpoint", got, do)
-        return None
+        theirs = transformers_weights(path, self._model.mask2former) if self._is_mask2former else None
+        return _own_weights(path) if theirs is None else theirs
 
     def _with_new_head(self, model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """`weights`, with `reset_head` those of the new classifier where the checkpoint's has other classes."""
@@ -98,7 +109,7 @@ class SemanticSegmentation(Task):
         if not self._model.reset_head:
             return weights
         return {
-            key: own[key] if key.startswith(CLASSIFIERS) and key in own and own[key].shape != tensor.shape else tensor
+            key: own[key] if key.startswith(_CLASSIFIERS) and key in own and own[key].shape != tensor.shape else tensor
             for key, tensor in weights.items()
         }
 
@@ -150,11 +161,6 @@ class SemanticSegmentation(Task):
         weights[self._names.index(BACKGROUND)] = section.background_weight
         return weights
 
-    def _check_weights(self) -> None:
-        if self._class_weights is not None and self._is_mask2former:
-            do = "Remove task.class_weights and task.background_weight; see model.mask2former.no_object."
-            raise ConfigError("task", "weights of classes, and Mask2Former's loss has none", do)
-
     # -- parts --------------------------------------------------------------------------------------------------
 
     def backbone(self, model: nn.Module) -> nn.Module:
@@ -165,18 +171,17 @@ class SemanticSegmentation(Task):
     def features(self, model: nn.Module) -> nn.Module:
         """Backbone and top-down sum, one map; or backbone and pixel decoder, four maps."""
         if isinstance(model, Mask2FormerSegmenter):
-            return PixelFeatures(model.net.model.pixel_level_module)
+            return PixelFeatures(model.model.pixel_level_module)
         assert isinstance(model, FpnSegmenter)
         return model.pyramid
 
     def parts(self, model: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
         """Backbone, neck and head; or backbone and both decoders of Mask2Former."""
         if isinstance(model, Mask2FormerSegmenter):
-            net = model.net
             return {
                 "backbone": [model.swin],
-                "pixel decoder": [net.model.pixel_level_module.decoder],
-                "transformer decoder": [net.model.transformer_module, net.class_predictor],
+                "pixel decoder": [model.model.pixel_level_module.decoder],
+                "transformer decoder": [model.model.transformer_module, model.class_predictor],
             }
         assert isinstance(model, FpnSegmenter)
         return {"backbone": [model.swin], "neck": [model.pyramid.neck], "head": [model.head]}
@@ -220,14 +225,16 @@ class SemanticSegmentation(Task):
         return self.config.data
 
 
-CLASSIFIERS = ("head.6.", "net.class_predictor.", "net.criterion.empty_weight")
+_CLASSIFIERS = ("head.6.", "class_predictor.", "criterion.empty_weight")
 """Parameters whose shape is that of the classes."""
+_AROUND = ("pyramid.neck.", "model.transformer_module.")
+"""What a segmenter of ours has around its Swin, and nothing else has."""
 
 
 def _own_weights(path: Path) -> dict[str, Tensor] | None:
-    """Weights of a checkpoint folder of ours under their own names, the averaged ones if any; None if it is none."""
+    """Weights of a segmenter in a checkpoint folder of ours, the averaged ones if any; None if it is none."""
     if not os.path.isdir(path):
         return None
     tensors = load_checkpoint(path, only=("model", "ema")).tensors
-    found = tensors.get("ema") or tensors.get("model")
-    return None if not found or not any(".swin." in key for key in found) else dict(found)
+    found = tensors.get("ema") or tensors.get("model") or {}
+    return dict(found) if any(key.startswith(_AROUND) for key in found) else None
