@@ -30,7 +30,7 @@ def save(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def cityscapes_tree(root: Path, counts: Mapping[str, int] = {"train": 6, "val": 3}) -> Path:  # noqa: B006
+def cityscapes_tree(root: Path, counts: Mapping[str, int] = {"train": 6, "val": 3}) -> Path:
     """leftImg8bit and gtFine as the archives unpack, with their colour images and polygons beside the labelIds."""
     for split, count in counts.items():
         for number in range(count):
@@ -46,7 +46,7 @@ def cityscapes_tree(root: Path, counts: Mapping[str, int] = {"train": 6, "val": 
     return root
 
 
-def ade_tree(root: Path, counts: Mapping[str, int] = {"training": 6, "validation": 3}) -> Path:  # noqa: B006
+def ade_tree(root: Path, counts: Mapping[str, int] = {"training": 6, "validation": 3}) -> Path:
     """images and annotations as ADEChallengeData2016 unpacks: JPEG and grey PNG, 0 is no class, sizes differ."""
     for split, count in counts.items():
         for number in range(count):

@@ -108,6 +108,8 @@ class CropSection(Section):
 class MaskFiles(ImageFiles):
     """Images, and a file with the class of every pixel for each."""
 
+    train_split: PathText = Field("train", description="Folder of the training split, below those of images and masks.")
+    val_split: PathText = Field("val", description="Folder of the validation split, below those of images and masks.")
     short_side: Side | None = Field(
         None,
         description="Pixels of the short side that images get, aspect kept, before crops and windows are taken; null "
@@ -138,8 +140,6 @@ class CityscapesData(MaskFiles):
 
     source: Literal["cityscapes"] = Field("cityscapes", description="Cityscapes as downloaded.")
     root: PathText = Field(description="Folder that holds leftImg8bit and gtFine.")
-    train_split: PathText = Field("train", description="Folder of the training images, below leftImg8bit and gtFine.")
-    val_split: PathText = Field("val", description="Folder of the validation images.")
 
 
 class PairedFolders(MaskFiles):

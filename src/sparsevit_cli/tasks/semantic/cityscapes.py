@@ -51,7 +51,9 @@ def read_cityscapes(root: Path, split: str, max_megapixels: float) -> Pairs:
 def _listed(folder: Path, end: str) -> set[str]:
     """`city/name` of the files below `folder` whose name has this end."""
     if not os.path.isdir(folder):
-        raise DataError("data: split folder", f"there is no folder {folder}", "Set data.train_split and data.val_split.")
+        raise DataError(
+            "data: split folder", f"there is no folder {folder}", "Set data.train_split and data.val_split."
+        )
     found = set()
     for city in sorted(os.listdir(folder)):
         if is_system_name(city) or not os.path.isdir(folder / city):

@@ -10,7 +10,7 @@ from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.semantic import BACKGROUND, CityscapesData, MaskFiles, PairedFolders, SemanticDigits
 from sparsevit_cli.data.digit_scenes import DigitScenes
 from sparsevit_cli.data.digits import DigitsSpec
-from sparsevit_cli.data.source import BadImages, Categories, Data, shorten
+from sparsevit_cli.data.source import BadImages, Categories, Data, Source, shorten
 from sparsevit_cli.data.splits import carve
 from sparsevit_cli.errors import ConfigError, DataError
 from sparsevit_cli.sizes import ImageSize
@@ -70,11 +70,15 @@ def _listed(data: MaskFiles, split: str) -> Pairs:
     return read_folders(data, split, folder_labels(data))
 
 
-def _bundle(data: MaskFiles, train: Pairs, val: Pairs, spec: TransformSpec, held_spec: TransformSpec, seed: int) -> Data:
+def _bundle(
+    data: MaskFiles, train: Pairs, val: Pairs, spec: TransformSpec, held_spec: TransformSpec, seed: int
+) -> Data:
     faults = train.faults()
     usable = np.ones(len(train.pairs), dtype=bool)
     usable[list(faults)] = False
-    kept, held_out = carve([pair.key for pair in train.pairs], np.zeros(len(usable)), data.search_fraction, usable)
+    kept, held_out = carve(
+        [pair.key for pair in train.pairs], np.zeros(len(usable), dtype=np.int64), data.search_fraction, usable
+    )
     bad_images = BadImages(len(kept), data.max_bad_fraction)
     bad_images.note((train.pairs[index].key, reason) for index, reason in faults.items())
     if val_faults := val.faults():
@@ -96,5 +100,5 @@ def _bundle(data: MaskFiles, train: Pairs, val: Pairs, spec: TransformSpec, held
     return Data(*sources, Categories(names), rows=tuple(rows))
 
 
-def _named(train: object, search: object, val: object) -> list[tuple[str, object]]:
+def _named(train: Source, search: Source, val: Source) -> list[tuple[str, Source]]:
     return list(zip(("training", "search", "validation"), (train, search, val), strict=True))

@@ -25,22 +25,21 @@ def read_folders(data: PairedFolders, split: str, labels: LabelMap) -> Pairs:
         raise DataError("data.root", f"{root} is not a folder", f"Give the one that holds {data.images}/{split}.")
     images, others = _listed(root, f"{data.images}/{split}", data.image_suffix, IMAGE_EXTENSIONS)
     masks, more = _listed(root, f"{data.masks}/{split}", data.mask_suffix, _MASK_EXTENSIONS)
-    keys = paired(
-        split, images, masks, f"{data.images}/{split}/*{data.image_suffix}.*", f"{data.masks}/{split}/*{data.mask_suffix}.*"
-    )
+    like = (f"{data.images}/{split}/*{data.image_suffix}.*", f"{data.masks}/{split}/*{data.mask_suffix}.*")
+    keys = paired(split, images, masks, *like)
     pairs = [Pair(key, images[key], masks[key]) for key in keys]
     return Pairs.listed(root, split, pairs, labels, data.max_megapixels, others + more)
 
 
 def folder_labels(data: PairedFolders) -> LabelMap:
-    """The numbers of a configuration's classes. Raises DataError for a file of names that cannot be read, or repeats."""
+    """The numbers of a configuration's classes. Raises DataError for names that repeat or cannot be read."""
     names = data.classes or _names_in(data.classes_file or "")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not 2 <= len(names) <= MAX_CLASSES:
         got = f"{len(names)} names" + (f"; twice: {shorten(twice)}" if twice else "")
         raise DataError("data.classes", got, f"Give 2 to {MAX_CLASSES} names, each once.")
     first = int(data.reduce_zero_label)
-    pairs = {number: IGNORED for number in ([0] if data.reduce_zero_label else [])}
+    pairs = dict.fromkeys([0] if data.reduce_zero_label else [], IGNORED)
     pairs |= {first + label: label for label in range(len(names))}
     if data.ignore is not None:
         if data.ignore in pairs and pairs[data.ignore] != IGNORED:

@@ -28,7 +28,7 @@ class TopDownSum(nn.Module):
     def forward(self, maps: Mapping[str, Tensor]) -> Tensor:
         """Maps (B, C, H/stride, W/stride) of each level, finest first, to (B, channels, H/4, W/4)."""
         levels = [lateral(x) for lateral, x in zip(self.laterals, maps.values(), strict=True)]
-        total = levels.pop()
+        total: Tensor = levels.pop()
         while levels:
             finer = levels.pop()
             total = finer + F.interpolate(total, size=finer.shape[2:], mode="bilinear", align_corners=False)

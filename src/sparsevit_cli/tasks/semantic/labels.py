@@ -51,7 +51,8 @@ class LabelMap:
             values, counts = np.unique(numbers[refused], return_counts=True)
             told = shorten([f"{value} ({count} pixels)" for value, count in zip(values, counts, strict=True)])
             raise DataError(name, f"numbers that are no class: {told}", self.do)
-        return found.astype(np.uint8)
+        classes: NDArray[np.uint8] = found.astype(np.uint8)
+        return classes
 
 
 def read_numbers(file: Path, name: str, max_megapixels: float) -> NDArray[np.integer]:

@@ -5,6 +5,7 @@ transformers is loaded when a model is built (extra `segment`). Nothing is downl
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -149,18 +150,17 @@ def _network(backbone: SwinBackbone, classes: int, section: Mask2FormerSection) 
         got = f"{levels} stages; the pixel decoder reads {_LEAST_LEVELS}"
         raise ConfigError("model.depths", got, "Give more stages, or set model.head: fpn.")
     try:
+        importlib.import_module("scipy")  # its matching is called in training
         from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
-        import scipy  # noqa: F401 - its matching is called in training
     except ImportError as error:
         got = f"mask2former needs {error.name or 'transformers'}, which is not installed"
         raise ConfigError("model.head", got, "Type: pip install 'sparsevit-cli[segment]'") from error
-    stand_in = SwinConfig(  # of the same channels, with as few weights as possible: it is exchanged below
-        embed_dim=backbone.channels[0], depths=[1] * levels, num_heads=[1] * levels, window_size=1, mlp_ratio=1.0,
-        out_features=[f"stage{level + 1}" for level in range(levels)],
-    )  # fmt: skip
-    config = Mask2FormerConfig(
-        backbone_config=stand_in, num_labels=classes, feature_strides=list(backbone.strides), **settings(section)
-    )
+    stand_in: dict[str, Any] = {  # a Swin of the same channels, with as few weights as possible: it is exchanged below
+        "embed_dim": backbone.channels[0], "depths": [1] * levels, "num_heads": [1] * levels, "window_size": 1,
+        "mlp_ratio": 1.0, "out_features": [f"stage{level + 1}" for level in range(levels)],
+    }  # fmt: skip
+    own: dict[str, Any] = {"num_labels": classes, "feature_strides": list(backbone.strides), **settings(section)}
+    config = Mask2FormerConfig(backbone_config=SwinConfig(**stand_in), **own)
     net: Any = Mask2FormerForUniversalSegmentation(config)
     net.model.pixel_level_module.encoder = Encoder(backbone)
     return net

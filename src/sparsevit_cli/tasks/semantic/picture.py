@@ -18,7 +18,7 @@ _GOLDEN = 0.618034
 
 
 def blended(image: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float], plain: int | None) -> Image.Image:
-    """Image (3, h, w), normalised by mean and deviation, with mask (H, W): class `plain` and IGNORED stay uncoloured."""
+    """Image (3, h, w), normalised by mean and deviation, under mask (H, W); class `plain` and IGNORED have no colour."""
     scale = [torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (std, mean)]
     pixels = (image.as_subclass(Tensor) * scale[0] + scale[1]).clamp(0, 1)  # (3, h, w)
     shown = F.interpolate(mask.as_subclass(Tensor)[None, None].float(), image.shape[1:], mode="nearest")[0, 0].long()
@@ -30,5 +30,5 @@ def blended(image: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[fl
 
 def palette() -> Tensor:
     """A colour of 0 to 1 for every class, (256, 3): neighbours in number are far apart in hue."""
-    colours = [colorsys.hsv_to_rgb(number * _GOLDEN % 1, 1 - number % 3 * 0.25, 1 - number % 2 * 0.25) for number in range(256)]
-    return torch.tensor(colours)
+    numbers = range(IGNORED + 1)
+    return torch.tensor([colorsys.hsv_to_rgb(n * _GOLDEN % 1, 1 - n % 3 * 0.25, 1 - n % 2 * 0.25) for n in numbers])

@@ -41,7 +41,9 @@ class Segmenter(nn.Module, ABC):
 
     def _slid(self, image: Tensor) -> Tensor:
         """Scores (classes, H, W) of one image, the mean over windows as large as the images the Swin is set to."""
-        height, width = image_size(self.swin)
+        size = image_size(self.swin)
+        assert size is not None
+        height, width = size
         image_height, image_width = image.shape[1:]
         padded = F.pad(image, (0, max(0, width - image_width), 0, max(0, height - image_height)))
         places = window_places((padded.shape[1], padded.shape[2]), (height, width), self.overlap)
@@ -67,7 +69,8 @@ def window_places(image: Size, window: Size, overlap: float) -> list[Size]:
     As few as give an overlap of at least `overlap`, evenly spread: the first at the top left, the last at the bottom
     right.
     """
-    return [(top, left) for top in _starts(image[0], window[0], overlap) for left in _starts(image[1], window[1], overlap)]
+    tops, lefts = (_starts(side, part, overlap) for side, part in zip(image, window, strict=True))
+    return [(top, left) for top in tops for left in lefts]
 
 
 def _starts(side: int, window: int, overlap: float) -> list[int]:

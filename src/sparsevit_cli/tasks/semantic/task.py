@@ -90,9 +90,13 @@ class SemanticSegmentation(Task):
             return Mask2FormerSegmenter(backbone, classes, self._model.mask2former, overlap)
         return FpnSegmenter(backbone, classes, self._model.fpn.channels, overlap)
 
-    @functools.cached_property
-    def checkpoint_is_whole(self) -> bool:  # type: ignore[override] - looked up once: weights are large
+    @property
+    def checkpoint_is_whole(self) -> bool:
         """True if `model.checkpoint` is that of a segmenter, and not of a backbone alone."""
+        return self._is_whole
+
+    @functools.cached_property
+    def _is_whole(self) -> bool:
         return self._whole_weights() is not None
 
     def _whole_weights(self) -> dict[str, Tensor] | None:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
@@ -22,7 +21,7 @@ from .labels import IGNORED
 
 @dataclass(frozen=True)
 class TransformSpec:
-    """Images of `size` (height, width) for the model; see `MaskFiles` for the settings. Without `augment`: evaluation."""
+    """Images of `size` (height, width) for the model, by settings of `MaskFiles`. Without `augment`: evaluation."""
 
     size: Size
     mean: tuple[float, ...]
@@ -79,7 +78,8 @@ class TransformSpec:
         assert self.augment is not None
         rng = random.Random(derive_seed(seed, "augment", epoch, index))
         scale = rng.uniform(self.augment.scale_min, self.augment.scale_max) * self._base_factor(image)
-        tops, seen = zip(*(_cut(rng, whole, side / scale) for whole, side in zip(image.shape[1:], self.size, strict=True)))
+        sides = zip(image.shape[1:], self.size, strict=True)
+        tops, seen = zip(*[_cut(rng, whole, side / scale) for whole, side in sides], strict=True)
         flips = rng.random() < self.augment.hflip
         strength = self.augment.color_jitter
         colours = [rng.uniform(max(0, 1 - strength), 1 + strength) for _ in range(3)]
@@ -102,7 +102,8 @@ class TransformSpec:
 
     def _normalised(self, image: Tensor) -> Tensor:
         scaled = V.to_dtype(image, torch.float32, scale=True)
-        return tv_tensors.Image(V.normalize(scaled, list(self.mean), list(self.std)))
+        normalised: Tensor = V.normalize(scaled, list(self.mean), list(self.std))
+        return normalised
 
 
 def _cut(rng: random.Random, whole: int, wanted: float) -> tuple[int, int]:
