@@ -199,8 +199,8 @@ def test_masks_are_found_by_their_suffix_and_ignored_numbers_are_the_settings(tm
             save(tmp_path / "rgb" / split / "deep" / f"{number}_rgb.png", painted(mask))
             save(tmp_path / "gt" / split / "deep" / f"{number}_mask.png", mask.astype(np.uint16))
     fields = {
-        "source": "folders", "root": str(tmp_path), "images": "rgb", "masks": "gt",
-        "train_split": "a", "val_split": "b", "image_suffix": "_rgb", "mask_suffix": "_mask", "classes": ["no", "yes"], "ignore": 99,
+        "source": "folders", "root": str(tmp_path), "images": "rgb", "masks": "gt", "image_suffix": "_rgb",
+        "mask_suffix": "_mask", "train_split": "a", "val_split": "b", "classes": ["no", "yes"], "ignore": 99,
     }  # fmt: skip
     data = data_of(tiny_task(data=fields))
     assert [data.val.sample_name(n) for n in range(3)] == ["deep/0", "deep/1", "deep/2"]
@@ -256,6 +256,7 @@ def test_unreadable_training_images_are_counted_and_too_many_are_an_error(tmp_pa
 def spec(**fields: Any) -> TransformSpec:
     standard: dict[str, Any] = {
         "size": (32, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3, "short_side": None, "crop": None, "is_sliding": False,
+        "max_megapixels": 1.0,
         "augment": CropSection(),
     }  # fmt: skip
     return TransformSpec(**standard | fields)
@@ -316,6 +317,14 @@ def test_colours_change_and_the_mask_does_not() -> None:
     )
     assert not torch.equal(plain[0], coloured[0])
     assert torch.equal(plain[1], coloured[1])
+
+
+def test_a_strip_is_refused_before_it_is_enlarged() -> None:
+    strip = tv_tensors.Image(torch.zeros(3, 1, 5000, dtype=torch.uint8))
+    sliding = spec(short_side=480, is_sliding=True, augment=None)
+    assert sliding.evaluated(strip[:, :, :2], "short").shape == (3, 480, 960)
+    with pytest.raises(DataError, match=r"strip: 480 x 2400000 pixels at data.short_side 480"):
+        sliding.evaluated(strip, "strip")
 
 
 # -- windows ------------------------------------------------------------------------------------------------------
@@ -728,3 +737,27 @@ def test_the_shipped_experiment_learns_from_scenes(tmp_path: Path, monkeypatch: 
         optimizer.step()
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_configuration_of_cityscapes_trains_and_evaluates_on_a_tiny_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is shipped, but for the sizes of model, images and training."""
+    monkeypatch.chdir(tmp_path)
+    cityscapes_tree(tmp_path / "data" / "cityscapes")
+    small = {
+        "device": "cpu", "model.name": "swin_tiny_patch4_window7_224", "model.pretrained": False, "model.embed_dim": 16,
+        "model.depths": [2, 2, 2, 2], "model.num_heads": [1, 2, 4, 8], "model.window_size": 4,
+        "model.img_size": [64, 128], "model.mask2former.channels": 64, "model.mask2former.queries": 8,
+        "model.mask2former.encoder_layers": 1, "model.mask2former.decoder_layers": 3, "model.mask2former.points": 64,
+        "data.crop": [32, 64], "data.workers": 0, "data.search_fraction": 0.3, "train.epochs": 1,
+        "train.batch_size": 2, "train.accumulation": 2, "train.precision": "fp32",
+    }  # fmt: skip
+    config = Path(__file__).parents[1] / "configs" / "cityscapes_mask2former_swin_l.yaml"
+    typed = [part for key, value in small.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    for command in ("pretrain", "evaluate"):
+        done = CliRunner().invoke(app, [command, "--config", str(config), *typed], prog_name="sparsevit")
+        assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "runs" / config.stem / "evaluate" / "metrics.json").read_text())
+    assert found["count"] == 3
+    assert 0 <= found["scores"]["iou_road"] <= 100

@@ -18,7 +18,7 @@ _GOLDEN = 0.618034
 
 
 def blended(image: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float], plain: int | None) -> Image.Image:
-    """Image (3, h, w), normalised by mean and deviation, under mask (H, W); class `plain` and IGNORED have no colour."""
+    """Normalised image (3, h, w) under mask (H, W); the class `plain` and IGNORED have no colour."""
     scale = [torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (std, mean)]
     pixels = (image.as_subclass(Tensor) * scale[0] + scale[1]).clamp(0, 1)  # (3, h, w)
     shown = F.interpolate(mask.as_subclass(Tensor)[None, None].float(), image.shape[1:], mode="nearest")[0, 0].long()

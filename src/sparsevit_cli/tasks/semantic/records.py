@@ -127,7 +127,7 @@ class PairSource(Source):
         pixels = tv_tensors.Image(V.pil_to_tensor(image))
         truth = torch.from_numpy(mask)
         if self.spec.augment is None:
-            return self.spec.evaluated(pixels), truth
+            return self.spec.evaluated(pixels, self.sample_name(index)), truth
         return self.spec.drawn(pixels, tv_tensors.Mask(truth), self.seed, self.epoch, index)
 
     def collate(self, samples: Sequence[Any], seed: int | None) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import asdict, dataclass, replace
 
@@ -12,6 +13,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
 from sparsevit_cli.config.semantic import CropSection, MaskFiles
+from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.seeding import derive_seed
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
@@ -29,6 +31,7 @@ class TransformSpec:
     short_side: int | None
     crop: Size | None
     is_sliding: bool
+    max_megapixels: float
     augment: CropSection | None
 
     @classmethod
@@ -39,8 +42,9 @@ class TransformSpec:
             raise ConfigError("data.mean, data.std", got, "Image files give 3 channels: set 3 of each.")
         crop = None if data.crop is None else as_pair(data.crop)
         spec = cls(
-            as_pair(img_size), data.mean, data.std, data.short_side, crop, data.evaluation == "sliding", data.augment
-        )
+            as_pair(img_size), data.mean, data.std, data.short_side, crop, data.evaluation == "sliding",
+            data.max_megapixels, data.augment,
+        )  # fmt: skip
         return spec.resized(img_size)
 
     def resized(self, size: ImageSize) -> TransformSpec:
@@ -59,13 +63,19 @@ class TransformSpec:
         augment = None if self.augment is None else self.augment.model_dump()
         return json.dumps({**asdict(self), "augment": augment}, sort_keys=True)
 
-    def evaluated(self, image: Tensor) -> Tensor:
-        """Image (3, h, w) uint8, normalised: whole at `size`, or for sliding windows at its own size or short side."""
+    def evaluated(self, image: Tensor, name: str) -> Tensor:
+        """Image (3, h, w) uint8, normalised: whole at `size`, or for sliding windows at its own size or short side.
+
+        Raises UnreadableImageError for a strip whose long side would become too large.
+        """
         if not self.is_sliding:
             return self._normalised(V.resize(image, list(self.size), antialias=True))
         factor = self._base_factor(image)
         if factor != 1:
             size = [max(1, round(side * factor)) for side in image.shape[1:]]
+            if math.prod(size) > self.max_megapixels * 1e6:
+                got = f"{size[0]} x {size[1]} pixels at data.short_side {self.short_side}"
+                raise UnreadableImageError(name, got, "Cut it, or raise data.max_megapixels.")
             image = V.resize(image, size, antialias=True)
         return self._normalised(image)
 
