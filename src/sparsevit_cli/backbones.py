@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class SwinBackbone(nn.Module):
         self.strides = tuple(patch_size(swin)[0] * 2**level for level in levels)
         self.norms = nn.ModuleDict({str(level): nn.LayerNorm(channels[level]) for level in levels})
 
-    @property
+    @cached_property
     def divisor(self) -> int:
         """Pixels that the sides of an image must be a multiple of."""
         merged: int = 2 ** (len(stage_channels(self.swin)) - 1)

@@ -86,6 +86,10 @@ def _other_task(name: str, default: Fields) -> str:
             tables.append(_table(f"`{section}`{ending}", _described(fields, _section(fields, (section,))), rows))
         if lacks:
             tables.append(f"\nNot in `{section}` of task `{name}`: {', '.join(lacks)}.\n")
+        inside = fields.resolved(_section(fields, (section,)))["properties"]
+        for key, child in inside.items():
+            if fields.is_section(child) and default.at((section, key)) is None:
+                tables += _tables(fields, child, (section, key), ending)
     return "".join([*tables, *_data_tables(kinds, ending)])
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, create_model
 
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
 
-from . import classification, instances
+from . import classification, instances, semantic
 from .experiment import DataSection, ExperimentConfig, Section
 from .fields import Fields, one_of
 from .kind import Kind
@@ -29,6 +29,7 @@ DEFAULT_TASK = "classification"
 KINDS: dict[str, Kind] = {
     "classification": classification.KIND,
     "instances": instances.KIND,
+    "semantic": semantic.KIND,
 }
 """The tasks that come with the package, and those that this process was told of (`add_task`)."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms import v2
 
 from sparsevit_cli.sizes import ImageSize, Size
@@ -34,14 +36,15 @@ def multiples(size: Size, share: float, unit: int) -> Size:
 class Shrunk(WrappedSource):
     """Samples of `inner`, image and truth shrunk as `scale` says, bilinear with antialiasing.
 
-    Unlike `resized`, which may draw other images, this shows the very same ones smaller. Boxes and masks that are
-    torchvision's `tv_tensors` are shrunk with their image.
+    Unlike `resized`, which may draw other images, this shows the very same ones smaller. The image is the first tensor
+    of a sample; those of other sizes than `inner.image_size` become the same share smaller. Boxes and masks that are
+    torchvision's `tv_tensors` are shrunk with their image. A truth in plain tensors stays as it is: a smaller model can
+    so be judged at full size.
     """
 
     def __init__(self, inner: Source, scale: Scale) -> None:
         super().__init__(inner)
         self.scale = scale
-        self._resize = v2.Resize(list(scale(inner.image_size)), antialias=True)
 
     @property
     def image_size(self) -> Size:
@@ -49,7 +52,10 @@ class Shrunk(WrappedSource):
 
     def __getitem__(self, index: int, /) -> Any:
         sample = self.inner[index]
-        return sample if self.image_size == self.inner.image_size else self._resize(sample)
+        image = next(leaf for leaf in tree_leaves(sample) if isinstance(leaf, Tensor))
+        own = int(image.shape[-2]), int(image.shape[-1])
+        small = self.scale(own)
+        return sample if small == own else v2.Resize(list(small), antialias=True)(sample)
 
     def resized(self, size: ImageSize) -> Shrunk:
         return Shrunk(self.inner.resized(size), self.scale)

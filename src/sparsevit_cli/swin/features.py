@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .geometry import named_stages, trunk
-from .timm_swin import v2cr
+from .geometry import trunk
+from .timm_swin import STAGES, v2cr
 
 
-def stage_maps(model: nn.Module, images: Tensor) -> Iterator[Tensor]:
-    """The map (B, H, W, C) of each stage of the Swin inside `model`, for images (B, C, H, W).
+def stage_maps(swin: Any, images: Tensor) -> Iterator[Tensor]:
+    """The map (B, H, W, C) of each stage of a timm Swin (`trunk`), for images (B, C, H, W).
 
     As timm's `forward_intermediates`, with channels last, where their norms want them. No later stage writes into an
-    earlier one's map: each begins with a patch merging, which makes a new one. Raises ConfigError as `trunk`.
+    earlier one's map: each begins with a patch merging, which makes a new one.
     """
-    swin: Any = trunk(model)
     x = swin.patch_embed(images)
-    for _, stage in named_stages(swin):
+    # Stages are the Swin's grandchildren; a search through all modules would take longer than some of them.
+    for stage in (each for child in swin.children() for each in child.children() if isinstance(each, STAGES)):
         x = stage(x)
         yield x.permute(0, 2, 3, 1) if isinstance(stage, v2cr.SwinTransformerV2CrStage) else x
 

@@ -1,0 +1,104 @@
+"""The images of a segmentation experiment: three sources that share none."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from sparsevit_cli.config.paths import as_path
+from sparsevit_cli.config.semantic import BACKGROUND, CityscapesData, MaskFiles, PairedFolders, SemanticDigits
+from sparsevit_cli.data.digit_scenes import DigitScenes
+from sparsevit_cli.data.digits import DigitsSpec
+from sparsevit_cli.data.source import BadImages, Categories, Data, Source, shorten
+from sparsevit_cli.data.splits import carve
+from sparsevit_cli.errors import ConfigError, DataError
+from sparsevit_cli.sizes import ImageSize
+
+from .cityscapes import CITYSCAPES, read_cityscapes
+from .folders import folder_labels, read_folders
+from .records import Pairs, PairSource
+from .scenes import SceneSource, square
+from .transforms import TransformSpec
+
+
+def build_data(data: SemanticDigits | MaskFiles, *, img_size: ImageSize, in_chans: int, seed: int) -> Data:
+    """The three sources of a configuration. Files are listed, none is opened.
+
+    `seed` moves the augmentation, and for the digits the split; for files the split is always the same. Raises
+    DataError, ConfigError.
+    """
+    if isinstance(data, SemanticDigits):
+        return _digits(data, img_size, in_chans, seed)
+    train, val = (_listed(data, split) for split in (data.train_split, data.val_split))
+    places = [os.path.realpath(pairs.root / os.path.dirname(pairs.pairs[0].image)) for pairs in (train, val)]
+    if data.train_split == data.val_split or places[0] == places[1]:
+        got = f"training ({train.split}) and validation ({val.split}) read the same images"
+        raise DataError("data.train_split, data.val_split", got, "Give two splits that do not overlap.")
+    spec = TransformSpec.from_config(data, img_size, in_chans)
+    return _bundle(data, train, val, spec, spec.evaluation(img_size), seed)
+
+
+def class_names(data: SemanticDigits | MaskFiles) -> tuple[str, ...]:
+    """The names of the classes, in their order; no image is looked at. Raises DataError for a file of names."""
+    if isinstance(data, SemanticDigits):
+        return (BACKGROUND, *DigitScenes.names)
+    if isinstance(data, CityscapesData):
+        return CITYSCAPES.names
+    assert isinstance(data, PairedFolders)
+    return folder_labels(data).names
+
+
+def _digits(data: SemanticDigits, img_size: ImageSize, in_chans: int, seed: int) -> Data:
+    if in_chans != 3:
+        raise ConfigError("model.in_chans", f"{in_chans}; the digits have 3", "Set 3, or another data.source.")
+    digits = data.digits
+    spec = DigitsSpec(square(img_size), digits.digit_min, digits.digit_max, digits.clutter)
+    train, search, val = (SceneSource(DigitScenes(spec, split, seed)) for split in ("train", "search", "val"))
+    rows = [
+        ("data", "scenes of scikit-learn's handwritten digits"),
+        ("classes", "11: the background and ten digits"),
+        *((f"{name} images", str(len(source))) for name, source in _named(train, search, val)),
+    ]
+    return Data(train, search, val, Categories(class_names(data)), split_seed=seed, rows=tuple(rows))
+
+
+def _listed(data: MaskFiles, split: str) -> Pairs:
+    if isinstance(data, CityscapesData):
+        return read_cityscapes(as_path(data.root, "data.root"), split, data.max_megapixels)
+    assert isinstance(data, PairedFolders)
+    return read_folders(data, split, folder_labels(data))
+
+
+def _bundle(
+    data: MaskFiles, train: Pairs, val: Pairs, spec: TransformSpec, held_spec: TransformSpec, seed: int
+) -> Data:
+    faults = train.faults()
+    usable = np.ones(len(train.pairs), dtype=bool)
+    usable[list(faults)] = False
+    kept, held_out = carve(
+        [pair.key for pair in train.pairs], np.zeros(len(usable), dtype=np.int64), data.search_fraction, usable
+    )
+    bad_images = BadImages(len(kept), data.max_bad_fraction)
+    bad_images.note((train.pairs[index].key, reason) for index, reason in faults.items())
+    if val_faults := val.faults():
+        listed = shorten([f"{val.pairs[index].key} ({reason})" for index, reason in val_faults.items()])
+        got = f"{len(val_faults)} unreadable: {listed}"
+        raise DataError("data: validation images", got, "Repair or remove them; evaluation leaves no image out.")
+    sources = (
+        PairSource(train, kept, spec, seed=seed, bad_images=bad_images),
+        PairSource(train, held_out, held_spec, seed=seed, bad_images=None),
+        PairSource(val, np.arange(len(val.pairs)), held_spec, seed=seed, bad_images=None),
+    )
+    names = train.labels.names
+    rows = [
+        ("data", f"{data.source} in {train.root}"),
+        ("classes", f"{len(names)}: {shorten(names)}"),
+        *((f"{name} images", str(len(source))) for name, source in _named(*sources)),
+        ("ignored files", str(train.ignored + val.ignored)),
+    ]
+    return Data(*sources, Categories(names), rows=tuple(rows))
+
+
+def _named(train: Source, search: Source, val: Source) -> list[tuple[str, Source]]:
+    return list(zip(("training", "search", "validation"), (train, search, val), strict=True))

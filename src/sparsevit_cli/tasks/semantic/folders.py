@@ -1,0 +1,87 @@
+"""A folder of images and one of masks for each split; pairs have the same name but for the ending, at any depth."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sparsevit_cli.config.paths import as_path
+from sparsevit_cli.config.semantic import PairedFolders
+from sparsevit_cli.data.images import IMAGE_EXTENSIONS, is_system_name
+from sparsevit_cli.data.source import shorten
+from sparsevit_cli.errors import DataError
+
+from .labels import IGNORED, MAX_CLASSES, LabelMap
+from .pairing import paired
+from .records import Pair, Pairs
+
+_MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp")
+
+
+def read_folders(data: PairedFolders, split: str, labels: LabelMap) -> Pairs:
+    """List a split, without opening an image. Raises DataError for folders or files that are not there."""
+    root = as_path(data.root, "data.root")
+    if not os.path.isdir(root):
+        raise DataError("data.root", f"{root} is not a folder", f"Give the one that holds {data.images}/{split}.")
+    images, others = _listed(root, f"{data.images}/{split}", data.image_suffix, IMAGE_EXTENSIONS)
+    masks, more = _listed(root, f"{data.masks}/{split}", data.mask_suffix, _MASK_EXTENSIONS)
+    like = (f"{data.images}/{split}/*{data.image_suffix}.*", f"{data.masks}/{split}/*{data.mask_suffix}.*")
+    keys = paired(split, images, masks, *like)
+    pairs = [Pair(key, images[key], masks[key]) for key in keys]
+    return Pairs.listed(root, split, pairs, labels, data.max_megapixels, others + more)
+
+
+def folder_labels(data: PairedFolders) -> LabelMap:
+    """The numbers of a configuration's classes. Raises DataError for names that repeat or cannot be read."""
+    names = data.classes or _names_in(data.classes_file or "")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not 2 <= len(names) <= MAX_CLASSES:
+        got = f"{len(names)} names" + (f"; twice: {shorten(twice)}" if twice else "")
+        raise DataError("data.classes", got, f"Give 2 to {MAX_CLASSES} names, each once.")
+    first = int(data.reduce_zero_label)
+    pairs = dict.fromkeys([0] if data.reduce_zero_label else [], IGNORED)
+    pairs |= {first + label: label for label in range(len(names))}
+    if data.ignore is not None:
+        if data.ignore in pairs and pairs[data.ignore] != IGNORED:
+            got = f"{data.ignore}, the number of the class {names[pairs[data.ignore]]}"
+            raise DataError("data.ignore", got, "Give a number that no class has, or null.")
+        pairs[data.ignore] = IGNORED
+    ignored = ", ".join(str(number) for number, label in pairs.items() if label == IGNORED) or "none"
+    do = f"Classes are {first} to {first + len(names) - 1}, ignored is {ignored}: see data.classes, data.ignore."
+    return LabelMap(tuple(names), tuple(sorted(pairs.items())), do)
+
+
+def _names_in(path_text: str) -> list[str]:
+    path = as_path(path_text, "data.classes_file")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError("data.classes_file", f"{path} cannot be read ({error})", "Give a UTF-8 text file.") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _listed(root: Path, folder: str, suffix: str, extensions: tuple[str, ...]) -> tuple[dict[str, str], int]:
+    """Paths below `root` of the files below `folder`, by their name without suffix and ending; and how many others.
+
+    Links are followed, those to a folder that was seen before are not.
+    """
+    if not os.path.isdir(root / folder):
+        got = f"there is no folder {root / folder}"
+        raise DataError("data: split folder", got, "Set data.images, data.masks, data.train_split and data.val_split.")
+    found: dict[str, str] = {}
+    ignored, seen = 0, set()
+    for where, folders, names in os.walk(root / folder, followlinks=True):
+        seen.add(os.path.realpath(where))
+        inner = {name: os.path.realpath(os.path.join(where, name)) for name in sorted(folders)}
+        folders[:] = [name for name, path in inner.items() if not is_system_name(name) and path not in seen]
+        for name in sorted(names):
+            stem, ending = os.path.splitext(name)
+            if is_system_name(name) or ending.lower() not in extensions or not stem.endswith(suffix):
+                ignored += 1
+                continue
+            path = os.path.relpath(os.path.join(where, name), root)
+            key = os.path.relpath(os.path.join(where, stem.removesuffix(suffix)), root / folder)
+            if key in found:
+                raise DataError(folder, f"two files for {key}: {found[key]} and {path}", "Remove one of them.")
+            found[key] = path
+    return found, ignored

@@ -1,0 +1,78 @@
+"""Which number in a mask file is which class. A mask of ours is (H, W) uint8: classes from 0, and IGNORED."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sparsevit_cli.data.images import UnreadableImageError
+from sparsevit_cli.data.source import shorten
+from sparsevit_cli.errors import DataError, pass_on
+
+IGNORED = 255
+"""A pixel without a class: neither learned nor scored."""
+MAX_CLASSES = 255
+_REFUSED = -1
+_NUMBERS = 65536
+_FORMATS = ("PNG", "TIFF", "BMP")  # lossless ones
+_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
+"""Modes of Pillow whose pixels are one whole number."""
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """The names of the classes, and (number in a file, class or IGNORED) for every number that a file may hold.
+
+    `do` is what to do about a file with another number.
+    """
+
+    names: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+    do: str
+
+    @cached_property
+    def _table(self) -> NDArray[np.int32]:
+        table = np.full(_NUMBERS, _REFUSED, dtype=np.int32)
+        for number, label in self.pairs:
+            table[number] = label
+        return table
+
+    def classes(self, numbers: NDArray[np.integer], name: str) -> NDArray[np.uint8]:
+        """Numbers (H, W) of a file as classes (H, W) uint8. Raises DataError for a number that means nothing."""
+        possible = numbers.clip(0, _NUMBERS - 1) if numbers.dtype.itemsize > 2 else numbers
+        found = self._table[possible]
+        refused = (found == _REFUSED) | (possible != numbers)
+        if refused.any():
+            values, counts = np.unique(numbers[refused], return_counts=True)
+            told = shorten([f"{value} ({count} pixels)" for value, count in zip(values, counts, strict=True)])
+            raise DataError(name, f"numbers that are no class: {told}", self.do)
+        classes: NDArray[np.uint8] = found.astype(np.uint8)
+        return classes
+
+
+def read_numbers(file: Path, name: str, max_megapixels: float) -> NDArray[np.integer]:
+    """The numbers (H, W) in a mask file: palette, or grey of 1, 8 or 16 bits. Raises UnreadableImageError.
+
+    A palette's colours say nothing: its indices are the numbers.
+    """
+    try:
+        with Image.open(file, formats=_FORMATS) as image:
+            if image.width * image.height > max_megapixels * 1e6:
+                got = f"more than {max_megapixels:g} megapixels"
+                raise UnreadableImageError(name, got, "Shrink or remove it, or raise data.max_megapixels.")
+            if image.mode not in _MODES:
+                got = f"pixels of mode {image.mode}, not one number each"
+                raise UnreadableImageError(name, got, "Save it as a PNG of class numbers: palette, or grey.")
+            numbers = np.asarray(image)
+            return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # decoders answer hostile bytes with almost any exception
+        pass_on(error)
+        got = f"cannot be decoded ({type(error).__name__}: {error})"
+        raise UnreadableImageError(name, got, "Repair or remove it.") from error

@@ -1,0 +1,169 @@
+"""Pairs of an image and its mask in files, and the source that reads them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as V
+
+from sparsevit_cli.data.images import UnreadableImageError, decode_image
+from sparsevit_cli.data.source import BadImages, Source
+from sparsevit_cli.data.splits import Indices
+from sparsevit_cli.errors import DataError
+from sparsevit_cli.sizes import ImageSize, Size
+
+from .labels import LabelMap, read_numbers
+from .transforms import TransformSpec
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its mask, as paths below the root; `key` names the sample."""
+
+    key: str
+    image: str
+    mask: str
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of one split, listed but not opened, in the order of their keys; `ignored` other files lie there."""
+
+    root: Path
+    split: str
+    pairs: tuple[Pair, ...]
+    sizes: tuple[tuple[int, int], ...]
+    """Bytes of image and mask."""
+    labels: LabelMap
+    max_megapixels: float
+    ignored: int = 0
+
+    @classmethod
+    def listed(
+        cls, root: Path, split: str, pairs: Sequence[Pair], labels: LabelMap, max_megapixels: float, ignored: int = 0
+    ) -> Pairs:
+        """With the sizes of the files, looked up now."""
+        sizes = tuple((file_bytes(root / pair.image), file_bytes(root / pair.mask)) for pair in pairs)
+        return cls(root, split, tuple(pairs), sizes, labels, max_megapixels, ignored)
+
+    def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
+        """Upright RGB image, and classes (H, W) uint8.
+
+        Raises UnreadableImageError for a file that cannot be decoded, DataError for a mask of another size than its
+        image or with numbers that are no class.
+        """
+        pair = self.pairs[index]
+        if reason := self.fault(index):
+            raise UnreadableImageError(pair.key, reason, "Replace or remove it.")
+        image = decode_image(self.root / pair.image, pair.image, self.max_megapixels)
+        numbers = read_numbers(self.root / pair.mask, pair.mask, self.max_megapixels)
+        if numbers.shape != (image.height, image.width):
+            got = f"{numbers.shape[0]} x {numbers.shape[1]} pixels, its image {image.height} x {image.width}"
+            raise DataError(pair.mask, got, f"Make it as large as {pair.image}.")
+        return image, self.labels.classes(numbers, pair.mask)
+
+    def faults(self) -> dict[int, str]:
+        """Unreadable pairs as far as the listing tells: position to reason."""
+        found = ((index, self.fault(index)) for index in range(len(self.pairs)))
+        return {index: reason for index, reason in found if reason is not None}
+
+    def fault(self, index: int) -> str | None:
+        """Why a pair is unreadable, as far as the listing tells."""
+        for name, size in zip(("its image", "its mask"), self.sizes[index], strict=True):
+            if size <= 0:
+                return f"{name} is an empty file" if size == 0 else f"{name} cannot be opened as a file"
+        return None
+
+
+def file_bytes(path: Path) -> int:
+    """Bytes of a file; -1 for a link that leads nowhere, a pipe, a device: opening one might wait for ever."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
+
+
+class PairSource(Source):
+    """Chosen pairs as (image (3, H, W), mask (H, W) uint8).
+
+    In training both are crops of one size, tv_tensors, drawn by (seed, epoch, index). In evaluation the image has the
+    size that the model gets it in, and the mask, a plain tensor, its own.
+    """
+
+    def __init__(
+        self, pairs: Pairs, indices: Indices, spec: TransformSpec, *, seed: int, bad_images: BadImages | None
+    ) -> None:
+        self.pairs, self.spec, self.seed, self._bad_images = pairs, spec, seed, bad_images
+        self.epoch = 0
+        self._indices = indices
+
+    @property
+    def bad_images(self) -> BadImages | None:
+        return self._bad_images
+
+    @property
+    def image_size(self) -> Size:
+        return self.spec.size
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, mask = self.pairs.read(self._record(index))
+        pixels = tv_tensors.Image(V.pil_to_tensor(image))
+        truth = torch.from_numpy(mask)
+        if self.spec.augment is None:
+            return self.spec.evaluated(pixels, self.sample_name(index)), truth
+        return self.spec.drawn(pixels, tv_tensors.Mask(truth), self.seed, self.epoch, index)
+
+    def collate(self, samples: Sequence[Any], seed: int | None) -> tuple[Any, Any]:
+        """One tensor of images and of masks in training; masks, and images of sliding windows, as lists elsewhere."""
+        images, masks = zip(*samples, strict=True)
+        if self.spec.augment is not None:
+            return torch.stack(images), torch.stack(masks)
+        return list(images) if self.spec.is_sliding else torch.stack(images), list(masks)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def resized(self, size: ImageSize) -> PairSource:
+        other = PairSource(
+            self.pairs, self._indices, self.spec.resized(size), seed=self.seed, bad_images=self.bad_images
+        )
+        other.set_epoch(self.epoch)
+        return other
+
+    def sample_name(self, index: int) -> str:
+        return self.pairs.pairs[self._record(index)].key
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self._listing_digest}\n{self.spec.describe()}".encode()).hexdigest()
+
+    @functools.cached_property
+    def _listing_digest(self) -> str:
+        """SHA-256 over classes, names and sizes of the files; not their contents."""
+        digest = hashlib.sha256(repr((self.pairs.labels.names, self.pairs.labels.pairs)).encode())
+        for record in self._indices.tolist():
+            pair, sizes = self.pairs.pairs[record], self.pairs.sizes[record]
+            digest.update(repr((pair.image, pair.mask, sizes)).encode("utf-8", "surrogatepass") + b"\n")
+        return digest.hexdigest()
+
+    def _record(self, index: int) -> int:
+        # IndexError ends iteration over a sequence without __iter__.
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return int(self._indices[index])

@@ -1,0 +1,71 @@
+"""The embedded scenes of digits as images and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+
+from sparsevit_cli.config.images import DigitsSection
+from sparsevit_cli.data.digit_scenes import DigitScenes
+from sparsevit_cli.data.digits import DigitsSpec
+from sparsevit_cli.data.source import Source
+from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.sizes import ImageSize, Size, as_pair
+
+
+class SceneSource(Source):
+    """One split of the scenes: (image (3, H, W) float32, mask (H, W) uint8).
+
+    Masks of the training split are tv_tensors, which `Shrunk` shrinks with their image. Those of the others are plain
+    tensors: a smaller model is scored at the full size of the truth.
+    """
+
+    def __init__(self, scenes: DigitScenes) -> None:
+        self.scenes = scenes
+
+    @property
+    def image_size(self) -> Size:
+        return as_pair(self.scenes.spec.canvas)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        scene = self.scenes[index]
+        mask = scene.class_map.to(torch.uint8)
+        return tv_tensors.Image(scene.image), tv_tensors.Mask(mask) if self.scenes.split == "train" else mask
+
+    def collate(self, samples: Sequence[Any], seed: int | None) -> tuple[Any, Any]:
+        images, masks = zip(*samples, strict=True)
+        return torch.stack(images), torch.stack(masks)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.scenes.set_epoch(epoch)
+
+    def resized(self, size: ImageSize) -> SceneSource:
+        return SceneSource(self.scenes.with_canvas(square(size)))
+
+    def sample_name(self, index: int) -> str:
+        return self.scenes.sample_name(index)
+
+    def fingerprint(self) -> str:
+        return self.scenes.fingerprint()
+
+
+def square(size: ImageSize) -> int:
+    """The side of a square image. Raises ConfigError for another one."""
+    height, width = as_pair(size)
+    if height != width:
+        raise ConfigError("model.img_size", f"{height} x {width}; the canvas of digits is square", "Give one number.")
+    return height
+
+
+def example_scenes(section: DigitsSection, canvas: int, count: int, seed: int) -> Tensor:
+    """Images (count, 3, canvas, canvas) of the validation split, from the first one on."""
+    spec = DigitsSpec(canvas, section.digit_min, section.digit_max, section.clutter)
+    scenes = DigitScenes(spec, "val", seed)
+    return torch.stack([scenes[number % len(scenes)].image for number in range(count)])

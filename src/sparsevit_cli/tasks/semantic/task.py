@@ -1,0 +1,244 @@
+"""Semantic segmentation: a class for every pixel, mean IoU."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsevit_cli.backbones import LEVELS, SwinBackbone
+from sparsevit_cli.checkpoints import load_checkpoint
+from sparsevit_cli.config.experiment import LoopSection
+from sparsevit_cli.config.paths import as_path
+from sparsevit_cli.config.semantic import BACKGROUND, MaskFiles, SemanticDigits, SemanticModel, SemanticTask
+from sparsevit_cli.data.digits import MEAN, STD
+from sparsevit_cli.data.source import Batch, Categories, Data, Source
+from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.seeding import seeded
+from sparsevit_cli.sizes import Size, as_pair, size_text
+from sparsevit_cli.tasks.task import BuildOptions, Metric, Scorer, Task
+from sparsevit_cli.weights import load_state
+
+from .data import build_data, class_names
+from .fpn_head import FpnSegmenter
+from .labels import IGNORED
+from .mask2former import Mask2FormerSegmenter, PixelFeatures, transformers_weights
+from .picture import blended
+from .scenes import example_scenes
+from .scorer import ConfusionScorer
+from .segmenter import Segmenter
+
+
+class SemanticSegmentation(Task):
+    """A class for every pixel. A target is a mask (H, W) uint8: classes from 0, and IGNORED (255)."""
+
+    name = "semantic"
+    metric = Metric("miou", "mIoU")
+
+    def data(self, *, seed: int, categories: Categories | None) -> Data:
+        """Sources of (image, mask); see `build_data`. The order of the classes is the configuration's, or fixed."""
+        model = self.config.model
+        return build_data(self._data, img_size=model.img_size, in_chans=model.in_chans, seed=seed)
+
+    def build(self, categories: Categories | None, options: BuildOptions) -> nn.Module:
+        """A `Segmenter` with a score per class.
+
+        `model.checkpoint` may be that of a backbone, or of a whole segmenter: a checkpoint folder of ours, or a
+        Mask2Former that transformers saved.
+        """
+        names = self._names if categories is None or not len(categories) else categories.names
+        if self._class_weights is not None and self._is_mask2former:
+            do = "Remove task.class_weights and task.background_weight; see model.mask2former.no_object."
+            raise ConfigError("task", "weights of classes, and Mask2Former's loss has none", do)
+        whole = self._whole_weights() if options.initial_weights else None
+        bare = options if whole is None else replace(options, initial_weights=False)
+        backbone = self.swin_backbone(bare, range(len(self._model.depths or LEVELS)))
+        self._check_sizes(backbone.divisor)
+        with seeded(options.seed):
+            model = self._standing_on(backbone, len(names))
+        if whole is not None:
+            path = str(self._model.checkpoint)
+            load_state(model, self._with_new_head(model, whole), path)
+            options.say(f"{path}: the whole {self._model.head} is taken from it")
+        return model
+
+    def _check_sizes(self, divisor: int) -> None:
+        """Raises ConfigError for sizes of images whose maps do not halve from stage to stage."""
+        config = self.config
+        sizes = {"model.img_size": config.model.img_size}
+        if isinstance(self._data, MaskFiles) and self._data.crop is not None:
+            sizes["data.crop"] = self._data.crop
+        for name in ("train", "adapt", "finetune"):
+            phases = getattr(config, name).curriculum
+            sizes |= {f"{name}.curriculum[{number}].img_size": phase.img_size for number, phase in enumerate(phases)}
+        for name, size in sizes.items():
+            if any(side % divisor for side in as_pair(size)):
+                got = f"{size_text(as_pair(size))} pixels; the stages need multiples of {divisor}"
+                raise ConfigError(name, got, "Round it.")
+
+    def _standing_on(self, backbone: SwinBackbone, classes: int) -> Segmenter:
+        overlap = self._data.overlap if isinstance(self._data, MaskFiles) else 0.0
+        if self._model.head == "mask2former":
+            return Mask2FormerSegmenter(backbone, classes, self._model.mask2former, overlap)
+        return FpnSegmenter(backbone, classes, self._model.fpn.channels, overlap)
+
+    @property
+    def checkpoint_is_whole(self) -> bool:
+        """True if `model.checkpoint` is that of a segmenter, and not of a backbone alone."""
+        return self._is_whole
+
+    @functools.cached_property
+    def _is_whole(self) -> bool:
+        return self._whole_weights() is not None
+
+    def _whole_weights(self) -> dict[str, Tensor] | None:
+        """The weights of a whole segmenter in `model.checkpoint`; None if there is none. Raises CheckpointError."""
+        if self._model.checkpoint is None:
+            return None
+        path = as_path(self._model.checkpoint, "model.checkpoint")
+        theirs = transformers_weights(path, self._model.mask2former) if self._is_mask2former else None
+        return _own_weights(path) if theirs is None else theirs
+
+    def _with_new_head(self, model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`weights`, with `reset_head` those of the new classifier where the checkpoint's has other classes."""
+        own = model.state_dict()
+        if not self._model.reset_head:
+            return weights
+        return {
+            key: own[key] if key.startswith(_CLASSIFIERS) and key in own and own[key].shape != tensor.shape else tensor
+            for key, tensor in weights.items()
+        }
+
+    # -- loss and score -----------------------------------------------------------------------------------------
+
+    def loss(
+        self, model: nn.Module, batch: Batch, section: LoopSection, teacher: nn.Module | None
+    ) -> Mapping[str, Tensor]:
+        """Mask2Former's own losses, or cross-entropy at the size of the masks, as a mean over what `weight` counts."""
+        if isinstance(model, Mask2FormerSegmenter):
+            return model.losses(batch.inputs, batch.targets)
+        assert isinstance(model, Segmenter)
+        scores = model.scores(batch.inputs).float()
+        scores = F.interpolate(scores, tuple(batch.targets.shape[1:]), mode="bilinear", align_corners=False)
+        weights = None if self._class_weights is None else self._class_weights.to(scores)
+        total = F.cross_entropy(scores, batch.targets.long(), weights, ignore_index=IGNORED, reduction="sum")
+        return {"loss": total / (self.weight(batch) or 1.0)}
+
+    def weight(self, batch: Batch) -> float:
+        """Images that have a class anywhere for Mask2Former; else the weights of all pixels with a class, summed up."""
+        labelled = batch.targets != IGNORED
+        if self._is_mask2former:
+            return float(labelled.flatten(1).any(1).sum())
+        if self._class_weights is None:
+            return float(labelled.sum())
+        counts = torch.bincount(batch.targets[labelled].long(), minlength=len(self._class_weights)).double()
+        return float(counts @ self._class_weights.to(counts))
+
+    def scorer(self, source: Source, device: torch.device) -> Scorer:
+        """mIoU, pixel accuracy, and the IoU of every class, from one confusion matrix."""
+        return ConfusionScorer(self._names, device)
+
+    @functools.cached_property
+    def _class_weights(self) -> Tensor | None:
+        """Weight of each class in the cross-entropy, (classes,); None if all are 1. Raises ConfigError."""
+        section = self.config.task
+        assert isinstance(section, SemanticTask)
+        if section.class_weights:
+            if len(section.class_weights) != len(self._names):
+                got = f"{len(section.class_weights)} weights for {len(self._names)} classes"
+                raise ConfigError("task.class_weights", got, "Give one for each class, in their order.")
+            return torch.tensor(section.class_weights, dtype=torch.float64)
+        if section.background_weight is None:
+            return None
+        if BACKGROUND not in self._names:
+            got = f"{section.background_weight:g}, but no class is called {BACKGROUND}"
+            raise ConfigError("task.background_weight", got, "Set task.class_weights, or leave it null.")
+        weights = torch.ones(len(self._names), dtype=torch.float64)
+        weights[self._names.index(BACKGROUND)] = section.background_weight
+        return weights
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def backbone(self, model: nn.Module) -> nn.Module:
+        """The Swin with the norms of its levels."""
+        assert isinstance(model, Segmenter)
+        return model.swin
+
+    def features(self, model: nn.Module) -> nn.Module:
+        """Backbone and top-down sum, one map; or backbone and pixel decoder, four maps."""
+        if isinstance(model, Mask2FormerSegmenter):
+            return PixelFeatures(model.model.pixel_level_module)
+        assert isinstance(model, FpnSegmenter)
+        return model.pyramid
+
+    def parts(self, model: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
+        """Backbone, neck and head; or backbone and both decoders of Mask2Former."""
+        if isinstance(model, Mask2FormerSegmenter):
+            return {
+                "backbone": [model.swin],
+                "pixel decoder": [model.model.pixel_level_module.decoder],
+                "transformer decoder": [model.model.transformer_module, model.class_predictor],
+            }
+        assert isinstance(model, FpnSegmenter)
+        return {"backbone": [model.swin], "neck": [model.pyramid.neck], "head": [model.head]}
+
+    # -- images -------------------------------------------------------------------------------------------------
+
+    def example(self, size: Size, batch_size: int, *, seed: int = 0) -> Any:
+        """Scenes of the validation split (B, 3, H, W) if digits fit in; else noise: costs do not depend on it."""
+        data = self._data
+        if isinstance(data, SemanticDigits) and size[0] == size[1] and size[0] >= data.digits.digit_max:
+            return example_scenes(data.digits, size[0], batch_size, seed)
+        return super().example(size, batch_size, seed=seed)
+
+    def picture(self, source: Source, index: int) -> Image.Image:
+        """The image under the colours of its classes; the background and ignored pixels stay as they are."""
+        image, mask = source[index]
+        mean, std = self.normalisation() or ((MEAN,) * 3, (STD,) * 3)
+        plain = self._names.index(BACKGROUND) if BACKGROUND in self._names else None
+        return blended(image, mask, mean, std, plain)
+
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Those of image files; the digits are drawn as they are."""
+        return (self._data.mean, self._data.std) if isinstance(self._data, MaskFiles) else None
+
+    @functools.cached_property
+    def _names(self) -> tuple[str, ...]:
+        return class_names(self._data)
+
+    @property
+    def _is_mask2former(self) -> bool:
+        return self._model.head == "mask2former"
+
+    @property
+    def _model(self) -> SemanticModel:
+        assert isinstance(self.config.model, SemanticModel)
+        return self.config.model
+
+    @property
+    def _data(self) -> SemanticDigits | MaskFiles:
+        assert isinstance(self.config.data, (SemanticDigits, MaskFiles))
+        return self.config.data
+
+
+_CLASSIFIERS = ("head.6.", "class_predictor.", "criterion.empty_weight")
+"""Parameters whose shape is that of the classes."""
+_AROUND = ("pyramid.neck.", "model.transformer_module.")
+"""What a segmenter of ours has around its Swin, and nothing else has."""
+
+
+def _own_weights(path: Path) -> dict[str, Tensor] | None:
+    """Weights of a segmenter in a checkpoint folder of ours, the averaged ones if any; None if it is none."""
+    if not os.path.isdir(path):
+        return None
+    tensors = load_checkpoint(path, only=("model", "ema")).tensors
+    found = tensors.get("ema") or tensors.get("model") or {}
+    return dict(found) if any(key.startswith(_AROUND) for key in found) else None

@@ -1,0 +1,122 @@
+"""What becomes of an image and its mask: crops drawn by seed in training, a whole image or windows in evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as V
+
+from sparsevit_cli.config.semantic import CropSection, MaskFiles
+from sparsevit_cli.data.images import UnreadableImageError
+from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.seeding import derive_seed
+from sparsevit_cli.sizes import ImageSize, Size, as_pair
+
+from .labels import IGNORED
+
+
+@dataclass(frozen=True)
+class TransformSpec:
+    """Images of `size` (height, width) for the model, by settings of `MaskFiles`. Without `augment`: evaluation."""
+
+    size: Size
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    short_side: int | None
+    crop: Size | None
+    is_sliding: bool
+    max_megapixels: float
+    augment: CropSection | None
+
+    @classmethod
+    def from_config(cls, data: MaskFiles, img_size: ImageSize, in_chans: int) -> TransformSpec:
+        """The augmenting transform of a configuration. Raises ConfigError where settings do not fit each other."""
+        if in_chans != 3 or len(data.mean) != 3:
+            got = f"model.in_chans {in_chans} and {len(data.mean)} values"
+            raise ConfigError("data.mean, data.std", got, "Image files give 3 channels: set 3 of each.")
+        crop = None if data.crop is None else as_pair(data.crop)
+        spec = cls(
+            as_pair(img_size), data.mean, data.std, data.short_side, crop, data.evaluation == "sliding",
+            data.max_megapixels, data.augment,
+        )  # fmt: skip
+        return spec.resized(img_size)
+
+    def resized(self, size: ImageSize) -> TransformSpec:
+        """The same for images of another size; training crops are no larger than `crop`."""
+        height, width = as_pair(size)
+        if self.augment is not None and self.crop is not None:
+            height, width = min(height, self.crop[0]), min(width, self.crop[1])
+        return replace(self, size=(height, width))
+
+    def evaluation(self, img_size: ImageSize) -> TransformSpec:
+        """The same without augmentation, for images of `img_size`."""
+        return replace(self, augment=None, size=as_pair(img_size))
+
+    def describe(self) -> str:
+        """Canonical text, for fingerprints."""
+        augment = None if self.augment is None else self.augment.model_dump()
+        return json.dumps({**asdict(self), "augment": augment}, sort_keys=True)
+
+    def evaluated(self, image: Tensor, name: str) -> Tensor:
+        """Image (3, h, w) uint8, normalised: whole at `size`, or for sliding windows at its own size or short side.
+
+        Raises UnreadableImageError for a strip whose long side would become too large.
+        """
+        if not self.is_sliding:
+            return self._normalised(V.resize(image, list(self.size), antialias=True))
+        factor = self._base_factor(image)
+        if factor != 1:
+            size = [max(1, round(side * factor)) for side in image.shape[1:]]
+            if math.prod(size) > self.max_megapixels * 1e6:
+                got = f"{size[0]} x {size[1]} pixels at data.short_side {self.short_side}"
+                raise UnreadableImageError(name, got, "Cut it, or raise data.max_megapixels.")
+            image = V.resize(image, size, antialias=True)
+        return self._normalised(image)
+
+    def drawn(self, image: Tensor, mask: Tensor, seed: int, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """A crop of `size` of image (3, h, w) uint8 and mask (h, w), a function of (seed, epoch, index).
+
+        The part of the image that the crop shows is cut out first and scaled then: the same crop, without scaling what
+        lies outside. What the crop shows beside the image is of mean colour and IGNORED.
+        """
+        assert self.augment is not None
+        rng = random.Random(derive_seed(seed, "augment", epoch, index))
+        scale = rng.uniform(self.augment.scale_min, self.augment.scale_max) * self._base_factor(image)
+        sides = zip(image.shape[1:], self.size, strict=True)
+        tops, seen = zip(*[_cut(rng, whole, side / scale) for whole, side in sides], strict=True)
+        flips = rng.random() < self.augment.hflip
+        strength = self.augment.color_jitter
+        colours = [rng.uniform(max(0, 1 - strength), 1 + strength) for _ in range(3)]
+        size = [min(side, max(1, round(part * scale))) for side, part in zip(self.size, seen, strict=True)]
+        image = V.resize(V.crop(image, *tops, *seen), size, antialias=True)
+        mask = V.resize(V.crop(mask, *tops, *seen), size, interpolation=InterpolationMode.NEAREST)
+        if strength:
+            brightness, contrast, saturation = colours
+            image = V.adjust_saturation(V.adjust_contrast(V.adjust_brightness(image, brightness), contrast), saturation)
+        image = self._normalised(image)
+        beside = [0, 0, self.size[1] - size[1], self.size[0] - size[0]]
+        if any(beside):
+            image, mask = V.pad(image, beside), V.pad(mask, beside, fill=IGNORED)
+        if flips:
+            image, mask = V.horizontal_flip(image), V.horizontal_flip(mask)
+        return image, mask
+
+    def _base_factor(self, image: Tensor) -> float:
+        return 1.0 if self.short_side is None else self.short_side / min(image.shape[1:])
+
+    def _normalised(self, image: Tensor) -> Tensor:
+        scaled = V.to_dtype(image, torch.float32, scale=True)
+        normalised: Tensor = V.normalize(scaled, list(self.mean), list(self.std))
+        return normalised
+
+
+def _cut(rng: random.Random, whole: int, wanted: float) -> tuple[int, int]:
+    """First pixel and number of pixels of `wanted` out of `whole`, or all of them."""
+    part = min(whole, max(1, round(wanted)))
+    return rng.randint(0, whole - part), part
