@@ -18,11 +18,9 @@ from sparsevit_cli.backbones import SwinBackbone
 from sparsevit_cli.config.semantic import Mask2FormerSection
 from sparsevit_cli.documents import read_json, understood
 from sparsevit_cli.errors import CheckpointError, ConfigError
-from sparsevit_cli.weights import read_weights
 
 from .labels import IGNORED
 from .segmenter import Segmenter
-from .transformers_swin import swin_weights
 
 _LEAST_LEVELS = 3
 _NO_MASK = -20.0
@@ -186,40 +184,22 @@ def settings(section: Mask2FormerSection) -> dict[str, Any]:
 
 # -- checkpoints of transformers ----------------------------------------------------------------------------------
 
-_THEIR_ENCODER = "model.pixel_level_module.encoder."
-_OUR_ENCODER = f"{_THEIR_ENCODER}backbone."
-_MARK = "model.transformer_module."
-"""What a checkpoint of a whole Mask2Former has, and no other."""
 _IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 _OF_THE_LOSS = {"train_num_points", "class_weight", "mask_weight", "dice_weight", "no_object_weight"}
 """Settings that may differ: they change nothing in the weights, nor in what is predicted."""
 
 
-def transformers_weights(path: Path, section: Mask2FormerSection) -> dict[str, Tensor] | None:
-    """Weights of a Mask2Former that transformers saved, under the names of a `Mask2FormerSegmenter`; None for others.
-
-    `path` is a folder of save_pretrained, or a file of its weights. Raises CheckpointError for a file that cannot be
-    read, and where the config.json beside it says what the section does not.
-    """
-    file = next((path / name for name in _IN_FOLDER if os.path.isfile(path / name)), path)
-    if os.path.isdir(file):
-        if os.path.isfile(path / f"{_IN_FOLDER[0]}.index.json"):
-            do = "Join them: load it with transformers and save it with max_shard_size='100GB'."
-            raise CheckpointError(str(path), "its weights lie in several files", do)
-        return None
-    tensors = read_weights(file)
-    if not any(key.startswith(_MARK) for key in tensors):
-        return None
-    _check_settings(file.with_name("config.json"), section)
-    encoder = {
-        key.removeprefix(_THEIR_ENCODER): tensor for key, tensor in tensors.items() if key.startswith(_THEIR_ENCODER)
-    }
-    others = {key: tensor for key, tensor in tensors.items() if not key.startswith(_THEIR_ENCODER)}
-    return others | {f"{_OUR_ENCODER}{key}": tensor for key, tensor in swin_weights(encoder).items()}
+def weights_file(path: Path) -> Path:
+    """The weights in a folder of save_pretrained; `path` itself if it is none. Raises CheckpointError."""
+    if os.path.isfile(path / f"{_IN_FOLDER[0]}.index.json"):
+        do = "Join them: load it with transformers and save it with max_shard_size='100GB'."
+        raise CheckpointError(str(path), "its weights lie in several files", do)
+    return next((path / name for name in _IN_FOLDER if os.path.isfile(path / name)), path)
 
 
-def _check_settings(file: Path, section: Mask2FormerSection) -> None:
-    """Raises CheckpointError where the config.json of a checkpoint says what the shapes of its weights do not tell."""
+def check_settings(weights: Path, section: Mask2FormerSection) -> None:
+    """Raises CheckpointError where the config.json beside `weights` says what their shapes do not tell."""
+    file = weights.with_name("config.json")
     if not os.path.isfile(file):
         return
     with understood(file, "Save the model again with transformers."):

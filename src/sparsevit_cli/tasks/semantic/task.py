@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsevit_cli.backbones import LEVELS, SwinBackbone
-from sparsevit_cli.checkpoints import load_checkpoint
 from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.semantic import BACKGROUND, MaskFiles, SemanticDigits, SemanticModel, SemanticTask
@@ -25,12 +22,12 @@ from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.seeding import seeded
 from sparsevit_cli.sizes import Size, as_pair, size_text
 from sparsevit_cli.tasks.task import BuildOptions, Metric, Scorer, Task
-from sparsevit_cli.weights import load_state
+from sparsevit_cli.weights import WeightsFile, fitted, load_state, read_file
 
 from .data import build_data, class_names
 from .fpn_head import FpnSegmenter
 from .labels import IGNORED
-from .mask2former import Mask2FormerSegmenter, PixelFeatures, transformers_weights
+from .mask2former import Mask2FormerSegmenter, PixelFeatures, check_settings, weights_file
 from .picture import blended
 from .scenes import example_scenes
 from .scorer import ConfusionScorer
@@ -65,9 +62,9 @@ class SemanticSegmentation(Task):
         with seeded(options.seed):
             model = self._standing_on(backbone, len(names))
         if whole is not None:
-            path = str(self._model.checkpoint)
-            load_state(model, self._with_new_head(model, whole), path)
-            options.say(f"{path}: the whole {self._model.head} is taken from it")
+            weights = fitted(whole.tensors, model, whole.path, options.say)
+            load_state(model, self._with_new_head(model, weights), whole.path)
+            options.say(f"{whole.path}: the whole {self._model.head} is taken from it")
         return model
 
     def _check_sizes(self, divisor: int) -> None:
@@ -99,13 +96,17 @@ class SemanticSegmentation(Task):
     def _is_whole(self) -> bool:
         return self._whole_weights() is not None
 
-    def _whole_weights(self) -> dict[str, Tensor] | None:
+    def _whole_weights(self) -> WeightsFile | None:
         """The weights of a whole segmenter in `model.checkpoint`; None if there is none. Raises CheckpointError."""
         if self._model.checkpoint is None:
             return None
-        path = as_path(self._model.checkpoint, "model.checkpoint")
-        theirs = transformers_weights(path, self._model.mask2former) if self._is_mask2former else None
-        return _own_weights(path) if theirs is None else theirs
+        path = weights_file(as_path(self._model.checkpoint, "model.checkpoint"))
+        file = read_file(path)
+        if not any(key.startswith(_AROUND) for key in file.tensors):
+            return None
+        if self._is_mask2former:
+            check_settings(path, self._model.mask2former)
+        return file
 
     def _with_new_head(self, model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """`weights`, with `reset_head` those of the new classifier where the checkpoint's has other classes."""
@@ -232,13 +233,4 @@ class SemanticSegmentation(Task):
 _CLASSIFIERS = ("head.6.", "class_predictor.", "criterion.empty_weight")
 """Parameters whose shape is that of the classes."""
 _AROUND = ("pyramid.neck.", "model.transformer_module.")
-"""What a segmenter of ours has around its Swin, and nothing else has."""
-
-
-def _own_weights(path: Path) -> dict[str, Tensor] | None:
-    """Weights of a segmenter in a checkpoint folder of ours, the averaged ones if any; None if it is none."""
-    if not os.path.isdir(path):
-        return None
-    tensors = load_checkpoint(path, only=("model", "ema")).tensors
-    found = tensors.get("ema") or tensors.get("model") or {}
-    return dict(found) if any(key.startswith(_AROUND) for key in found) else None
+"""What a whole segmenter has around its Swin, and nothing else has."""
