@@ -175,7 +175,7 @@ def test_parts_are_disjoint_and_hold_every_parameter() -> None:
         ({}, {"curriculum": [{"img_size": 36, "epochs": 1}, {"img_size": 64, "epochs": 1}]}, "train.curriculum.0"),
         ({"anchor_sizes": [8, 16]}, {}, "2 sizes for 3 levels, of strides 4, 8, 16"),
         ({"in_chans": 1}, {}, "model.in_chans"),
-        ({"img_size": [64, 96]}, {}, "scenes of digits are square"),
+        ({"img_size": [64, 96]}, {}, "canvas is square"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(model: dict[str, Any], train: dict[str, Any], told: str) -> None:

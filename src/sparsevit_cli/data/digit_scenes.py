@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparsevit_cli.errors import DataError
+from sparsevit_cli.sizes import ImageSize
 
 from .digits import (
     MEAN,
@@ -83,9 +84,9 @@ class DigitScenes:
         if self.split == "train":
             self.epoch = epoch
 
-    def with_canvas(self, canvas: int) -> DigitScenes:
-        """Scenes of the same digits, at the same epoch, on canvases of another size."""
-        other = DigitScenes(replace(self.spec, canvas=canvas), self.split, self.seed, count=self.count)
+    def with_canvas(self, size: ImageSize) -> DigitScenes:
+        """Scenes of the same digits, at the same epoch, on canvases of another size; see `DigitsSpec.of`."""
+        other = DigitScenes(self.spec.resized(size), self.split, self.seed, count=self.count)
         other.set_epoch(self.epoch)
         return other
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sparsevit_cli.errors import DataError
+from sparsevit_cli.config.images import DigitsSection
+from sparsevit_cli.errors import ConfigError, DataError
+from sparsevit_cli.sizes import ImageSize, as_pair
 
 Split = Literal["train", "search", "val"]
 
@@ -55,6 +57,21 @@ class DigitsSpec:
     digit_min: int = 24
     digit_max: int = 32
     clutter: float = 0.5
+
+    @classmethod
+    def of(cls, section: DigitsSection | DigitsSpec, size: ImageSize, in_chans: int = 3) -> DigitsSpec:
+        """The canvas of a configuration. Raises ConfigError for images that are not square, or not of 3 channels."""
+        if in_chans != 3:
+            raise ConfigError("model.in_chans", f"{in_chans}; the digits have 3", "Set 3, or another data.source.")
+        height, width = as_pair(size)
+        if height != width:
+            got = f"{height} x {width}; the digits' canvas is square"
+            raise ConfigError("model.img_size", got, "Give one number.")
+        return cls(height, section.digit_min, section.digit_max, section.clutter)
+
+    def resized(self, size: ImageSize) -> DigitsSpec:
+        """The same on a canvas of another size. Raises ConfigError as `of`."""
+        return DigitsSpec.of(self, size)
 
     def __post_init__(self) -> None:
         if not 4 <= self.digit_min <= self.digit_max:
@@ -141,9 +158,9 @@ class DigitsDataset(Dataset[tuple[torch.Tensor, int]]):
         if self.split == "train":
             self.epoch = epoch
 
-    def with_canvas(self, canvas: int) -> DigitsDataset:
-        """The same digits, at the same epoch, on canvases of another size."""
-        other = DigitsDataset(replace(self.spec, canvas=canvas), self.split, self.seed)
+    def with_canvas(self, size: ImageSize) -> DigitsDataset:
+        """The same digits, at the same epoch, on canvases of another size. Raises ConfigError if it is not square."""
+        other = DigitsDataset(self.spec.resized(size), self.split, self.seed)
         other.set_epoch(self.epoch)
         return other
 

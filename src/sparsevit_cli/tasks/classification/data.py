@@ -13,7 +13,7 @@ from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.data.digits import DigitsDataset, DigitsSpec
 from sparsevit_cli.data.source import BadImages, Categories, Data, Source, shorten
 from sparsevit_cli.data.splits import carve
-from sparsevit_cli.errors import ConfigError, DataError
+from sparsevit_cli.errors import DataError
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
 from .folder import FolderRecords, read_folder
@@ -47,7 +47,7 @@ class DigitsSource(Source):
         self.dataset.set_epoch(epoch)
 
     def resized(self, size: ImageSize) -> DigitsSource:
-        return DigitsSource(self.dataset.with_canvas(_square(size)))
+        return DigitsSource(self.dataset.with_canvas(size))
 
     def sample_name(self, index: int) -> str:
         return self.dataset.sample_name(index)
@@ -84,13 +84,10 @@ def build_data(
 
 
 def _digits(data: DigitsData, img_size: ImageSize, in_chans: int, seed: int, class_names: Sequence[str] | None) -> Data:
-    if in_chans != 3:
-        raise ConfigError("model.in_chans", f"{in_chans}; the digits have 3", "Set 3, or another data.source.")
     if class_names is not None and tuple(class_names) != DigitsDataset.names:
         got = f"the checkpoint knows the classes {shorten(list(class_names))}"
         raise DataError("data.source digits", got, "Use the data it was trained on, or another checkpoint.")
-    digits = data.digits
-    spec = DigitsSpec(_square(img_size), digits.digit_min, digits.digit_max, digits.clutter)
+    spec = DigitsSpec.of(data.digits, img_size, in_chans)
     train, search, val = (DigitsSource(DigitsDataset(spec, split, seed)) for split in ("train", "search", "val"))
     rows = [
         ("data", "scikit-learn's handwritten digits on cluttered canvases"),
@@ -170,10 +167,3 @@ def _counts(source: RecordSource) -> str:
     per_class = np.bincount(source.labels, minlength=len(source.class_names))
     least, most = int(per_class.min()), int(per_class.max())
     return f"{len(source)} ({least} per class)" if least == most else f"{len(source)} ({least} to {most} per class)"
-
-
-def _square(size: ImageSize) -> int:
-    height, width = as_pair(size)
-    if height != width:
-        raise ConfigError("model.img_size", f"{height} x {width}; the digits' canvas is square", "Give one number.")
-    return height

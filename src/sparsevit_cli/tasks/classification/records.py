@@ -14,19 +14,20 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from sparsevit_cli.data.chosen import ChosenSource
 from sparsevit_cli.data.images import UnreadableImageError
-from sparsevit_cli.data.source import BadImages, Source, shorten
+from sparsevit_cli.data.source import BadImages, shorten
 from sparsevit_cli.data.splits import Indices
 from sparsevit_cli.errors import DataError, pass_on
 from sparsevit_cli.seeding import derive_seed, seeded
-from sparsevit_cli.sizes import ImageSize, Size
+from sparsevit_cli.sizes import ImageSize
 
 from .transforms import TransformSpec, failed_step
 
@@ -160,24 +161,17 @@ def relabelled(records: R, class_names: Sequence[str], owner: str) -> R:
     return replace(records, class_names=tuple(class_names), labels=new_label[records.labels])
 
 
-class RecordSource(Source):
+class RecordSource(ChosenSource):
     """Chosen records as (image, label). Augmentation is a function of (seed, epoch, index), whoever computes it."""
+
+    spec: TransformSpec
 
     def __init__(
         self, records: Records, indices: Indices, spec: TransformSpec, *, seed: int, bad_images: BadImages | None
     ) -> None:
-        self.records, self.spec, self.seed, self._bad_images = records, spec, seed, bad_images
-        self.epoch = 0
-        self._indices = indices
+        super().__init__(indices, seed=seed, bad_images=bad_images)
+        self.records, self.spec = records, spec
         self._transform = spec.build()
-
-    @property
-    def bad_images(self) -> BadImages | None:
-        return self._bad_images
-
-    @property
-    def image_size(self) -> Size:
-        return self.spec.size
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -187,13 +181,10 @@ class RecordSource(Source):
     @property
     def labels(self) -> Indices:
         """Label of every sample, (n,) int64."""
-        return self.records.labels[self._indices]
-
-    def __len__(self) -> int:
-        return len(self._indices)
+        return self.records.labels[self.indices]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        record = self._record(index)
+        record = self.record(index)
         image = self.records.read(record)
         return self._transformed(image, index), int(self.records.labels[record])
 
@@ -217,39 +208,25 @@ class RecordSource(Source):
                     _log.warning("%s: %s. Its augmentation is drawn again.", name, reason)
         raise UnreadableImageError(name, f"cannot be transformed: {reason}", "Remove it, or change data.augment.")
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def resized(self, size: ImageSize) -> RecordSource:
-        other = RecordSource(
-            self.records, self._indices, self.spec.resized(size), seed=self.seed, bad_images=self.bad_images
-        )
-        other.set_epoch(self.epoch)
+    def resized(self, size: ImageSize) -> Self:
+        other = super().resized(size)
+        other._transform = other.spec.build()
         return other
 
     def sample_name(self, index: int) -> str:
-        return self.records.keys[self._record(index)]
+        return self.records.keys[self.record(index)]
 
     def sample_file(self, index: int) -> Path | None:
-        return self.records.file(self._record(index))
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self._listing_digest}\n{self.spec.describe()}".encode()).hexdigest()
+        return self.records.file(self.record(index))
 
     @functools.cached_property
-    def _listing_digest(self) -> str:
+    def listing_digest(self) -> str:
         """SHA-256 over classes, and name, size and label of every image in order of name; not the contents."""
         records, digest = self.records, hashlib.sha256()
         lines = [records.version, repr(records.class_names)]
-        for record in sorted(self._indices.tolist(), key=records.keys.__getitem__):
+        for record in sorted(self.indices.tolist(), key=records.keys.__getitem__):
             size = None if records.sizes is None else records.sizes[record]
             lines.append(repr((records.keys[record], size, int(records.labels[record]))))
         for line in lines:
             digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
         return digest.hexdigest()
-
-    def _record(self, index: int) -> int:
-        # IndexError ends iteration over a sequence without __iter__.
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        return int(self._indices[index])

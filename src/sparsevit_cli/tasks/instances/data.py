@@ -13,12 +13,12 @@ from sparsevit_cli.data.digit_scenes import DigitScenes
 from sparsevit_cli.data.digits import DigitsSpec
 from sparsevit_cli.data.source import BadImages, Categories, Data, Finding, shorten
 from sparsevit_cli.data.splits import Indices, carve
-from sparsevit_cli.errors import ConfigError, DataError
+from sparsevit_cli.errors import DataError
 from sparsevit_cli.sizes import ImageSize
 
 from .coco import CocoSplit, check_apart, check_same_categories, read_coco
 from .placing import PlacingSpec
-from .source import FileSource, SceneSource, square
+from .source import FileSource, SceneSource
 
 _log = logging.getLogger(__name__)
 
@@ -35,10 +35,7 @@ def build_data(data: DigitScenesData | CocoData, *, img_size: ImageSize, in_chan
 
 
 def _digits(data: DigitScenesData, img_size: ImageSize, in_chans: int, seed: int, masks: bool) -> Data:
-    if in_chans != 3:
-        raise ConfigError("model.in_chans", f"{in_chans}; the scenes have 3", "Set 3, or another data.source.")
-    digits = data.digits
-    spec = DigitsSpec(square(img_size), digits.digit_min, digits.digit_max, digits.clutter)
+    spec = DigitsSpec.of(data.digits, img_size, in_chans)
     train, search, val = (
         SceneSource(DigitScenes(spec, split, seed), masks=masks) for split in ("train", "search", "val")
     )

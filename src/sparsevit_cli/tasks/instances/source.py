@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
+from sparsevit_cli.data.chosen import ChosenSource
 from sparsevit_cli.data.digit_scenes import DigitScenes, Scene
 from sparsevit_cli.data.images import UnreadableImageError, decode_image
 from sparsevit_cli.data.source import BadImages, Source
 from sparsevit_cli.data.splits import Indices
-from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.seeding import derive_seed
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
@@ -85,7 +85,7 @@ class SceneSource(InstanceSource):
         self.scenes.set_epoch(epoch)
 
     def resized(self, size: ImageSize) -> SceneSource:
-        return SceneSource(self.scenes.with_canvas(square(size)), masks=self.masks)
+        return SceneSource(self.scenes.with_canvas(size), masks=self.masks)
 
     def sample_name(self, index: int) -> str:
         return self.scenes.sample_name(index)
@@ -103,14 +103,6 @@ def scene_truth(scene: Scene, number: int) -> Truth:
         instances.append(Instance(label, (x0, y0, x1 - x0, y1 - y0), float(shape.area), shape))
     height, width = scene.image.shape[1:]
     return Truth(number, (int(height), int(width)), tuple(instances))
-
-
-def square(size: ImageSize) -> int:
-    """The side of a square. Raises ConfigError for other sizes, which the digits have not."""
-    height, width = as_pair(size)
-    if height != width:
-        raise ConfigError("model.img_size", f"{height} x {width}; scenes of digits are square", "Give one number.")
-    return height
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +126,10 @@ class Images:
         return f"{self.split}/{self.names[index]}"
 
 
-class FileSource(InstanceSource):
+class FileSource(ChosenSource, InstanceSource):
     """Chosen images from files. Augmentation is a function of (seed, epoch, number), whoever computes it."""
+
+    spec: PlacingSpec
 
     def __init__(
         self,
@@ -147,20 +141,8 @@ class FileSource(InstanceSource):
         seed: int,
         bad_images: BadImages | None,
     ) -> None:
-        self.images, self.indices, self.spec = images, indices, spec
-        self.masks, self.seed, self._bad_images = masks, seed, bad_images
-        self.held_out, self.epoch = spec.augment is None, 0
-
-    @property
-    def bad_images(self) -> BadImages | None:
-        return self._bad_images
-
-    @property
-    def image_size(self) -> Size:
-        return self.spec.size
-
-    def __len__(self) -> int:
-        return len(self.indices)
+        super().__init__(indices, seed=seed, bad_images=bad_images)
+        self.images, self.spec, self.masks, self.held_out = images, spec, masks, spec.augment is None
 
     def __getitem__(self, index: int) -> Sample:
         if not self.held_out:
@@ -177,11 +159,11 @@ class FileSource(InstanceSource):
         return tv_tensors.Image(image), placed_objects(truth, placement, masks=self.masks)
 
     def _truth(self, index: int) -> Truth:
-        return self.images.truths[self._number(index)]
+        return self.images.truths[self.record(index)]
 
     def _decoded(self, index: int) -> Any:
         """The upright image. Raises UnreadableImageError, also if its size is not the one of the annotations."""
-        number = self._number(index)
+        number = self.record(index)
         name = self.images.key(number)
         if number in self.images.faults:
             raise UnreadableImageError(name, self.images.faults[number], "Replace or remove it.")
@@ -192,31 +174,14 @@ class FileSource(InstanceSource):
             raise UnreadableImageError(name, got, "Correct one of the two; an upright image counts (EXIF).")
         return image
 
-    def _number(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        return int(self.indices[index])
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def resized(self, size: ImageSize) -> FileSource:
-        other = FileSource(
-            self.images, self.indices, self.spec.resized(size),
-            masks=self.masks, seed=self.seed, bad_images=self._bad_images,
-        )  # fmt: skip
-        other.set_epoch(self.epoch)
-        return other
-
     def sample_name(self, index: int) -> str:
-        return self.images.key(self._number(index))
+        return self.images.key(self.record(index))
 
     def fingerprint(self) -> str:
-        masks = "" if self.masks else "\nboxes"
-        return hashlib.sha256(f"{self._listed}\n{self.spec.describe()}{masks}".encode()).hexdigest()
+        return f"{super().fingerprint()}{'' if self.masks else ', boxes'}"
 
     @functools.cached_property
-    def _listed(self) -> str:
+    def listing_digest(self) -> str:
         """SHA-256 over the annotations and the chosen images."""
         digest = hashlib.sha256(self.images.digest.encode())
         for name in sorted(self.images.names[number] for number in self.indices.tolist()):

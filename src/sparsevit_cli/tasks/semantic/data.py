@@ -12,13 +12,13 @@ from sparsevit_cli.data.digit_scenes import DigitScenes
 from sparsevit_cli.data.digits import DigitsSpec
 from sparsevit_cli.data.source import BadImages, Categories, Data, Source, shorten
 from sparsevit_cli.data.splits import carve
-from sparsevit_cli.errors import ConfigError, DataError
+from sparsevit_cli.errors import DataError
 from sparsevit_cli.sizes import ImageSize
 
 from .cityscapes import CITYSCAPES, read_cityscapes
 from .folders import folder_labels, read_folders
 from .records import Pairs, PairSource
-from .scenes import SceneSource, square
+from .scenes import SceneSource
 from .transforms import TransformSpec
 
 
@@ -50,10 +50,7 @@ def class_names(data: SemanticDigits | MaskFiles) -> tuple[str, ...]:
 
 
 def _digits(data: SemanticDigits, img_size: ImageSize, in_chans: int, seed: int) -> Data:
-    if in_chans != 3:
-        raise ConfigError("model.in_chans", f"{in_chans}; the digits have 3", "Set 3, or another data.source.")
-    digits = data.digits
-    spec = DigitsSpec(square(img_size), digits.digit_min, digits.digit_max, digits.clutter)
+    spec = DigitsSpec.of(data.digits, img_size, in_chans)
     train, search, val = (SceneSource(DigitScenes(spec, split, seed)) for split in ("train", "search", "val"))
     rows = [
         ("data", "scenes of scikit-learn's handwritten digits"),

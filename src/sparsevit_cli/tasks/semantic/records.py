@@ -19,11 +19,11 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as V
 
+from sparsevit_cli.data.chosen import ChosenSource
 from sparsevit_cli.data.images import UnreadableImageError, decode_image
-from sparsevit_cli.data.source import BadImages, Source
+from sparsevit_cli.data.source import BadImages
 from sparsevit_cli.data.splits import Indices
 from sparsevit_cli.errors import DataError
-from sparsevit_cli.sizes import ImageSize, Size
 
 from .labels import LabelMap, read_numbers
 from .transforms import TransformSpec
@@ -97,33 +97,23 @@ def file_bytes(path: Path) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
-class PairSource(Source):
+class PairSource(ChosenSource):
     """Chosen pairs as (image (3, H, W), mask (H, W) uint8).
 
     In training both are crops of one size, tv_tensors, drawn by (seed, epoch, index). In evaluation the image has the
     size that the model gets it in, and the mask, a plain tensor, its own.
     """
 
+    spec: TransformSpec
+
     def __init__(
         self, pairs: Pairs, indices: Indices, spec: TransformSpec, *, seed: int, bad_images: BadImages | None
     ) -> None:
-        self.pairs, self.spec, self.seed, self._bad_images = pairs, spec, seed, bad_images
-        self.epoch = 0
-        self._indices = indices
-
-    @property
-    def bad_images(self) -> BadImages | None:
-        return self._bad_images
-
-    @property
-    def image_size(self) -> Size:
-        return self.spec.size
-
-    def __len__(self) -> int:
-        return len(self._indices)
+        super().__init__(indices, seed=seed, bad_images=bad_images)
+        self.pairs, self.spec = pairs, spec
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, mask = self.pairs.read(self._record(index))
+        image, mask = self.pairs.read(self.record(index))
         pixels = tv_tensors.Image(V.pil_to_tensor(image))
         truth = torch.from_numpy(mask)
         if self.spec.augment is None:
@@ -137,33 +127,14 @@ class PairSource(Source):
             return torch.stack(images), torch.stack(masks)
         return list(images) if self.spec.is_sliding else torch.stack(images), list(masks)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def resized(self, size: ImageSize) -> PairSource:
-        other = PairSource(
-            self.pairs, self._indices, self.spec.resized(size), seed=self.seed, bad_images=self.bad_images
-        )
-        other.set_epoch(self.epoch)
-        return other
-
     def sample_name(self, index: int) -> str:
-        return self.pairs.pairs[self._record(index)].key
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self._listing_digest}\n{self.spec.describe()}".encode()).hexdigest()
+        return self.pairs.pairs[self.record(index)].key
 
     @functools.cached_property
-    def _listing_digest(self) -> str:
+    def listing_digest(self) -> str:
         """SHA-256 over classes, names and sizes of the files; not their contents."""
         digest = hashlib.sha256(repr((self.pairs.labels.names, self.pairs.labels.pairs)).encode())
-        for record in self._indices.tolist():
+        for record in self.indices.tolist():
             pair, sizes = self.pairs.pairs[record], self.pairs.sizes[record]
             digest.update(repr((pair.image, pair.mask, sizes)).encode("utf-8", "surrogatepass") + b"\n")
         return digest.hexdigest()
-
-    def _record(self, index: int) -> int:
-        # IndexError ends iteration over a sequence without __iter__.
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        return int(self._indices[index])

@@ -13,7 +13,6 @@ from sparsevit_cli.config.images import DigitsSection
 from sparsevit_cli.data.digit_scenes import DigitScenes
 from sparsevit_cli.data.digits import DigitsSpec
 from sparsevit_cli.data.source import Source
-from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
 
@@ -47,7 +46,7 @@ class SceneSource(Source):
         self.scenes.set_epoch(epoch)
 
     def resized(self, size: ImageSize) -> SceneSource:
-        return SceneSource(self.scenes.with_canvas(square(size)))
+        return SceneSource(self.scenes.with_canvas(size))
 
     def sample_name(self, index: int) -> str:
         return self.scenes.sample_name(index)
@@ -56,16 +55,7 @@ class SceneSource(Source):
         return self.scenes.fingerprint()
 
 
-def square(size: ImageSize) -> int:
-    """The side of a square image. Raises ConfigError for another one."""
-    height, width = as_pair(size)
-    if height != width:
-        raise ConfigError("model.img_size", f"{height} x {width}; the canvas of digits is square", "Give one number.")
-    return height
-
-
 def example_scenes(section: DigitsSection, canvas: int, count: int, seed: int) -> Tensor:
     """Images (count, 3, canvas, canvas) of the validation split, from the first one on."""
-    spec = DigitsSpec(canvas, section.digit_min, section.digit_max, section.clutter)
-    scenes = DigitScenes(spec, "val", seed)
+    scenes = DigitScenes(DigitsSpec.of(section, canvas), "val", seed)
     return torch.stack([scenes[number % len(scenes)].image for number in range(count)])

@@ -1,0 +1,74 @@
+"""What the sources of image files of all tasks have in common: records of a listing, chosen for one split."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import abstractmethod
+from typing import Protocol, Self, TypeVar
+
+from sparsevit_cli.sizes import ImageSize, Size
+
+from .source import BadImages, Source
+from .splits import Indices
+
+S = TypeVar("S", bound="Spec")
+
+
+class Spec(Protocol):
+    """How a record becomes a sample."""
+
+    @property
+    def size(self) -> Size:
+        """Height and width of images in pixels, as the model gets them."""
+
+    def resized(self: S, size: ImageSize) -> S:
+        """The same for images of another size."""
+
+    def describe(self) -> str:
+        """All that it does, as text."""
+
+
+class ChosenSource(Source):
+    """Samples of the records `indices` (n,) of a listing. What is drawn is a function of (seed, epoch, number).
+
+    A subclass adds the listing, `__getitem__`, `sample_name` and `listing_digest`.
+    """
+
+    spec: Spec
+
+    def __init__(self, indices: Indices, *, seed: int, bad_images: BadImages | None) -> None:
+        self.indices, self.seed, self._bad_images, self.epoch = indices, seed, bad_images, 0
+
+    @property
+    @abstractmethod
+    def listing_digest(self) -> str:
+        """SHA-256 over the chosen records, without what becomes of them."""
+
+    @property
+    def bad_images(self) -> BadImages | None:
+        return self._bad_images
+
+    @property
+    def image_size(self) -> Size:
+        return self.spec.size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def resized(self, size: ImageSize) -> Self:
+        other = copy.copy(self)
+        other.spec = self.spec.resized(size)
+        return other
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.listing_digest}\n{self.spec.describe()}".encode()).hexdigest()
+
+    def record(self, index: int) -> int:
+        """The place in the listing of a sample. Raises IndexError, which ends iteration over a source."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return int(self.indices[index])
