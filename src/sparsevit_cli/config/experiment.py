@@ -138,6 +138,14 @@ class ModelSection(Section):
         return self
 
 
+class BackboneModel(ModelSection):
+    """A timm Swin as the backbone of a model."""
+
+    always_partition: bool | None = Field(
+        True, description="Keep the window size, and so the shift, on maps smaller than a window; null keeps timm's."
+    )
+
+
 class TaskSection(Section):
     """What the model is trained for."""
 

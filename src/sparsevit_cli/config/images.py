@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,13 @@ class DigitsSection(Section):
         if self.digit_min > self.digit_max:
             raise ValueError(f"digit_min {self.digit_min} is above digit_max {self.digit_max}")
         return self
+
+
+class DigitScenesData(DataSection):
+    """Scenes of one to five of the embedded digits."""
+
+    source: Literal["digits"] = Field("digits", description="Scenes of embedded digits.")
+    digits: DigitsSection = Field(DigitsSection(), description="What is drawn.")
 
 
 class ImageFiles(DataSection):

@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .experiment import Count, DataSection, Fraction, ModelSection, PathText, Positive, Section, TaskSection
-from .images import DigitsSection, ImageFiles
+from .experiment import BackboneModel, Count, Fraction, PathText, Positive, Section, TaskSection
+from .images import DigitScenesData, ImageFiles
 from .kind import Kind
 
 
@@ -18,12 +18,9 @@ class InstancesTask(TaskSection):
     masks: bool = Field(True, description="Boxes and masks (Mask R-CNN); false gives boxes alone (Faster R-CNN).")
 
 
-class InstancesModel(ModelSection):
+class InstancesModel(BackboneModel):
     """Which timm Swin, its weights, and torchvision's heads on it; the defaults of the heads are torchvision's."""
 
-    always_partition: bool | None = Field(
-        True, description="Keep the window size, and so the shift, on maps smaller than a window; null keeps timm's."
-    )
     fpn_channels: Count = Field(256, description="Channels of the feature pyramid.")
     anchor_sizes: Annotated[tuple[Positive, ...], Field(min_length=2)] | None = Field(
         None,
@@ -67,13 +64,6 @@ class InstancesAugment(Section):
         if self.jitter is not None and self.jitter[0] > self.jitter[1]:
             raise ValueError(f"jitter {self.jitter[0]:g} is above {self.jitter[1]:g}")
         return self
-
-
-class DigitScenesData(DataSection):
-    """Embedded scenes of one to five digits."""
-
-    source: Literal["digits"] = Field("digits", description="Embedded scenes of digits.")
-    digits: DigitsSection = Field(DigitsSection(), description="What is drawn.")
 
 
 class CocoData(ImageFiles):

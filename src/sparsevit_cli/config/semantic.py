@@ -7,10 +7,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from .experiment import (
+    BackboneModel,
     Count,
-    DataSection,
     Fraction,
-    ModelSection,
     PathText,
     Positive,
     Section,
@@ -18,7 +17,7 @@ from .experiment import (
     TaskSection,
     Text,
 )
-from .images import DigitsSection, ImageFiles
+from .images import DigitScenesData, ImageFiles
 from .kind import Kind
 
 BACKGROUND = "background"
@@ -70,24 +69,14 @@ class Mask2FormerSection(Section):
     no_object: Positive = Field(0.1, description="Weight of masks without an object in the loss of the classes.")
 
 
-class SemanticModel(ModelSection):
+class SemanticModel(BackboneModel):
     """Which timm Swin, its weights, and what stands on it."""
 
-    always_partition: bool | None = Field(
-        True, description="Keep the window size on maps smaller than a window (padded); null and false: timm shrinks."
-    )
     head: Literal["fpn", "mask2former"] = Field(
         "fpn", description="A feature pyramid with a light head, or transformers' Mask2Former (extra `segment`)."
     )
     fpn: FpnSection = Field(FpnSection(), description="The feature pyramid and its head.")
     mask2former: Mask2FormerSection = Field(Mask2FormerSection(), description="Mask2Former.")
-
-
-class SemanticDigits(DataSection):
-    """Scenes of 1 to 5 of the embedded digits: ten classes and the background."""
-
-    source: Literal["digits"] = Field("digits", description="Scenes of embedded digits.")
-    digits: DigitsSection = Field(DigitsSection(), description="What is drawn.")
 
 
 class CropSection(Section):
@@ -175,5 +164,5 @@ KIND = Kind(
     home="sparsevit_cli.tasks.semantic:SemanticSegmentation",
     task=SemanticTask,
     model=SemanticModel,
-    sources={"digits": SemanticDigits, "cityscapes": CityscapesData, "folders": PairedFolders},
+    sources={"digits": DigitScenesData, "cityscapes": CityscapesData, "folders": PairedFolders},
 )

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sparsevit_cli.config.instances import CocoData, DigitScenesData
+from sparsevit_cli.config.images import DigitScenesData
+from sparsevit_cli.config.instances import CocoData
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.data.digit_scenes import DigitScenes
 from sparsevit_cli.data.digits import DigitsSpec

@@ -15,7 +15,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from sparsevit_cli.backbones import LEVELS
 from sparsevit_cli.config.experiment import LoopSection
-from sparsevit_cli.config.instances import CocoData, DigitScenesData, InstancesModel, InstancesTask
+from sparsevit_cli.config.images import DigitScenesData
+from sparsevit_cli.config.instances import CocoData, InstancesModel, InstancesTask
 from sparsevit_cli.data.digits import MEAN, STD
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError, DataError

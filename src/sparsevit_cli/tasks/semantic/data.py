@@ -6,8 +6,9 @@ import os
 
 import numpy as np
 
+from sparsevit_cli.config.images import DigitScenesData
 from sparsevit_cli.config.paths import as_path
-from sparsevit_cli.config.semantic import BACKGROUND, CityscapesData, MaskFiles, PairedFolders, SemanticDigits
+from sparsevit_cli.config.semantic import BACKGROUND, CityscapesData, MaskFiles, PairedFolders
 from sparsevit_cli.data.digit_scenes import DigitScenes
 from sparsevit_cli.data.digits import DigitsSpec
 from sparsevit_cli.data.source import BadImages, Categories, Data, Source, shorten
@@ -22,13 +23,13 @@ from .scenes import SceneSource
 from .transforms import TransformSpec
 
 
-def build_data(data: SemanticDigits | MaskFiles, *, img_size: ImageSize, in_chans: int, seed: int) -> Data:
+def build_data(data: DigitScenesData | MaskFiles, *, img_size: ImageSize, in_chans: int, seed: int) -> Data:
     """The three sources of a configuration. Files are listed, none is opened.
 
     `seed` moves the augmentation, and for the digits the split; for files the split is always the same. Raises
     DataError, ConfigError.
     """
-    if isinstance(data, SemanticDigits):
+    if isinstance(data, DigitScenesData):
         return _digits(data, img_size, in_chans, seed)
     train, val = (_listed(data, split) for split in (data.train_split, data.val_split))
     places = [os.path.realpath(pairs.root / os.path.dirname(pairs.pairs[0].image)) for pairs in (train, val)]
@@ -39,9 +40,9 @@ def build_data(data: SemanticDigits | MaskFiles, *, img_size: ImageSize, in_chan
     return _bundle(data, train, val, spec, spec.evaluation(img_size), seed)
 
 
-def class_names(data: SemanticDigits | MaskFiles) -> tuple[str, ...]:
+def class_names(data: DigitScenesData | MaskFiles) -> tuple[str, ...]:
     """The names of the classes, in their order; no image is looked at. Raises DataError for a file of names."""
-    if isinstance(data, SemanticDigits):
+    if isinstance(data, DigitScenesData):
         return (BACKGROUND, *DigitScenes.names)
     if isinstance(data, CityscapesData):
         return CITYSCAPES.names
@@ -49,7 +50,7 @@ def class_names(data: SemanticDigits | MaskFiles) -> tuple[str, ...]:
     return folder_labels(data).names
 
 
-def _digits(data: SemanticDigits, img_size: ImageSize, in_chans: int, seed: int) -> Data:
+def _digits(data: DigitScenesData, img_size: ImageSize, in_chans: int, seed: int) -> Data:
     spec = DigitsSpec.of(data.digits, img_size, in_chans)
     train, search, val = (SceneSource(DigitScenes(spec, split, seed)) for split in ("train", "search", "val"))
     rows = [

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from sparsevit_cli.backbones import LEVELS, SwinBackbone
 from sparsevit_cli.config.experiment import LoopSection
+from sparsevit_cli.config.images import DigitScenesData
 from sparsevit_cli.config.paths import as_path
-from sparsevit_cli.config.semantic import BACKGROUND, MaskFiles, SemanticDigits, SemanticModel, SemanticTask
+from sparsevit_cli.config.semantic import BACKGROUND, MaskFiles, SemanticModel, SemanticTask
 from sparsevit_cli.data.digits import MEAN, STD
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError
@@ -196,7 +197,7 @@ class SemanticSegmentation(Task):
     def example(self, size: Size, batch_size: int, *, seed: int = 0) -> Any:
         """Scenes of the validation split (B, 3, H, W) if digits fit in; else noise: costs do not depend on it."""
         data = self._data
-        if isinstance(data, SemanticDigits) and size[0] == size[1] and size[0] >= data.digits.digit_max:
+        if isinstance(data, DigitScenesData) and size[0] == size[1] and size[0] >= data.digits.digit_max:
             return example_scenes(data.digits, size[0], batch_size, seed)
         return super().example(size, batch_size, seed=seed)
 
@@ -225,8 +226,8 @@ class SemanticSegmentation(Task):
         return self.config.model
 
     @property
-    def _data(self) -> SemanticDigits | MaskFiles:
-        assert isinstance(self.config.data, (SemanticDigits, MaskFiles))
+    def _data(self) -> DigitScenesData | MaskFiles:
+        assert isinstance(self.config.data, (DigitScenesData, MaskFiles))
         return self.config.data
 
 
