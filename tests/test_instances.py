@@ -171,7 +171,7 @@ def test_parts_are_disjoint_and_hold_every_parameter() -> None:
 @pytest.mark.parametrize(
     ("model", "train", "told"),
     [
-        ({"img_size": 60}, {}, "model.img_size: 60x60 pixels. Give multiples of 8"),
+        ({"img_size": 60}, {}, "model.img_size: 60x60 pixels; the stages need multiples of 8"),
         ({}, {"curriculum": [{"img_size": 36, "epochs": 1}, {"img_size": 64, "epochs": 1}]}, "train.curriculum.0"),
         ({"anchor_sizes": [8, 16]}, {}, "2 sizes for 3 levels, of strides 4, 8, 16"),
         ({"in_chans": 1}, {}, "model.in_chans"),

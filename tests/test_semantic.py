@@ -520,7 +520,10 @@ def test_weights_of_classes_must_fit() -> None:
     ("sections", "told"),
     [
         ({"model": {"img_size": 36}}, "model.img_size: 36x36 pixels; the stages need multiples of 8"),
-        ({"train": {"curriculum": [{"img_size": 20, "epochs": 1}, {"img_size": 32, "epochs": 1}]}}, r"\[0\].img_size"),
+        (
+            {"train": {"curriculum": [{"img_size": 20, "epochs": 1}, {"img_size": 32, "epochs": 1}]}},
+            r"curriculum.0.img_size",
+        ),
     ],
 )
 def test_sizes_that_the_stages_cannot_halve_are_refused_at_once(sections: dict[str, Any], told: str) -> None:
@@ -585,6 +588,23 @@ def test_a_model_that_transformers_saved_gives_its_scores(saved: Path) -> None:
     result = ConfusionScorer(tuple("abcdefghijk"), CPU)
     result.update(found, Batch(images, [each.byte() for each in maps], torch.arange(2)))
     assert result.compute()["accuracy"] == 100, "ours, scored against what transformers says"
+
+
+def test_a_model_of_transformers_needs_its_partition_where_windows_do_not_divide(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    theirs = Mask2FormerForUniversalSegmentation.from_pretrained(saved).eval()
+    images = torch.randn(1, 3, 160, 160, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        wanted = theirs(images).masks_queries_logits
+        for partition, warned in (("pad_first", False), ("roll_first", True)):
+            task = from_saved(saved, model={"img_size": 160, "partition": partition})
+            model = sparsify_(built(task).eval(), partition=partition)
+            (_, masks), *_ = model.queries(images)
+            assert (float((masks - wanted).abs().max()) > 1e-3) == warned
+            assert ("Set model.partition: pad_first" in caplog.text) == warned
 
 
 def test_the_loss_of_one_image_is_that_of_transformers(saved: Path) -> None:

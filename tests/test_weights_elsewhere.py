@@ -158,7 +158,9 @@ def test_the_names_that_a_library_has_are_read_and_written(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", LISTS)
-def test_a_whole_file_gives_its_swin_and_nothing_else(case: str, tmp_path: Path) -> None:
+def test_a_whole_file_gives_its_swin_and_nothing_else(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     names, build = LISTS[case]
     prefix = "backbone." if BESIDE[case] else ""
     theirs = drawn(names(), prefix)
@@ -171,7 +173,11 @@ def test_a_whole_file_gives_its_swin_and_nothing_else(case: str, tmp_path: Path)
     assert equal(back, {name: tensor for name, tensor in theirs.items() if not name.endswith(_COMPUTED)})
     assert len(told) == 1
     assert FAMILIES[family_of(case)].told in told[0]
-    assert ("model.partition" in told[0]) == (case != "microsoft")  # its classifiers never saw padding
+    assert ("model.partition" in caplog.text) == (case != "microsoft")  # its classifiers never saw padding
+    caplog.clear()
+    load_weights(model, tmp_path / "theirs.pth", say=told.append, partition="pad_first")
+    assert "model.partition" not in caplog.text
+    assert "model.partition" not in told[1]
     assert ("left out are 2 tensors" in told[0]) == bool(BESIDE[case])
     assert all(name in told[0] for name in BESIDE[case])
 
@@ -302,7 +308,9 @@ def theirs_around(kind: str) -> tuple[nn.Module, nn.Module]:
 
 @pytest.mark.parametrize("memory", [False, True], ids=["names in files", "names in memory"])
 @pytest.mark.parametrize("kind", ["SwinBackbone", "Mask2Former", "MaskFormer", "UPerNet"])
-def test_maps_of_transformers_are_ours_at_every_level(kind: str, memory: bool, tmp_path: Path) -> None:
+def test_maps_of_transformers_are_ours_at_every_level(
+    kind: str, memory: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, body = theirs_around(kind)
     path = tmp_path / "model.safetensors"
     if memory:
@@ -321,7 +329,7 @@ def test_maps_of_transformers_are_ours_at_every_level(kind: str, memory: bool, t
     assert max(float((one - other).abs().max()) for one, other in zip(maps, wanted, strict=True)) < 1e-5
     assert len(told) == 1
     assert "transformers' names" in told[0]
-    assert "trained with partition pad_first; set model.partition" in told[0]
+    assert "trained with model.partition pad_first, the model has roll_first" in caplog.text
     outside = sum("relative_position_index" not in name for name in model.state_dict()) - sum(
         "relative_position_index" not in name for name in body.state_dict()
     )

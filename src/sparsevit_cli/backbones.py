@@ -173,7 +173,7 @@ def build_backbone(
     backbone = SwinBackbone(build_model(bare, 0, img_size=img_size, seed=seed, any_size=True, say=say), levels)
     if section.checkpoint is not None:
         path = as_path(section.checkpoint, "model.checkpoint")
-        load_weights(backbone, path, say=say)
+        load_weights(backbone, path, say=say, partition=section.partition)
         tell_partition(path, section.partition, say)
     return backbone
 

@@ -19,7 +19,7 @@ from .documents import read_json
 from .errors import CheckpointError, ConfigError, in_one_line, pass_on
 from .swin import GENERATIONS, model_depths
 from .swin.geometry import check_image_size, patch_embedding
-from .weights import Say, load_weights, tell_log
+from .weights import Say, load_weights, other_partition, tell_log
 
 __all__ = [
     "SupportedModel",
@@ -131,7 +131,8 @@ def build_model(
     remembers.built_with = {"name": section.name.partition(".")[0], **arguments}
     if section.checkpoint is not None:
         path = as_path(section.checkpoint, "model.checkpoint")
-        load_weights(model, path, section.reset_head or not outputs, say)  # without outputs there is no head to fit
+        reset = section.reset_head or not outputs  # without outputs there is no head to fit
+        load_weights(model, path, reset, say, partition=section.partition)
         tell_partition(path, section.partition, say)
     return model
 
@@ -151,10 +152,7 @@ def tell_partition(path: Path, partition: str, say: Say) -> None:
             return
         trained = read_json(beside).get("partition", "roll_first")
     if trained != partition:
-        say(
-            f"{path}: the weights were trained with model.partition {trained}, the model has {partition}: "
-            "the same where windows divide every map, worse elsewhere"
-        )
+        say(other_partition(path, trained, partition))
 
 
 def embed_flat_patches_as_zero_(model: nn.Module) -> None:

@@ -44,8 +44,8 @@ from .folder import (
     MANIFEST,
     SPARSITY,
     WEIGHTS,
+    ExportScope,
     ModelInfo,
-    Scope,
     builds,
     check_info,
     describe_files,
@@ -113,7 +113,7 @@ class ExportReport:
     threads: int
     dense_latency: Latency | None
     sparse_latency: Latency | None
-    scope: Scope
+    scope: ExportScope
     info: ModelInfo
 
     @property
@@ -134,7 +134,7 @@ def export_model(
     measure_ms: bool = True,
     seed: int = 0,
     info: ModelInfo | None = None,
-    scope: Scope = "model",
+    scope: ExportScope = "model",
     whole: nn.Module | None = None,
     check_images: Tensor | None = None,
     reporter: Reporter | None = None,

@@ -35,7 +35,7 @@ from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_
 from sparsevit_cli.swin.geometry import window_sizes
 from sparsevit_cli.windows import IMPORTANCES, PARTITIONS, Importance, Partition
 
-Scope = Literal["model", "features"]
+ExportScope = Literal["model", "features"]
 """What the programs of a folder compute: the whole model, or its backbone and neck."""
 FORMATS = ("onnx", "pt2")
 MANIFEST, SPARSITY = "manifest.json", "sparsity.json"
@@ -45,14 +45,14 @@ FORMAT_VERSION = 3
 `roll_first`."""
 
 
-def file_name(scope: Scope, kind: str) -> str:
+def file_name(scope: ExportScope, kind: str) -> str:
     """`features.onnx`; `kind` is a format, `safetensors` for the weights, or `onnx.data` for those of large models."""
     return f"{scope}.{kind}"
 
 
-WEIGHTS, FEATURE_WEIGHTS = (file_name(scope, "safetensors") for scope in get_args(Scope))
+WEIGHTS, FEATURE_WEIGHTS = (file_name(scope, "safetensors") for scope in get_args(ExportScope))
 NAMES = (
-    *(file_name(scope, kind) for scope in get_args(Scope) for kind in (*FORMATS, "onnx.data", "safetensors")),
+    *(file_name(scope, kind) for scope in get_args(ExportScope) for kind in (*FORMATS, "onnx.data", "safetensors")),
     SPARSITY,
 )
 _BUILD_ARGS = (
@@ -122,7 +122,7 @@ class SparsityFile:
     windows: tuple[tuple[int, int], ...] = ()
     """Of each stage, (height, width) in tokens; empty in files of before 2026-11-22."""
     partition: Partition = "roll_first"
-    scope: Scope = "model"
+    scope: ExportScope = "model"
     module: ModuleInfo = ModuleInfo()
 
 
@@ -151,7 +151,7 @@ def _read(path: Path, parsed: Any) -> SparsityFile:
         if not isinstance(model["name"], (str, type(None))):
             raise TypeError(f"a model named {model['name']!r}")
         scope, module = parsed.get("scope", "model"), parsed.get("module", {})
-        if scope not in get_args(Scope):
+        if scope not in get_args(ExportScope):
             raise ValueError(f"scope {scope!r}")
         return SparsityFile(
             sparsity=SparsityConfig.from_ratios(parsed["ratios"], depths),
@@ -240,7 +240,7 @@ def check_info(info: ModelInfo) -> None:
 
 
 def sparsity_json(
-    model: nn.Module, shape: tuple[int, int, int], info: ModelInfo, scope: Scope = "model"
+    model: nn.Module, shape: tuple[int, int, int], info: ModelInfo, scope: ExportScope = "model"
 ) -> dict[str, object]:
     """Content of sparsity.json for images of `shape` (C, H, W) that enter the exported `model`."""
     return {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -25,7 +25,7 @@ from sparsevit_cli.config.tasks import add_task, task_class
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
 from sparsevit_cli.models import build_model
-from sparsevit_cli.sizes import Size, as_pair
+from sparsevit_cli.sizes import ImageSize, Size, as_pair, size_text
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,22 @@ class Task(ABC):
         return build_backbone(
             self._section(options), levels, img_size=options.img_size, seed=options.seed, say=options.say
         )
+
+    def check_sizes(self, divisor: int, others: Mapping[str, ImageSize] = MappingProxyType({})) -> None:
+        """Raises ConfigError for image sizes that a backbone's `divisor` does not divide: of the model, all phases of
+        training, and `others` by the name of their setting.
+        """
+        config = self.config
+        sections = {"train": config.train, "adapt": config.adapt, "finetune": config.finetune}
+        phases = {
+            f"{name}.curriculum.{number}.img_size": phase.img_size
+            for name, section in sections.items()
+            for number, phase in enumerate(section.curriculum)
+        }
+        for what, size in ({"model.img_size": config.model.img_size} | phases | dict(others)).items():
+            if any(side % divisor for side in as_pair(size)):
+                got = f"{size_text(as_pair(size))} pixels; the stages need multiples of {divisor}"
+                raise ConfigError(what, got, "Round it.")
 
     def _section(self, options: BuildOptions) -> ModelSection:
         section = self.config.model

@@ -2,7 +2,7 @@
 
 from .families import FAMILIES, Family, to_family
 from .files import WeightsFile, read_file
-from .loading import Say, fitted, load_state, load_weights, read_weights, tell_log, with_our_names
+from .loading import Say, fitted, load_state, load_weights, other_partition, read_weights, tell_log, with_our_names
 
 __all__ = [
     "FAMILIES",
@@ -12,6 +12,7 @@ __all__ = [
     "fitted",
     "load_state",
     "load_weights",
+    "other_partition",
     "read_file",
     "read_weights",
     "tell_log",

@@ -21,7 +21,8 @@ STEM = "patch_embed.proj.weight"
 """In every timm Swin; what stands before it is the prefix of a module around the model."""
 BUFFERS = ("relative_position_index", "relative_coords_table", "relative_coordinates_log", "attn_mask")
 """Computed from the sizes; files hold them, timm does so no more since 0.9."""
-PAD_FIRST = "trained with partition pad_first; set model.partition"
+PAD_FIRST = "pad_first"
+"""The partition of the libraries that pad a map before they roll it."""
 
 _DETECTRON2 = ("sem_seg_head.", "proposal_generator.", "roi_heads.")
 _UP = "^"

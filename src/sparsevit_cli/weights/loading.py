@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from sparsevit_cli.config.yaml_loader import printable
 from sparsevit_cli.errors import CheckpointError
+from sparsevit_cli.windows import Partition
 
 from .families import MICROSOFT, PAD_FIRST, TIMM, SwinTensors, Trunk, find_trunks, swin_tensors
 from .files import WeightsFile, read_file
 
 Say = Callable[[str], None]
-tell_log: Say = logging.getLogger(__name__).info
+_log = logging.getLogger(__name__)
+tell_log: Say = _log.info
 _MAX_LISTED = 10
 _HEAD = ("head.fc.weight", "head.fc.bias")
 _BIAS_TABLE = "relative_position_bias_table"
@@ -42,29 +44,44 @@ def read_weights(path: Path | str, say: Say = tell_log) -> dict[str, Tensor]:
     return swin.tensors
 
 
-def load_weights(model: nn.Module, path: Path | str, reset_head: bool = False, say: Say = tell_log) -> tuple[str, ...]:
+def load_weights(
+    model: nn.Module,
+    path: Path | str,
+    reset_head: bool = False,
+    say: Say = tell_log,
+    *,
+    partition: Partition = "roll_first",
+) -> tuple[str, ...]:
     """Load `path` into a timm Swin, or a model around one, exactly or not at all; returns the keys left as they were.
 
     Takes the families of `families.FAMILIES`. With `reset_head` a classifier that does not fit, or is missing, stays
     as `model` has it. A SwinBackbone takes the backbone of any file: head and final norm are left out, and its norms
-    of levels stay as they are if the file has none. Nothing is interpolated. Raises CheckpointError with at most 10
-    keys and shapes, before anything in the model changes.
+    of levels stay as they are if the file has none. Nothing is interpolated. A warning tells of weights that were
+    trained with another `partition` than the model's. Raises CheckpointError with at most 10 keys and shapes, before
+    anything in the model changes.
     """
     file = read_file(path)
     own = model.state_dict()
-    fit = _fit(file, own)
+    fit = _fit(file, own, partition)
     file.tell(say, *fit.told)
     kept = {key: own[key] for key in fit.kept}
     return (*load_state(model, fit.tensors | kept, file.path, reset_head), *fit.kept)
 
 
-def fitted(tensors: dict[str, Tensor], model: nn.Module, name: str, say: Say = tell_log) -> dict[str, Tensor]:
+def fitted(
+    tensors: dict[str, Tensor],
+    model: nn.Module,
+    name: str,
+    say: Say = tell_log,
+    *,
+    partition: Partition = "roll_first",
+) -> dict[str, Tensor]:
     """`tensors` of a file, by its names, with the names that `model` has for them; see `load_weights`.
 
     `name` stands for them in messages. Raises CheckpointError.
     """
     own, file = model.state_dict(), WeightsFile(name, tensors)
-    fit = _fit(file, own)
+    fit = _fit(file, own, partition)
     file.tell(say, *fit.told)
     return fit.tensors | {key: own[key] for key in fit.kept}
 
@@ -117,7 +134,7 @@ def _chosen(name: str, tensors: Mapping[str, Tensor], root: str = "") -> tuple[T
     return (chosen[0] if chosen else None), tuple(trunk.root for trunk in trunks if trunk not in chosen)
 
 
-def _fit(file: WeightsFile, own: Mapping[str, Tensor]) -> _Fit:
+def _fit(file: WeightsFile, own: Mapping[str, Tensor], partition: Partition) -> _Fit:
     """The tensors of `file` by the names of the model `own`, as far as there is a Swin in both.
 
     A model that is a Swin alone, with or without norms of levels, takes that from the file and nothing else. Any other
@@ -131,6 +148,7 @@ def _fit(file: WeightsFile, own: Mapping[str, Tensor]) -> _Fit:
     if trunk is None:
         return _Fit(file.tensors)
     ours, swin = swin_tensors(own, target), swin_tensors(file.tensors, trunk, others, file.path)
+    _warn_of_partition(file.path, trunk, swin, partition)
     alone = len(ours.taken) == len(own)
     dropped = [key for key in swin.tensors if key not in ours.tensors and key.startswith(tuple(_OPTIONAL))]
     placed = {_place(target, key): tensor for key, tensor in swin.tensors.items() if key not in dropped}
@@ -179,8 +197,6 @@ def _told(
     if family is not TIMM:
         dense = any(key.startswith("norms.") for key in swin.tensors)
         told.append(f"{family.told} names, {len(swin.tensors)} tensors of a Swin{' and its norms of levels' * dense}")
-        if family.pad_first and (dense or family is not MICROSOFT):
-            told.append(PAD_FIRST)
     if trunk.root != root:
         told.append(f"its prefix `{trunk.root}` becomes `{root}`")
     if swin.unused:
@@ -188,6 +204,21 @@ def _told(
     if outside := [name for name in tensors if name not in swin.taken and name not in around]:
         told.append(f"left out are {len(outside)} tensors beside the model ({_listed(outside)})")
     return told
+
+
+def _warn_of_partition(path: str, trunk: Trunk, swin: SwinTensors, partition: Partition) -> None:
+    """A warning if the file's library pads a map before it rolls it, and the model does not."""
+    saw_padding = trunk.family is not MICROSOFT or any(key.startswith("norms.") for key in swin.tensors)
+    if trunk.family.pad_first and saw_padding and partition != PAD_FIRST:
+        _log.warning(other_partition(path, PAD_FIRST, partition))
+
+
+def other_partition(path: Path | str, trained: str, partition: str) -> str:
+    """What to say of weights in `path` that were `trained` with another partition than the model's."""
+    return (
+        f"{printable(str(path))}: the weights were trained with model.partition {trained}, the model has {partition}: "
+        f"the same where windows divide every map, worse elsewhere. Set model.partition: {trained}"
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -12,6 +12,8 @@ EXTRAS = {
     "demo": ("sklearn", "matplotlib"),
     "plot": ("matplotlib",),
     "export": ("onnx", "onnxscript", "onnxruntime"),
+    "detect": ("faster_coco_eval",),
+    "segment": ("transformers", "scipy"),
 }
 """Packages that an extra brings, by import name."""
 

@@ -13,9 +13,9 @@ from sparsevit_cli.documents import read_json
 from sparsevit_cli.errors import ConfigError, SparseViTError
 from sparsevit_cli.exporting import (
     ExportReport,
+    ExportScope,
     ModelInfo,
     OneImage,
-    Scope,
     UntraceableError,
     export_model,
     runs_on,
@@ -65,7 +65,7 @@ class Part:
     torch.export cannot trace `module`.
     """
 
-    scope: Scope
+    scope: ExportScope
     module: nn.Module
     one_image: bool = False
     unless: nn.Module | None = None

@@ -44,11 +44,11 @@ from .profile_report import (
     LABELS,
     OURS_DENSE,
     OURS_SPARSE,
-    Kind,
     PartCost,
     PartCosts,
     ProfileReport,
     ProfileRow,
+    RowKind,
 )
 from .ratios import ratios_to_profile
 from .session import Session
@@ -233,7 +233,7 @@ def built(session: Session, size: Size) -> nn.Module:
     return session.task.build(known or None, BuildOptions(img_size=size, initial_weights=False)).eval()
 
 
-def _models(session: Session, size: Size, config: SparsityConfig) -> dict[Kind, nn.Module]:
+def _models(session: Session, size: Size, config: SparsityConfig) -> dict[RowKind, nn.Module]:
     """The three rivals with the same weights, on the device and in the precision of the profile."""
     section = session.config.profile
     dense = built(session, size).to(session.device, TORCH_DTYPE[section.precision])
@@ -248,9 +248,9 @@ def _models(session: Session, size: Size, config: SparsityConfig) -> dict[Kind, 
 class _Cell:
     """The three rivals at one batch, size and scope, measured in turns. `workloads` are eager, `counted` one image."""
 
-    workloads: Mapping[Kind, Workload]
-    counted: Mapping[Kind, Workload]
-    latencies: Mapping[Kind, Latency]
+    workloads: Mapping[RowKind, Workload]
+    counted: Mapping[RowKind, Workload]
+    latencies: Mapping[RowKind, Latency]
 
     @property
     def compares(self) -> bool:
@@ -258,10 +258,10 @@ class _Cell:
         return self.latencies[DENSE].stable and self.latencies[OURS_SPARSE].stable
 
 
-def _measured(session: Session, models: Mapping[Kind, nn.Module], size: Size, batch: int, scope: Scope) -> _Cell:
+def _measured(session: Session, models: Mapping[RowKind, nn.Module], size: Size, batch: int, scope: Scope) -> _Cell:
     section = session.config.profile
     workloads = {kind: session.workload(model, size, batch, section.precision, scope) for kind, model in models.items()}
-    runnable: dict[Kind, Any] = {kind: workload.model for kind, workload in workloads.items()}
+    runnable: dict[RowKind, Any] = {kind: workload.model for kind, workload in workloads.items()}
     if section.mode == "compile":
         torch._dynamo.reset()  # each cell is compiled anew; past a limit torch would fall back to eager in silence
         session.reporter.say(f"profile: compiling at batch {batch}, {size_text(size)}")
@@ -339,7 +339,7 @@ def _macs_check(session: Session, model: nn.Module, size: Size, scope: Scope) ->
 T = TypeVar("T")
 
 
-def _dense_and_sparse(session: Session, cell: _Cell, take: Callable[[Workload, float], T]) -> dict[Kind, T]:
+def _dense_and_sparse(session: Session, cell: _Cell, take: Callable[[Workload, float], T]) -> dict[RowKind, T]:
     """What `take` finds in marked passes of both, given their latency; nothing where neighbours do not let it."""
     if not cell.compares:
         return {}

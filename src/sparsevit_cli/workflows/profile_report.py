@@ -16,17 +16,17 @@ from sparsevit_cli.sparsity import SparsityConfig
 
 from .rows import MeasuredRow
 
-Kind = Literal["dense", "ours dense", "ours sparse"]
-DENSE: Kind = "dense"
-OURS_DENSE: Kind = "ours dense"
-OURS_SPARSE: Kind = "ours sparse"
-LABELS: Mapping[Kind, str] = {DENSE: "dense (timm)", OURS_DENSE: "ours at ratio 0", OURS_SPARSE: "ours sparse"}
+RowKind = Literal["dense", "ours dense", "ours sparse"]
+DENSE: RowKind = "dense"
+OURS_DENSE: RowKind = "ours dense"
+OURS_SPARSE: RowKind = "ours sparse"
+LABELS: Mapping[RowKind, str] = {DENSE: "dense (timm)", OURS_DENSE: "ours at ratio 0", OURS_SPARSE: "ours sparse"}
 """How rows are called on the terminal and in files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRow(MeasuredRow):
-    """One measured cell; `kind` is a Kind, and the speed-up is against dense at the same scope.
+    """One measured cell; `kind` is a RowKind, and the speed-up is against dense at the same scope.
 
     Peak memory is that of plain PyTorch in every mode.
     """

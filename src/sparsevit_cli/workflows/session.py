@@ -139,7 +139,9 @@ class Session:
         model = self.task.build(categories, options)
         if weights is not None:
             name = f"weights of {weights.name}"
-            load_state(model, fitted(weights.state_dict, model, name, self.reporter.say), name)
+            partition = self.config.model.partition
+            fitting = fitted(weights.state_dict, model, name, self.reporter.say, partition=partition)
+            load_state(model, fitting, name)
         return self.sparsified_(model).to(self.device)
 
     def workload(

@@ -19,9 +19,9 @@ from sparsevit_cli.config.images import DigitScenesData
 from sparsevit_cli.config.instances import CocoData, InstancesModel, InstancesTask
 from sparsevit_cli.data.digits import MEAN, STD
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
-from sparsevit_cli.errors import ConfigError, DataError
+from sparsevit_cli.errors import DataError
 from sparsevit_cli.seeding import derive_seed, seeded
-from sparsevit_cli.sizes import Size, as_pair, size_text
+from sparsevit_cli.sizes import Size
 from sparsevit_cli.tasks.task import BuildOptions, Metric, Scorer, Task
 
 from .data import build_data
@@ -64,7 +64,7 @@ class Instances(Task):
         known = len(categories) if categories is not None and categories.names else None
         outputs = known or categories_of(options.like or {}) or COCO_CATEGORIES
         body = self.swin_backbone(options, range(len(self.config.model.depths or LEVELS)))
-        self._check_sizes(options.img_size or self.image_size, body.divisor)
+        self.check_sizes(body.divisor)
         with seeded(derive_seed(options.seed, "heads")):
             return build_detector(body, self._model, outputs, masks=self.masks)
 
@@ -160,19 +160,6 @@ class Instances(Task):
         """The validation images and the categories."""
         found = self.data(seed=self.config.seed, categories=None)
         return found.val, found.categories
-
-    def _check_sizes(self, size: Size, divisor: int) -> None:
-        """Raises ConfigError for images that the backbone's last stage does not divide."""
-        config = self.config
-        sections = {"train": config.train, "adapt": config.adapt, "finetune": config.finetune}
-        phases = {
-            f"{name}.curriculum.{number}.img_size": as_pair(phase.img_size)
-            for name, section in sections.items()
-            for number, phase in enumerate(section.curriculum)
-        }
-        for what, asked in ({"model.img_size": size} | phases).items():
-            if any(side % divisor for side in asked):
-                raise ConfigError(what, f"{size_text(asked)} pixels", f"Give multiples of {divisor}.")
 
     @property
     def masks(self) -> bool:

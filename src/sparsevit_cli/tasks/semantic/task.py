@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from sparsevit_cli.config.semantic import BACKGROUND, MaskFiles, SemanticModel, 
 from sparsevit_cli.data.digits import MEAN, STD
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.seeding import seeded
-from sparsevit_cli.sizes import Size, as_pair, size_text
+from sparsevit_cli.models import tell_partition
+from sparsevit_cli.seeding import derive_seed, seeded
+from sparsevit_cli.sizes import Size
 from sparsevit_cli.tasks.task import BuildOptions, Metric, Scorer, Task
 from sparsevit_cli.weights import WeightsFile, fitted, load_state, read_file
 
@@ -59,28 +61,16 @@ class SemanticSegmentation(Task):
         whole = self._whole_weights() if options.initial_weights else None
         bare = options if whole is None else replace(options, initial_weights=False)
         backbone = self.swin_backbone(bare, range(len(self._model.depths or LEVELS)))
-        self._check_sizes(backbone.divisor)
-        with seeded(options.seed):
+        crop = {"data.crop": self._data.crop} if isinstance(self._data, MaskFiles) and self._data.crop else {}
+        self.check_sizes(backbone.divisor, crop)
+        with seeded(derive_seed(options.seed, "heads")):
             model = self._standing_on(backbone, len(names))
         if whole is not None:
-            weights = fitted(whole.tensors, model, whole.path, options.say)
+            weights = fitted(whole.tensors, model, whole.path, options.say, partition=self._model.partition)
             load_state(model, self._with_new_head(model, weights), whole.path)
+            tell_partition(Path(whole.path), self._model.partition, options.say)
             options.say(f"{whole.path}: the whole {self._model.head} is taken from it")
         return model
-
-    def _check_sizes(self, divisor: int) -> None:
-        """Raises ConfigError for sizes of images whose maps do not halve from stage to stage."""
-        config = self.config
-        sizes = {"model.img_size": config.model.img_size}
-        if isinstance(self._data, MaskFiles) and self._data.crop is not None:
-            sizes["data.crop"] = self._data.crop
-        for name in ("train", "adapt", "finetune"):
-            phases = getattr(config, name).curriculum
-            sizes |= {f"{name}.curriculum[{number}].img_size": phase.img_size for number, phase in enumerate(phases)}
-        for name, size in sizes.items():
-            if any(side % divisor for side in as_pair(size)):
-                got = f"{size_text(as_pair(size))} pixels; the stages need multiples of {divisor}"
-                raise ConfigError(name, got, "Round it.")
 
     def _standing_on(self, backbone: SwinBackbone, classes: int) -> Segmenter:
         overlap = self._data.overlap if isinstance(self._data, MaskFiles) else 0.0
