@@ -146,7 +146,9 @@ def test_boxes_are_computed_in_float32_whatever_the_weights_are() -> None:
     _, _, model = built()
     with torch.inference_mode():
         assert model.double().eval()(torch.randn(1, 3, 64, 64).double())[0]["boxes"].dtype == torch.float64
+    before = model.float().rpn.head.cls_logits.weight.clone()
     small = model.to(torch.bfloat16)
+    assert torch.equal(small.rpn.head.cls_logits.weight, before), "not even rounded on the way"
     assert small.backbone.fpn.layer_blocks[0][0].weight.dtype == torch.bfloat16
     assert small.rpn.head.cls_logits.weight.dtype == torch.float32
     with torch.inference_mode():

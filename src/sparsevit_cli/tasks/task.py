@@ -97,7 +97,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     metric: Metric
-    per: ClassVar[str] = "image"
+    per: str = "image"
     counted: ClassVar[str] = "images"
     """What `category_counts` counts: images, objects or pixels."""
     kind: ClassVar[Kind] = Kind()

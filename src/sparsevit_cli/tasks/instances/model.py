@@ -129,11 +129,14 @@ class Detector(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Detector:
         """As torch's, for `to`, `half` and the like; proposals and heads never leave float32 for a smaller type."""
-        super()._apply(fn, recurse)
+
+        def unrounded(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return tensor.to(moved.device, torch.float32) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        self.backbone._apply(fn, recurse)
         for part in (self.rpn, self.roi_heads):
-            for parameter in part.parameters():
-                if parameter.dtype in (torch.float16, torch.bfloat16):
-                    parameter.data = parameter.data.float()
+            part._apply(unrounded, recurse)
         return self
 
 

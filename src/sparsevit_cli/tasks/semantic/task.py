@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsevit_cli.backbones import LEVELS, SwinBackbone
-from sparsevit_cli.config.experiment import LoopSection
+from sparsevit_cli.config.experiment import ExperimentConfig, LoopSection
 from sparsevit_cli.config.images import DigitScenesData
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.semantic import BACKGROUND, MaskFiles, SemanticModel, SemanticTask
@@ -42,6 +42,11 @@ class SemanticSegmentation(Task):
 
     name = "semantic"
     metric = Metric("miou", "mIoU")
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        super().__init__(config)
+        if isinstance(self._data, MaskFiles) and self._data.evaluation == "sliding":
+            self.per = "window"
 
     def data(self, *, seed: int, categories: Categories | None) -> Data:
         """Sources of (image, mask); see `build_data`. The order of the classes is the configuration's, or fixed."""
