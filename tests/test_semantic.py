@@ -219,7 +219,7 @@ def test_wrong_masks_of_a_folder_are_told_with_their_file(tmp_path: Path) -> Non
     val = data_of(task).val
     with pytest.raises(DataError, match=r"00000000.png: 40 x 63 pixels, its image 40 x 64"):
         val[0]
-    with pytest.raises(DataError, match=r"00000001.png: .*4 \(2880 pixels\).*Classes are 1 to 3, ignored is 0, 255"):
+    with pytest.raises(DataError, match=r"00000001.png: .*4 \(2880 pixels\).*classes are 1 to 3, ignored is 0, 255"):
         val[1]
     third.unlink()
     with pytest.raises(DataError, match=r"1 images .* have no mask .*ADE_valid_00000002"):

@@ -211,6 +211,10 @@ class FileSource(InstanceSource):
     def sample_name(self, index: int) -> str:
         return self.images.key(self._number(index))
 
+    def sample_file(self, index: int) -> Path | None:
+        number = self._number(index)
+        return self.images.folder / self.images.names[number]
+
     def fingerprint(self) -> str:
         masks = "" if self.masks else "\nboxes"
         return hashlib.sha256(f"{self._listed}\n{self.spec.describe()}{masks}".encode()).hexdigest()

@@ -39,6 +39,7 @@ class SemanticSegmentation(Task):
 
     name = "semantic"
     metric = Metric("miou", "mIoU")
+    counted = "pixels"
 
     def data(self, *, seed: int, categories: Categories | None) -> Data:
         """Sources of (image, mask); see `build_data`. The order of the classes is the configuration's, or fixed."""
@@ -199,6 +200,11 @@ class SemanticSegmentation(Task):
         if isinstance(data, SemanticDigits) and size[0] == size[1] and size[0] >= data.digits.digit_max:
             return example_scenes(data.digits, size[0], batch_size, seed)
         return super().example(size, batch_size, seed=seed)
+
+    def category_counts(self, batch: Batch, categories: Categories) -> Tensor:
+        """Pixels of each class (classes,); those without a class are left out."""
+        counts = [mask.flatten().long().bincount(minlength=IGNORED + 1) for mask in batch.targets]
+        return torch.stack(counts).sum(0)[: len(categories)]
 
     def picture(self, source: Source, index: int) -> Image.Image:
         """The image under the colours of its classes; the background and ignored pixels stay as they are."""
