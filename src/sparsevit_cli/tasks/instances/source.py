@@ -23,7 +23,7 @@ from sparsevit_cli.seeding import derive_seed
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
 from .masks import run_lengths
-from .placing import PlacingSpec, Target, frame_of, placed_image, placed_objects, stretched
+from .placing import PlacingSpec, Target, frame_of, placed_image, placed_objects, shown_size, stretched
 from .truth import Instance, Truth
 
 Sample = tuple[Tensor, Target]
@@ -174,7 +174,16 @@ class FileSource(InstanceSource):
         truth = self._truth(index)
         placement = self.spec.place(truth.size, derive_seed(self.seed, "augment", self.epoch, index))
         image = placed_image(self._decoded(index), placement, self.spec)
-        return tv_tensors.Image(image), placed_objects(truth, placement, masks=self.masks)
+        objects = placed_objects(truth, placement, masks=self.masks)
+        return tv_tensors.Image(image), {**objects, "frame": frame_of(placement)}
+
+    def collate(self, samples: Sequence[Sample], seed: int | None) -> tuple[Any, Any]:
+        """As the others; images that may be smaller than the canvas come as `Padded`."""
+        images, targets = super().collate(samples, seed)
+        if not self.spec.pads:
+            return images, targets
+        canvas = int(images.shape[2]), int(images.shape[3])
+        return {"images": images, "sizes": [shown_size(target["frame"], canvas) for target in targets]}, targets
 
     def _truth(self, index: int) -> Truth:
         return self.images.truths[self._number(index)]

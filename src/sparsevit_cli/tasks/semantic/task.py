@@ -17,6 +17,7 @@ from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.semantic import BACKGROUND, MaskFiles, SemanticDigits, SemanticModel, SemanticTask
 from sparsevit_cli.data.digits import MEAN, STD
+from sparsevit_cli.data.pictures import captioned
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.seeding import seeded
@@ -207,11 +208,16 @@ class SemanticSegmentation(Task):
         return torch.stack(counts).sum(0)[: len(categories)]
 
     def picture(self, source: Source, index: int) -> Image.Image:
-        """The image under the colours of its classes; the background and ignored pixels stay as they are."""
+        """The image under the colours of its classes, whose names stand below, the largest first.
+
+        The background and ignored pixels stay as they are.
+        """
         image, mask = source[index]
         mean, std = self.normalisation() or ((MEAN,) * 3, (STD,) * 3)
         plain = self._names.index(BACKGROUND) if BACKGROUND in self._names else None
-        return blended(image, mask, mean, std, plain)
+        counts = mask.as_subclass(Tensor).flatten().long().bincount(minlength=IGNORED + 1)[: len(self._names)]
+        shown = [number for number in counts.argsort(descending=True).tolist() if counts[number] and number != plain]
+        return captioned(blended(image, mask, mean, std, plain), ", ".join(self._names[number] for number in shown))
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Those of image files; the digits are drawn as they are."""
