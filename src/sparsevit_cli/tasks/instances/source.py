@@ -198,7 +198,10 @@ class FileSource(InstanceSource):
         height, width = self.images.truths[number].size
         if (image.height, image.width) != (height, width):
             got = f"it has {image.height} x {image.width} pixels, its annotations {height} x {width}"
-            raise UnreadableImageError(name, got, "Correct one of the two; an upright image counts (EXIF).")
+            turned = (
+                "; EXIF turns it, and the upright one counts" if (image.width, image.height) == (height, width) else ""
+            )
+            raise UnreadableImageError(name, got + turned, "Correct one of the two.")
         return image
 
     def _number(self, index: int) -> int:
