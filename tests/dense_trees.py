@@ -379,7 +379,7 @@ def cityscapes_tree(root: Path, *, size: tuple[int, int] = (64, 128), broken: st
         truth[split] = {}
         for number, name in enumerate(names):
             labels = _street(size, number) if split != "test" else _hidden(size)
-            _write_frame(root, split, name, labels, seed=number)
+            _write_frame(root, split, name, labels, seed=(len(split), number))
             truth[split][name] = by_label[labels]
     (root / "license.txt").write_text("see the web page\n")
     if broken is not None:
@@ -424,7 +424,7 @@ def _bordered(labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 _COLOURS = np.random.default_rng(19).integers(0, 256, (34, 3), dtype=np.uint8)
 
 
-def _write_frame(root: Path, split: str, name: str, labels: NDArray[np.uint8], seed: int) -> None:
+def _write_frame(root: Path, split: str, name: str, labels: NDArray[np.uint8], seed: tuple[int, int]) -> None:
     height, width = labels.shape
     city = name.partition("_")[0]
     image, truth = root / "leftImg8bit" / split / city, root / "gtFine" / split / city

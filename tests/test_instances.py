@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.image_list import ImageList
 from typer.testing import CliRunner
 
 from coco_tree import coco_tree
@@ -23,6 +25,7 @@ from sparsevit_cli.config.loading import load_config
 from sparsevit_cli.config.tasks import type_of
 from sparsevit_cli.config.yaml_loader import Document
 from sparsevit_cli.data import Batch, Data, Shrunk, train_batches
+from sparsevit_cli.data.loader import eval_batches
 from sparsevit_cli.data.shrunk import Scale
 from sparsevit_cli.errors import ConfigError, StoppedError
 from sparsevit_cli.evaluation import evaluate
@@ -292,6 +295,58 @@ def test_a_stopped_training_ends_as_the_straight_one_to_the_bit(tmp_path: Path) 
     for group in ("model", "ema", "optimizer"):
         for name, tensor in straight[group].items():
             assert torch.equal(tensor, resumed[group][name]), (group, name)
+
+
+# -- padding ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_lies_in_the_padding_changes_nothing(tmp_path: Path) -> None:
+    """Its windows are neither ranked nor counted, and no proposal lies in it."""
+    task, data, model = built(data=coco(tmp_path) | {"letterbox": True})
+    batch = next(iter(eval_batches(data.val, 4)))
+    assert sorted(batch.inputs["sizes"]) == [(32, 64), (43, 64), (64, 43), (64, 64)]
+    set_sparsity(sparsify_(model), 0.5)
+    loud = batch.inputs["images"].clone()
+    for image, (height, width) in zip(loud, batch.inputs["sizes"], strict=True):
+        image[:, -(-height // 8) * 8 :] = image[:, :, -(-width // 8) * 8 :] = 9.0
+    with torch.inference_mode():
+        plain, noisy = (model.eval()({**batch.inputs, "images": images}) for images in (batch.inputs["images"], loud))
+        unaware = model(loud)
+    for found, same, number in zip(plain, noisy, range(4), strict=True):
+        assert torch.equal(found["boxes"], same["boxes"])
+        assert torch.equal(found["scores"], same["scores"])
+        height, width = batch.inputs["sizes"][number]
+        if (height, width) != (64, 64):
+            assert not torch.equal(found["scores"], unaware[number]["scores"])
+    proposed, _ = model.rpn(ImageList(loud, batch.inputs["sizes"]), model.backbone(loud, batch.inputs["sizes"]))
+    for boxes, (height, width) in zip(proposed, batch.inputs["sizes"], strict=True):
+        assert (boxes[:, 2:] <= torch.tensor([width, height])).all()
+    part = next(iter(batch.parts(3)))
+    assert part.inputs["sizes"] == batch.inputs["sizes"][:3]
+    assert task.category_counts(batch, data.categories).tolist() == [4, 4, 0]
+
+
+@pytest.mark.parametrize("fields", [{"augment": {"jitter": [0.4, 0.8]}}, {"letterbox": True}])
+def test_training_images_smaller_than_the_canvas_tell_their_size(tmp_path: Path, fields: dict[str, Any]) -> None:
+    task, data, model = built(data=coco(tmp_path) | fields)
+    batch = first_batch(data)
+    for image, size, target in zip(batch.inputs["images"], batch.inputs["sizes"], batch.targets, strict=True):
+        height, width = size
+        assert min(height, width) < 64
+        assert not image[:, height:].any()
+        assert not image[:, :, width:].any()
+        assert image[:, :height, :width].abs().amin(0).count_nonzero() > 0.9 * height * width
+        assert (target["boxes"][:, 2:] <= torch.tensor([width, height])).all()
+    assert all(torch.isfinite(loss) for loss in losses_of(task, model, batch).values())
+    small = next(iter(train_batches(Shrunk(data.train, Scale((64, 64), (48, 48))), batch_size=4, seed=0, epoch=0)))
+    for size, shrunk in zip(batch.inputs["sizes"], small.inputs["sizes"], strict=True):
+        assert shrunk == tuple(math.ceil(side * 0.75) for side in size)
+    assert all(torch.isfinite(loss) for loss in losses_of(task, model, small).values())
+
+
+def test_images_that_fill_the_canvas_come_as_one_tensor(tmp_path: Path) -> None:
+    assert built(data=coco(tmp_path) | {"augment": {"jitter": [1.0, 2.0]}})[1].train.spec.pads is False  # type: ignore[attr-defined]
+    assert isinstance(first_batch(built(data=coco(tmp_path))[1]).inputs, Tensor)
 
 
 # -- examples, pictures, commands -------------------------------------------------------------------------------------

@@ -81,7 +81,9 @@ class CocoData(ImageFiles):
     )
     keep_empty: bool = Field(False, description="Train on images without an object too; validation keeps them always.")
     letterbox: bool = Field(
-        False, description="Keep the aspect and pad at the bottom and right; false stretches, as the authors do."
+        False,
+        description="Keep the aspect and pad at the bottom and right; false stretches, as the authors do. Padding is "
+        "neither ranked nor counted.",
     )
     augment: InstancesAugment = Field(InstancesAugment(), description="Training augmentation.")
 

@@ -24,6 +24,8 @@ from .source import Images
 from .truth import Instance, Truth
 
 _EXAMPLES = 5
+_ROUNDING = 1.0
+"""Pixels by which a box may stick out of its image without a word: COCO's own do by less."""
 _PARTS = ("images", "annotations", "categories")
 _Listed = Mapping[int, tuple[str, Size]]
 """File name and size by image id."""
@@ -51,6 +53,8 @@ def read_coco(file: Path, folder: Path, split: str, *, masks: bool, max_megapixe
     ids, categories = _categories(file, document["categories"])
     listed = _listed(file, document["images"])
     found = _Found(split)
+    for name in _twice(document["annotations"]):
+        found.note("annotation id that stands twice", name)
     instances: dict[int, list[Instance]] = {image_id: [] for image_id in listed}
     for number, row in enumerate(document["annotations"]):
         note = partial(found.note, name=_name(row, number, listed))
@@ -66,7 +70,7 @@ def read_coco(file: Path, folder: Path, split: str, *, masks: bool, max_megapixe
     )
     if not with_object:
         lost = "; ".join(f"{finding.count} {finding.what}" for finding in found.told())
-        do = "Correct the annotations." if masks is False else "Correct them; without masks, set task.masks: false."
+        do = "Correct them; without masks, set task.masks: false." if "mask" in lost else "Correct the annotations."
         got = f"none of {len(document['annotations'])} annotations is an object to learn from"
         raise DataError(str(file), got + (f": {lost}" if lost else ""), do)
     names = tuple(name for name, _ in listed.values())
@@ -132,10 +136,12 @@ def _document(file: Path, content: bytes) -> Mapping[str, list[Any]]:
 
 def _categories(file: Path, rows: list[Any]) -> tuple[dict[int, int], Categories]:
     """Label of every category id, and the categories."""
+    if not rows:
+        raise DataError(str(file), "it lists no categories", "Give a file of COCO's form for instances.")
     usable = [
         row for row in rows if isinstance(row, dict) and _is_id(row.get("id")) and isinstance(row.get("name"), str)
     ]
-    if not rows or len(usable) < len(rows):
+    if len(usable) < len(rows):
         got = f"{len(rows) - len(usable)} of {len(rows)} categories have no whole number as id, or no name"
         raise DataError(str(file), got, "Correct them.")
     _refuse_twins(file, "category ids", (row["id"] for row in usable))
@@ -147,6 +153,8 @@ def _categories(file: Path, rows: list[Any]) -> tuple[dict[int, int], Categories
 
 def _listed(file: Path, rows: list[Any]) -> _Listed:
     """File name and size of every image id, in the order of the file."""
+    if not rows:
+        raise DataError(str(file), "it lists no images", "Give a file of COCO's form for instances.")
     for number, row in enumerate(rows):
         whole = isinstance(row, dict) and _is_id(row.get("id")) and _is_name(row.get("file_name"))
         if not whole or not all(_is_id(row.get(side)) and row[side] > 0 for side in ("height", "width")):
@@ -164,6 +172,19 @@ def _refuse_twins(file: Path, what: str, values: Iterable[object]) -> None:
         counts[value] = counts.get(value, 0) + 1
     if twins := [str(value) for value, count in counts.items() if count > 1]:
         raise DataError(str(file), f"{len(twins)} {what} stand twice: {shorten(twins)}", "Make them distinct.")
+
+
+def _twice(rows: list[Any]) -> list[str]:
+    """Annotations whose id an earlier one has. They are kept: nothing here goes by these ids."""
+    seen: set[object] = set()
+    found = []
+    for row in rows:
+        number = row.get("id") if isinstance(row, dict) else None
+        if _is_id(number):
+            if number in seen:
+                found.append(f"annotation {number}")
+            seen.add(number)
+    return found
 
 
 def _is_id(value: object) -> bool:
@@ -192,7 +213,7 @@ def _instance(
     _, size = listed[row["image_id"]]
     if not _is_id(row.get("category_id")) or row["category_id"] not in labels:
         raise _UnusableError("object of a category that is not listed")
-    box = _box(row.get("bbox"), size)
+    box = _box(row.get("bbox"), size, note)
     shape = _shape(row.get("segmentation"), size, note) if masks else None
     area = _numbers([row.get("area")])
     if area is None or area[0] < 0:
@@ -200,7 +221,7 @@ def _instance(
     return Instance(labels[row["category_id"]], box, area[0], shape, bool(row.get("iscrowd", 0)))
 
 
-def _box(value: Any, size: Size) -> tuple[float, float, float, float]:
+def _box(value: Any, size: Size, note: Callable[[str], None]) -> tuple[float, float, float, float]:
     box = _numbers(value)
     if box is None or len(box) != 4:
         raise _UnusableError("box that is not four finite numbers")
@@ -209,6 +230,8 @@ def _box(value: Any, size: Size) -> tuple[float, float, float, float]:
         raise _UnusableError("box without area")
     if min(x + width, size[1]) - max(x, 0) <= 0 or min(y + height, size[0]) - max(y, 0) <= 0:
         raise _UnusableError("box outside its image")
+    if min(x, y) < -_ROUNDING or x + width > size[1] + _ROUNDING or y + height > size[0] + _ROUNDING:
+        note("box that reaches beyond its image, cut there")
     return x, y, width, height
 
 

@@ -85,7 +85,7 @@ def _coco(data: CocoData, spec: PlacingSpec, seed: int, masks: bool) -> Data:
         ("training images without an object", f"{empty}, {'kept' if data.keep_empty else 'left out'}"),
         ("search images", f"{_counted(train, held_out)}, held out of the training images"),
         ("validation images", _counted(val, everything)),
-        *((f"left out of {found.split}", _told(found)) for found in findings),
+        *((f"wrong in {found.split}", _told(found)) for found in findings),
     ]
     return Data(*sources, train.categories, rows=tuple(rows), findings=findings)
 
@@ -116,7 +116,7 @@ def _counted(split: CocoSplit, numbers: Indices) -> str:
 def _tell(findings: Sequence[Finding]) -> None:
     if findings:
         listed = "; ".join(f"{found.split}: {_told(found)}" for found in findings)
-        _log.warning("annotations that cannot be used are left out: %s", listed)
+        _log.warning("faults in the annotations; what cannot be used is left out: %s", listed)
 
 
 def _told(found: Finding) -> str:

@@ -25,6 +25,8 @@ Maps = OrderedDict[str, Tensor]
 Targets = Sequence[Mapping[str, Any]]
 """Per image `boxes` (n, 4) x0 y0 x1 y1 in pixels, `labels` (n,) from 1 on, `masks` (n, H, W) uint8 if there are any,
 and `draw`, the seed by which its anchors and regions are drawn."""
+Padded = Mapping[str, Any]
+"""`images` (B, 3, H, W), padded at the bottom and right, and `sizes`, (height, width) of each without its padding."""
 Detections = list[dict[str, Tensor]]
 """Per image `boxes` (n, 4), `labels` (n,) from 1 on, `scores` (n,), best first, and `masks` (n, 1, M, M)."""
 ANCHOR_STRIDES = 8
@@ -113,14 +115,18 @@ class Detector(nn.Module):
         super().__init__()
         self.backbone, self.rpn, self.roi_heads = backbone, rpn, roi_heads
 
-    def forward(self, images: Tensor, targets: Targets | None = None) -> Detections | dict[str, Tensor]:
-        """Images (B, 3, H, W) to detections in evaluation mode, images and targets to losses in training mode."""
-        sizes = [(int(images.shape[2]), int(images.shape[3]))] * len(images)
-        features: Maps = self.backbone(images)
+    def forward(self, inputs: Tensor | Padded, targets: Targets | None = None) -> Detections | dict[str, Tensor]:
+        """Images (B, 3, H, W) to detections in evaluation mode, images and targets to losses in training mode.
+
+        Of images that are padded the padding is neither ranked nor counted, and no proposal lies in it.
+        """
+        images, own = (inputs, None) if isinstance(inputs, Tensor) else (inputs["images"], list(inputs["sizes"]))
+        sizes = [(int(images.shape[2]), int(images.shape[3]))] * len(images)  # what torchvision scales regions by
+        features: Maps = self.backbone(images, own)
         dtype = next(self.rpn.parameters()).dtype
         with torch.autocast(images.device.type, enabled=False):
             features = OrderedDict((name, level.to(dtype)) for name, level in features.items())
-            proposals, losses = self.rpn(ImageList(images.to(dtype), sizes), features, targets)
+            proposals, losses = self.rpn(ImageList(images.to(dtype), own or sizes), features, targets)
             if self.training:
                 assert targets is not None, "training needs targets"
                 return {**losses, **self.roi_heads.losses(features, proposals, sizes, targets)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -100,6 +101,12 @@ class PlacingSpec:
         """The same without augmentation."""
         return replace(self, augment=None)
 
+    @property
+    def pads(self) -> bool:
+        """True if images may be smaller than the canvas."""
+        low, _ = (self.augment and self.augment.jitter) or (1.0, 1.0)
+        return self.letterbox or low < 1
+
     def describe(self) -> str:
         """Canonical text, for fingerprints."""
         augment = None if self.augment is None else self.augment.model_dump()
@@ -130,6 +137,15 @@ def frame_of(placement: Placement) -> tv_tensors.BoundingBoxes:
     """Where a whole image lies on the canvas, (1, 4) float32; it is shrunk together with its image."""
     (height, width), (top, left) = placement.scaled, placement.corner
     return _boxes(torch.tensor([[-left, -top, width - left, height - top]], dtype=torch.float32), placement.canvas)
+
+
+def shown_size(frame: Tensor, canvas: Size) -> Size:
+    """(height, width) in pixels of the part of the canvas that an image covers, which lies in `frame` (1, 4) of it."""
+    right, bottom = frame[0, 2:].tolist()
+    height, width = (
+        max(1, min(side, math.ceil(round(end, 3)))) for side, end in zip(canvas, (bottom, right), strict=True)
+    )
+    return height, width
 
 
 def placed_objects(truth: Truth, placement: Placement, *, masks: bool) -> Target:

@@ -23,7 +23,7 @@ from sparsevit_cli.seeding import derive_seed
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
 from .masks import run_lengths
-from .placing import PlacingSpec, Target, frame_of, placed_image, placed_objects, stretched
+from .placing import PlacingSpec, Target, frame_of, placed_image, placed_objects, shown_size, stretched
 from .truth import Instance, Truth
 
 Sample = tuple[Tensor, Target]
@@ -156,7 +156,16 @@ class FileSource(ChosenSource, InstanceSource):
         truth = self._truth(index)
         placement = self.spec.place(truth.size, derive_seed(self.seed, "augment", self.epoch, index))
         image = placed_image(self._decoded(index), placement, self.spec)
-        return tv_tensors.Image(image), placed_objects(truth, placement, masks=self.masks)
+        objects = placed_objects(truth, placement, masks=self.masks)
+        return tv_tensors.Image(image), {**objects, "frame": frame_of(placement)}
+
+    def collate(self, samples: Sequence[Sample], seed: int | None) -> tuple[Any, Any]:
+        """As the others; images that may be smaller than the canvas come as `Padded`."""
+        images, targets = super().collate(samples, seed)
+        if not self.spec.pads:
+            return images, targets
+        canvas = int(images.shape[2]), int(images.shape[3])
+        return {"images": images, "sizes": [shown_size(target["frame"], canvas) for target in targets]}, targets
 
     def _truth(self, index: int) -> Truth:
         return self.images.truths[self.record(index)]
@@ -171,11 +180,18 @@ class FileSource(ChosenSource, InstanceSource):
         height, width = self.images.truths[number].size
         if (image.height, image.width) != (height, width):
             got = f"it has {image.height} x {image.width} pixels, its annotations {height} x {width}"
-            raise UnreadableImageError(name, got, "Correct one of the two; an upright image counts (EXIF).")
+            turned = (
+                "; EXIF turns it, and the upright one counts" if (image.width, image.height) == (height, width) else ""
+            )
+            raise UnreadableImageError(name, got + turned, "Correct one of the two.")
         return image
 
     def sample_name(self, index: int) -> str:
         return self.images.key(self.record(index))
+
+    def sample_file(self, index: int) -> Path | None:
+        number = self.record(index)
+        return self.images.folder / self.images.names[number]
 
     def fingerprint(self) -> str:
         return f"{super().fingerprint()}{'' if self.masks else ', boxes'}"

@@ -41,6 +41,7 @@ class Instances(Task):
 
     name = "instances"
     metric = Metric("mask_ap", "mask AP")
+    counted = "objects"
     checkpoint_is_whole = False
 
     def __init__(self, config: Any) -> None:
@@ -130,6 +131,11 @@ class Instances(Task):
         finally:
             heads.score_thresh = before
 
+    def category_counts(self, batch: Batch, categories: Categories) -> Tensor:
+        """Objects of each category (categories,), crowds left out: those on the canvas, or all of a held-out image."""
+        labels = [label for target in batch.targets for label in _labels(target)]
+        return torch.tensor(labels, dtype=torch.int64).bincount(minlength=len(categories))
+
     def picture(self, source: Source, index: int) -> Image.Image:
         """A sample as the model gets it, with boxes, masks and names of categories. Raises UnreadableImageError."""
         assert isinstance(source, InstanceSource)
@@ -176,3 +182,10 @@ class Instances(Task):
     def _data(self) -> DigitScenesData | CocoData:
         assert isinstance(self.config.data, (DigitScenesData, CocoData))
         return self.config.data
+
+
+def _labels(target: Mapping[str, Any]) -> list[int]:
+    """The categories of the objects in a target, from 0 on; one of a held-out sample holds the whole `truth`."""
+    if "truth" in target:
+        return [instance.label for instance in target["truth"].instances if not instance.crowd]
+    return [int(label) - 1 for label in target["labels"]]

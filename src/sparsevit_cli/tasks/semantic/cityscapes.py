@@ -30,7 +30,8 @@ CITYSCAPES = LabelMap(
         (number, list(_LABEL_IDS.values()).index(number) if number in _LABEL_IDS.values() else IGNORED)
         for number in range(_LAST_LABEL_ID + 1)
     ),
-    "labelIds are 0 to 33. Is it a file of train ids? Take the masks as downloaded.",
+    f"labelIds are 0 to {_LAST_LABEL_ID}, is it a file of train ids?",
+    "Take the masks as downloaded.",
 )
 
 

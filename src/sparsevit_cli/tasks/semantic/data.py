@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.semantic import BACKGROUND, CityscapesData, MaskFiles, PairedFolders
 from sparsevit_cli.data.digit_scenes import DigitScenes
 from sparsevit_cli.data.digits import DigitsSpec
+from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.data.source import BadImages, Categories, Data, Source, shorten
 from sparsevit_cli.data.splits import carve
 from sparsevit_cli.errors import DataError
@@ -18,13 +20,14 @@ from sparsevit_cli.sizes import ImageSize
 
 from .cityscapes import CITYSCAPES, read_cityscapes
 from .folders import folder_labels, read_folders
+from .labels import IGNORED
 from .records import Pairs, PairSource
 from .scenes import SceneSource
 from .transforms import TransformSpec
 
 
 def build_data(data: DigitScenesData | MaskFiles, *, img_size: ImageSize, in_chans: int, seed: int) -> Data:
-    """The three sources of a configuration. Files are listed, none is opened.
+    """The three sources of a configuration. Files are listed; opened are held-out masks, until one shows a class.
 
     `seed` moves the augmentation, and for the digits the split; for files the split is always the same. Raises
     DataError, ConfigError.
@@ -88,6 +91,8 @@ def _bundle(
         PairSource(train, held_out, held_spec, seed=seed, bad_images=None),
         PairSource(val, np.arange(len(val.pairs)), held_spec, seed=seed, bad_images=None),
     )
+    for name, pairs, numbers in (("search", train, held_out), ("validation", val, range(len(val.pairs)))):
+        _refuse_unlabelled(name, pairs, map(int, numbers))
     names = train.labels.names
     rows = [
         ("data", f"{data.source} in {train.root}"),
@@ -96,6 +101,17 @@ def _bundle(
         ("ignored files", str(train.ignored + val.ignored)),
     ]
     return Data(*sources, Categories(names), rows=tuple(rows))
+
+
+def _refuse_unlabelled(name: str, pairs: Pairs, numbers: Iterable[int]) -> None:
+    """Raises DataError if no pixel of the masks has a class: after hours of training there would be no score."""
+    try:
+        if any((pairs.classes(number) != IGNORED).any() for number in numbers):
+            return
+    except UnreadableImageError:  # the reading tells of it
+        return
+    got = "no pixel of their masks has a class: all are ignored"
+    raise DataError(f"data: {name} images", got, "Check the masks; a test split has none.")
 
 
 def _named(train: Source, search: Source, val: Source) -> list[tuple[str, Source]]:

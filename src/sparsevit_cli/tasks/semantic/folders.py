@@ -47,8 +47,8 @@ def folder_labels(data: PairedFolders) -> LabelMap:
             raise DataError("data.ignore", got, "Give a number that no class has, or null.")
         pairs[data.ignore] = IGNORED
     ignored = ", ".join(str(number) for number, label in pairs.items() if label == IGNORED) or "none"
-    do = f"Classes are {first} to {first + len(names) - 1}, ignored is {ignored}: see data.classes, data.ignore."
-    return LabelMap(tuple(names), tuple(sorted(pairs.items())), do)
+    known = f"classes are {first} to {first + len(names) - 1}, ignored is {ignored}"
+    return LabelMap(tuple(names), tuple(sorted(pairs.items())), known, "See data.classes and data.ignore.")
 
 
 def _names_in(path_text: str) -> list[str]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.data.source import shorten
-from sparsevit_cli.errors import DataError, pass_on
+from sparsevit_cli.errors import pass_on
 
 IGNORED = 255
 """A pixel without a class: neither learned nor scored."""
@@ -28,11 +28,12 @@ _MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 class LabelMap:
     """The names of the classes, and (number in a file, class or IGNORED) for every number that a file may hold.
 
-    `do` is what to do about a file with another number.
+    `known` tells what numbers there are, and `do` what to do about a file with another one.
     """
 
     names: tuple[str, ...]
     pairs: tuple[tuple[int, int], ...]
+    known: str
     do: str
 
     @cached_property
@@ -43,14 +44,14 @@ class LabelMap:
         return table
 
     def classes(self, numbers: NDArray[np.integer], name: str) -> NDArray[np.uint8]:
-        """Numbers (H, W) of a file as classes (H, W) uint8. Raises DataError for a number that means nothing."""
+        """Numbers (H, W) of a file as classes (H, W) uint8. Raises UnreadableImageError for others."""
         possible = numbers.clip(0, _NUMBERS - 1) if numbers.dtype.itemsize > 2 else numbers
         found = self._table[possible]
         refused = (found == _REFUSED) | (possible != numbers)
         if refused.any():
             values, counts = np.unique(numbers[refused], return_counts=True)
             told = shorten([f"{value} ({count} pixels)" for value, count in zip(values, counts, strict=True)])
-            raise DataError(name, f"numbers that are no class: {told}", self.do)
+            raise UnreadableImageError(name, f"numbers that are no class: {told}; {self.known}", self.do)
         classes: NDArray[np.uint8] = found.astype(np.uint8)
         return classes
 

@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsevit_cli.data.pictures import enlargement
+
 from .labels import IGNORED
 
 _SHARE = 0.5
@@ -18,14 +20,19 @@ _GOLDEN = 0.618034
 
 
 def blended(image: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float], plain: int | None) -> Image.Image:
-    """Normalised image (3, h, w) under mask (H, W); the class `plain` and IGNORED have no colour."""
+    """Normalised image (3, h, w) under mask (H, W); the class `plain` and IGNORED have no colour.
+
+    Tiny ones are enlarged, as `as_picture` does.
+    """
     scale = [torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (std, mean)]
     pixels = (image.as_subclass(Tensor) * scale[0] + scale[1]).clamp(0, 1)  # (3, h, w)
     shown = F.interpolate(mask.as_subclass(Tensor)[None, None].float(), image.shape[1:], mode="nearest")[0, 0].long()
     colours = palette()[shown].permute(2, 0, 1)  # (3, h, w)
     coloured = (shown != IGNORED) & (shown != (IGNORED if plain is None else plain))
     pixels = torch.where(coloured, (1 - _SHARE) * pixels + _SHARE * colours, pixels)
-    return Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy())
+    picture = Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy())
+    times = enlargement(image.shape[1:])
+    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
 
 
 def palette() -> Tensor:

@@ -23,7 +23,6 @@ from sparsevit_cli.data.chosen import ChosenSource
 from sparsevit_cli.data.images import UnreadableImageError, decode_image
 from sparsevit_cli.data.source import BadImages
 from sparsevit_cli.data.splits import Indices
-from sparsevit_cli.errors import DataError
 
 from .labels import LabelMap, read_numbers
 from .transforms import TransformSpec
@@ -62,18 +61,23 @@ class Pairs:
     def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
         """Upright RGB image, and classes (H, W) uint8.
 
-        Raises UnreadableImageError for a file that cannot be decoded, DataError for a mask of another size than its
-        image or with numbers that are no class.
+        Raises UnreadableImageError for a file that cannot be decoded, and for a mask of another size than its image or
+        with numbers that are no class.
         """
         pair = self.pairs[index]
         if reason := self.fault(index):
             raise UnreadableImageError(pair.key, reason, "Replace or remove it.")
         image = decode_image(self.root / pair.image, pair.image, self.max_megapixels)
-        numbers = read_numbers(self.root / pair.mask, pair.mask, self.max_megapixels)
-        if numbers.shape != (image.height, image.width):
-            got = f"{numbers.shape[0]} x {numbers.shape[1]} pixels, its image {image.height} x {image.width}"
-            raise DataError(pair.mask, got, f"Make it as large as {pair.image}.")
-        return image, self.labels.classes(numbers, pair.mask)
+        classes = self.classes(index)
+        if classes.shape != (image.height, image.width):
+            got = f"{classes.shape[0]} x {classes.shape[1]} pixels, its image {image.height} x {image.width}"
+            raise UnreadableImageError(pair.mask, got, f"Make it as large as {pair.image}.")
+        return image, classes
+
+    def classes(self, index: int) -> NDArray[np.uint8]:
+        """Classes (H, W) uint8 of a mask; its image is not opened. Raises UnreadableImageError."""
+        mask = self.pairs[index].mask
+        return self.labels.classes(read_numbers(self.root / mask, mask, self.max_megapixels), mask)
 
     def faults(self) -> dict[int, str]:
         """Unreadable pairs as far as the listing tells: position to reason."""
@@ -129,6 +133,9 @@ class PairSource(ChosenSource):
 
     def sample_name(self, index: int) -> str:
         return self.pairs.pairs[self.record(index)].key
+
+    def sample_file(self, index: int) -> Path | None:
+        return self.pairs.root / self.pairs.pairs[self.record(index)].image
 
     @functools.cached_property
     def listing_digest(self) -> str:

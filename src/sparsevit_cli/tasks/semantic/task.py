@@ -19,6 +19,7 @@ from sparsevit_cli.config.images import DigitScenesData
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.semantic import BACKGROUND, MaskFiles, SemanticModel, SemanticTask
 from sparsevit_cli.data.digits import MEAN, STD
+from sparsevit_cli.data.pictures import captioned
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.models import tell_partition
@@ -42,6 +43,7 @@ class SemanticSegmentation(Task):
 
     name = "semantic"
     metric = Metric("miou", "mIoU")
+    counted = "pixels"
 
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__(config)
@@ -196,12 +198,22 @@ class SemanticSegmentation(Task):
             return example_scenes(data.digits, size[0], batch_size, seed)
         return super().example(size, batch_size, seed=seed)
 
+    def category_counts(self, batch: Batch, categories: Categories) -> Tensor:
+        """Pixels of each class (classes,); those without a class are left out."""
+        counts = [mask.flatten().long().bincount(minlength=IGNORED + 1) for mask in batch.targets]
+        return torch.stack(counts).sum(0)[: len(categories)]
+
     def picture(self, source: Source, index: int) -> Image.Image:
-        """The image under the colours of its classes; the background and ignored pixels stay as they are."""
+        """The image under the colours of its classes, whose names stand below, the largest first.
+
+        The background and ignored pixels stay as they are.
+        """
         image, mask = source[index]
         mean, std = self.normalisation() or ((MEAN,) * 3, (STD,) * 3)
         plain = self._names.index(BACKGROUND) if BACKGROUND in self._names else None
-        return blended(image, mask, mean, std, plain)
+        counts = mask.as_subclass(Tensor).flatten().long().bincount(minlength=IGNORED + 1)[: len(self._names)]
+        shown = [number for number in counts.argsort(descending=True).tolist() if counts[number] and number != plain]
+        return captioned(blended(image, mask, mean, std, plain), ", ".join(self._names[number] for number in shown))
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Those of image files; the digits are drawn as they are."""
