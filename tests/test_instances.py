@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -24,10 +25,10 @@ from sparsevit_cli.config.experiment import ExperimentConfig
 from sparsevit_cli.config.loading import load_config
 from sparsevit_cli.config.tasks import type_of
 from sparsevit_cli.config.yaml_loader import Document
-from sparsevit_cli.data import Batch, Data, Shrunk, train_batches
+from sparsevit_cli.data import Batch, Categories, Data, Shrunk, train_batches
 from sparsevit_cli.data.loader import eval_batches
 from sparsevit_cli.data.shrunk import Scale
-from sparsevit_cli.errors import ConfigError, StoppedError
+from sparsevit_cli.errors import CheckpointError, ConfigError, StoppedError
 from sparsevit_cli.evaluation import evaluate
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder
@@ -473,3 +474,27 @@ def test_the_packaged_configuration_has_light_heads_and_a_shift_everywhere() -> 
     shifts = [block.shift_size for stage in task.backbone(model).swin.layers for block in stage.blocks]
     assert all(max(shift) > 0 for shift in shifts[1::2])
     assert FixedSchedule(SearchSpace(model_depths(model)).dense).at(0).is_dense
+
+
+def test_a_checkpoint_may_be_that_of_a_whole_detector_or_of_its_backbone(tmp_path: Path) -> None:
+    _, _, trained = built()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(1)
+    whole, backbone = str(tmp_path / "whole.safetensors"), str(tmp_path / "backbone.safetensors")
+    safetensors.torch.save_file(trained.state_dict(), whole)
+    safetensors.torch.save_file(trained.backbone.body.state_dict(), backbone)
+    task, data, again = built(model={"checkpoint": whole})
+    assert task.checkpoint_is_whole
+    assert all(map(torch.equal, again.state_dict().values(), trained.state_dict().values()))
+    task, _, half = built(model={"checkpoint": backbone})
+    assert not task.checkpoint_is_whole, "the heads have to be trained"
+    assert torch.equal(half.backbone.body.norms["0"].weight, trained.backbone.body.norms["0"].weight)
+    assert not torch.equal(half.rpn.head.cls_logits.weight, trained.rpn.head.cls_logits.weight)
+    others = Categories(("one", "two"))
+    with pytest.raises(CheckpointError, match=r"cls_score"):
+        task_of(tiny(model={"checkpoint": whole})).build(others, BuildOptions())
+    reset: Any = task_of(tiny(model={"checkpoint": whole, "reset_head": True})).build(others, BuildOptions())
+    assert len(reset.roi_heads.box_predictor.cls_score.weight) == 3
+    assert torch.equal(reset.rpn.head.cls_logits.weight, trained.rpn.head.cls_logits.weight)
+    assert len(data.categories) == 10

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -24,8 +25,12 @@ from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.tasks import add_task, task_class
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
-from sparsevit_cli.models import build_model
+from sparsevit_cli.models import build_model, tell_partition
+from sparsevit_cli.seeding import derive_seed, seeded
 from sparsevit_cli.sizes import ImageSize, Size, as_pair, size_text
+from sparsevit_cli.weights import WeightsFile, fitted, load_state, read_file
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,10 @@ class Task(ABC):
     per: str = "image"
     counted: ClassVar[str] = "images"
     """What `category_counts` counts: images, objects or pixels."""
+    around: ClassVar[tuple[str, ...]] = ()
+    """Starts of the names of parameters around the Swin, for a model that has such: weights with one are of a whole."""
+    classifiers: ClassVar[tuple[str, ...]] = ()
+    """Starts of the names of those whose shape depends on the categories: `model.reset_head` leaves them new."""
     kind: ClassVar[Kind] = Kind()
     """The sections of its experiments; a task adds settings by types of its own."""
 
@@ -147,10 +156,13 @@ class Task(ABC):
         """The training samples, with what `section` says of their batches (mixup)."""
         return data.train
 
-    @property
+    @functools.cached_property
     def checkpoint_is_whole(self) -> bool:
         """True if `model.checkpoint` gives every weight, so that nothing must be pretrained; a backbone's does not."""
-        return True
+        return not self.around or self._whole_checkpoint() is not None
+
+    def check_checkpoint(self, file: WeightsFile) -> None:  # noqa: B027 - shapes tell most
+        """Raises CheckpointError if the weights of a whole model do not go with the configuration, though they fit."""
 
     def wants_teacher(self, section: LoopSection) -> bool:
         """True if `loss` learns from the dense model too."""
@@ -209,11 +221,46 @@ class Task(ABC):
             say=options.say,
         )  # fmt: skip
 
-    def swin_backbone(self, options: BuildOptions, levels: Sequence[int] = LEVELS) -> SwinBackbone:
-        """The configuration's timm Swin as a backbone that gives the maps of `levels`; see `build_backbone`."""
+    def swin_backbone(self, options: BuildOptions, levels: Sequence[int] | None = None) -> SwinBackbone:
+        """The configuration's timm Swin as a backbone that gives the maps of `levels`, by default of all stages.
+
+        See `build_backbone`.
+        """
+        levels = range(len(self.config.model.depths or LEVELS)) if levels is None else levels
         return build_backbone(
             self._section(options), levels, img_size=options.img_size, seed=options.seed, say=options.say
         )
+
+    def on_backbone(self, options: BuildOptions, make: Callable[[SwinBackbone], M]) -> M:
+        """The model that `make` puts around `swin_backbone`. What it draws is a function of the seed.
+
+        `model.checkpoint` may be that of a backbone, or of a whole model, which has a tensor of `around`: a file, a
+        checkpoint folder of ours, a folder of transformers. Raises ConfigError, CheckpointError.
+        """
+        whole = self._whole_checkpoint() if options.initial_weights else None
+        backbone = self.swin_backbone(options if whole is None else replace(options, initial_weights=False))
+        with seeded(derive_seed(options.seed, "heads")):
+            model = make(backbone)
+        if whole is not None:
+            section, own = self.config.model, model.state_dict()
+            tensors = fitted(whole.tensors, model, whole.path, options.say, partition=section.partition)
+            if section.reset_head:  # categories of its own where their number differs
+                new = {key for key in tensors if key.startswith(self.classifiers) and key in own}
+                tensors |= {key: own[key] for key in new if own[key].shape != tensors[key].shape}
+            load_state(model, tensors, whole.path)
+            tell_partition(Path(whole.path), section.partition, options.say)
+            options.say(f"{whole.path}: all weights are taken from it")
+        return model
+
+    def _whole_checkpoint(self) -> WeightsFile | None:
+        """The weights in `model.checkpoint` if they are of a whole model. Raises CheckpointError."""
+        if self.config.model.checkpoint is None:
+            return None
+        file = read_file(as_path(self.config.model.checkpoint, "model.checkpoint"))
+        if not any(key.startswith(self.around) for key in file.tensors):
+            return None
+        self.check_checkpoint(file)
+        return file
 
     def check_sizes(self, divisor: int, others: Mapping[str, ImageSize] = MappingProxyType({})) -> None:
         """Raises ConfigError for image sizes that a backbone's `divisor` does not divide: of the model, all phases of

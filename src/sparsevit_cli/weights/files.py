@@ -36,6 +36,8 @@ _WRAPPERS = (
     *("backbone", "encoder"),
 )  # averaged weights first
 _MAX_WRAPPERS = 8
+_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
+"""What transformers calls its files of weights."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,14 @@ class WeightsFile:
 
 
 def read_file(path: Path | str) -> WeightsFile:
-    """Tensors of a safetensors file, of a file of `torch.save` or `pickle`, or of a checkpoint folder of ours.
+    """Tensors of a safetensors file, of a file of `torch.save` or `pickle`, of a checkpoint folder, or of a folder of
+    transformers' save_pretrained.
 
     The format is told by the first bytes, whatever the ending. Averaged (EMA) weights are preferred where there are
     both. Wrapping dicts, other things beside the tensors, and the prefixes of DataParallel and torch.compile are taken
     off; all other names are the file's. Never runs code from the file: see `torch_files`. Raises CheckpointError.
     """
-    path = Path(path)
+    path = _saved_by_transformers(Path(path))
     if os.path.isdir(path):
         tensors = load_checkpoint(path, only=("model", "ema")).tensors
         if not tensors:
@@ -80,6 +83,14 @@ def read_file(path: Path | str) -> WeightsFile:
         raise CheckpointError(str(path), got, f"Copy it again. If it is another format: {_CONVERT}")
     with open_torch_file(path) as found:
         return _taken(path, found.content, found.unknown)
+
+
+def _saved_by_transformers(path: Path) -> Path:
+    """The file of weights in a folder of save_pretrained; `path` itself if it is none. Raises CheckpointError."""
+    if os.path.isfile(path / f"{_IN_FOLDER[0]}.index.json"):
+        do = "Join them: load it with transformers and save it with max_shard_size='100GB'."
+        raise CheckpointError(str(path), "its weights lie in several files", do)
+    return next((path / name for name in _IN_FOLDER if os.path.isfile(path / name)), path)
 
 
 def _taken(path: Path, content: object, unknown: Sequence[str]) -> WeightsFile:

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from sparsevit_cli.backbones import LEVELS
 from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.config.images import DigitScenesData
 from sparsevit_cli.config.instances import CocoData, InstancesModel, InstancesTask
 from sparsevit_cli.data.digits import MEAN, STD
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import DataError
-from sparsevit_cli.seeding import derive_seed, seeded
 from sparsevit_cli.sizes import Size
 from sparsevit_cli.tasks.task import BuildOptions, Metric, Scorer, Task
 
@@ -42,7 +40,8 @@ class Instances(Task):
     name = "instances"
     metric = Metric("mask_ap", "mask AP")
     counted = "objects"
-    checkpoint_is_whole = False
+    around = ("rpn.", "roi_heads.")
+    classifiers = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -64,10 +63,10 @@ class Instances(Task):
         """
         known = len(categories) if categories is not None and categories.names else None
         outputs = known or categories_of(options.like or {}) or COCO_CATEGORIES
-        body = self.swin_backbone(options, range(len(self.config.model.depths or LEVELS)))
-        self.check_sizes(body.divisor)
-        with seeded(derive_seed(options.seed, "heads")):
-            return build_detector(body, self._model, outputs, masks=self.masks)
+        make = functools.partial(build_detector, section=self._model, categories=outputs, masks=self.masks)
+        model = self.on_backbone(options, make)
+        self.check_sizes(model.backbone.body.divisor)
+        return model
 
     def loss(
         self, model: nn.Module, batch: Batch, section: LoopSection, teacher: nn.Module | None

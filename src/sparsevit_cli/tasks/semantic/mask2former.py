@@ -184,17 +184,8 @@ def settings(section: Mask2FormerSection) -> dict[str, Any]:
 
 # -- checkpoints of transformers ----------------------------------------------------------------------------------
 
-_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 _OF_THE_LOSS = {"train_num_points", "class_weight", "mask_weight", "dice_weight", "no_object_weight"}
 """Settings that may differ: they change nothing in the weights, nor in what is predicted."""
-
-
-def weights_file(path: Path) -> Path:
-    """The weights in a folder of save_pretrained; `path` itself if it is none. Raises CheckpointError."""
-    if os.path.isfile(path / f"{_IN_FOLDER[0]}.index.json"):
-        do = "Join them: load it with transformers and save it with max_shard_size='100GB'."
-        raise CheckpointError(str(path), "its weights lie in several files", do)
-    return next((path / name for name in _IN_FOLDER if os.path.isfile(path / name)), path)
 
 
 def check_settings(weights: Path, section: Mask2FormerSection) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,22 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsevit_cli.backbones import LEVELS, SwinBackbone
+from sparsevit_cli.backbones import SwinBackbone
 from sparsevit_cli.config.experiment import ExperimentConfig, LoopSection
 from sparsevit_cli.config.images import DigitScenesData
-from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.semantic import BACKGROUND, MaskFiles, SemanticModel, SemanticTask
 from sparsevit_cli.data.digits import MEAN, STD
 from sparsevit_cli.data.pictures import captioned
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.models import tell_partition
-from sparsevit_cli.seeding import derive_seed, seeded
 from sparsevit_cli.sizes import Size
 from sparsevit_cli.tasks.task import BuildOptions, Metric, Scorer, Task
-from sparsevit_cli.weights import WeightsFile, fitted, load_state, read_file
+from sparsevit_cli.weights import WeightsFile
 
 from .data import build_data, class_names
 from .fpn_head import FpnSegmenter
 from .labels import IGNORED
-from .mask2former import Mask2FormerSegmenter, PixelFeatures, check_settings, weights_file
+from .mask2former import Mask2FormerSegmenter, PixelFeatures, check_settings
 from .picture import blended
 from .scenes import example_scenes
 from .scorer import ConfusionScorer
@@ -44,6 +40,8 @@ class SemanticSegmentation(Task):
     name = "semantic"
     metric = Metric("miou", "mIoU")
     counted = "pixels"
+    around = ("pyramid.neck.", "model.transformer_module.")
+    classifiers = ("head.6.", "class_predictor.", "criterion.empty_weight")
 
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__(config)
@@ -56,27 +54,14 @@ class SemanticSegmentation(Task):
         return build_data(self._data, img_size=model.img_size, in_chans=model.in_chans, seed=seed)
 
     def build(self, categories: Categories | None, options: BuildOptions) -> nn.Module:
-        """A `Segmenter` with a score per class.
-
-        `model.checkpoint` may be that of a backbone, or of a whole segmenter: a checkpoint folder of ours, or a
-        Mask2Former that transformers saved.
-        """
+        """A `Segmenter` with a score per class; see `on_backbone` for its weights."""
         names = self._names if categories is None or not len(categories) else categories.names
         if self._class_weights is not None and self._is_mask2former:
             do = "Remove task.class_weights and task.background_weight; see model.mask2former.no_object."
             raise ConfigError("task", "weights of classes, and Mask2Former's loss has none", do)
-        whole = self._whole_weights() if options.initial_weights else None
-        bare = options if whole is None else replace(options, initial_weights=False)
-        backbone = self.swin_backbone(bare, range(len(self._model.depths or LEVELS)))
+        model = self.on_backbone(options, functools.partial(self._standing_on, classes=len(names)))
         crop = {"data.crop": self._data.crop} if isinstance(self._data, MaskFiles) and self._data.crop else {}
-        self.check_sizes(backbone.divisor, crop)
-        with seeded(derive_seed(options.seed, "heads")):
-            model = self._standing_on(backbone, len(names))
-        if whole is not None:
-            weights = fitted(whole.tensors, model, whole.path, options.say, partition=self._model.partition)
-            load_state(model, self._with_new_head(model, weights), whole.path)
-            tell_partition(Path(whole.path), self._model.partition, options.say)
-            options.say(f"{whole.path}: the whole {self._model.head} is taken from it")
+        self.check_sizes(model.swin.divisor, crop)
         return model
 
     def _standing_on(self, backbone: SwinBackbone, classes: int) -> Segmenter:
@@ -85,36 +70,10 @@ class SemanticSegmentation(Task):
             return Mask2FormerSegmenter(backbone, classes, self._model.mask2former, overlap)
         return FpnSegmenter(backbone, classes, self._model.fpn.channels, overlap)
 
-    @property
-    def checkpoint_is_whole(self) -> bool:
-        """True if `model.checkpoint` is that of a segmenter, and not of a backbone alone."""
-        return self._is_whole
-
-    @functools.cached_property
-    def _is_whole(self) -> bool:
-        return self._whole_weights() is not None
-
-    def _whole_weights(self) -> WeightsFile | None:
-        """The weights of a whole segmenter in `model.checkpoint`; None if there is none. Raises CheckpointError."""
-        if self._model.checkpoint is None:
-            return None
-        path = weights_file(as_path(self._model.checkpoint, "model.checkpoint"))
-        file = read_file(path)
-        if not any(key.startswith(_AROUND) for key in file.tensors):
-            return None
+    def check_checkpoint(self, file: WeightsFile) -> None:
+        """See `check_settings`."""
         if self._is_mask2former:
-            check_settings(path, self._model.mask2former)
-        return file
-
-    def _with_new_head(self, model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`weights`, with `reset_head` those of the new classifier where the checkpoint's has other classes."""
-        own = model.state_dict()
-        if not self._model.reset_head:
-            return weights
-        return {
-            key: own[key] if key.startswith(_CLASSIFIERS) and key in own and own[key].shape != tensor.shape else tensor
-            for key, tensor in weights.items()
-        }
+            check_settings(Path(file.path), self._model.mask2former)
 
     # -- loss and score -----------------------------------------------------------------------------------------
 
@@ -236,9 +195,3 @@ class SemanticSegmentation(Task):
     def _data(self) -> DigitScenesData | MaskFiles:
         assert isinstance(self.config.data, (DigitScenesData, MaskFiles))
         return self.config.data
-
-
-_CLASSIFIERS = ("head.6.", "class_predictor.", "criterion.empty_weight")
-"""Parameters whose shape is that of the classes."""
-_AROUND = ("pyramid.neck.", "model.transformer_module.")
-"""What a whole segmenter has around its Swin, and nothing else has."""
