@@ -432,7 +432,7 @@ def test_ap_is_that_of_pycocotools_on_the_file_itself(tmp_path: Path, letterbox:
     values = scorer.compute()
     file = tree / "annotations" / "instances_val2017.json"
     for kind, prefix in (("segm", "mask"), ("bbox", "box")):
-        expected = by_pycocotools(file, json.loads(json.dumps(scorer.detections, default=bytes.decode)), kind)
+        expected = by_pycocotools(file, json.loads(json.dumps(scorer.predictions())), kind)
         names = [f"{prefix}_{name}" for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")]
         assert 0 < expected[0] < 0.9, "neither perfect nor nothing"
         for name, value in zip(names, expected, strict=True):

@@ -168,6 +168,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(name: str, killed: Path, 
         invoke("evaluate", *config, "--output", output)
         scores.append(json.loads((output / "tree" / "evaluate" / "metrics.json").read_text())["scores"])
     assert scores[0] == scores[1]
+    assert (tmp_path / "tree" / "evaluate" / "predictions.json").exists() == (name == "coco")
     assert all(0 <= value <= 100 for value in scores[0].values())
 
 

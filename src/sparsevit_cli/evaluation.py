@@ -27,6 +27,7 @@ def evaluate(
     subset: Sequence[int] | None = None,
     progress: Progress | None = None,
     before_batch: Callable[[], None] = lambda: None,
+    with_predictions: bool = False,
 ) -> Score:
     """Score of `model` at its current sparsity on `source`, or on the samples of `subset`.
 
@@ -58,4 +59,5 @@ def evaluate(
         if not math.isfinite(value):
             got = f"{name} over {count} images is {value}"
             raise NonFiniteError("evaluation", got, "Check the weights; train with a lower lr or in fp32.")
-    return Score(values[task.metric.key], values, count)
+    predictions = getattr(scorer, "predictions", None) if with_predictions else None
+    return Score(values[task.metric.key], values, count, None if predictions is None else predictions())

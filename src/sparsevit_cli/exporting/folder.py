@@ -74,6 +74,8 @@ class ModelInfo:
     args: Mapping[str, object] = field(default_factory=dict)
     task: str | None = None
     categories: tuple[str, ...] | None = None
+    category_ids: tuple[int, ...] | None = None
+    """The numbers that the data's files use for them; None counts from 0."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -162,6 +164,7 @@ def _read(path: Path, parsed: Any) -> SparsityFile:
                 name=model["name"],
                 args={key: tuple(arg) if isinstance(arg, list) else arg for key, arg in model["args"].items()},
                 task=model.get("task"),
+                category_ids=tuple(model["category_ids"]) if model.get("category_ids") else None,
                 **{key: None if model[key] is None else tuple(model[key]) for key in ("categories", "mean", "std")},
             ),
             versions=dict(parsed["versions"]),

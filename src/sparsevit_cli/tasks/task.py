@@ -61,15 +61,22 @@ class Metric:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model reached over `count` samples, each counted once: the metric's `value`, and all `values` by name."""
+    """What a model reached over `count` samples, each counted once: the metric's `value`, and all `values` by name.
+
+    `predictions` is JSON for other people's tools, if it was asked for and the task's scorer has any.
+    """
 
     value: float
     values: Mapping[str, float]
     count: int
+    predictions: Any = None
 
 
 class Scorer(Protocol):
-    """Adds up batches; timm's evaluators have this shape."""
+    """Adds up batches; timm's evaluators have this shape.
+
+    One with a method `predictions()` gives JSON in the form that tools of its field read; `evaluate` writes it.
+    """
 
     def update(self, outputs: Any, batch: Batch) -> None:
         """Take in what the model gave for a batch, both on the model's device."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from sparsevit_cli.atomic import write_json
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
@@ -15,6 +16,8 @@ from .scopes import gmacs_of
 from .session import Session
 from .training import score
 from .weights import chosen_weights
+
+PREDICTIONS = "predictions.json"
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,11 @@ def evaluate_checkpoint(session: Session, *, weights: str | None = None, ratios:
     set_sparsity(model, config)
     with session.reporter.progress("evaluate", -(-len(data.val) // session.config.data.eval_batch_size)) as progress:
         check = partial(session.stop.check, "evaluate", "nothing of this evaluation is saved")
-        found = score(session, model, data.val, progress=progress, before_batch=check)
+        found = score(session, model, data.val, progress=progress, before_batch=check, with_predictions=True)
     gmacs = gmacs_of(session, model)(config)
-    folder.set_aside(["metrics.json"], session.reporter)
+    folder.set_aside(["metrics.json", PREDICTIONS], session.reporter)
+    if found.predictions is not None:
+        write_json(folder.path / PREDICTIONS, found.predictions)
     folder.write_result(
         {
             "weights": trained.told,

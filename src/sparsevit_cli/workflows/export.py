@@ -184,7 +184,7 @@ def _info(session: Session, part: Part, trained: Weights) -> ModelInfo:
     mean, std = task.normalisation() or (None, None)
     built = task.timm_model(trained.like) if part.scope == "model" else None
     name, args = built or (None, {})
-    return ModelInfo(name, args, task.name, categories=trained.categories.names or None, mean=mean, std=std)
+    return ModelInfo(name, args, task.name, trained.categories.names or None, trained.categories.ids, mean, std)
 
 
 def _images(session: Session, trained: Weights) -> Tensor | None:

@@ -79,6 +79,13 @@ class AveragePrecision:
         stats = evaluation.stats_as_dict
         return {f"{prefix}_{ours}": 100 * stats[name] for name, ours in NAMES.items() if stats[name] >= 0}
 
+    def predictions(self) -> list[dict[str, Any]]:
+        """The detections as COCO's results files have them."""
+        return [
+            {name: _as_text(value) if name == "segmentation" else value for name, value in row.items()}
+            for row in self.detections
+        ]
+
     def document(self) -> dict[str, Any]:
         """The truth so far, as an annotation file holds it."""
         annotations = [
@@ -118,6 +125,13 @@ def on_image(boxes: Tensor, frame: Tensor, size: Size) -> Tensor:
 def _numbered(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """With ids from 1 on: 0 would mean that nothing is matched."""
     return [{"id": number, **row} for number, row in enumerate(rows, 1)]
+
+
+def _as_text(run_lengths: Mapping[str, Any]) -> dict[str, Any]:
+    """Compressed run lengths whose counts are text, as JSON holds them."""
+    counts = run_lengths["counts"]
+    text = counts.decode("ascii") if isinstance(counts, bytes) else counts
+    return {"size": list(run_lengths["size"]), "counts": text}
 
 
 def _silent(*text: object) -> None:
