@@ -166,7 +166,7 @@ def renamed(document: dict[str, Any]) -> None:
         ("train", lambda d: d["images"][0].update(height=True), "image 0 is"),
         ("train", lambda d: d["images"][1].update(file_name=d["images"][0]["file_name"]), "file names stand twice"),
         ("train", lambda d: d["categories"][0].pop("name"), "1 of 3 categories"),
-        ("val", lambda d: d["images"][0].update(file_name="absent.png"), "1 cannot be read: val/absent.png"),
+        ("val", lambda d: d["images"][0].update(file_name="absent.png"), "1 unreadable: val/absent.png"),
         ("val", lambda d: d["images"][0].update(height=90000, width=90000), "more than data.max_megapixels"),
         ("train", lambda d: d["images"][0].update(file_name="absent.png"), "above data.max_bad_fraction"),
         ("val", lambda d: [row.pop("segmentation") for row in d["annotations"]], "task.masks: false"),

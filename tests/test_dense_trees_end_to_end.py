@@ -189,7 +189,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
         "category_ids_repeat": r"1 category ids stand twice: 1",
         "category_names_repeat": r"1 category names stand twice: person",
         "other_categories": r"1 categories are in one of the two files only: 44 bottle in validation",
-        "missing_val_image": r"validation images: 1 cannot be read: val/000000037777.jpg",
+        "missing_val_image": r"validation images: 1 unreadable: val/000000037777.jpg",
     },
     "cityscapes": {
         "no_gtfine": r"no folder gtFine",

@@ -5,14 +5,24 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Protocol, Self, TypeVar
 
+from sparsevit_cli.errors import DataError
 from sparsevit_cli.sizes import ImageSize, Size
 
-from .source import BadImages, Source
+from .source import BadImages, Source, shorten
 from .splits import Indices
 
 S = TypeVar("S", bound="Spec")
+
+
+def refuse_unreadable(faults: Mapping[str, str]) -> None:
+    """Raises DataError if there are validation images, name to reason, that cannot be read."""
+    if faults:
+        listed = shorten([f"{name} ({reason})" for name, reason in faults.items()])
+        do = "Repair or remove them; evaluation leaves no image out."
+        raise DataError("data: validation images", f"{len(faults)} unreadable: {listed}", do)
 
 
 class Spec(Protocol):

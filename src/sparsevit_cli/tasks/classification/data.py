@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsevit_cli.config.classification import DigitsData, FolderData, LabelledData, TimmData
 from sparsevit_cli.config.paths import as_path
+from sparsevit_cli.data.chosen import refuse_unreadable
 from sparsevit_cli.data.digits import DigitsDataset, DigitsSpec
 from sparsevit_cli.data.source import BadImages, Categories, Data, Source, shorten
 from sparsevit_cli.data.splits import carve
@@ -134,10 +135,7 @@ def _bundle(data: LabelledData, train_records: Records, val_records: Records, sp
     kept, held_out = carve(train_records.keys, train_records.labels, data.search_fraction, usable)
     bad_images = BadImages(len(kept), data.max_bad_fraction)
     bad_images.note((train_records.keys[index], reason) for index, reason in faults.items())
-    if val_faults := val_records.known_faults():
-        listed = shorten([f"{val_records.keys[index]} ({reason})" for index, reason in val_faults.items()])
-        got = f"{len(val_faults)} unreadable: {listed}"
-        raise DataError("data: validation images", got, "Repair or remove them; evaluation leaves no image out.")
+    refuse_unreadable({val_records.keys[index]: reason for index, reason in val_records.known_faults().items()})
 
     held_spec = spec.evaluation()
     everything = np.arange(len(val_records.keys))

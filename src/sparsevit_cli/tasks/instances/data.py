@@ -10,11 +10,11 @@ import numpy as np
 from sparsevit_cli.config.images import DigitScenesData
 from sparsevit_cli.config.instances import CocoData
 from sparsevit_cli.config.paths import as_path
+from sparsevit_cli.data.chosen import refuse_unreadable
 from sparsevit_cli.data.digit_scenes import DigitScenes
 from sparsevit_cli.data.digits import DigitsSpec
 from sparsevit_cli.data.source import BadImages, Categories, Data, Finding, shorten
 from sparsevit_cli.data.splits import Indices, carve
-from sparsevit_cli.errors import DataError
 from sparsevit_cli.sizes import ImageSize
 
 from .coco import CocoSplit, check_apart, check_same_categories, read_coco
@@ -64,7 +64,7 @@ def _coco(data: CocoData, spec: PlacingSpec, seed: int, masks: bool) -> Data:
     check_apart(train, val)
     findings = (*train.findings, *val.findings)
     _tell(findings)
-    _refuse_unreadable(val)
+    refuse_unreadable({val.images.key(number): reason for number, reason in val.images.faults.items()})
     kept, held_out = _split(data, train)
     bad_images = BadImages(len(kept), data.max_bad_fraction)
     faults, chosen = train.images.faults, set(kept.tolist())
@@ -99,13 +99,6 @@ def _split(data: CocoData, train: CocoSplit) -> tuple[Indices, Indices]:
     keys = [train.images.names[number] for number in chosen.tolist()]
     kept, held_out = carve(keys, usable[chosen].astype(np.int64), data.search_fraction, readable)
     return chosen[kept], chosen[held_out]
-
-
-def _refuse_unreadable(val: CocoSplit) -> None:
-    if faults := val.images.faults:
-        listed = shorten([f"{val.images.key(number)} ({reason})" for number, reason in faults.items()])
-        got = f"{len(faults)} cannot be read: {listed}"
-        raise DataError("data: validation images", got, "Repair or remove them; evaluation leaves no image out.")
 
 
 def _counted(split: CocoSplit, numbers: Indices) -> str:

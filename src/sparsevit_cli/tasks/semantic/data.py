@@ -10,6 +10,7 @@ import numpy as np
 from sparsevit_cli.config.images import DigitScenesData
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.semantic import BACKGROUND, CityscapesData, MaskFiles, PairedFolders
+from sparsevit_cli.data.chosen import refuse_unreadable
 from sparsevit_cli.data.digit_scenes import DigitScenes
 from sparsevit_cli.data.digits import DigitsSpec
 from sparsevit_cli.data.images import UnreadableImageError
@@ -82,10 +83,7 @@ def _bundle(
     )
     bad_images = BadImages(len(kept), data.max_bad_fraction)
     bad_images.note((train.pairs[index].key, reason) for index, reason in faults.items())
-    if val_faults := val.faults():
-        listed = shorten([f"{val.pairs[index].key} ({reason})" for index, reason in val_faults.items()])
-        got = f"{len(val_faults)} unreadable: {listed}"
-        raise DataError("data: validation images", got, "Repair or remove them; evaluation leaves no image out.")
+    refuse_unreadable({val.pairs[index].key: reason for index, reason in val.faults().items()})
     sources = (
         PairSource(train, kept, spec, seed=seed, bad_images=bad_images),
         PairSource(train, held_out, held_spec, seed=seed, bad_images=None),
