@@ -39,7 +39,7 @@ from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
 from sparsevit_cli.tasks.instances import Instances
 from sparsevit_cli.tasks.instances.model import Detector
 from sparsevit_cli.tasks.task import BuildOptions, task_of
-from sparsevit_cli.training import TrainingJob, plan_training, train
+from sparsevit_cli.training import TrainingJob, _Run, plan_training, train
 from sparsevit_cli.workflows.training import _write_rows
 
 CPU = torch.device("cpu")
@@ -298,6 +298,25 @@ def test_a_stopped_training_ends_as_the_straight_one_to_the_bit(tmp_path: Path) 
             assert torch.equal(tensor, resumed[group][name]), (group, name)
 
 
+@pytest.mark.parametrize("layer_decay", [None, 0.9])
+def test_norms_biases_and_tables_of_positions_have_no_weight_decay(layer_decay: float | None, tmp_path: Path) -> None:
+    task, data, model = built(train={"layer_decay": layer_decay})
+    job = TrainingJob(
+        kind="train", task=task, model=sparsify_(model), section=task.config.train,
+        schedule=FixedSchedule(SearchSpace(model_depths(model)).dense), source=data.train, checkpoints=tmp_path,
+        plan=plan_training(task.config.train, len(data.train), (64, 64)), device=CPU, seed=0,
+        validate=lambda *arguments: None,  # type: ignore[arg-type,return-value]
+    )  # fmt: skip
+    decay = {
+        id(parameter): group["weight_decay"]
+        for group in _Run(job, SilentReporter()).optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim == 1 or name.endswith(("bias", "relative_position_bias_table"))
+        assert decay[id(parameter)] == (0 if exempt else 0.05), name
+
+
 # -- padding ----------------------------------------------------------------------------------------------------------
 
 
@@ -448,22 +467,6 @@ def test_the_authors_detector_has_as_many_weights_as_theirs() -> None:
     model = task_of(config).build(None, BuildOptions())
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(47.8, abs=0.05)
     assert model.rpn.anchor_generator.sizes == ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
-
-
-@pytest.mark.slow
-def test_the_configuration_for_coco_trains_evaluates_and_goes_on(tmp_path: Path) -> None:
-    tree = coco_tree(tmp_path / "coco")
-    phases = "[{img_size: 64, epochs: 1, lr: 1e-4}, {img_size: 64, epochs: 1, lr: 1e-5}]"
-    sets = [f"data.root={tree}", "data.workers=0", "data.search_fraction=0.2", "model.pretrained=false", "device=cpu",
-            "model.img_size=64", f"train.curriculum={phases}", "train.batch_size=4", "train.eval_every=1",
-            f"finetune.curriculum={phases}", "model.fpn_channels=16", "model.mask_channels=16", "model.box_channels=32",
-            "model.detections_per_image=5", "model.proposals_test=20", "model.embed_dim=24"]  # fmt: skip
-    words = ["--config", str(CONFIGS / "coco_mask_rcnn_swin_t_672.yaml"), "--output", str(tmp_path / "runs")]
-    words += [word for text in sets for word in ("--set", text)]
-    for command in (["pretrain", "--dry-run"], ["pretrain"], ["evaluate"], ["pretrain"]):
-        result = CliRunner().invoke(app, [*command, *words])
-        assert result.exit_code == 0, f"{command}: {result.output}"
-    assert "already done" in result.output
 
 
 def test_the_packaged_configuration_has_light_heads_and_a_shift_everywhere() -> None:

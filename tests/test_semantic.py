@@ -767,27 +767,3 @@ def test_the_shipped_experiment_learns_from_scenes(tmp_path: Path, monkeypatch: 
         optimizer.step()
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
-
-
-def test_the_configuration_of_cityscapes_trains_and_evaluates_on_a_tiny_tree(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As it is shipped, but for the sizes of model, images and training."""
-    monkeypatch.chdir(tmp_path)
-    cityscapes_tree(tmp_path / "data" / "cityscapes")
-    small = {
-        "device": "cpu", "model.name": "swin_tiny_patch4_window7_224", "model.pretrained": False, "model.embed_dim": 16,
-        "model.depths": [2, 2, 2, 2], "model.num_heads": [1, 2, 4, 8], "model.window_size": 4,
-        "model.img_size": [64, 128], "model.mask2former.channels": 64, "model.mask2former.queries": 8,
-        "model.mask2former.encoder_layers": 1, "model.mask2former.decoder_layers": 3, "model.mask2former.points": 64,
-        "data.crop": [32, 64], "data.workers": 0, "data.search_fraction": 0.3, "train.epochs": 1,
-        "train.batch_size": 2, "train.accumulation": 2, "train.precision": "fp32",
-    }  # fmt: skip
-    config = Path(__file__).parents[1] / "configs" / "cityscapes_mask2former_swin_l.yaml"
-    typed = [part for key, value in small.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    for command in ("pretrain", "evaluate"):
-        done = CliRunner().invoke(app, [command, "--config", str(config), *typed], prog_name="sparsevit")
-        assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "runs" / config.stem / "evaluate" / "metrics.json").read_text())
-    assert found["count"] == 3
-    assert 0 <= found["scores"]["iou_road"] <= 100

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -210,6 +210,7 @@ class _Run:
             lr=section.lr,
             weight_decay=section.weight_decay,
             layer_decay=section.layer_decay,
+            param_group_fn=_groups(self.model, section),
             **({"fused": True} if section.optimizer in FUSED and section.precision != "fp16" else {}),
         )
         self.precision = trained_in(section.precision, job.device)
@@ -537,6 +538,24 @@ class _Run:
         ]
         got = f"it was made with another {', '.join(told)}"
         raise CheckpointError(str(path), got, "Use another experiment name, or --fresh to start anew.")
+
+
+def _groups(model: nn.Module, section: LoopSection) -> Callable[[nn.Module], Any] | None:
+    """timm's groups of parameters for a Swin inside of other modules, its tables of position biases without decay.
+
+    timm asks the model alone for parameters without decay (`no_weight_decay`); None if it can tell.
+    """
+    if hasattr(model, "no_weight_decay"):
+        return None
+    exempt = {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        for parameter in (module.no_weight_decay() if hasattr(module, "no_weight_decay") else ())
+    }
+    shared = {"weight_decay": section.weight_decay, "no_weight_decay_list": exempt}
+    if section.layer_decay is not None:
+        return partial(param_groups_layer_decay, layer_decay=section.layer_decay, **shared)
+    return partial(param_groups_weight_decay, **shared)
 
 
 def _short(value: object) -> str:
