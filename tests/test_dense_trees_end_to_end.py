@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -121,6 +122,35 @@ def test_a_cityscapes_tree_is_read_as_it_is(tmp_path: Path) -> None:
         assert found.keys() == truth.keys()
         assert all(np.array_equal(found[name], truth[name]) for name in truth)
     assert len(data.train) + len(data.search) == len(tree.train)
+
+
+def test_objects_and_pixels_are_counted_and_duplicates_are_told(tmp_path: Path) -> None:
+    """In training images what lies on the canvas; in held-out ones everything."""
+    coco, city = dense_trees.coco_tree(tmp_path / "coco"), dense_trees.cityscapes_tree(tmp_path / "city")
+    shutil.copy(coco.root / "train2017" / "000000005802.jpg", coco.root / "val2017" / "000000037777.jpg")
+    document = json.loads((coco.root / "annotations" / "instances_val2017.json").read_text())
+    next(each for each in document["images"] if each["id"] == 37777).update(height=60, width=60)
+    (coco.root / "annotations" / "instances_val2017.json").write_text(json.dumps(document))
+    frames = [
+        city.root / "leftImg8bit" / place
+        for place in ("train/zurich/zurich_000000_000019", "val/munster/munster_000000_000019")
+    ]
+    shutil.copy(*(f"{frame}_leftImg8bit.png" for frame in frames))
+    for kind, root, counted in ((COCO, coco.root, "objects"), (CITYSCAPES, city.root, "pixels")):
+        session = Session(kind.config(root, tmp_path / "out", search_fraction=0.2), SilentReporter(), StopRequest())
+        found = check_data(session)
+        assert found.counted == counted
+        assert found.usable
+        assert len(found.pictures) == len(session.data().train)
+        (same,) = [each for each in found.findings if each.what.startswith("files with the same bytes")]
+        assert (same.split, same.count) == ("val", 1)
+        val = next(split for split in found.splits if split.name == "val").categories
+        if kind is COCO:
+            things = [COCO_CATEGORIES[thing.category] for of_image in coco.val.things.values() for thing in of_image]
+            assert val == {name: things.count(name) for name in COCO_CATEGORIES.values()}
+        else:
+            pixels = np.bincount(np.concatenate([mask.ravel() for mask in city.val.values()]), minlength=256)
+            assert val == dict(zip(CITYSCAPES_NAMES, pixels[:19].tolist(), strict=True))
 
 
 @pytest.fixture(scope="module")
