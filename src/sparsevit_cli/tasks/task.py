@@ -208,8 +208,11 @@ class Task(ABC):
         return None
 
     def picture(self, source: Source, index: int) -> Image.Image:
-        """A sample as the model gets it, with its truth drawn on it, for people. Raises UnreadableImageError."""
-        raise NotImplementedError(f"{self.name} draws no samples")
+        """A sample as the model gets it, with its truth drawn on it, for people.
+
+        Raises UnreadableImageError, ConfigError for a task that draws none.
+        """
+        raise ConfigError(f"task {self.name}", "it draws no samples", "Write its method picture(source, index).")
 
     def timm_model(self, like: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]] | None:
         """Name and arguments for timm.create_model of a model of weights `like`; None if timm cannot build it alone."""

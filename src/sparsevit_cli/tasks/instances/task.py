@@ -106,7 +106,7 @@ class Instances(Task):
         return model.backbone
 
     def parts(self, model: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
-        """Suppression of overlapping boxes is part of `proposals`, and in the end of the rest."""
+        """Overlapping proposals are suppressed in `proposals`, overlapping detections in the rest."""
         assert isinstance(model, Detector)
         heads = model.roi_heads
         found: dict[str, Sequence[nn.Module]] = {
