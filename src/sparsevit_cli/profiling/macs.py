@@ -241,7 +241,7 @@ def analytic_macs(workload: Workload) -> MacsReport:
 
 
 def macs_cost(workload: Workload) -> Callable[[SparsityConfig], float]:
-    """A function from configuration to multiply-adds per sample of all that the workload runs; a call takes microseconds.
+    """A function from configuration to multiply-adds per sample of all that the workload runs. Calls are fast.
 
     For a Swin alone it equals `analytic_macs`, and nothing runs. With modules around the Swin, such as a neck, one
     forward pass of the dense model is counted here (`flopcounter_macs`): the stages follow the configuration, all else
