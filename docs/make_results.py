@@ -1,5 +1,6 @@
-"""Write the demo's tables in docs/benchmarks.md, and its two sentences in the README, from the documents kept in
-docs/results (`runs/digits/run/metrics.json`).
+"""Write the tables of the embedded experiments in docs/benchmarks.md, and two sentences in the README.
+
+They come from docs/results: `runs/<experiment>/run/metrics.json`, kept as `<experiment>_seed<n>_cpu.json`.
 
 usage: python docs/make_results.py
 """
@@ -13,7 +14,11 @@ from typing import Any
 HERE = Path(__file__).parent
 PAGE = HERE / "benchmarks.md"
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
+DENSE_TASKS = {
+    "digits_instances": {"mask_ap": "mask AP", "box_ap": "box AP"},
+    "digits_semantic": {"miou": "mIoU"},
+}
+"""Experiments of dense tasks, and the scores that their tables show."""
 
 
 def score(row: dict[str, Any]) -> float:
@@ -75,19 +80,60 @@ def sentences(documents: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def dense_tables(documents: dict[str, dict[str, Any]], shown: dict[str, str]) -> str:
+    """Every row of every seed: scores, and what backbone and whole model cost."""
+    lines = []
+    for seed, document in documents.items():
+        heads = " | ".join(shown.values())
+        lines += [
+            "", f"Seed {seed}, {document['validation_images']} validation images, batch {document['batch']}, "
+            f"{document['device']['name']}, {document['device']['cores']} cores:", "",
+            f"| model | {heads} | backbone, GMACs | gone | backbone, speed-up | whole, GMACs | whole, speed-up |",
+            "|---|" + "---|" * (len(shown) + 5),
+        ]  # fmt: skip
+        dense = document["rows"][0]["backbone"]["gmacs"]
+        for row in document["rows"]:
+            scores = " | ".join(f"{row['scores'][name]:.1f}" for name in shown)
+            backbone, gone = row["backbone"], 1 - row["backbone"]["gmacs"] / dense
+            lines.append(
+                f"| {row['label']}{_ratios(row)} | {scores} | {backbone['gmacs']:.3f} | {gone:.0%} "
+                f"| {_gain(backbone)} | {row['gmacs']:.3f} | {_gain(row)} |"
+            )
+    return "\n".join(lines[1:])
+
+
+def _ratios(row: dict[str, Any]) -> str:
+    found = row["label"].startswith("winner, f")
+    return f" `{json.dumps(row['ratios'])}`" if found else ""
+
+
 def _gain(row: dict[str, Any]) -> str:
+    if row["speedup"] is None:
+        return "not steady"
     return f"{row['speedup']:.2f}x [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
 
 
-def documents() -> dict[str, dict[str, Any]]:
+def documents(experiment: str) -> dict[str, dict[str, Any]]:
     """The kept documents by seed."""
-    paths = sorted((HERE / "results").glob("digits_seed*_cpu.json"))
-    return {path.stem.split("_")[1].removeprefix("seed"): json.loads(path.read_text("utf-8")) for path in paths}
+    paths = sorted((HERE / "results").glob(f"{experiment}_seed*_cpu.json"))
+    return {path.stem.split("_")[-2].removeprefix("seed"): json.loads(path.read_text("utf-8")) for path in paths}
+
+
+def marks(name: str) -> tuple[str, str]:
+    """What stands before and after a generated part of a page."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def write(page: Path, name: str, told: str) -> None:
+    """Between the marks `name: begin` and `name: end` of a page."""
+    begin, end = marks(name)
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    page.write_text(f"{before}{begin}\n{told}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    found = documents()
-    for page, told in ((PAGE, tables(found)), (README, sentences(found))):
-        text = page.read_text(encoding="utf-8")
-        before, rest = text.split(BEGIN)
-        page.write_text(f"{before}{BEGIN}\n{told}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    demo = documents("digits")
+    write(PAGE, "demo", tables(demo))
+    write(README, "demo", sentences(demo))
+    for experiment, shown in DENSE_TASKS.items():
+        write(PAGE, experiment, dense_tables(documents(experiment), shown))

@@ -131,13 +131,16 @@ def between(page: str, begin: str, end: str) -> str:
 def test_the_pages_hold_what_the_kept_runs_say() -> None:
     """Whoever edits a generated table by hand, or forgets to make it anew, fails here."""
     collect, results = script("benchmarks/collect.py"), script("docs/make_results.py")
-    kept, demo = sorted(collect.RESULTS.glob("*.json")), results.documents()
+    kept, demo = sorted(collect.RESULTS.glob("*.json")), results.documents("digits")
     assert between("docs/benchmarks.md", collect.BEGIN, collect.END) == "\n\n".join(map(collect.table, kept))
     front = "\n\n".join(filter(None, map(collect.front_table, kept)))
     assert between("README.md", collect.BEGIN, collect.END) == front
     assert "best rival" in front
-    assert between("docs/benchmarks.md", results.BEGIN, results.END) == results.tables(demo)
-    assert between("README.md", results.BEGIN, results.END) == results.sentences(demo)
+    assert between("docs/benchmarks.md", *results.marks("demo")) == results.tables(demo)
+    assert between("README.md", *results.marks("demo")) == results.sentences(demo)
+    for experiment, shown in results.DENSE_TASKS.items():
+        told = results.dense_tables(results.documents(experiment), shown)
+        assert between("docs/benchmarks.md", *results.marks(experiment)) == told
 
 
 def test_the_plot_shows_the_last_run_of_one_cell(

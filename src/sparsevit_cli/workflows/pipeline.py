@@ -77,6 +77,7 @@ class PipelineRow(ScopeCost):
     ratios: tuple[tuple[float, ...], ...] | None
     image_size: Size
     score: float
+    scores: Mapping[str, float]
     backbone: ScopeCost | None = None
 
     def document(self) -> dict[str, Any]:
@@ -280,6 +281,7 @@ def _summary(
             ratios=contender.config.ratios,
             image_size=contender.size,
             score=contender.score.value,
+            scores=contender.score.values,
             **asdict(measured["model"].costs[contender.label]),
             backbone=measured["backbone"].costs[contender.label] if "backbone" in measured else None,
         )
