@@ -12,6 +12,8 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+
 from failpoint_child import forked
 from sparsevit_cli.cli import app
 
@@ -27,6 +29,7 @@ def train(output: Path, arguments: list[str]) -> None:
         os.environ["SPARSEVIT_FAILPOINT"] = f"{FAILPOINT}:kill"
 
     threading.Thread(target=arm, daemon=True).start()
+    torch.set_num_threads(1)  # sums depend on their number, and a fork may have another than its parent
     app([*arguments, "--output", str(output)], standalone_mode=False)
 
 

