@@ -22,7 +22,7 @@ from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity, sparse_stages, sparsify_
 from sparsevit_cli.swin.geometry import image_size, set_image_size, set_image_size_in_training
-from tiny import tiny_config
+from tiny import shaken_, tiny_config
 
 NAMES = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224")
 """One of each generation."""
@@ -34,15 +34,10 @@ def small(name: str = NAMES[0], **settings: Any) -> SwinBackbone:
     """A dense backbone in evaluation mode with weights that make every branch matter."""
     model = swin_backbone(name, **SMALL | {"img_size": 64, "drop_path_rate": 0.0} | settings)
     torch.manual_seed(4)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "logit_scale" not in key:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.weight.copy_(1 + 0.05 * torch.randn_like(module.weight))
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # V2-CR has one in its position bias
+    shaken_(model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # V2-CR has one in its position bias
     return model.eval()
 
 

@@ -36,7 +36,7 @@ from sparsevit_cli.swin import set_sparsity, sparse_stages, sparsify_, without_k
 from sparsevit_cli.swin.authors_flow import authors_flow
 from sparsevit_cli.workflows.profile import profile_model
 from sparsevit_cli.workflows.session import Session
-from tiny import tiny_config, tiny_swin
+from tiny import shaken_, tiny_config, tiny_swin
 
 NAMES = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224")
 """One of each generation."""
@@ -56,16 +56,6 @@ def small(name: str = NAMES[0], **arguments: Any) -> nn.Module:
     model = tiny_swin(name, **SMALL | options | arguments)
     shaken_(model)
     return model.eval()
-
-
-def shaken_(model: nn.Module) -> None:
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "logit_scale" not in key:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.weight.copy_(1 + 0.05 * torch.randn_like(module.weight))
 
 
 # -- against transformers -----------------------------------------------------------------------------------------

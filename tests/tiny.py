@@ -79,3 +79,14 @@ def write_tiny(folder: Path, **sections: Any) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(tiny_config(**sections).model_dump_json(), encoding="utf-8")
     return path
+
+
+def shaken_(model: nn.Module) -> None:
+    """Move all weights by draws of torch's generator, so that every branch matters."""
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "logit_scale" not in key:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.copy_(1 + 0.05 * torch.randn_like(module.weight))

@@ -91,10 +91,7 @@ def eval_batches(
     Raises DataError at an unreadable image, which is never left out or replaced, or where a loader process died or
     delivers nothing.
     """
-    order = list(range(len(source)) if subset is None else subset)
-    assert len(set(order)) == len(order), "a sample is in the subset twice"
-    total = num_batches(len(order), batch_size, drop_last=False)
-    for fetched in _run(_Fetch(source, order, batch_size), range(total), workers, max_wait_seconds, check):
+    for fetched in _in_order(_Fetch, source, batch_size, workers, subset, max_wait_seconds, check):
         if fetched.bad:
             listed = shorten([f"{name} ({reason})" for name, reason in fetched.bad])
             got = f"cannot be read: {listed}"
@@ -122,10 +119,24 @@ def checked_batches(
 
     Raises DataError if a loader process died or delivers nothing.
     """
-    order = list(range(len(source)) if subset is None else subset)
-    total = num_batches(len(order), batch_size, drop_last=False)
-    for fetched in _run(_CheckFetch(source, order, batch_size), range(total), workers, max_wait_seconds, check):
+    for fetched in _in_order(_CheckFetch, source, batch_size, workers, subset, max_wait_seconds, check):
         yield Checked(fetched.batch, fetched.bad)
+
+
+def _in_order(
+    fetch: type[_Fetch],
+    source: Source,
+    batch_size: int,
+    workers: int,
+    subset: Sequence[int] | None,
+    max_wait_seconds: float,
+    check: Check,
+) -> Iterator[_Fetched]:
+    """Every sample of `subset` (None: all) exactly once, in batches that `fetch` makes."""
+    order = list(range(len(source)) if subset is None else subset)
+    assert len(set(order)) == len(order), "a sample is in the subset twice"
+    total = num_batches(len(order), batch_size, drop_last=False)
+    return _run(fetch(source, order, batch_size), range(total), workers, max_wait_seconds, check)
 
 
 class _Fetched(NamedTuple):

@@ -110,10 +110,11 @@ class _Costs:
 def search(session: Session, *, without_clock: bool = False) -> SearchSummary:
     """Find the configuration with the best score on the search split within the budgets.
 
-    `without_clock` leaves a latency budget out, where there is one of multiply-adds too. Raises BudgetError with the
-    reachable range before anything is evaluated, UnsteadyError where a latency is asked for and the clock cannot be
-    trusted, MeasurementError where no finalist meets the budget once measured, CheckpointError where there is nothing
-    to search with.
+    `without_clock` leaves a latency budget out, if there is one of multiply-adds too.
+
+    Raises BudgetError with the reachable range, before anything is evaluated. Raises UnsteadyError for a latency budget
+    if the clock cannot be trusted, MeasurementError if no finalist meets the budget once measured, and CheckpointError
+    if there is nothing to search with.
     """
     requests = budget_requests(session)
     weights = trained_weights(session, "adapt", "sparsevit search")
