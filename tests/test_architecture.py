@@ -17,7 +17,7 @@ PACKAGE = Path(sparsevit_cli.__file__).parent
 ORDER = (  # noqa: SIM905
     "__init__ errors atomic documents sizes seeding sparsity schedule windows kernels config reporting stopping "
     "commands runs winner search swin acceleration checkpoints torch_files weights models backbones data tasks "
-    "evaluation profiling training exporting workflows console views cli"
+    "evaluation profiling runtimes training exporting workflows console views cli"
 ).split()
 """From top to bottom; a module may import from its own package and from those before it."""
 

@@ -36,8 +36,9 @@ from sparsevit_cli.exporting import (
 from sparsevit_cli.exporting import (
     folder as export_folder,
 )
-from sparsevit_cli.exporting.programs import Runner, onnx_runner, pt2_runner
+from sparsevit_cli.exporting.programs import onnx_runner, pt2_runner
 from sparsevit_cli.reporting import SilentReporter
+from sparsevit_cli.runtimes import Run
 from sparsevit_cli.swin import get_sparsity, set_sparsity, sparsify_
 from tiny import tiny_swin
 
@@ -303,10 +304,10 @@ def test_a_module_around_the_backbone_exports(tmp_path: Path) -> None:
 # -- bad files ----------------------------------------------------------------------------------------------------
 
 
-def spoil(runner: Callable[[Path], Runner], when: Callable[[int], bool]) -> Callable[[Path], Runner]:
+def spoil(runner: Callable[[Path], Run], when: Callable[[int], bool]) -> Callable[[Path], Run]:
     """A runner whose call number n gives wrong numbers where `when(n)`."""
 
-    def spoiled(path: Path) -> Runner:
+    def spoiled(path: Path) -> Run:
         run, calls = runner(path), iter(range(10**6))
 
         def wrong(images: Tensor) -> list[Tensor]:
@@ -345,7 +346,7 @@ def test_second_images_may_agree_and_it_is_told(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("wrong", [float("nan"), "shape", "count", "crash"])
 def test_broken_outputs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: object) -> None:
-    def runner(path: Path) -> Runner:
+    def runner(path: Path) -> Run:
         def run(images: Tensor) -> list[Tensor]:
             if wrong == "crash":
                 raise RuntimeError("Guard failed: x.size()[0] == 2")

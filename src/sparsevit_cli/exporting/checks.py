@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparsevit_cli.errors import ConfigError, MeasurementError, NonFiniteError, in_one_line, pass_on
+from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError, NonFiniteError, in_one_line, pass_on
 from sparsevit_cli.profiling.memory import memory_errors
 from sparsevit_cli.reporting import Reporter
 
@@ -146,6 +146,8 @@ def checked(
                     f"export: {path.name} differs from eager by {worst:.1e} of its largest output on the first images; "
                     "windows of almost equal score may have swapped ranks: trying others"
                 )
+    except CheckpointError as error:
+        raise MeasurementError(path.name, error.got, _NOT_KEPT) from error
     except Exception as error:
         pass_on(error)
         got = f"does not run where the model does ({in_one_line(error)})"

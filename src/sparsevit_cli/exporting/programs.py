@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
+from sparsevit_cli.runtimes import Run, runtime
 
 from .folder import PACKAGES, SPARSITY
 from .images import structured_images
@@ -32,8 +33,6 @@ TORCHSCRIPT_OPSETS = range(18, 21)
 INPUT = "image"
 ANSWERS = "answers"
 """Name of the first dimension of outputs for one image: how many boxes, labels, masks there are."""
-Runner = Callable[[Tensor], list[Tensor]]
-"""Images (B, C, H, W) to the outputs, in order."""
 
 
 def check_packages(formats: Sequence[str]) -> None:
@@ -208,33 +207,14 @@ def save_onnx(
     assert free == dynamic_batch, "the batch became fixed"
 
 
-def onnx_runner(path: Path) -> Runner:
-    """The file in onnxruntime on the CPU, with torch's number of threads.
-
-    They do not spin once a run has ended, so that a program that is measured next has all cores to itself.
-    """
-    import onnx
-    import onnxruntime
-
-    onnx.checker.check_model(str(path))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda images: [torch.from_numpy(output) for output in session.run(None, {INPUT: images.numpy()})]
+def onnx_runner(path: Path) -> Run:
+    """The file in onnxruntime on the CPU, with torch's number of threads."""
+    return runtime("onnxruntime").load(path).run
 
 
-def pt2_runner(path: Path) -> Runner:
+def pt2_runner(path: Path) -> Run:
     """The file, read back."""
-    with _quiet():
-        module = torch.export.load(path).module()
-
-    def run(images: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            return [output for _, output in named_tensors(module(images))]
-
-    return run
+    return runtime("torch").load(path).run
 
 
 def named_tensors(output: object, name: str = "output") -> Iterator[tuple[str, Tensor]]:

@@ -77,7 +77,7 @@ def describe_device(device: str | torch.device) -> dict[str, str | int | float]:
 def describe_versions() -> dict[str, str]:
     """Versions of what takes part in a measurement: name -> version; absent packages are left out."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("sparsevit-cli", "torch", "timm", "fvcore", "triton", "onnxruntime"):
+    for package in ("sparsevit-cli", "torch", "timm", "fvcore", "triton", "onnxruntime", "openvino", "nncf"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -1,0 +1,57 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .runtime import Activations, Run, Runtime
+
+
+class OpenVino(Runtime):
+    """Runs OpenVINO's own files (`.xml`, with the `.bin` beside it) and `.onnx` files."""
+
+    name = "openvino"
+    suffixes = (".xml", ".onnx")
+    packages = ("openvino",)
+    extra = "openvino"
+
+    @functools.cache  # noqa: B019 - runtimes live as long as the process
+    def activations(self) -> tuple[Activations, ...]:
+        """float32, and bfloat16 where the CPU has it: emulated bfloat16 is slower than float32."""
+        import openvino
+
+        capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return ("fp32", "bf16") if "BF16" in capabilities else ("fp32",)
+
+    def _run(self, path: Path, activations: Activations, threads: int, shape: tuple[int, ...] | None) -> Run:
+        import openvino
+
+        model = openvino.Core().read_model(path)
+        if shape is not None:
+            model.reshape({model.inputs[0]: openvino.PartialShape(list(shape))})
+        return compiled(model, activations, threads)
+
+
+def compiled(model: object, activations: Activations, threads: int) -> Run:
+    """An `openvino.Model` compiled for one stream on `threads` threads that are bound to no core."""
+    import openvino
+    from openvino.properties import hint, inference_num_threads, num_streams
+
+    settings = {
+        hint.inference_precision: openvino.Type.bf16 if activations == "bf16" else openvino.Type.f32,
+        hint.performance_mode: hint.PerformanceMode.LATENCY,
+        hint.enable_cpu_pinning: False,
+        num_streams: 1,
+        inference_num_threads: threads,
+    }
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+
+    def run(images: torch.Tensor) -> list[torch.Tensor]:
+        found = request.infer([np.ascontiguousarray(images.numpy())])
+        return [torch.from_numpy(np.array(output)) for output in found.values()]
+
+    return run

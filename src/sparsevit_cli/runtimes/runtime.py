@@ -1,0 +1,111 @@
+"""The contract of a runtime: it loads an exported file and runs batches of images through it.
+
+To add one: a subclass of `Runtime` in a module of its own, and a line in `runtimes/__init__.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from sparsevit_cli.errors import CheckpointError, ConfigError, in_one_line, pass_on
+
+Activations = Literal["fp32", "bf16"]
+"""What a runtime computes in, where the file does not say eight bits."""
+Run = Callable[[Tensor], list[Tensor]]
+"""Images (B, C, H, W) in float32 on the CPU to the outputs in the file's order, in float32 on the CPU."""
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A file as a runtime runs it, with the settings that its latency depends on.
+
+    `shape` is the one shape (B, C, H, W) that it was compiled for; None where any batch goes.
+    """
+
+    runtime: str
+    version: str
+    activations: Activations
+    threads: int
+    shape: tuple[int, ...] | None
+    run: Run
+
+
+class Runtime(ABC):
+    """A way to run exported files on this machine's CPU.
+
+    `suffixes` are of the files that it reads, `packages` what must be installed, `extra` the extra of this package that
+    installs them.
+    """
+
+    name: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    packages: ClassVar[tuple[str, ...]]
+    extra: ClassVar[str | None] = None
+
+    @abstractmethod
+    def activations(self) -> tuple[Activations, ...]:
+        """What this machine's CPU computes in by instructions of its own, the slowest first."""
+
+    @abstractmethod
+    def _run(self, path: Path, activations: Activations, threads: int, shape: tuple[int, ...] | None) -> Run:
+        """The loaded file. Raises whatever the runtime raises."""
+
+    def load(
+        self,
+        path: Path,
+        *,
+        activations: Activations = "fp32",
+        threads: int | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> Program:
+        """Load a file on `threads` CPU threads, by default torch's number; `shape` (B, C, H, W) compiles for it alone.
+
+        The threads do not spin once a run has ended, so that a program that is measured next has all cores to itself.
+        Raises ConfigError (packages, activations), CheckpointError (a file that is missing or cannot be loaded).
+        """
+        self.check_installed()
+        self.check_activations(activations)
+        if path.suffix not in self.suffixes:
+            do = f"Give a file that ends in {' or '.join(self.suffixes)}."
+            raise ConfigError(f"runtime {self.name}", f"it does not read {path.name}", do)
+        if not path.is_file():
+            raise CheckpointError(str(path), "is missing", "Export the model again.")
+        threads = threads or torch.get_num_threads()
+        fixed = None if shape is None else tuple(int(side) for side in shape)
+        try:
+            run = self._run(path, activations, threads, fixed)
+        except Exception as error:
+            pass_on(error)
+            got = f"{self.name} {self.version()} cannot load it ({in_one_line(error)})"
+            raise CheckpointError(str(path), got, "Export the model again.") from error
+        return Program(self.name, self.version(), activations, threads, fixed, run)
+
+    def version(self) -> str:
+        """Version of the installed runtime."""
+        return importlib.metadata.version(self.packages[0])
+
+    def is_installed(self) -> bool:
+        """True if all packages that it needs are there; none is imported."""
+        return all(importlib.util.find_spec(name) is not None for name in self.packages)
+
+    def check_installed(self) -> None:
+        """Raises ConfigError that names the extra."""
+        if not self.is_installed():
+            missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+            do = f'Type: pip install "sparsevit-cli[{self.extra}]"'
+            raise ConfigError(f"runtime {self.name}", f"{', '.join(missing)} not installed", do)
+
+    def check_activations(self, activations: Activations) -> None:
+        """Raises ConfigError for what this CPU would emulate, slower than float32."""
+        if activations not in self.activations():
+            got = f"{activations}: {self.name} on this CPU computes in {' and '.join(self.activations())}"
+            raise ConfigError(f"runtime {self.name}", got, "Choose fp32.")

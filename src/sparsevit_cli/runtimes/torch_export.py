@@ -1,0 +1,35 @@
+"""torch's own exported programs, run by PyTorch."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from .runtime import Activations, Run, Runtime
+
+
+class TorchExport(Runtime):
+    """Runs `.pt2` files, on the threads that torch has: `threads` of another number is refused."""
+
+    name = "torch"
+    suffixes = (".pt2",)
+    packages = ("torch",)
+
+    def activations(self) -> tuple[Activations, ...]:
+        """float32 alone: a program holds its types."""
+        return ("fp32",)
+
+    def _run(self, path: Path, activations: Activations, threads: int, shape: tuple[int, ...] | None) -> Run:
+        assert threads == torch.get_num_threads(), "torch's threads are of the process, not of a program"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = torch.export.load(path).module()
+
+        def run(images: torch.Tensor) -> list[torch.Tensor]:
+            with torch.no_grad():
+                return [leaf for leaf in tree_leaves(module(images)) if isinstance(leaf, torch.Tensor)]
+
+        return run
