@@ -183,7 +183,7 @@ def _checked_file(
     found, first = checked(path, outputs, seed=seed, tolerance=tolerance, reporter=reporter)
     lowered = None
     if name == LOWERING and computed_in != "fp32":
-        lowered = checked_lowered(path, outputs(seed), activations=computed_in, reporter=reporter)
+        lowered = checked_lowered(path, outputs, seed=seed, activations=computed_in, reporter=reporter)
     beside = path.with_suffix(".bin") if name == "openvino" else None
     size = path.stat().st_size + (beside.stat().st_size if beside else 0)
     return ExportedFile(name, path, sha256_file(path), size, found, first, lowered)
