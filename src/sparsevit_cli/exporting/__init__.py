@@ -2,7 +2,9 @@
 
     model.onnx         torch.onnx (dynamo), opset as asked; weights inside, or beside it where they are large
     model.pt2          torch.export
+    model.xml, .bin    OpenVINO; windows are ranked in float32 whatever else is computed in
     model.safetensors  all weights under the model's names; sparsity.json: ratios and what builds the model
+    serving.json       preprocessing, categories, names: all that others need to serve from the folder
     manifest.json      shapes, hashes, differences to eager, latency; written last: without it a folder is not whole
 
 `features.onnx`, `.pt2` and `.safetensors` are backbone and neck of a detector or segmenter (scope "features"). A whole
