@@ -38,7 +38,7 @@ from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparsif
 from sparsevit_cli.tasks.task import Metric, Score, Task, load_task
 from sparsevit_cli.workflows.evaluate import EvaluateSummary
 from sparsevit_cli.workflows.latencies import SearchLatencies
-from sparsevit_cli.workflows.plan import plan_lines
+from sparsevit_cli.workflows.plan import plan_of
 from sparsevit_cli.workflows.profile import _check_mode
 from sparsevit_cli.workflows.profile_report import PartCost, PartCosts, ProfileReport, ProfileRow
 from sparsevit_cli.workflows.search import named_scope
@@ -506,7 +506,7 @@ def test_a_profile_is_shown_with_its_scopes_and_parts(
 
 
 def test_a_plan_counts_the_dense_baseline(done: tuple[Path, str], task_file: Path) -> None:
-    plan = "\n".join(plan_lines(session_of(task_file, done[0].parent), "run"))
+    plan = "\n".join(plan_of(session_of(task_file, done[0].parent), "run").lines)
     for words in ("of these in the backbone", "dense_adapt: 2 steps", "dense_finetune: 3 steps"):
         assert words in plan
 
