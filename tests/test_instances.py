@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
 from typer.testing import CliRunner
 
 from coco_tree import coco_tree
@@ -30,6 +31,9 @@ from sparsevit_cli.data.loader import eval_batches
 from sparsevit_cli.data.shrunk import Scale
 from sparsevit_cli.errors import CheckpointError, ConfigError, StoppedError
 from sparsevit_cli.evaluation import evaluate
+from sparsevit_cli.profiling.macs import flopcounter_macs
+from sparsevit_cli.profiling.stages import time_parts
+from sparsevit_cli.profiling.workload import Workload
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule
@@ -37,7 +41,8 @@ from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
 from sparsevit_cli.tasks.instances import Instances
-from sparsevit_cli.tasks.instances.model import Detector
+from sparsevit_cli.tasks.instances.masks import pasted
+from sparsevit_cli.tasks.instances.model import MASK_SHIFT, Detector
 from sparsevit_cli.tasks.task import BuildOptions, task_of
 from sparsevit_cli.training import TrainingJob, _Run, plan_training, train
 from sparsevit_cli.workflows.training import _write_rows
@@ -165,13 +170,38 @@ def test_parts_are_disjoint_and_hold_every_parameter() -> None:
     for masks in (True, False):
         task, _, model = built(task={"masks": masks})
         parts = task.parts(model)
-        assert list(parts)[:4] == ["backbone", "neck", "proposals", "box head"]
+        assert list(parts)[:5] == ["backbone", "neck", "proposals", "box head", "post-processing"]
         found = [id(p) for modules in parts.values() for module in modules for p in module.parameters()]
         assert len(found) == len(set(found))
         assert set(found) == {id(p) for p in model.parameters()}
         assert task.metric.key == ("mask_ap" if masks else "box_ap")
         assert list(task.backbone(model)(torch.randn(1, 3, 64, 64))) == ["0", "1"]
         assert [level.shape[1] for level in task.features(model)(torch.randn(1, 3, 64, 64)).values()] == [8, 8, 8]
+
+
+def test_the_choice_of_detections_is_a_part_and_pasting_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, _, model = built()
+    now_ns, choose = 0, RoIHeads.postprocess_detections
+
+    def slowly(*answers: Any) -> Any:
+        nonlocal now_ns
+        now_ns += 4 * 10**6
+        return choose(*answers)
+
+    monkeypatch.setattr(RoIHeads, "postprocess_detections", slowly)
+    workload = Workload(model.eval(), torch.randn(1, 3, 64, 64), (64, 64), 1, loaded=task.at_full_load)
+    assert flopcounter_macs(workload, task.parts(model)).parts["post-processing"] == 0
+    times = time_parts(workload, task.parts(model), passes=1, clock=lambda: now_ns)
+    assert {name for name, ms in times.ms.items() if ms} == {"post-processing"}
+    assert copy.deepcopy(model).state_dict().keys() == model.state_dict().keys()
+    found = {
+        "boxes": torch.tensor([[10.0, 20.0, 30.0, 40.0]]) - MASK_SHIFT,
+        "masks": torch.ones(1, 1, 4, 4),
+    }
+    (on_image,) = task.finish([found], (64, 96))[0]
+    assert on_image.sum() > 380, "all but the corners of 20 x 20 pixels"
+    assert (on_image == pasted(torch.ones(4, 4), (10, 20, 30, 40), (64, 96))).all()
+    assert not task_of(tiny(task={"masks": False})).finishing
 
 
 @pytest.mark.parametrize(

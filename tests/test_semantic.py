@@ -30,6 +30,8 @@ from sparsevit_cli.data.shrunk import Scale, Shrunk
 from sparsevit_cli.data.source import Batch, Data
 from sparsevit_cli.errors import CheckpointError, ConfigError, DataError, StoppedError
 from sparsevit_cli.evaluation import evaluate
+from sparsevit_cli.profiling.macs import flopcounter_macs
+from sparsevit_cli.profiling.workload import Workload
 from sparsevit_cli.schedule import RandomSchedule
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import model_depths, sparsify_
@@ -696,6 +698,13 @@ def test_parts_are_apart_and_features_are_what_stands_on_the_swin(head: str) -> 
     first = features[0] if isinstance(features, tuple) else features
     assert first.shape[2:] == (size // 4, size // 4)
     assert task.backbone(model) is model.swin
+    counted = flopcounter_macs(Workload(model, torch.randn(1, 3, size, size), (size, size), 1), task.parts(model))
+    assert counted.parts["rest"] == 0
+    if head == "mask2former":  # every class of every query at every pixel
+        queries, classes = MASK2FORMER["mask2former"]["queries"], len(task._names)
+        assert counted.parts["post-processing"] == queries * classes * size**2
+    (classes_of_pixels,) = task.finish(torch.eye(3)[None, :, :, None].repeat(1, 1, 1, 3), (6, 6))
+    assert classes_of_pixels.tolist() == [[row // 2] * 6 for row in range(6)]
 
 
 def unenlarged(picture: Image.Image, mask: Tensor) -> np.ndarray:

@@ -32,6 +32,9 @@ from sparsevit_cli.weights import WeightsFile, fitted, load_state, read_file
 
 M = TypeVar("M", bound=nn.Module)
 
+POSTPROCESSING = "post-processing"
+"""Name of the part in which a model makes answers of what its heads gave: overlapping boxes are suppressed there."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -114,6 +117,8 @@ class Task(ABC):
     """What `category_counts` counts: images, objects or pixels."""
     around: ClassVar[tuple[str, ...]] = ()
     """Starts of the names of parameters around the Swin, for a model that has such: weights with one are of a whole."""
+    finishing: str = ""
+    """What `finish` does, in two or three words; empty if it does nothing."""
     classifiers: ClassVar[tuple[str, ...]] = ()
     """Starts of the names of those whose shape depends on the categories: `model.reset_head` leaves them new."""
     kind: ClassVar[Kind] = Kind()
@@ -194,6 +199,13 @@ class Task(ABC):
         What runs in none of them is told as `rest`. Empty if the backbone is everything.
         """
         return {}
+
+    def finish(self, outputs: Any, size: Size) -> Any:
+        """What follows the model for those who use it, at images of `size` (height, width) pixels: masks pasted.
+
+        A profile tells its time beside the model's, under the words of `finishing`. Nothing follows by default.
+        """
+        return outputs
 
     def at_full_load(self, model: nn.Module) -> AbstractContextManager[object]:
         """Let `model` do as much inside the block as an image may ask of it: costs are measured so.

@@ -362,10 +362,12 @@ def _stage_times(session: Session, cell: _Cell) -> dict[str, StageTimes]:
 
 
 def _part_costs(session: Session, cell: _Cell) -> PartCosts:
-    """Where the time and the multiply-adds of the whole model go."""
+    """Where the time and the multiply-adds of the whole model go, and the time of what follows it."""
+    size = cell.workloads[DENSE].image_size
+    after = (lambda outputs: session.task.finish(outputs, size)) if session.task.finishing else None
 
     def take(workload: Workload, ms: float) -> PartTimes:
-        return time_parts(workload, session.parts(workload.model), total_ms=ms)
+        return time_parts(workload, session.parts(workload.model), total_ms=ms, after=after)
 
     times = _dense_and_sparse(session, cell, take)
     macs = {}
@@ -385,8 +387,16 @@ def _part_costs(session: Session, cell: _Cell) -> PartCosts:
         )
         for name in macs[DENSE]
     ]
-    workload = cell.workloads[DENSE]
-    return PartCosts(workload.batch, workload.image_size, tuple(rows))
+    following = None
+    if after is not None:
+        following = PartCost(
+            f"after the model: {session.task.finishing}",
+            times[DENSE].after_ms if times else None,
+            times[OURS_SPARSE].after_ms if times else None,
+            0.0,
+            0.0,
+        )
+    return PartCosts(cell.workloads[DENSE].batch, size, tuple(rows), following)
 
 
 @contextmanager

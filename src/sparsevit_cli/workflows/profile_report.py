@@ -61,19 +61,29 @@ class PartCost:
 
 @dataclass(frozen=True)
 class PartCosts:
-    """The parts of a model and the rest of it, in the order of its forward pass, at one batch and image size."""
+    """The parts of a model and the rest of it, in the order of its forward pass, at one batch and image size.
+
+    `after` is what follows the model (`Task.finish`), which is in no other row; None if nothing does.
+    """
 
     batch: int
     image_size: Size
     rows: tuple[PartCost, ...]
+    after: PartCost | None = None
+
+    @property
+    def told_rows(self) -> tuple[PartCost, ...]:
+        """All rows, what follows the model last."""
+        return self.rows if self.after is None else (*self.rows, self.after)
 
     def told(self) -> str:
-        """Which part of the sparse model costs most, in one sentence."""
-        by_time = all(row.sparse_ms is not None for row in self.rows)
-        costs = {row.name: (row.sparse_ms or 0.0) if by_time else row.sparse_gmacs for row in self.rows}
+        """Which part of the sparse model, or what follows it, costs most, in one sentence."""
+        by_time = all(row.sparse_ms is not None for row in self.told_rows)
+        costs = {row.name: (row.sparse_ms or 0.0) if by_time else row.sparse_gmacs for row in self.told_rows}
         name = max(costs, key=lambda each: costs[each])
+        name_after = "" if self.after is None else self.after.name
         share = costs[name] / (sum(costs.values()) or 1)
-        what = "What runs in no part" if name == REST else f"The {name}"
+        what = {REST: "What runs in no part", name_after: "What follows the model"}.get(name, f"The {name}")
         return f"{what} now costs most: {share:.0%} of the {'time' if by_time else 'multiply-adds'}"
 
 

@@ -63,6 +63,11 @@ class Segmenter(nn.Module, ABC):
         return (total / count)[:, :image_height, :image_width]
 
 
+def at_size(scores: Tensor, size: Size) -> Tensor:
+    """Scores (classes, h, w) as float32 at another size: (classes, H, W), bilinear."""
+    return F.interpolate(scores[None].float(), size, mode="bilinear", align_corners=False)[0]
+
+
 def window_places(image: Size, window: Size, overlap: float) -> list[Size]:
     """Top and left of the windows that cover an image at least as large as one.
 

@@ -21,7 +21,7 @@ from sparsevit_cli.data.pictures import captioned
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sizes import Size
-from sparsevit_cli.tasks.task import BuildOptions, Metric, Scorer, Task
+from sparsevit_cli.tasks.task import POSTPROCESSING, BuildOptions, Metric, Scorer, Task
 from sparsevit_cli.weights import WeightsFile
 
 from .data import build_data, class_names
@@ -31,7 +31,7 @@ from .mask2former import Mask2FormerSegmenter, PixelFeatures, check_settings
 from .picture import blended
 from .scenes import example_scenes
 from .scorer import ConfusionScorer
-from .segmenter import Segmenter
+from .segmenter import Segmenter, at_size
 
 
 class SemanticSegmentation(Task):
@@ -40,6 +40,7 @@ class SemanticSegmentation(Task):
     name = "semantic"
     metric = Metric("miou", "mIoU")
     counted = "pixels"
+    finishing = "a class for every pixel"
     around = ("pyramid.neck.", "model.transformer_module.")
     classifiers = ("head.6.", "class_predictor.", "criterion.empty_weight")
 
@@ -138,15 +139,20 @@ class SemanticSegmentation(Task):
         return model.pyramid
 
     def parts(self, model: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
-        """Backbone, neck and head; or backbone and both decoders of Mask2Former."""
+        """Backbone, neck and head; or backbone, both decoders of Mask2Former, and what its masks become."""
         if isinstance(model, Mask2FormerSegmenter):
             return {
                 "backbone": [model.swin],
                 "pixel decoder": [model.model.pixel_level_module.decoder],
                 "transformer decoder": [model.model.transformer_module, model.class_predictor],
+                POSTPROCESSING: [model.weighing],
             }
         assert isinstance(model, FpnSegmenter)
         return {"backbone": [model.swin], "neck": [model.pyramid.neck], "head": [model.head]}
+
+    def finish(self, outputs: Any, size: Size) -> list[Tensor]:
+        """The class of every pixel of each image, (H, W): scores brought to `size`, the largest one taken."""
+        return [at_size(scores, size).argmax(0) for scores in outputs]
 
     # -- images -------------------------------------------------------------------------------------------------
 
