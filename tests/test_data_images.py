@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparsevit_cli.data.images import UnreadableImageError, decode_image, is_system_name
+from sparsevit_cli.data.images import UnreadableImageError, decode_image, is_system_name, upright_size
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
@@ -145,8 +145,11 @@ def test_exif_orientation_is_applied(image_format):
     lying.paste(RED, (0, 0, 16, 16))  # the left half; orientation 6 says: turn right by a quarter
     exif = Image.Exif()
     exif[0x0112] = 6
-    upright = decode(encoded(lying, image_format, exif=exif))
+    data = encoded(lying, image_format, exif=exif)
+    upright = decode(data)
     assert upright.size == (16, 32)
+    assert upright_size(io.BytesIO(data), "cat.jpg", 1.0) == (32, 16), "height and width, from the header"
+    assert upright_size(io.BytesIO(encoded(lying, image_format)), "cat.jpg", 1.0) == (16, 32)
     top, bottom = np.asarray(upright)[4, 8].astype(int), np.asarray(upright)[28, 8].astype(int)
     assert abs(top - RED).max() < 10
     assert abs(bottom - BLACK).max() < 10
@@ -173,6 +176,9 @@ def test_unreadable(data, reason):
         decode(data)
     assert caught.value.what == "cat.jpg"
     assert caught.value.exit_code == 3
+    if reason == "not an image":
+        with pytest.raises(UnreadableImageError, match=reason):
+            upright_size(io.BytesIO(data), "cat.jpg", 1.0)
 
 
 TEXT_BOMB = b"k\0\0" + zlib.compress(bytes(100_000_000), 9)

@@ -388,6 +388,13 @@ def test_a_sliding_evaluation_scores_images_of_any_size(tmp_path: Path) -> None:
     assert score.values["accuracy"] == pytest.approx(mean)
     small = Shrunk(data.val, Scale((32, 32), (16, 16)))
     assert [tuple(small[n][0].shape[1:]) for n in range(3)] == [(h // 2, w // 2) for h, w in sizes]
+    for source, scale in ((data.val, None), (small, Scale((32, 32), (16, 16)))):
+        places = [window_places(tuple(source[n][0].shape[1:]), (16, 24), 1 / 3) for n in range(3)]
+        assert task.per_image((16, 24), scale) == sum(map(len, places)) / 3 > 1
+    assert task.about()["per"] == "window"
+    assert ade(tmp_path).per_image((16, 24)) == 1
+    with pytest.raises(DataError, match="classes_file"):
+        ade(tmp_path / "nowhere", evaluation="sliding").per_image((16, 24))
     with pytest.raises(ValueError, match="sliding windows are trained for by crops of"):
         ade(tmp_path, evaluation="sliding", crop=16)
 
@@ -742,7 +749,8 @@ def test_examples_are_scenes_of_the_size_that_is_asked_for() -> None:
 
 def test_every_command_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    data = {"source": "cityscapes", "root": str(cityscapes_tree(tmp_path / "tree")), "eval_batch_size": 2}
+    tree = cityscapes_tree(tmp_path / "tree")
+    data = {"source": "cityscapes", "root": str(tree), "eval_batch_size": 2, "evaluation": "sliding"}
     loops = {name: {**TINY[name], "epochs": 1, "batch_size": 2} for name in ("train", "adapt", "finetune")}
     (tmp_path / "tiny.yaml").write_text(json.dumps({**TINY, **loops, "data": data}))
     done = CliRunner().invoke(app, ["run", "--config", "tiny.yaml"], prog_name="sparsevit")
@@ -751,6 +759,14 @@ def test_every_command_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rows = json.loads((runs / "run" / "metrics.json").read_text())["rows"]
     assert {"dense (timm)", "winner, finetuned"} <= {row["label"] for row in rows}
     assert all(0 <= row["score"] <= 100 for row in rows)
+    assert {row["per_image"] for row in rows if row["image_size"] == [32, 32]} == {6.0}, "40 x 64 pixels"
+    whole = f"a validation image takes 6.0 windows of 32x32 on average: dense {6 * rows[0]['gmacs']:.3f} GMACs"
+    assert whole in done.output
+    profiled = json.loads((runs / "profile" / "profile.json").read_text())
+    assert (profiled["per"], profiled["rows"][0]["per_image"]) == ("window", 6.0)
+    page = (runs / "profile" / "profile.html").read_text()
+    assert whole in page
+    assert "windows/s" in page
     tuned = json.loads((runs / "finetune" / "metrics.json").read_text())
     assert {"miou", "val_accuracy", "val_iou_road"} <= tuned["history"][-1].keys()
     assert tuned["categories"]["names"] == list(CITYSCAPES.names)

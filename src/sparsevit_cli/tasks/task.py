@@ -23,6 +23,7 @@ from sparsevit_cli.config.experiment import ExperimentConfig, LoopSection, Model
 from sparsevit_cli.config.kind import Kind
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.tasks import add_task, task_class
+from sparsevit_cli.data.shrunk import Scale
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
 from sparsevit_cli.models import build_model, tell_partition
@@ -107,7 +108,8 @@ class BuildOptions:
 class Task(ABC):
     """One experiment's task. A subclass says what its data, model, loss and score are; the rest has defaults.
 
-    `name` stands in `task.name` of configurations. `per` is what costs and latencies are told per: image or sample.
+    `name` stands in `task.name` of configurations. `per` is what costs and latencies are told per: image, sample, or a
+    window of an image (see `per_image`).
     """
 
     name: ClassVar[str]
@@ -199,6 +201,14 @@ class Task(ABC):
         What runs in none of them is told as `rest`. Empty if the backbone is everything.
         """
         return {}
+
+    def per_image(self, size: Size, scale: Scale | None = None) -> float:
+        """How many of what costs are `per`, of `size` pixels, an image of the validation split takes on average.
+
+        1 if costs are per image. `scale` shrinks the images, as it does for a smaller rival. Raises DataError if that
+        hangs on data that are not there.
+        """
+        return 1.0
 
     def finish(self, outputs: Any, size: Size) -> Any:
         """What follows the model for those who use it, at images of `size` (height, width) pixels: masks pasted.

@@ -14,7 +14,8 @@ from sparsevit_cli.sizes import size_text
 
 from .profile_report import PartCost, PartCosts, ProfileReport, ProfileRow
 
-COLUMNS = ("model", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [95 %]", "speed-up [95 %]", "images/s",
+THROUGHPUT = "images/s"
+COLUMNS = ("model", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [95 %]", "speed-up [95 %]", THROUGHPUT,
            "peak MB")  # fmt: skip
 PART_COLUMNS = ("part", "dense ms", "sparse ms", "dense GMACs", "sparse GMACs")
 _GMACS = ("dense_gmacs", "sparse_gmacs")
@@ -27,7 +28,8 @@ td:first-child,th:first-child{text-align:left}tr.losing td{color:#b3261e}"""
 
 def columns(report: ProfileReport) -> tuple[str, ...]:
     """Heads of the columns of latencies; the scope is among them if there are several."""
-    return (COLUMNS[0], "scope", *COLUMNS[1:]) if len(report.scopes) > 1 else COLUMNS
+    heads = tuple(f"{report.per}s/s" if head == THROUGHPUT else head for head in COLUMNS)
+    return (heads[0], "scope", *heads[1:]) if len(report.scopes) > 1 else heads
 
 
 def rows_of(report: ProfileReport) -> list[tuple[Any, ...]]:
@@ -110,6 +112,7 @@ def profile_page(report: ProfileReport) -> str:
         parts.append(f"<p>{html.escape(f'{name}: {values}')}</p>")
     losing = [number for number, row in enumerate(report.rows) if row.losing]
     parts.append(_table("Latency", columns(report), rows_of(report), losing))
+    parts += [f"<p>{html.escape(line)}.</p>" for line in report.image_lines()]
     if report.parts is not None:
         parts.append(_table(parts_title(report.parts), PART_COLUMNS, part_rows(report.parts)))
         parts.append(f"<p>{html.escape(report.parts.told())}.</p>")

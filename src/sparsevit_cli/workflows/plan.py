@@ -22,7 +22,7 @@ from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.training import plan_training
 
 from .profile import ProfileTarget, built, profile_target
-from .scopes import BACKBONE, gmacs_of
+from .scopes import BACKBONE, gmacs_of, image_told, per_image
 from .session import Session
 
 OPTIMIZER_COPIES = 3
@@ -122,11 +122,11 @@ class _Known:
 
     def model_lines(self) -> list[str]:
         """Model and space."""
-        config = self.session.config
+        session, config = self.session, self.session.config
         if self.model is None:
             return [f"model: {config.model.name}, its outputs are named by the data"]
-        space = self.session.space(self.model, config.search.max_ratio)
-        gmacs = gmacs_of(self.session, self.model)
+        space = session.space(self.model, config.search.max_ratio)
+        gmacs = gmacs_of(session, self.model)
         dense, sparsest = gmacs(space.dense), gmacs(space.sparsest)
         of_backbone = (
             [f"of these in the backbone: {dense[BACKBONE]:.3f} G dense, {sparsest[BACKBONE]:.3f} G sparsest"]
@@ -137,9 +137,14 @@ class _Known:
         return [
             f"model: {config.model.name}, {_parameters(self.model) / 1e6:.2f} M parameters, "
             f"depths {list(model_depths(self.model))}{guessed}",
-            f"multiply-adds per {self.session.task.per}: {dense['gmacs']:.3f} G dense, "
-            f"{sparsest['gmacs']:.3f} G sparsest",
+            f"multiply-adds per {session.task.per}: {dense['gmacs']:.3f} G dense, {sparsest['gmacs']:.3f} G sparsest",
             *of_backbone,
+            *image_told(
+                session.task.per,
+                per_image(session, session.img_size),
+                session.img_size,
+                {"dense": (dense["gmacs"], None), "sparsest": (sparsest["gmacs"], None)},
+            ),
             f"configurations: {space.size}",
         ]
 

@@ -15,6 +15,7 @@ from sparsevit_cli.sizes import Size
 from sparsevit_cli.sparsity import SparsityConfig
 
 from .rows import MeasuredRow
+from .scopes import image_told
 
 RowKind = Literal["dense", "ours dense", "ours sparse"]
 DENSE: RowKind = "dense"
@@ -33,11 +34,13 @@ class ProfileRow(MeasuredRow):
 
     mode: str
     throughput: float
-    """Images per second."""
+    """Images per second, or windows where costs are per window."""
     peak_memory_mb: float
     parameters: int
     rounds: int
     outliers: int
+    per_image: float | None = 1.0
+    """How many of what costs are per an image takes (`Task.per_image`); None where it is not known without data."""
 
     @property
     def losing(self) -> bool:
@@ -109,6 +112,23 @@ class ProfileReport:
     def refuse_unsteady(self) -> None:
         """As the function of that name."""
         refuse_unsteady({f"{row.label}, batch {row.batch}": row.unsteady for row in self.rows})
+
+    @property
+    def per(self) -> str:
+        """What costs are per."""
+        return self.about.get("per", "image")
+
+    def image_lines(self) -> list[str]:
+        """What whole images cost, a line per size of windows, times at the last batch; none without windows."""
+        lines = []
+        for size in dict.fromkeys(row.image_size for row in self.rows):
+            rows = {row.kind: row for row in self.rows if row.image_size == size and row.scope == self.scopes[-1]}
+            costs = {
+                name: (row.gmacs, row.latency_ms / row.batch if row.stable else None)
+                for name, row in (("dense", rows[DENSE]), ("sparse", rows[OURS_SPARSE]))
+            }
+            lines += image_told(self.per, rows[DENSE].per_image, size, costs)
+        return lines
 
     @property
     def scopes(self) -> tuple[Scope, ...]:

@@ -20,9 +20,10 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as V
 
 from sparsevit_cli.data.chosen import ChosenSource
-from sparsevit_cli.data.images import UnreadableImageError, decode_image
+from sparsevit_cli.data.images import UnreadableImageError, decode_image, upright_size
 from sparsevit_cli.data.source import BadImages
 from sparsevit_cli.data.splits import Indices
+from sparsevit_cli.sizes import Size
 
 from .labels import LabelMap, read_numbers
 from .transforms import TransformSpec
@@ -123,6 +124,16 @@ class PairSource(ChosenSource):
         if self.spec.augment is None:
             return self.spec.evaluated(pixels, self.sample_name(index)), truth
         return self.spec.drawn(pixels, tv_tensors.Mask(truth), self.seed, self.epoch, index)
+
+    def slid_sizes(self) -> list[Size]:
+        """Height and width at which sliding windows go over each image, from the headers.
+
+        Raises UnreadableImageError.
+        """
+        pairs = self.pairs
+        names = [pairs.pairs[record].image for record in self.indices.tolist()]
+        own = [upright_size(pairs.root / name, name, pairs.max_megapixels) for name in names]
+        return [self.spec.slid_size(size, name) for size, name in zip(own, names, strict=True)]
 
     def collate(self, samples: Sequence[Any], seed: int | None) -> tuple[Any, Any]:
         """One tensor of images and of masks in training; masks, and images of sliding windows, as lists elsewhere."""

@@ -18,6 +18,7 @@ from sparsevit_cli.config.images import DigitScenesData
 from sparsevit_cli.config.semantic import BACKGROUND, MaskFiles, SemanticModel, SemanticTask
 from sparsevit_cli.data.digits import MEAN, STD
 from sparsevit_cli.data.pictures import captioned
+from sparsevit_cli.data.shrunk import Scale
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sizes import Size
@@ -29,9 +30,10 @@ from .fpn_head import FpnSegmenter
 from .labels import IGNORED
 from .mask2former import Mask2FormerSegmenter, PixelFeatures, check_settings
 from .picture import blended
+from .records import PairSource
 from .scenes import example_scenes
 from .scorer import ConfusionScorer
-from .segmenter import Segmenter, at_size
+from .segmenter import Segmenter, at_size, window_places
 
 
 class SemanticSegmentation(Task):
@@ -52,7 +54,9 @@ class SemanticSegmentation(Task):
     def data(self, *, seed: int, categories: Categories | None) -> Data:
         """Sources of (image, mask); see `build_data`. The order of the classes is the configuration's, or fixed."""
         model = self.config.model
-        return build_data(self._data, img_size=model.img_size, in_chans=model.in_chans, seed=seed)
+        found = build_data(self._data, img_size=model.img_size, in_chans=model.in_chans, seed=seed)
+        self.__dict__["_validation"] = found.val  # listed once
+        return found
 
     def build(self, categories: Categories | None, options: BuildOptions) -> nn.Module:
         """A `Segmenter` with a score per class; see `on_backbone` for its weights."""
@@ -150,6 +154,13 @@ class SemanticSegmentation(Task):
         assert isinstance(model, FpnSegmenter)
         return {"backbone": [model.swin], "neck": [model.pyramid.neck], "head": [model.head]}
 
+    def per_image(self, size: Size, scale: Scale | None = None) -> float:
+        """Windows of `size` that cover a validation image, 1 unless they slide; sizes are those in the headers."""
+        if not isinstance(self._data, MaskFiles) or self._data.evaluation != "sliding":
+            return 1.0
+        sizes = [own if scale is None else scale(own) for own in self._slid_sizes]
+        return sum(len(window_places(each, size, self._data.overlap)) for each in sizes) / len(sizes)
+
     def finish(self, outputs: Any, size: Size) -> list[Tensor]:
         """The class of every pixel of each image, (H, W): scores brought to `size`, the largest one taken."""
         return [at_size(scores, size).argmax(0) for scores in outputs]
@@ -183,6 +194,17 @@ class SemanticSegmentation(Task):
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Those of image files; the digits are drawn as they are."""
         return (self._data.mean, self._data.std) if isinstance(self._data, MaskFiles) else None
+
+    @functools.cached_property
+    def _validation(self) -> Source:
+        return self.data(seed=self.config.seed, categories=None).val
+
+    @functools.cached_property
+    def _slid_sizes(self) -> list[Size]:
+        """Height and width at which windows slide over each validation image."""
+        source = self._validation
+        assert isinstance(source, PairSource)
+        return source.slid_sizes()
 
     @functools.cached_property
     def _names(self) -> tuple[str, ...]:
