@@ -517,6 +517,33 @@ def test_masks_count_for_nothing_far_inside_of_what_is_ignored() -> None:
     assert (rows[9:] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("sections", "what"),
+    [
+        ({"model": {"img_size": 32}}, "model.img_size"),
+        (
+            {"train": {"curriculum": [{"img_size": 32, "epochs": 1}, {"img_size": 64, "epochs": 1}]}},
+            "train.curriculum.0",
+        ),
+    ],
+)
+def test_a_map_of_one_number_per_group_is_refused_before_any_training(sections: dict[str, Any], what: str) -> None:
+    """torch's group norm raised a bare ValueError at the first image that came alone."""
+    model = {**MASK2FORMER, "img_size": 64, **sections.get("model", {})}
+    others = {name: fields for name, fields in sections.items() if name != "model"}
+    with pytest.raises(ConfigError, match=rf"{what}.*32x32 pixels, whose coarsest map is 1x1.*channels, now 32, to 64"):
+        built(tiny_task(model=model, **others))
+    taken = built(tiny_task(model={**MASK2FORMER, "img_size": 64}))
+    assert taken.eval()(torch.randn(1, 3, 64, 64)).shape[2:] == (64, 64)
+    assert not taken.takes((32, 32))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        taken(torch.randn(1, 3, 32, 32))
+    wider = tiny_task(model={**model, "mask2former": {**MASK2FORMER["mask2former"], "channels": 64}}, **others)
+    assert built(wider).eval()(torch.randn(1, 3, 32, 32)).shape[2:] == (32, 32)
+    with pytest.raises(ConfigError, match="image size: 32x32"):
+        task_of(tiny_task(model={**MASK2FORMER, "img_size": 64}).config).build(None, BuildOptions(img_size=(32, 32)))
+
+
 def test_weights_of_classes_must_fit() -> None:
     with pytest.raises(ConfigError, match=r"task.class_weights: 2 weights for 11 classes"):
         built(tiny_task(task={"class_weights": [1.0, 2.0]}))

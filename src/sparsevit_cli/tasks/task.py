@@ -217,6 +217,10 @@ class Task(ABC):
         """
         return outputs
 
+    def takes(self, model: nn.Module, size: Size) -> bool:
+        """False if what stands around the Swin cannot take images of `size`: no smaller rival gets them."""
+        return True
+
     def at_full_load(self, model: nn.Module) -> AbstractContextManager[object]:
         """Let `model` do as much inside the block as an image may ask of it: costs are measured so.
 
@@ -295,9 +299,14 @@ class Task(ABC):
         return file
 
     def check_sizes(self, divisor: int, others: Mapping[str, ImageSize] = MappingProxyType({})) -> None:
-        """Raises ConfigError for image sizes that a backbone's `divisor` does not divide: of the model, all phases of
-        training, and `others` by the name of their setting.
-        """
+        """Raises ConfigError for image sizes that a backbone's `divisor` does not divide; see `image_sizes`."""
+        for what, size in self.image_sizes(others).items():
+            if any(side % divisor for side in size):
+                got = f"{size_text(size)} pixels; the stages need multiples of {divisor}"
+                raise ConfigError(what, got, "Round it.")
+
+    def image_sizes(self, others: Mapping[str, ImageSize] = MappingProxyType({})) -> dict[str, Size]:
+        """Height and width of images by the name of the setting: of the model, all phases of training, and `others`."""
         config = self.config
         sections = {"train": config.train, "adapt": config.adapt, "finetune": config.finetune}
         phases = {
@@ -305,10 +314,8 @@ class Task(ABC):
             for name, section in sections.items()
             for number, phase in enumerate(section.curriculum)
         }
-        for what, size in ({"model.img_size": config.model.img_size} | phases | dict(others)).items():
-            if any(side % divisor for side in as_pair(size)):
-                got = f"{size_text(as_pair(size))} pixels; the stages need multiples of {divisor}"
-                raise ConfigError(what, got, "Round it.")
+        found = {"model.img_size": config.model.img_size} | phases | dict(others)
+        return {what: as_pair(size) for what, size in found.items()}
 
     def _section(self, options: BuildOptions) -> ModelSection:
         section = self.config.model

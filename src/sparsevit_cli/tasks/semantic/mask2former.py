@@ -6,6 +6,7 @@ transformers is loaded when a model is built (extra `segment`). Nothing is downl
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from .labels import IGNORED
 from .segmenter import Segmenter
 
 _LEAST_LEVELS = 3
+_GROUPS = 32
+"""Of the pixel decoder's group norms, in transformers."""
 _NO_MASK = -20.0
 """Score of a mask where the truth is ignored: its sigmoid is 0 to eight digits, and so is its gradient."""
 
@@ -90,6 +93,12 @@ class Mask2FormerSegmenter(Segmenter):
     def swin(self) -> SwinBackbone:
         backbone: SwinBackbone = self.model.pixel_level_module.encoder.backbone
         return backbone
+
+    def takes(self, size: Size) -> bool:
+        """False if a group of a norm of the pixel decoder is one number, for images of `size`: torch refuses that."""
+        coarsest: int = math.prod(-(-side // self.swin.strides[-1]) for side in size)
+        channels: int = self.model.config.feature_size
+        return coarsest * channels // _GROUPS > 1
 
     def queries(self, images: Tensor, *, last: bool = True) -> list[tuple[Tensor, Tensor]]:
         """Classes (B, queries, classes + 1) and masks (B, queries, H/4, W/4), both before any sigmoid, of each layer.

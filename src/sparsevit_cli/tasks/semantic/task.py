@@ -21,7 +21,7 @@ from sparsevit_cli.data.pictures import captioned
 from sparsevit_cli.data.shrunk import Scale
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.sizes import Size
+from sparsevit_cli.sizes import ImageSize, Size, size_text
 from sparsevit_cli.tasks.task import POSTPROCESSING, BuildOptions, Metric, Scorer, Task
 from sparsevit_cli.weights import WeightsFile
 
@@ -65,8 +65,18 @@ class SemanticSegmentation(Task):
             do = "Remove task.class_weights and task.background_weight; see model.mask2former.no_object."
             raise ConfigError("task", "weights of classes, and Mask2Former's loss has none", do)
         model = self.on_backbone(options, functools.partial(self._standing_on, classes=len(names)))
-        crop = {"data.crop": self._data.crop} if isinstance(self._data, MaskFiles) and self._data.crop else {}
+        crop: dict[str, ImageSize] = {}
+        if isinstance(self._data, MaskFiles) and self._data.crop:
+            crop["data.crop"] = self._data.crop
         self.check_sizes(model.swin.divisor, crop)
+        if options.img_size is not None:
+            crop["image size"] = options.img_size
+        for what, size in self.image_sizes(crop).items():
+            if not self.takes(model, size):
+                channels = self._model.mask2former.channels
+                got = f"{size_text(size)} pixels, whose coarsest map is 1x1: a group of one number cannot be normalised"
+                do = f"Set larger images, or model.mask2former.channels, now {channels}, to {2 * channels}."
+                raise ConfigError(what, got, do)
         return model
 
     def _standing_on(self, backbone: SwinBackbone, classes: int) -> Segmenter:
@@ -160,6 +170,10 @@ class SemanticSegmentation(Task):
             return 1.0
         sizes = [own if scale is None else scale(own) for own in self._slid_sizes]
         return sum(len(window_places(each, size, self._data.overlap)) for each in sizes) / len(sizes)
+
+    def takes(self, model: nn.Module, size: Size) -> bool:
+        """See `Mask2FormerSegmenter.takes`."""
+        return not isinstance(model, Mask2FormerSegmenter) or model.takes(size)
 
     def finish(self, outputs: Any, size: Size) -> list[Tensor]:
         """The class of every pixel of each image, (H, W): scores brought to `size`, the largest one taken."""
