@@ -24,7 +24,7 @@ from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
 from .masks import run_lengths
 from .placing import PlacingSpec, Target, frame_of, placed_image, placed_objects, shown_size, stretched
-from .truth import Instance, Truth
+from .truth import Instance, Truth, Truths
 
 Sample = tuple[Tensor, Target]
 """Image (3, H, W) float32, and `boxes`, `labels`, `masks` to learn from, or `truth` and `frame` to be judged by."""
@@ -109,14 +109,14 @@ def scene_truth(scene: Scene, number: int) -> Truth:
 class Images:
     """The images of one split, listed and not decoded.
 
-    `truths` holds one Truth per image, `names` the files below `folder`, `faults` why an image cannot be read, as far
+    `truths` holds one for each image, `names` the files below `folder`, `faults` why an image cannot be read, as far
     as the listing tells, `digest` what tells one state of the annotations and files from another.
     """
 
     split: str
     folder: Path
     names: tuple[str, ...]
-    truths: tuple[Truth, ...]
+    truths: Truths
     faults: dict[int, str]
     digest: str
     max_megapixels: float
@@ -177,7 +177,7 @@ class FileSource(ChosenSource, InstanceSource):
         if number in self.images.faults:
             raise UnreadableImageError(name, self.images.faults[number], "Replace or remove it.")
         image = decode_image(self.images.folder / self.images.names[number], name, self.images.max_megapixels)
-        height, width = self.images.truths[number].size
+        height, width = self.images.truths.size(number)
         if (image.height, image.width) != (height, width):
             got = f"it has {image.height} x {image.width} pixels, its annotations {height} x {width}"
             turned = (
