@@ -20,6 +20,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from typer.testing import CliRunner
 
 from coco_tree import coco_tree
+from sparsevit_cli import weights
 from sparsevit_cli.checkpoints import latest_checkpoint, load_checkpoint
 from sparsevit_cli.cli import app
 from sparsevit_cli.config.experiment import ExperimentConfig
@@ -40,6 +41,7 @@ from sparsevit_cli.schedule import FixedSchedule, RandomSchedule
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
+from sparsevit_cli.tasks import task as task_module
 from sparsevit_cli.tasks.instances import Instances
 from sparsevit_cli.tasks.instances.masks import pasted
 from sparsevit_cli.tasks.instances.model import MASK_SHIFT, Detector
@@ -531,3 +533,23 @@ def test_a_checkpoint_may_be_that_of_a_whole_detector_or_of_its_backbone(tmp_pat
     assert len(reset.roi_heads.box_predictor.cls_score.weight) == 3
     assert torch.equal(reset.rpn.head.cls_logits.weight, trained.rpn.head.cls_logits.weight)
     assert len(data.categories) == 10
+
+
+def test_a_checkpoint_is_read_once_for_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is that of a whole detector was asked of the file before, and its backbone taken from it once more."""
+    _, data, trained = built()
+    read, reads = weights.files.read_file, []
+    for module in (task_module, weights.loading, weights):
+        monkeypatch.setattr(module, "read_file", lambda path: reads.append(path) or read(path))
+    for name, tensors in (("whole", trained.state_dict()), ("backbone", trained.backbone.body.state_dict())):
+        file = tmp_path / f"{name}.safetensors"
+        safetensors.torch.save_file(tensors, str(file))
+        for asked_first in (True, False):
+            reads.clear()
+            task = task_of(tiny(model={"checkpoint": str(file)}))
+            whole = task.checkpoint_is_whole if asked_first else None
+            task.build(data.categories, BuildOptions())
+            assert task.checkpoint_is_whole == (name == "whole")
+            assert whole in (None, task.checkpoint_is_whole)
+            assert reads == [file]
+            assert "_checkpoint" not in vars(task), "not kept beside the model's own weights"

@@ -173,7 +173,7 @@ class Task(ABC):
     @functools.cached_property
     def checkpoint_is_whole(self) -> bool:
         """True if `model.checkpoint` gives every weight, so that nothing must be pretrained; a backbone's does not."""
-        return not self.around or self._whole_checkpoint() is not None
+        return not self.around or self._holds_whole
 
     def check_checkpoint(self, file: WeightsFile) -> None:  # noqa: B027 - shapes tell most
         """Raises CheckpointError if the weights of a whole model do not go with the configuration, though they fit."""
@@ -257,14 +257,16 @@ class Task(ABC):
             say=options.say,
         )  # fmt: skip
 
-    def swin_backbone(self, options: BuildOptions, levels: Sequence[int] | None = None) -> SwinBackbone:
+    def swin_backbone(
+        self, options: BuildOptions, levels: Sequence[int] | None = None, file: WeightsFile | None = None
+    ) -> SwinBackbone:
         """The configuration's timm Swin as a backbone that gives the maps of `levels`, by default of all stages.
 
-        See `build_backbone`.
+        `file` is what `model.checkpoint` holds, if it was read already. See `build_backbone`.
         """
         levels = range(len(self.config.model.depths or LEVELS)) if levels is None else levels
         return build_backbone(
-            self._section(options), levels, img_size=options.img_size, seed=options.seed, say=options.say
+            self._section(options), levels, img_size=options.img_size, seed=options.seed, say=options.say, file=file
         )
 
     def on_backbone(self, options: BuildOptions, make: Callable[[SwinBackbone], M]) -> M:
@@ -273,8 +275,13 @@ class Task(ABC):
         `model.checkpoint` may be that of a backbone, or of a whole model, which has a tensor of `around`: a file, a
         checkpoint folder of ours, a folder of transformers. Raises ConfigError, CheckpointError.
         """
-        whole = self._whole_checkpoint() if options.initial_weights else None
-        backbone = self.swin_backbone(options if whole is None else replace(options, initial_weights=False))
+        file = self._checkpoint if options.initial_weights else None
+        whole = file if file is not None and self._holds_whole else None
+        if whole is None:
+            backbone = self.swin_backbone(options, file=file)
+        else:
+            backbone = self.swin_backbone(replace(options, initial_weights=False))
+        self.__dict__.pop("_checkpoint", None)  # used: a second copy of all weights would stay in memory
         with seeded(derive_seed(options.seed, "heads")):
             model = make(backbone)
         if whole is not None:
@@ -288,15 +295,21 @@ class Task(ABC):
             options.say(f"{whole.path}: all weights are taken from it")
         return model
 
-    def _whole_checkpoint(self) -> WeightsFile | None:
-        """The weights in `model.checkpoint` if they are of a whole model. Raises CheckpointError."""
+    @functools.cached_property
+    def _checkpoint(self) -> WeightsFile | None:
+        """The weights in `model.checkpoint`, read once and kept until a model is built. Raises CheckpointError."""
         if self.config.model.checkpoint is None:
             return None
-        file = read_file(as_path(self.config.model.checkpoint, "model.checkpoint"))
-        if not any(key.startswith(self.around) for key in file.tensors):
-            return None
+        return read_file(as_path(self.config.model.checkpoint, "model.checkpoint"))
+
+    @functools.cached_property
+    def _holds_whole(self) -> bool:
+        """True if the weights in `model.checkpoint` are of a whole model. Raises CheckpointError."""
+        file = self._checkpoint
+        if file is None or not any(key.startswith(self.around) for key in file.tensors):
+            return False
         self.check_checkpoint(file)
-        return file
+        return True
 
     def check_sizes(self, divisor: int, others: Mapping[str, ImageSize] = MappingProxyType({})) -> None:
         """Raises ConfigError for image sizes that a backbone's `divisor` does not divide; see `image_sizes`."""
