@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsevit_cli.data.files import file_bytes, file_fault, file_status
 from sparsevit_cli.data.source import Categories, Finding, shorten
 from sparsevit_cli.errors import DataError
 from sparsevit_cli.sizes import Size, size_text
@@ -291,15 +291,9 @@ def _files(
         raise DataError(str(folder), "there is no such folder", "Set data.root, data.train_images and data.val_images.")
     found, faults = [], {}
     for number, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        try:
-            status = os.stat(folder / name)
-        except OSError as error:
-            found.append(-1)
-            faults[number] = f"cannot be opened ({error.strerror})"
-            continue
-        found.append(status.st_size)
-        if not stat.S_ISREG(status.st_mode) or not status.st_size:
-            faults[number] = "is an empty file" if stat.S_ISREG(status.st_mode) else "is no file"
+        found.append(file_bytes(file_status(folder / name)))
+        if reason := file_fault(found[-1]):
+            faults[number] = reason
         elif math.prod(size) > max_megapixels * 1e6:
             faults[number] = f"has {size_text(size)} pixels, more than data.max_megapixels {max_megapixels:g}"
     return found, faults
