@@ -168,6 +168,19 @@ def test_boxes_are_computed_in_float32_whatever_the_weights_are() -> None:
     assert len(found[0]["boxes"])
 
 
+def test_a_drawn_split_of_another_size_is_of_the_same_kind() -> None:
+    _, data, _ = built(task={"masks": False})
+    smaller = data.val.resized(48)
+    assert (smaller.image_size, data.val.image_size) == ((48, 48), (64, 64))
+    assert {"boxes", "labels"} == set(smaller.objects(0)[1])  # type: ignore[attr-defined]
+    assert "truth" in smaller[0][1]
+    assert smaller.fingerprint() != data.val.fingerprint()
+    assert smaller.fingerprint().endswith(", boxes")
+    moved = data.train.resized(48)
+    moved.set_epoch(1)
+    assert not torch.equal(moved[0][0], data.train.resized(48)[0][0]), "each has an epoch of its own"
+
+
 def test_parts_are_disjoint_and_hold_every_parameter() -> None:
     for masks in (True, False):
         task, _, model = built(task={"masks": masks})

@@ -16,11 +16,11 @@ from torchvision import tv_tensors
 
 from sparsevit_cli.data.chosen import ChosenSource
 from sparsevit_cli.data.digit_scenes import DigitScenes, Scene
+from sparsevit_cli.data.drawn import DrawnSource
 from sparsevit_cli.data.images import UnreadableImageError, decode_image
 from sparsevit_cli.data.source import BadImages, Source
 from sparsevit_cli.data.splits import Indices
 from sparsevit_cli.seeding import derive_seed
-from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
 from .masks import run_lengths
 from .placing import PlacingSpec, Target, frame_of, placed_image, placed_objects, shown_size, stretched
@@ -52,46 +52,30 @@ def _plain(value: object) -> object:
     return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
 
 
-class SceneSource(InstanceSource):
+class SceneSource(DrawnSource[DigitScenes], InstanceSource):
     """The embedded scenes of digits."""
 
     def __init__(self, scenes: DigitScenes, *, masks: bool) -> None:
-        self.scenes, self.masks = scenes, masks
-        self.held_out = scenes.split != "train"
-
-    @property
-    def image_size(self) -> Size:
-        return as_pair(self.scenes.spec.canvas)
-
-    def __len__(self) -> int:
-        return len(self.scenes)
+        super().__init__(scenes)
+        self.masks, self.held_out = masks, scenes.split != "train"
 
     def __getitem__(self, index: int) -> Sample:
         if not self.held_out:
             return self.objects(index)
-        scene, placement = self.scenes[index], stretched(self.image_size, self.image_size)
+        scene, placement = self.drawn[index], stretched(self.image_size, self.image_size)
         target: Target = {"truth": scene_truth(scene, index), "frame": frame_of(placement)}
         return tv_tensors.Image(scene.image), target
 
     def objects(self, index: int) -> Sample:
-        scene = self.scenes[index]
+        scene = self.drawn[index]
         boxes = tv_tensors.BoundingBoxes(scene.boxes, format="XYXY", canvas_size=self.image_size)
         target: Target = {"boxes": boxes, "labels": scene.labels + 1}
         if self.masks:
             target["masks"] = tv_tensors.Mask(scene.masks.to(torch.uint8))
         return tv_tensors.Image(scene.image), target
 
-    def set_epoch(self, epoch: int) -> None:
-        self.scenes.set_epoch(epoch)
-
-    def resized(self, size: ImageSize) -> SceneSource:
-        return SceneSource(self.scenes.with_canvas(size), masks=self.masks)
-
-    def sample_name(self, index: int) -> str:
-        return self.scenes.sample_name(index)
-
     def fingerprint(self) -> str:
-        return f"{self.scenes.fingerprint()}{'' if self.masks else ', boxes'}"
+        return f"{super().fingerprint()}{'' if self.masks else ', boxes'}"
 
 
 def scene_truth(scene: Scene, number: int) -> Truth:
