@@ -27,7 +27,7 @@ from sparsevit_cli.config.experiment import ExperimentConfig
 from sparsevit_cli.config.loading import load_config
 from sparsevit_cli.config.tasks import type_of
 from sparsevit_cli.config.yaml_loader import Document
-from sparsevit_cli.data import Batch, Categories, Data, Shrunk, train_batches
+from sparsevit_cli.data import Batch, Categories, Data, Shrunk, digit_scenes, train_batches
 from sparsevit_cli.data.loader import eval_batches
 from sparsevit_cli.data.shrunk import Scale
 from sparsevit_cli.errors import CheckpointError, ConfigError, StoppedError
@@ -481,8 +481,10 @@ def test_run_compares_the_winner_with_a_smaller_rival(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "tiny" / "profile" / "profile.json").exists()
 
 
-def test_digits_and_boxes_alone_are_trained_and_scored(tmp_path: Path) -> None:
-    config = tiny(task={"masks": False}, train={"epochs": 0.01})
+def test_digits_and_boxes_alone_are_trained_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, count in (("train", 24), ("search", 8), ("val", 8)):
+        monkeypatch.setitem(digit_scenes.SCENES, split, count)
+    config = tiny(task={"masks": False}, train={"epochs": 0.5})
     result = CliRunner().invoke(app, typed(tmp_path, config, "pretrain", "--json"))
     assert result.exit_code == 0, result.output
     metrics = json.loads((tmp_path / "runs" / "tiny" / "pretrain" / "metrics.json").read_text())
