@@ -26,7 +26,8 @@ from .folder import (
     load_sparsity,
 )
 from .images import structured_images
-from .programs import OneImage, UntraceableError, check_packages, with_fixed_outputs
+from .programs import OneImage, UntraceableError, check_packages, named_tensors, with_fixed_outputs
+from .reading import ExportFolder, is_export, open_export
 
 __all__ = [
     "FEATURE_WEIGHTS",
@@ -36,6 +37,7 @@ __all__ = [
     "SPARSITY",
     "WEIGHTS",
     "Difference",
+    "ExportFolder",
     "ExportReport",
     "ExportScope",
     "ExportedFile",
@@ -45,8 +47,11 @@ __all__ = [
     "UntraceableError",
     "check_packages",
     "export_model",
+    "is_export",
     "load_exported",
     "load_sparsity",
+    "named_tensors",
+    "open_export",
     "runs_on",
     "structured_images",
     "with_fixed_outputs",

@@ -51,6 +51,7 @@ from .folder import (
     describe_files,
     export_versions,
     file_name,
+    output_prefix,
     publish,
     sparsity_json,
     staging_folder,
@@ -170,7 +171,7 @@ def export_model(
         model = with_fixed_outputs(module, lambda batch: structured_images(shape, batch, seed), check_batch_sizes)
     one_image = isinstance(model, OneImage)
     draw = single_images(shape, check_images) if one_image else batches(shape, check_batch_sizes)
-    outputs = eager_reference(model, draw, "level" if scope == "features" else "output")
+    outputs = eager_reference(model, draw, output_prefix(scope))
     outputs = with_most_different_answers(outputs) if one_image else outputs
     output_shapes = output_shapes_of(outputs(seed), one_image)
 
