@@ -95,10 +95,10 @@ def find_exported(session: Session, name: str, typed: str | None) -> Exported:
 def _folder(session: Session, typed: str | None) -> tuple[Path, Path | None]:
     """The export folder, and the file in it if one is named."""
     if typed is None:
-        folder = session.earlier("export")
-        if not is_export(folder.path):
-            raise missing_result(folder, "sparsevit evaluate --runtime")
-        return folder.path, None
+        own = session.earlier("export")
+        if not is_export(own.path):
+            raise missing_result(own, "sparsevit evaluate --runtime")
+        return own.path, None
     if typed in (*LEAVE_WEIGHTS, BEST):
         got = f"{typed} are trained weights, and --runtime runs an exported file"
         raise ConfigError("--weights", got, "Give the folder of an export, or leave --runtime out.")
