@@ -138,9 +138,15 @@ def show_evaluation(summary: EvaluateSummary) -> None:
         rows = [(name, f"{value:.{digits}f}") for name, value in score.values.items()]
         print_table(f"Score on {score.count} validation images", ("value", ""), rows)
     backbone = "" if summary.backbone_gmacs is None else f" ({summary.backbone_gmacs:.3f} in the backbone)"
+    run = summary.runtime
+    told = f"weights of {summary.weights}"
+    if run is not None:
+        threads = f"{run.threads} thread{'s' if run.threads > 1 else ''}"
+        told = f"{run.file} ({run.precision}, {run.runtime} {run.version}, {threads})"
     print_lines(
-        f"evaluate: weights of {summary.weights} at {summary.config}: {summary.metric.told(score.value)} "
-        f"on {score.count} validation images, {summary.gmacs:.3f} GMACs{backbone}"
+        f"evaluate: {told} at {summary.config}: {summary.metric.told(score.value)} "
+        f"on {score.count} validation images, {summary.gmacs:.3f} GMACs{backbone}",
+        *([f"SHA-256 of {name}: {digest}" for name, digest in run.files.items()] if run is not None else []),
     )
 
 

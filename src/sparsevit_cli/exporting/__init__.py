@@ -31,7 +31,8 @@ from .folder import (
 )
 from .images import structured_images
 from .precision import precision_label
-from .programs import OneImage, UntraceableError, check_packages, with_fixed_outputs
+from .programs import OneImage, UntraceableError, check_packages, named_tensors, with_fixed_outputs
+from .reading import ExportFolder, is_export, open_export
 from .report import SIZE_NOTE, ExportedFile, ExportReport, RuntimeLatency
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "SPARSITY",
     "WEIGHTS",
     "Difference",
+    "ExportFolder",
     "ExportReport",
     "ExportScope",
     "ExportedFile",
@@ -55,8 +57,11 @@ __all__ = [
     "UntraceableError",
     "check_packages",
     "export_model",
+    "is_export",
     "load_exported",
     "load_sparsity",
+    "named_tensors",
+    "open_export",
     "precision_label",
     "runs_on",
     "structured_images",

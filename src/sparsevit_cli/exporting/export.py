@@ -48,6 +48,7 @@ from .folder import (
     check_info,
     describe_files,
     file_name,
+    output_prefix,
     publish,
     sparsity_json,
     staging_folder,
@@ -121,7 +122,7 @@ def export_model(
         got = f"{precision}, but the model answers each image: rounding changes how many answers there are"
         raise ConfigError("export.precision", got, "Export backbone and neck (export.scope: features), or fp32.")
     draw = single_images(shape, check_images) if one_image else batches(shape, check_batch_sizes)
-    outputs = eager_reference(model, draw, "level" if scope == "features" else "output")
+    outputs = eager_reference(model, draw, output_prefix(scope))
     outputs = with_most_different_answers(outputs) if one_image else outputs
     output_shapes = output_shapes_of(outputs(seed), one_image)
 

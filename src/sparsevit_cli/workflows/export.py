@@ -25,7 +25,6 @@ from sparsevit_cli.profiling.inputs import evaluating, model_device
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
-from sparsevit_cli.swin.geometry import trunk
 
 from .ratios import ratios_of_weights
 from .session import Session, Weights
@@ -84,7 +83,7 @@ def exported_part(session: Session, model: nn.Module) -> Part:
         got = f"the model of task {task.name} takes a {type(inputs).__name__}, and files take one tensor of images"
         raise ConfigError("export.scope", got, "Set export.scope: features.")
     named = task.features(model)
-    features = trunk(model) if named is model else named
+    features = task.exported_features(model)
     if asked == "features" and features is model:
         got = f"the model of task {task.name} is its Swin: there is no smaller part"
         raise ConfigError("export.scope", got, "Set export.scope: model.")
@@ -150,6 +149,7 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
             "settings": export_settings(session),
             "manifest": report.manifest.name,
             "scope": report.scope,
+            **({"seed": trained.result["seed"]} if trained.result.get("seed") is not None else {}),
         },
         files=[*read_json(report.manifest)["files"], report.manifest.name],
     )

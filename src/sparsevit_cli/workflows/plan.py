@@ -50,9 +50,15 @@ class Plan:
 
 
 def plan_of(
-    session: Session, command: str, *, model: str | None = None, img_size: str | None = None, ratios: str | None = None
+    session: Session,
+    command: str,
+    *,
+    model: str | None = None,
+    img_size: str | None = None,
+    ratios: str | None = None,
+    runtime: str | None = None,
 ) -> Plan:
-    """The plan of `command`, from a few timed passes. The flags are those of profile.
+    """The plan of `command`, from a few timed passes. The flags are those of profile and evaluate.
 
     Without data it says what the configuration alone tells. Raises what building the model raises.
     """
@@ -76,6 +82,8 @@ def plan_of(
         lines.append(known.search_line())
     if command in ("evaluate", "run"):
         lines.append(known.evaluation_line())
+    if runtime is not None:
+        lines.append(f"runtime: an exported file in {runtime} is scored, whose time is not known")
     if command == "export":
         lines.append(f"export: {', '.join(session.config.export.formats) or 'weights'}, safetensors and sparsity.json")
     return Plan(tuple(lines), known.missing)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,17 @@ class Mask2FormerSegmenter(Segmenter):
     def swin(self) -> SwinBackbone:
         backbone: SwinBackbone = self.model.pixel_level_module.encoder.backbone
         return backbone
+
+    def replace_pixel_features_(self, run: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        """Let `run` compute what `PixelFeatures` does; the transformer decoder stays as it is."""
+        from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelLevelModuleOutput
+
+        def forward(pixel_values: Tensor, **_: Any) -> Any:
+            masks, *coarser = run(pixel_values)
+            maps: Any = tuple(coarser)
+            return Mask2FormerPixelLevelModuleOutput(decoder_last_hidden_state=masks, decoder_hidden_states=maps)
+
+        self.model.pixel_level_module.forward = forward
 
     def takes(self, size: Size) -> bool:
         """False if a group of a norm of the pixel decoder is one number, for images of `size`: torch refuses that."""
