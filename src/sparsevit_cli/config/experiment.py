@@ -351,6 +351,16 @@ class ExportSection(Section):
     check_batch_sizes: tuple[Count, Count] = Field((1, 3), description="Two batch sizes of the check against eager.")
     tolerance: Positive = Field(1e-3, description="Largest accepted difference, over the largest eager output.")
     latency: bool = Field(True, description="Measure dense and sparse latency in onnxruntime.")
+    calibration_images: Count = Field(
+        128,
+        description="With precision int8: images that tell the ranges of activations, a seeded choice of the search "
+        "split, which is held out of the training images; fewer where it has fewer.",
+    )
+    max_loss: Annotated[float, Field(ge=0)] = Field(
+        0.5,
+        description="With precision int8: points of the metric that eight bits may cost on the validation data. Where "
+        "they cost more, the layers that cost most stay in float.",
+    )
 
 
 class ExperimentConfig(Section):
