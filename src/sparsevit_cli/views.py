@@ -206,17 +206,19 @@ def show_export(summary: ExportSummary) -> None:
     ]
     weights = dict.fromkeys((report.weights, report.weights.with_name(WEIGHTS)))
     rows += [(path.name, f"{path.stat().st_size / 1e6:.2f}", "-", "ok") for path in weights]
-    rows += [(report.sparsity_file.name, "0.00", "-", "ok")]
+    rows += [(path.name, "0.00", "-", "ok") for path in (report.sparsity_file, report.serving)]
     title = f"Export of {parts[report.scope]}: weights of {summary.weights} at {summary.config}"
     print_table(title, ("file", "MB", "difference", "check"), rows)
-    if report.dense_latency is not None and report.sparse_latency is not None:
-        dense, sparse = report.dense_latency, report.sparse_latency
+    for latency in report.latencies:
+        dense, sparse = latency.dense, latency.sparse
         shaky = dense.unsteady or sparse.unsteady
         print_lines(
-            f"onnxruntime, batch 1: not steady ({shaky})"
-            if shaky
-            else f"onnxruntime, batch 1: dense {dense.median_ms:.2f} ms, sparse {sparse.median_ms:.2f} ms, "
-            f"speed-up {sparse.speedup:.2f}x"
+            f"{latency.runtime} {latency.activations}, batch 1: "
+            + (
+                f"not steady ({shaky})"
+                if shaky
+                else f"dense {dense.median_ms:.2f} ms, sparse {sparse.median_ms:.2f} ms, speed-up {sparse.speedup:.2f}x"
+            )
         )
     print_lines(
         "Window pruning skips computation: weights and file sizes do not shrink.",

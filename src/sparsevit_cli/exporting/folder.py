@@ -37,8 +37,11 @@ from sparsevit_cli.windows import IMPORTANCES, PARTITIONS, Importance, Partition
 
 ExportScope = Literal["model", "features"]
 """What the programs of a folder compute: the whole model, or its backbone and neck."""
-FORMATS = ("onnx", "pt2")
-MANIFEST, SPARSITY = "manifest.json", "sparsity.json"
+SUFFIXES = {"onnx": "onnx", "pt2": "pt2", "openvino": "xml"}
+"""What the file of a format ends in; OpenVINO keeps its weights beside it, in a `.bin`."""
+FORMATS = tuple(SUFFIXES)
+DEFAULT_FORMATS = ("onnx", "pt2")
+MANIFEST, SPARSITY, SERVING = "manifest.json", "sparsity.json", "serving.json"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FORMAT_VERSION = 3
 """Version 1 calls the categories `class_names`. Versions 1 and 2 know whole timm models alone, and no partition but
@@ -46,14 +49,17 @@ FORMAT_VERSION = 3
 
 
 def file_name(scope: ExportScope, kind: str) -> str:
-    """`features.onnx`; `kind` is a format, `safetensors` for the weights, or `onnx.data` for those of large models."""
+    """`features.onnx`; `kind` is what the name ends in: one of `_KINDS`."""
     return f"{scope}.{kind}"
 
 
+_KINDS = (*SUFFIXES.values(), "bin", "onnx.data", "safetensors")
+"""`bin` holds the weights of OpenVINO's `xml`, `onnx.data` those of large ONNX models, `safetensors` all of them."""
 WEIGHTS, FEATURE_WEIGHTS = (file_name(scope, "safetensors") for scope in get_args(ExportScope))
 NAMES = (
-    *(file_name(scope, kind) for scope in get_args(ExportScope) for kind in (*FORMATS, "onnx.data", "safetensors")),
+    *(file_name(scope, kind) for scope in get_args(ExportScope) for kind in _KINDS),
     SPARSITY,
+    SERVING,
 )
 _BUILD_ARGS = (
     "img_size in_chans num_classes embed_dim depths num_heads head_dim window_size patch_size mlp_ratio qkv_bias "

@@ -23,6 +23,7 @@ from sparsevit_cli.config.experiment import ExperimentConfig, LoopSection, Model
 from sparsevit_cli.config.kind import Kind
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.tasks import add_task, task_class
+from sparsevit_cli.data.preprocessing import Preprocessing
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
 from sparsevit_cli.models import build_model, tell_partition
@@ -224,6 +225,10 @@ class Task(ABC):
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Mean and deviation per channel with which images of 0 to 1 are normalised; None if there are no files."""
+        return None
+
+    def preprocessing(self) -> Preprocessing | None:
+        """What evaluation makes of an image file, for programs that serve an export; None if there are no files."""
         return None
 
     # -- said once, for all of them -----------------------------------------------------------------------------
