@@ -158,9 +158,7 @@ def test_a_scale_between_a_mean_and_a_matrix_of_eight_bits_is_why_the_classifier
 def test_layers_can_stay_in_float(float_file: Path, tmp_path: Path) -> None:
     """Every layer has an error of its own; what is named keeps its 32 bits."""
     errors = {layer.name: layer.error for layer in layer_errors(float_file, images(2), images(4))}
-    assert (
-        len(errors) == 5 * 6 + 2
-    )  # four matrices and two products a block, patch embedding and merging
+    assert len(errors) == 5 * 6 + 2  # four matrices and two products a block, patch embedding and merging
     assert all(0 < error < 1 for error in errors.values())
     worst = sorted(errors, key=lambda name: -errors[name])[:3]
     target = tmp_path / "int8.xml"

@@ -28,8 +28,9 @@ from .folder import (
     load_sparsity,
 )
 from .images import structured_images
-from .precision import precision_label
-from .programs import OneImage, UntraceableError, check_packages, with_fixed_outputs
+from .precision import resolved_activations
+from .programs import OneImage, UntraceableError, check_packages, named_tensors, with_fixed_outputs
+from .reading import ExportFolder, is_export, open_export
 from .report import SIZE_NOTE, ExportedFile, ExportReport, RuntimeLatency
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "SPARSITY",
     "WEIGHTS",
     "Difference",
+    "ExportFolder",
     "ExportReport",
     "ExportScope",
     "ExportedFile",
@@ -53,9 +55,12 @@ __all__ = [
     "UntraceableError",
     "check_packages",
     "export_model",
+    "is_export",
     "load_exported",
     "load_sparsity",
-    "precision_label",
+    "named_tensors",
+    "open_export",
+    "resolved_activations",
     "runs_on",
     "structured_images",
     "with_fixed_outputs",

@@ -90,7 +90,7 @@ def keep_ranking_exact(path: Path) -> None:
     """
     import openvino
 
-    marked = {node.get_friendly_name() for node in _ranking_nodes(openvino.Core().read_model(path))}
+    marked = {node.get_friendly_name() for node in ranking_nodes(openvino.Core().read_model(path))}
     tree = ElementTree.parse(path)
     for layer in tree.iter("layer"):
         if layer.get("name") not in marked:
@@ -102,18 +102,23 @@ def keep_ranking_exact(path: Path) -> None:
     tree.write(path, encoding="utf-8", xml_declaration=True)
 
 
-def _ranking_nodes(model: Any) -> Iterator[Any]:
+def ranking_nodes(model: Any) -> Iterator[Any]:
+    """The nodes of an `openvino.Model` that score and rank windows."""
     for ranking in rankings(model):
         yield ranking.top
         yield from ranking.scoring
 
 
-def changed_windows(path: Path, batches: Sequence[Tensor], activations: Activations) -> tuple[int, int]:
+def changed_windows(
+    path: Path, batches: Sequence[Tensor], activations: Activations, lowered_path: Path | None = None
+) -> tuple[int, int]:
     """Windows that all rankings of an .xml file keep in float32 of images (B, C, H, W), and how many of them go.
 
-    Of those, `activations` keeps others. The order of what is kept does not count.
+    Instead of those, `lowered_path` (by default the same file) keeps others in `activations`. The order of what is kept
+    does not count.
     """
-    exact, lowered = (_kept_windows(path, batches, each) for each in ("fp32", activations))
+    exact = _kept_windows(path, batches, "fp32")
+    lowered = _kept_windows(lowered_path or path, batches, activations)
     kept = sum(len(row) for row in exact)
     return kept, sum(len(ours - theirs) for ours, theirs in zip(exact, lowered, strict=True))
 

@@ -1,8 +1,8 @@
 """Eight bits by NNCF's post-training quantisation: which nodes stay in float, and which layers cost most.
 
-Scores and ranking stay in float: everything that serves a `TopK` alone is left out (`ranking_nodes`), so that no window
+Scores and ranking stay in float: what leads from a map to its `TopK` is left out (`ranking_nodes`), so that no window
 is dropped because its score was rounded. What enters the scores is computed from eight bits, though. So windows can
-still change: `rankings` counts them.
+still change: `changed_windows` counts them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 from sparsevit_cli.errors import ConfigError, MeasurementError, in_one_line, pass_on
 from sparsevit_cli.runtimes.openvino import compiled
 
+from .openvino_ir import keep_ranking_exact, ranking_nodes
 from .programs import quiet
-from .rankings import ranking_nodes
 
 PACKAGES = ("nncf", "openvino")
 TELEMETRY = "openvino_telemetry"
@@ -31,6 +31,13 @@ _PASSING = (
     "GatherND", "Concat", "Pad", "Convert",
 )  # fmt: skip
 """Nodes that move numbers and do not compute: a quantiser before one of them is the quantiser of what comes behind."""
+
+
+Quantise = Callable[[Path, Path], Mapping[str, Any]]
+"""Writes the first file, OpenVINO's in float32, as the second, in eight bits, and tells what manifest.json says of it.
+
+It raises MeasurementError for a result that is no good.
+"""
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,9 @@ def load_nncf() -> Any:
                 else:
                     os.environ["NNCF_CI"] = before
     nncf = import_module("nncf")
-    wrapper, decorator = (import_module(f"nncf.telemetry.{name}") for name in ("wrapper", "decorator"))
-    decorator.telemetry = wrapper.telemetry = wrapper.NNCFTelemetryStub()  # if somebody else imported it before us
+    sending: Any = import_module("nncf.telemetry.decorator")
+    assert hasattr(sending, "telemetry"), "NNCF sends by another way"
+    sending.telemetry = import_module("nncf.telemetry.wrapper").NNCFTelemetryStub()  # if somebody imported it before us
     nncf.set_log_level(logging.ERROR)
     return nncf
 
@@ -113,6 +121,7 @@ def quantize(
 
     model = _quantized(source, images, in_float, check, compress=True)
     openvino.save_model(model, target, compress_to_fp16=False)
+    keep_ranking_exact(target)
 
 
 def _quantized(
@@ -142,7 +151,7 @@ def _quantized(
         pass_on(error)
         got = f"NNCF cannot quantise it ({in_one_line(error)})"
         raise MeasurementError(source.name, got, "Export in fp32 or bf16, and report it with your versions.") from error
-    ranking = ranking_nodes(found)
+    ranking = list(ranking_nodes(found))
     entering = [value.get_node() for node in ranking for value in node.input_values()]
     rounded = {n.get_friendly_name() for n in (*ranking, *entering) if n.get_type_name() == "FakeQuantize"}
     if rounded:

@@ -19,6 +19,7 @@ class OpenVino(Runtime):
     suffixes = (".xml", ".onnx")
     packages = ("openvino",)
     extra = "openvino"
+    runs_int8 = True
 
     @functools.cache  # noqa: B019 - runtimes live as long as the process
     def activations(self) -> tuple[Activations, ...]:

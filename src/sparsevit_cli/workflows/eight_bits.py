@@ -22,8 +22,8 @@ from sparsevit_cli.data.source import Data, Source
 from sparsevit_cli.data.splits import fixed_subset
 from sparsevit_cli.errors import DataError, MeasurementError
 from sparsevit_cli.exporting import ExportScope, structured_images
+from sparsevit_cli.exporting.openvino_ir import changed_windows
 from sparsevit_cli.exporting.quantization import LayerError, layer_errors, quantize
-from sparsevit_cli.exporting.rankings import ChangedWindows, Rankings, changed_windows
 from sparsevit_cli.runtimes import Activations, ProgramModule, runtime
 from sparsevit_cli.tasks.task import Metric, Score
 
@@ -35,13 +35,14 @@ RANKING_IMAGES = 8
 """Calibration images on which the layers are ranked by their errors."""
 WINDOW_IMAGES = 128
 """Validation images on which changed windows are counted, at most."""
-KEPT = "an earlier export is as it was"
+AS_BEFORE = "an earlier export is as it was"
 
 
 @dataclass(frozen=True)
 class EightBits:
     """What eight bits did to a model, the same exported graph in float32 against int8, in the runtime.
 
+    Of `kept` windows of `window_images` validation images int8 keeps `changed` others.
     `in_float` are the layers that were kept out because too much was lost, those that cost most first; `without` is
     the change with all layers in eight bits then.
     """
@@ -49,7 +50,8 @@ class EightBits:
     metric: Metric
     calibration_images: int
     change: Change
-    windows: ChangedWindows
+    kept: int
+    changed: int
     window_images: int
     in_float: tuple[LayerError, ...] = ()
     without: Change | None = None
@@ -60,7 +62,7 @@ class EightBits:
             "calibration_images": self.calibration_images,
             "metric": self.metric.key,
             **self.change.document(),
-            "windows": {"kept": self.windows.kept, "changed": self.windows.changed, "images": self.window_images},
+            "windows": {"kept": self.kept, "changed": self.changed, "images": self.window_images},
             "in_float": [layer.name for layer in self.in_float],
             "before_accuracy_control": None if self.without is None else self.without.document(),
         }
@@ -72,9 +74,9 @@ class EightBits:
             names = ", ".join(layer.name for layer in self.in_float)
             found.append(f"with all layers in eight bits: {told(self.without, self.metric)}")
             found.append(f"{len(self.in_float)} layers that cost most stay in float: {names}")
-        if self.windows.kept:
+        if self.kept:
             found.append(
-                f"{self.windows.share:.2%} of the kept windows change: {self.windows.changed} of {self.windows.kept}, "
+                f"{self.changed} of {self.kept} kept windows are others in int8 ({self.changed / self.kept:.2%}), "
                 f"over {self.window_images} images"
             )
         return found
@@ -152,7 +154,7 @@ class Deployed:
                     progress.advance()
         finally:
             self.taking = None
-        session.stop.check("export", KEPT)
+        session.stop.check("export", AS_BEFORE)
         if len(found) < len(subset):
             _, height, width = self._shape
             got = f"{len(subset) - len(found)} of {len(subset)} images are not {height} x {width} pixels at the model"
@@ -166,74 +168,87 @@ class Deployed:
         session = self.session
         self.load(path, activations)
         scorer = PairedScorer(session.task, partial(session.task.scorer, source, session.device))
-        check = partial(session.stop.check, "export", KEPT)
+        check = partial(session.stop.check, "export", AS_BEFORE)
         with session.reporter.progress(title, -(-len(source) // session.config.data.eval_batch_size)) as progress:
             return score(session, self.model, source, progress=progress, before_batch=check, scorer=scorer), scorer
 
 
-def quantise_export(
-    session: Session,
-    model: nn.Module,
-    data: Data,
-    source: Path,
-    target: Path,
-    *,
-    scope: ExportScope,
-    activations: Activations,
-) -> EightBits:
-    """Write `source`, an OpenVINO file in float32, as `target` in eight bits, and tell what that did to the score.
+class Quantiser:
+    """Writes an exported file in eight bits, and judges it by the score of the whole model in the runtime.
 
-    `source` is what `scope` exports of `model`. What has no eight bits is computed in `activations`. Raises DataError
-    (nothing to calibrate on, unreadable images), MeasurementError if more than `export.max_loss` is lost whatever
-    stays in float.
+    `images` are the calibration images. `found` tells what eight bits did, once a file was written. What `scope`
+    exports of `model` is what the files hold; what has no eight bits is computed in `activations`.
     """
-    section, reporter, metric = session.config.export, session.reporter, session.task.metric
-    check = partial(session.stop.check, "export", KEPT)
-    count = min(section.calibration_images, len(data.search))
-    if not count:
-        got = "the search split, which is held out of the training images, is empty"
-        raise DataError("data: images for eight bits", got, "Add training images, or export in fp32 or bf16.")
-    deployed = Deployed(session, model, scope)
-    chosen = fixed_subset(len(data.search), count, session.config.seed)
-    images = deployed.inputs(data.search, chosen, "calibration images")
-    before = deployed.score(source, "fp32", data.val, "file in fp32")
 
-    def tried(in_float: Sequence[LayerError]) -> Change:
-        reporter.say(f"export: NNCF quantises {source.name} on {count} images")
-        quantize(source, target, images, in_float=[layer.name for layer in in_float], check=check)
-        return change(session.task, before, deployed.score(target, activations, data.val, "file in int8"))
+    def __init__(
+        self, session: Session, model: nn.Module, data: Data, scope: ExportScope, activations: Activations
+    ) -> None:
+        """Take the calibration images. Raises DataError if there are none, or one cannot be read."""
+        self.session, self.data, self.activations = session, data, activations
+        count = min(session.config.export.calibration_images, len(data.search))
+        if not count:
+            got = "the search split, which is held out of the training images, is empty"
+            raise DataError("data: images for eight bits", got, "Add training images, or export in fp32 or bf16.")
+        self.deployed = Deployed(session, model, scope)
+        chosen = fixed_subset(len(data.search), count, session.config.seed)
+        self.images = self.deployed.inputs(data.search, chosen, "calibration images")
+        self.found: EightBits | None = None
 
-    without = found = tried(())
-    in_float: tuple[LayerError, ...] = ()
-    if -found.difference > section.max_loss:
-        allowed = f"{section.max_loss:g} may be lost (export.max_loss)"
-        reporter.warn(f"export: {told(found, metric)}; {allowed}: looking for the layers that cost most")
-        errors = layer_errors(source, images[:RANKING_IMAGES], images, check=check)
-        ranked = sorted(errors, key=lambda layer: -layer.error)
-        number = 1
-        while -found.difference > section.max_loss:
-            if number >= len(ranked):
-                got = f"{told(found, metric)}, with {len(in_float)} of {len(ranked)} layers in float"
-                raise MeasurementError(
-                    "export.precision int8", got, "Set export.precision: bf16, or raise export.max_loss."
-                )
-            in_float, number = tuple(ranked[:number]), 2 * number
-            found = tried(in_float)
-            reporter.say(f"export: {len(in_float)} layers in float: {told(found, metric)}")
-    windows, counted = _windows(session, deployed, data.val, source, target, activations)
-    return EightBits(metric, count, found, windows, counted, in_float, without if in_float else None)
+    def __call__(self, source: Path, target: Path) -> dict[str, Any]:
+        """Write `source`, in float32, as `target`, and tell what manifest.json says.
 
+        Raises MeasurementError if more than `export.max_loss` is lost whatever stays in float.
+        """
+        metric, say = self.session.task.metric, self.session.reporter.say
+        before = self.deployed.score(source, "fp32", self.data.val, "file in fp32")
+        without = found = self._tried(source, target, (), before)
+        in_float: tuple[LayerError, ...] = ()
+        if self._lost_too_much(found):
+            say(f"export: {told(found, metric)}; {self._allowed}: looking for the layers that cost most")
+            ranked = self._ranked(source)
+            while self._lost_too_much(found):
+                number = 2 * len(in_float) or 1
+                if number >= len(ranked):
+                    got = (
+                        f"{told(found, metric)}, with {len(in_float)} of {len(ranked)} layers in float; {self._allowed}"
+                    )
+                    raise MeasurementError("export.precision int8", got, "Set export.precision: bf16, or allow more.")
+                in_float = ranked[:number]
+                found = self._tried(source, target, in_float, before)
+                say(f"export: {len(in_float)} layers in float: {told(found, metric)}")
+        kept, changed, counted = self._windows(source, target)
+        self.found = EightBits(
+            metric, len(self.images), found, kept, changed, counted, in_float, without if in_float else None
+        )
+        return self.found.document()
 
-def _windows(
-    session: Session, deployed: Deployed, source: Source, float_file: Path, file: Path, activations: Activations
-) -> tuple[ChangedWindows, int]:
-    """How many windows the file keeps that the float file does not, and over how many images."""
-    rankings = Rankings(float_file, "fp32"), Rankings(file, activations)
-    found = ChangedWindows(0, 0)
-    if not rankings[0].counts:
-        return found, 0
-    samples = fixed_subset(len(source), min(WINDOW_IMAGES, len(source)), session.config.seed)
-    for images in deployed.inputs(source, samples, "kept windows"):
-        session.stop.check("export", KEPT)
-        found += changed_windows(*rankings, images)
-    return found, len(samples)
+    @property
+    def _allowed(self) -> str:
+        return f"{self.session.config.export.max_loss:g} may be lost (export.max_loss)"
+
+    def _lost_too_much(self, found: Change) -> bool:
+        return -found.difference > self.session.config.export.max_loss
+
+    def _check(self) -> None:
+        self.session.stop.check("export", AS_BEFORE)
+
+    def _tried(
+        self, source: Path, target: Path, in_float: Sequence[LayerError], before: tuple[Score, PairedScorer]
+    ) -> Change:
+        self.session.reporter.say(f"export: NNCF quantises {source.name} on {len(self.images)} images")
+        names = [layer.name for layer in in_float]
+        quantize(source, target, self.images, in_float=names, check=self._check)
+        after = self.deployed.score(target, self.activations, self.data.val, "file in int8")
+        return change(self.session.task, before, after)
+
+    def _ranked(self, source: Path) -> tuple[LayerError, ...]:
+        """All layers, those that cost most first."""
+        errors = layer_errors(source, self.images[:RANKING_IMAGES], self.images, check=self._check)
+        return tuple(sorted(errors, key=lambda layer: -layer.error))
+
+    def _windows(self, source: Path, target: Path) -> tuple[int, int, int]:
+        """Windows that the float file keeps, how many the other one does not, and over how many images."""
+        samples = fixed_subset(len(self.data.val), min(WINDOW_IMAGES, len(self.data.val)), self.session.config.seed)
+        images = self.deployed.inputs(self.data.val, samples, "kept windows")
+        kept, changed = changed_windows(source, images, self.activations, target)
+        return kept, changed, len(images)

@@ -107,6 +107,10 @@ class Instances(Task):
         assert isinstance(model, Detector)
         return model.backbone
 
+    def images_in(self, inputs: Any) -> Tensor | None:
+        """The canvases, where images come with their sizes."""
+        return super().images_in(inputs["images"] if isinstance(inputs, Mapping) else inputs)
+
     def parts(self, model: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
         """Overlapping proposals are suppressed in `proposals`, overlapping detections in the rest."""
         assert isinstance(model, Detector)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,13 @@ class SemanticSegmentation(Task):
             return PixelFeatures(model.model.pixel_level_module)
         assert isinstance(model, FpnSegmenter)
         return model.pyramid
+
+    def replace_features_(self, model: nn.Module, run: Callable[[Tensor], Any]) -> None:
+        """As of other tasks; Mask2Former's maps go where its pixel decoder's would."""
+        if isinstance(model, Mask2FormerSegmenter):
+            model.replace_pixel_features_(run)
+        else:
+            super().replace_features_(model, run)
 
     def parts(self, model: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
         """Backbone, neck and head; or backbone and both decoders of Mask2Former."""
