@@ -192,9 +192,9 @@ seen = {}
 
 class Watching(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name == "nncf":
+        if name in ("nncf", "openvino"):
             blocked = "openvino_telemetry" in sys.modules and sys.modules["openvino_telemetry"] is None
-            seen.update(switch=os.environ.get("NNCF_CI"), blocked=blocked)
+            seen[name] = (os.environ.get("NNCF_CI"), blocked)
         return None
 
 sys.meta_path.insert(0, Watching())
@@ -217,7 +217,7 @@ Path(sys.argv[3]).write_text(json.dumps(seen))
 
 @needs_nncf
 def test_nothing_is_sent_stored_at_home_or_printed(float_file: Path, tmp_path: Path) -> None:
-    """In a process without pytest, in which NNCF would keep quiet by itself; its switch is on before it is imported."""
+    """In a process without pytest, beside which NNCF keeps quiet by itself. The switches are set before each import."""
     home = tmp_path / "home"
     home.mkdir()
     told = tmp_path / "told.json"
@@ -228,7 +228,8 @@ def test_nothing_is_sent_stored_at_home_or_printed(float_file: Path, tmp_path: P
     )  # fmt: skip
     assert (child.stdout, child.stderr) == ("", "")
     seen = json.loads(told.read_text())
-    assert (seen["switch"], seen["blocked"]) == ("1", True)
+    assert seen["nncf"] == ["1", True]
+    assert seen["openvino"][1] is True
     assert (seen["sent"], seen["files"]) == ([], [])
     assert seen["telemetry"] == "MagicMock"
     assert (seen["after"], seen["importable"]) == (None, True)  # as it was, for everybody else
@@ -417,9 +418,7 @@ def test_what_cannot_be_quantised_leaves_the_earlier_export(
         expected = pytest.raises(DataError, match="cannot be decoded")
     else:
         monkeypatch.setattr(type(data.search), "__len__", lambda self: 0)
-        expected = pytest.raises(
-            DataError, match="the search split, which is held out of the training images, is empty"
-        )
+        expected = pytest.raises(DataError, match=r"the search split, .* is empty")
     with expected:
         export_winner(session, weights=weights, ratios="[[.5],[.5]]")
     assert (folder / "manifest.json").read_text() == "earlier"
