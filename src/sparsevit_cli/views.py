@@ -227,6 +227,8 @@ def show_export(summary: ExportSummary) -> None:
                 else f"dense {dense.median_ms:.2f} ms, sparse {sparse.median_ms:.2f} ms, speed-up {sparse.speedup:.2f}x"
             )
         )
+    if summary.eight_bits is not None:
+        print_lines(*summary.eight_bits.lines())
     print_lines(
         "Window pruning skips computation: weights and file sizes do not shrink.",
         f"written: {report.manifest}",

@@ -53,15 +53,13 @@ def file_name(scope: ExportScope, kind: str) -> str:
     return f"{scope}.{kind}"
 
 
-_KINDS = (*SUFFIXES.values(), "bin", "onnx.data", "safetensors")
-"""`bin` holds the weights of OpenVINO's `xml`, `onnx.data` those of large ONNX models, `safetensors` all of them."""
-
-
 def output_prefix(scope: ExportScope) -> str:
     """How the names of outputs begin: `level_0`, `output`."""
     return "level" if scope == "features" else "output"
 
 
+_KINDS = (*SUFFIXES.values(), "bin", "onnx.data", "safetensors")
+"""`bin` holds the weights of OpenVINO's `xml`, `onnx.data` those of large ONNX models, `safetensors` all of them."""
 WEIGHTS, FEATURE_WEIGHTS = (file_name(scope, "safetensors") for scope in get_args(ExportScope))
 NAMES = (
     *(file_name(scope, kind) for scope in get_args(ExportScope) for kind in _KINDS),

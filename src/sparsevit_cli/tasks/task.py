@@ -44,12 +44,14 @@ class Metric:
     """The number by which models are compared; higher is better.
 
     `key` names it in files, `label` and `unit` on the terminal, where it has `digits` behind the point.
+    `mean_over_images` is true if it is the mean of what each image alone would get, as an accuracy is and an AP is not.
     """
 
     key: str
     label: str
     unit: str = "%"
     digits: int = 2
+    mean_over_images: bool = False
 
     @property
     def column(self) -> str:
@@ -81,7 +83,9 @@ class Score:
 class Scorer(Protocol):
     """Adds up batches; timm's evaluators have this shape.
 
-    One with a method `predictions()` gives JSON in the form that tools of its field read; `evaluate` writes it.
+    One with a method `predictions()` gives JSON in the form that tools of its field read; `evaluate` writes it. One
+    with a method `add(other)` takes in all that another one of its class took in: a metric that is no mean over images
+    gets a standard error by it.
     """
 
     def update(self, outputs: Any, batch: Batch) -> None:
