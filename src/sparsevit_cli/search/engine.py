@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol, get_args
 
 from sparsevit_cli.errors import BudgetError, ConfigError, NonFiniteError
@@ -16,11 +16,14 @@ from .feasible import FeasibleSpace
 from .random_search import RandomSearch
 from .results import Evaluation, Progress, SearchResult, best_first, rank
 
-StrategyName = Literal["evolution", "random"]
+StrategyName = Literal["surrogate", "evolution", "random"]
 Evaluate = Callable[[SparsityConfig], float]
 
 POPULATION, GENERATIONS, MUTATION = 100, 20, 0.1
 """The authors' settings; their 25 parents are a quarter of the population."""
+
+SURROGATE_EVALUATIONS = 100
+"""At most, if `max_evaluations` is not given; the surrogate search ends where nothing promises a gain."""
 
 
 class Known(Protocol):
@@ -52,16 +55,23 @@ def search_sparsity(
     mutation: float = MUTATION,
     constraints: Sequence[tuple[Cost, Budget]] = (),
     known: Known | None = None,
+    informed: Mapping[SparsityConfig, float] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> SearchResult:
     """The configuration of `space` with the best `evaluate` (higher is better) whose `cost` is within `budget`.
 
     Both are functions: the same configuration gets the same answer (hand in a latency table, not a stopwatch).
     `constraints` are further (cost, budget) pairs that must hold too. `known` is asked before `evaluate`.
-    At most population * (generations + 1) configurations are asked for, or `max_evaluations` if that is less; known
-    ones count, so that a search that was stopped and resumed equals the straight one. Defaults: population 100, or a
-    fifth of `max_evaluations` where that is less (a population as large as the cap would never breed); parents
-    a quarter of the population.
+
+    `evolution` and `random` ask for population * (generations + 1) configurations at most, or `max_evaluations` if that
+    is less; known ones count, so that a search that was stopped and resumed equals the straight one. Defaults:
+    population 100, or a fifth of `max_evaluations` where that is less (a population as large as the cap would never
+    breed); parents a quarter of the population.
+
+    `surrogate` asks for `max_evaluations` at most, 100 by default, and ends where nothing promises a gain. `informed`
+    are metrics paid for before this search began, within its budget or not: its model starts from them, and those
+    within budget compete, without counting. With an `AdditiveCost`, such as a latency table's, it sees all of a large
+    space.
 
     Deterministic in `seed`. Where dense is within budget it is evaluated alone and returned. Raises BudgetError
     where no configuration is within budget (before anything is evaluated), NonFiniteError for a metric or cost that
@@ -72,16 +82,22 @@ def search_sparsity(
     if parents is None:
         parents = max(1, population // 4)
     _check_settings(population, parents, generations, mutation, max_evaluations)
-    chosen = _strategy(strategy, seed, population, parents, mutation)
+    chosen = _strategy(strategy, seed, population, parents, mutation, informed or {})
     feasible = FeasibleSpace(space, ((cost, budget), *constraints))
 
     feasible.check_reachable()
     dense_fits = space.dense in feasible
+    total = most_evaluations(strategy, population, generations, max_evaluations)
+    if strategy == "surrogate":
+        generations = total
     if dense_fits:
-        generations = 0
-    total = 1 if dense_fits else min(population * (generations + 1), max_evaluations or sys.maxsize)
+        generations, total = 0, 1
 
     history: list[Evaluation] = []
+    if strategy == "surrogate" and not dense_fits:
+        fitting = [config for config in sorted(informed or {}) if config in space and config in feasible]
+        history += [Evaluation(config, (informed or {})[config], feasible.cost(config), 0, True) for config in fitting]
+        total += len(history)
     for generation in range(generations + 1):
         candidates = [space.dense] if dense_fits else chosen.propose(feasible, generation, best_first(history))
         for config in candidates[: total - len(history)]:
@@ -106,6 +122,13 @@ def search_sparsity(
     return SearchResult(best.config, best.metric, best.cost, tuple(history), feasible.infeasible, paid, note)
 
 
+def most_evaluations(strategy: str, population: int, generations: int, max_evaluations: int | None) -> int:
+    """How many configurations a search asks for at most."""
+    if strategy == "surrogate":
+        return max_evaluations or SURROGATE_EVALUATIONS
+    return min(population * (generations + 1), max_evaluations or sys.maxsize)
+
+
 def _metric(config: SparsityConfig, evaluate: Evaluate, known: Known | None) -> tuple[float, bool]:
     paid = known.get(config) if known is not None else None
     metric = float(evaluate(config)) if paid is None else float(paid)
@@ -128,9 +151,15 @@ def _progress(history: Sequence[Evaluation], infeasible: int, generations: int, 
     )
 
 
-def _strategy(name: str, seed: int, population: int, parents: int, mutation: float) -> Strategy:
+def _strategy(
+    name: str, seed: int, population: int, parents: int, mutation: float, informed: Mapping[SparsityConfig, float]
+) -> Strategy:
     if name == "evolution":
         return Evolution(seed, population, parents, mutation)
+    if name == "surrogate":
+        from .surrogate import Surrogate  # numpy, which the other strategies do without
+
+        return Surrogate(seed, informed)
     if name == "random":
         return RandomSearch(seed, population)
     raise ConfigError("search.strategy", f"{name!r}; allowed are {' and '.join(get_args(StrategyName))}", "Choose one.")
