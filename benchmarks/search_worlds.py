@@ -2,7 +2,9 @@
 
 A world is a function of its seed (numpy's PCG64 of `[seed, 20231230]`). With r_g the sparsity ratio of gene g:
 
-- a gene alone loses `l_g = 4 * exp(0.8 z_g) * r_g ** p_g` points, `z_g` standard normal, `p_g` uniform in 1 to 3;
+- a gene alone loses `l_g = 1.5 * exp(0.8 z_g) * r_g ** p_g` points, `z_g` standard normal, `p_g` uniform in 1 to 5;
+- every second gene has a knee too: it loses `b_g / (1 + exp((k_g - r_g) / 0.04))` more, less its value at 0, `b_g`
+  uniform in 0 to 1.5 points, `k_g` uniform in 0.3 to 0.8;
 - together they lose `L = sum_g l_g + sum_{g<h} w_gh * sqrt(l_g * l_h)`, `w_gh` uniform in -0.15 to 0.45: two genes may
   share a loss or add to it, so that the metric is nearly monotone in each ratio, not quite;
 - the metric is `90 - L - 0.04 * L ** 2`: it falls faster and faster;
@@ -64,19 +66,22 @@ class World:
         return Budget(float(share * self.cost(self.space.dense)), "latency_ms")
 
     @cached_property
-    def _draws(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rng, genes = np.random.default_rng([self.seed, 20231230]), sum(self.space.pairs)
-        scale, power = 4 * np.exp(0.8 * rng.standard_normal(genes)), rng.uniform(1, 3, genes)
-        return scale, power, rng.uniform(-0.15, 0.45, (genes, genes))
+    def _losses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Points that each gene loses alone at each ratio (genes, 9), and weights of pairs (genes, genes)."""
+        rng, genes, ratios = np.random.default_rng([self.seed, 20231230]), sum(self.space.pairs), np.arange(9) / 10
+        scale, power = 1.5 * np.exp(0.8 * rng.standard_normal(genes)), rng.uniform(1, 5, genes)
+        together = rng.uniform(-0.15, 0.45, (genes, genes))
+        height, place = rng.uniform(0, 1.5, genes) * (rng.permutation(genes) % 2), rng.uniform(0.3, 0.8, genes)
+        knees = height[:, None] / (1 + np.exp((place[:, None] - ratios) / 0.04))
+        return scale[:, None] * ratios ** power[:, None] + knees - knees[:, :1], together
 
     def true_metrics(self, tenths: np.ndarray) -> np.ndarray:
         """Without noise, for tenths of shape (configurations, genes)."""
-        scale, power, together = self._draws
-        table = scale[:, None] * (np.arange(9) / 10) ** power[:, None]
-        alone = np.stack([table[gene][tenths[:, gene]] for gene in range(len(scale))], axis=1)
+        table, together = self._losses
+        alone = np.stack([losses[tenths[:, gene]] for gene, losses in enumerate(table)], axis=1)
         roots = np.sqrt(alone)
         lost = alone.sum(axis=1)
-        for gene in range(1, len(scale)):
+        for gene in range(1, len(table)):
             lost += roots[:, gene] * (roots[:, :gene] @ together[:gene, gene])
         return 90 - lost - 0.04 * lost**2
 

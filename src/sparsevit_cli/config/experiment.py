@@ -241,7 +241,11 @@ class FinetuneSection(LoopSection):
 class SearchSection(Section):
     """The search for the best sparsity configuration within a budget (`sparsevit search`)."""
 
-    strategy: Literal["evolution", "random"] = Field("evolution", description="The paper's algorithm, or its control.")
+    strategy: Literal["surrogate", "evolution", "random"] = Field(
+        "surrogate",
+        description="`surrogate`: a model of the metric over the ratios chooses candidates; `evolution`: the paper's "
+        "algorithm; `random`: its control.",
+    )
     scope: Scope = Field(
         "model",
         description="What budgets and latencies of the search are of: the whole `model`, or, in tasks with modules "

@@ -39,6 +39,9 @@ class Strategy(Protocol):
     def propose(self, feasible: FeasibleSpace, generation: int, ranked: Sequence[Evaluation]) -> list[SparsityConfig]:
         """Distinct feasible candidates outside `ranked` (all earlier evaluations, best first); empty at the end."""
 
+    def judged(self, ranked: Sequence[Evaluation]) -> list[Evaluation]:
+        """All evaluations in the order in which they deserve to win; `ranked` is by their scores."""
+
 
 def search_sparsity(
     space: SearchSpace,
@@ -59,6 +62,8 @@ def search_sparsity(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> SearchResult:
     """The configuration of `space` with the best `evaluate` (higher is better) whose `cost` is within `budget`.
+
+    `surrogate` names the one its model expects most of, which is that one unless evaluations are noisy.
 
     Both are functions: the same configuration gets the same answer (hand in a latency table, not a stopwatch).
     `constraints` are further (cost, budget) pairs that must hold too. `known` is asked before `evaluate`.
@@ -112,14 +117,16 @@ def search_sparsity(
         got = f"no configuration was found within {limits} at once"
         raise BudgetError(FIELD[budget.metric], got, "Raise one of the budgets.")
 
-    best = min(history, key=rank)
-    note = ""
+    judged = chosen.judged(best_first(history))
+    best, note = judged[0], ""
     if dense_fits:
         note = f"dense is within budget ({format_cost(best.cost, budget.metric)} <= {budget}): nothing to prune"
     elif strategy == "evolution" and total <= population:
         note = f"{total} evaluations do not exceed the population of {population}: nothing was bred"
     paid = sum(not evaluation.cached for evaluation in history)
-    return SearchResult(best.config, best.metric, best.cost, tuple(history), feasible.infeasible, paid, note)
+    return SearchResult(
+        best.config, best.metric, best.cost, tuple(history), feasible.infeasible, paid, tuple(judged), note
+    )
 
 
 def most_evaluations(strategy: str, population: int, generations: int, max_evaluations: int | None) -> int:

@@ -40,7 +40,7 @@ from sparsevit_cli.search.engine import most_evaluations, search_sparsity
 from sparsevit_cli.search.latency_table import LatencyTable, TableError
 from sparsevit_cli.search.ledger import Ledger, LedgerScope, committed
 from sparsevit_cli.search.pareto import pareto_front
-from sparsevit_cli.search.results import Evaluation, Progress, SearchResult, best_first
+from sparsevit_cli.search.results import Evaluation, Progress, SearchResult
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import set_sparsity
 from sparsevit_cli.tasks.task import Metric
@@ -393,7 +393,7 @@ class Search:
 
     def finalists(self, costs: _Costs, result: SearchResult) -> tuple[Finalist, ...]:
         """The best candidates on the whole split and on the clock, until one of them meets the budget."""
-        ranked = best_first(result.history)
+        ranked = result.judged
         count = min(self.section.finalists, len(ranked))
         chosen: list[Finalist] = []
         for first in range(0, len(ranked), count):
