@@ -24,6 +24,12 @@ class AdditiveCost:
     pairs: tuple[tuple[tuple[float, ...], ...], ...]
     overhead: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        pairs = tuple(tuple(tuple(map(float, entry)) for entry in entries) for entries in self.pairs)
+        object.__setattr__(self, "base", float(self.base))
+        object.__setattr__(self, "pairs", pairs)
+        object.__setattr__(self, "overhead", tuple(map(float, self.overhead)))
+
     def __call__(self, config: SparsityConfig) -> float:
         """Cost of one configuration. Raises ConfigError for one of another model, or outside the table."""
         pairs = tuple(map(len, self.pairs))
@@ -37,7 +43,7 @@ class AdditiveCost:
             for entry, tenths in zip(entries, stage, strict=True):
                 part += entry[tenths]
             total += part + (overhead if any(stage) else 0.0)
-        return float(total)
+        return total
 
     def of_stage(self, stage: int, tenths: NDArray[Any]) -> NDArray[Any]:
         """Share of one stage, for tenths of shape (configurations, pairs of that stage); shape (configurations,)."""
