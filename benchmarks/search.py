@@ -191,9 +191,8 @@ def measure(depths: tuple[int, ...], noise: float, names: list[str]) -> None:
         began = time.perf_counter()
         curves = {str(world.seed): _changes(run(world)) for world in worlds}
         problem[name] = {"curves": curves, "version": importlib.metadata.version(package) if package else ""}
-        print(
-            f"{name}: {time.perf_counter() - began:.0f} s, evaluations {[changes[-1][0] for changes in curves.values()]}"
-        )
+        lengths = [changes[-1][0] for changes in curves.values()]
+        print(f"{name}: {time.perf_counter() - began:.0f} s, evaluations {lengths}")
         write_json(RESULTS, kept)
 
 
@@ -233,6 +232,17 @@ def table(problem: dict[str, Any]) -> list[str]:
     return lines
 
 
+def against_random(problem: dict[str, Any]) -> str:
+    """In how many worlds `surrogate` was behind a random search of as many evaluations."""
+    here, there = ([_curve_of(curve) for curve in problem[name]["curves"].values()] for name in ("surrogate", "random"))
+    counts = [
+        (mark, sum(a[min(mark, len(a)) - 1] > b[mark - 1] for a, b in zip(here, there, strict=True)))
+        for mark in MARKS[:3]
+    ]
+    told = ", ".join(f"{count} after {mark}" for mark, count in counts)
+    return f"Worlds of ten in which `surrogate` is behind `random` with as many evaluations: {told}."
+
+
 def _count(until: float, longest: int) -> str:
     return f"{until:g}" if np.isfinite(until) else f"over {longest}"
 
@@ -248,6 +258,7 @@ def write_tables() -> None:
     for problem, strategies in kept.items():
         depths, noise = problem.split(", noise ")
         told += [f"Depths {depths}, noise of an evaluation {noise} points:", "", *table(strategies), ""]
+        told += [against_random(strategies), ""]
     before, rest = PAGE.read_text("utf-8").split(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(told).rstrip() + f"\n{END}{rest.split(END)[1]}", "utf-8")
 

@@ -49,7 +49,7 @@ def search_sparsity(
     cost: Cost,
     budget: Budget,
     *,
-    strategy: StrategyName = "evolution",
+    strategy: StrategyName = "surrogate",
     seed: int = 0,
     max_evaluations: int | None = None,
     population: int | None = None,
@@ -75,8 +75,8 @@ def search_sparsity(
 
     `surrogate` asks for `max_evaluations` at most, 100 by default, and ends where nothing promises a gain. `informed`
     are metrics paid for before this search began, within its budget or not: its model starts from them, and those
-    within budget compete, without counting. With an `AdditiveCost`, such as a latency table's, it sees all of a large
-    space.
+    within budget compete, without counting. It asks what every configuration costs, so that a cost has to be fast. An
+    `AdditiveCost`, such as a latency table's, tells the costs of millions at once.
 
     Deterministic in `seed`. Where dense is within budget it is evaluated alone and returned. Raises BudgetError
     where no configuration is within budget (before anything is evaluated), NonFiniteError for a metric or cost that

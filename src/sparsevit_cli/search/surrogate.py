@@ -94,7 +94,8 @@ class Points:
     @cached_property
     def marks(self) -> Array:
         """1 at the ratio of each gene, else 0 (configurations, 9 * genes)."""
-        return (self.tenths[:, :, None] == np.arange(MAX_TENTHS + 1)).reshape(len(self.tenths), -1).astype(np.float64)
+        marks: Array = self.tenths[:, :, None] == np.arange(MAX_TENTHS + 1)
+        return marks.reshape(len(self.tenths), -1).astype(np.float64)
 
     @cached_property
     def shared(self) -> Array:

@@ -1,4 +1,4 @@
-"""search: feasibility, latency table, evolution on the search split, finalists measured for real, one winner."""
+"""search: feasibility, latency table, candidates on the search split, finalists measured for real, one winner."""
 
 from __future__ import annotations
 
