@@ -41,7 +41,7 @@ SEEDS = range(1000, 1010)
 """Held out: all of the design was done on seeds 0 to 19."""
 MARKS = (20, 40, 60, 100, 300, 550, 1000)
 NEAR = 0.1
-PROPOSALS = 30
+PROPOSALS = 10
 """Most that an engine from outside may propose per evaluation."""
 
 Curve = list[float]
