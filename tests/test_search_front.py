@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from sparsevit_cli.cli import app
 from sparsevit_cli.errors import BudgetError, ConfigError
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.sparsity import SparsityConfig
@@ -149,3 +151,13 @@ def test_sensitivity_scores_every_pair_once_and_informs_a_search(runs: Path) -> 
     session = session_in(runs)
     assert measure_sensitivity(session).evaluated == 0
     session.locks.close()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--pareto", "--sensitivity"], ["--budgets", "80%", "--pareto"], ["--budgets", "80%", "--budget-macs", "1G"]],
+)
+def test_flags_that_exclude_each_other_are_refused(flags: list[str]) -> None:
+    done = CliRunner().invoke(app, ["search", *flags], prog_name="sparsevit")
+    assert done.exit_code == 2
+    assert "exclude each other" in done.stderr

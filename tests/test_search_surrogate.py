@@ -194,5 +194,9 @@ def test_small_spaces_are_searched_whole_when_every_metric_is_equal() -> None:
 
 
 def test_a_configuration_of_another_model_has_no_cost() -> None:
-    with pytest.raises(ConfigError, match=r"has no cost; known are block pairs \[1, 1, 2, 1\]"):
+    with pytest.raises(ConfigError, match=r"block pairs \[1, 1\], the model \[1, 1, 2, 1\]"):
         linear_cost()(SparsityConfig(((0,), (0,))))
+    short = AdditiveCost(0, (((2, 1),),), (0,))
+    assert short(SparsityConfig(((1,),))) == 1
+    with pytest.raises(ConfigError, match=r"ratios above 0\.1"):
+        short(SparsityConfig(((2,),)))

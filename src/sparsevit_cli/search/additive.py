@@ -32,11 +32,13 @@ class AdditiveCost:
 
     def __call__(self, config: SparsityConfig) -> float:
         """Cost of one configuration. Raises ConfigError for one of another model, or outside the table."""
-        pairs = tuple(map(len, self.pairs))
-        top = len(self.pairs[0][0]) - 1
-        if config.pairs != pairs or max(map(max, config.tenths)) > top:
-            got = f"{config} has no cost; known are block pairs {list(pairs)}, ratios to {top / 10}"
+        pairs, top = tuple(map(len, self.pairs)), len(self.pairs[0][0]) - 1
+        if config.pairs != pairs:
+            got = f"{config} has block pairs {list(config.pairs)}, the model {list(pairs)}"
             raise ConfigError("sparsity", got, "Give a configuration of this model.")
+        if max(map(max, config.tenths)) > top:
+            got = f"{config} has ratios above {top / 10}, and nothing is known of their cost"
+            raise ConfigError("sparsity", got, "Give a configuration within the table.")
         total = self.base
         for entries, overhead, stage in zip(self.pairs, self.overhead, config.tenths, strict=True):
             part = 0.0
