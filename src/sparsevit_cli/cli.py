@@ -137,10 +137,11 @@ def _run(
         stop.check(f"sparsevit {command}", "nothing was begun")
         session = Session(config, reporter, stop, ("sparsevit", *sys.argv[1:]), options.fresh)
         if options.dry_run:
-            from .workflows.plan import plan_lines
+            from .workflows.plan import plan_of
 
-            lines = plan_lines(session, command, **flags)
-            print_json({"plan": lines}) if options.json else print_lines(*lines)
+            plan = plan_of(session, command, **flags)
+            print_json({"plan": plan.lines}) if options.json else print_lines(*plan.lines)
+            plan.refuse_incomplete()
             return
         with closing(session.locks):
             result = work(session)
@@ -256,36 +257,61 @@ def finetune(
 @app.command()
 def search(
     budget_latency: BudgetLatency = None, budget_macs: BudgetMacs = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option("--budgets", help="Several winners: 40ms,35ms,30ms, or 3G,2G; winner.yaml is the first one's."),
+    ] = None,
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Several winners: for 90, 80, 70, 60 and 50 % of dense too.")
+    ] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Score block pairs one by one instead; a table and a plot.")
+    ] = False,
     config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
     seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Find the most accurate sparsity configuration within a budget; writes winner.yaml. Resumes, reuses its ledger."""
-    from .views import show_search
+    from .views import show_search, show_sensitivity
 
     typed = budget_latency is not None or budget_macs is not None
+    if sum((budgets is not None, pareto, sensitivity)) > 1 or (budgets is not None and typed):
+        raise typer.BadParameter("--budgets, --pareto and --sensitivity, or --budgets and a budget, exclude each other")
     cleared = ("search.budget_latency=null", "search.budget_macs=null") if typed else ()  # typed replace the file's
     options = _options(
         config, (*cleared, *(set_ or ())), as_json, dry_run, verbose, fresh, task, output=output, device=device,
         seed=seed, budget_latency=budget_latency, budget_macs=budget_macs,
     )  # fmt: skip
-    _run("search", options, _workflow("search", "search"), show_search)
+    if sensitivity:
+        _run("search", options, _workflow("sensitivity", "measure_sensitivity"), show_sensitivity)
+    elif pareto or budgets is not None:
+        _run("search", options, _workflow("front", "search_front", budgets=budgets), show_search)
+    else:
+        _run("search", options, _workflow("search", "search"), show_search)
 
 
 @app.command()
 def evaluate(
     weights: WeightsOf = None, ratios: Ratios = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--runtime",
+            help="openvino, onnxruntime or torch: score the exported file of it in --weights, the folder of an export "
+            "(default: this experiment's).",
+        ),
+    ] = None,
     config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
     seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
-    """Score trained weights at given ratios on the validation data."""
+    """Score trained weights at given ratios, or an exported file as it is, on the validation data."""
     from .views import show_evaluation
 
     options = _options(config, set_, as_json, dry_run, verbose, fresh, task, output=output, device=device, seed=seed)
 
-    work = _workflow("evaluate", "evaluate_checkpoint", weights=weights, ratios=ratios)
-    _run("evaluate", options, work, show_evaluation)
+    work = _workflow("evaluate", "evaluate", weights=weights, ratios=ratios, runtime=runtime)
+    _run("evaluate", options, work, show_evaluation, runtime=runtime)
 
 
 @app.command()

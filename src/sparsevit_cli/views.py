@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .workflows.profile_report import ProfileReport
     from .workflows.rivals import RivalReport
     from .workflows.search import SearchSummary
+    from .workflows.sensitivity import SensitivitySummary
     from .workflows.training import TrainingSummary
 
 VALUES_OF_A_CLASSIFIER = 2
@@ -126,8 +127,25 @@ def show_search(summary: SearchSummary) -> None:
     if summary.proxy_correlation is not None:
         lines.append(f"subset against whole search split: rank correlation {summary.proxy_correlation:.2f}")
     lines += [summary.note] if summary.note else []
+    lines += [
+        f"winner for {other.budget}: {other.finalist.config}, {metric.told(other.finalist.score)}, "
+        f"{other.evaluated} evaluated for it, in {other.path}"
+        for other in summary.others
+    ]
     lines.append(f"winner: {summary.winner.config}, in {summary.folder.path / 'winner.yaml'}")
     print_lines(*lines, f"Next: {_following(summary.folder)}")
+
+
+def show_sensitivity(summary: SensitivitySummary) -> None:
+    """The score of every block pair at every ratio."""
+    metric = summary.metric
+    rows = [(slot, *map(metric.text, scores)) for slot, scores in zip(summary.slots, summary.scores, strict=True)]
+    columns = ("pruned, and what follows in its stage", *(f"{ratio:g}" for ratio in summary.ratios))
+    print_table(f"Search {metric.column} by sparsity ratio", columns, rows)
+    print_lines(
+        f"sensitivity: {summary.evaluated} configurations evaluated now",
+        f"in {summary.folder.path / 'sensitivity.csv'}",
+    )
 
 
 def show_evaluation(summary: EvaluateSummary) -> None:
@@ -138,9 +156,15 @@ def show_evaluation(summary: EvaluateSummary) -> None:
         rows = [(name, f"{value:.{digits}f}") for name, value in score.values.items()]
         print_table(f"Score on {score.count} validation images", ("value", ""), rows)
     backbone = "" if summary.backbone_gmacs is None else f" ({summary.backbone_gmacs:.3f} in the backbone)"
+    run = summary.runtime
+    told = f"weights of {summary.weights}"
+    if run is not None:
+        threads = f"{run.threads} thread{'s' if run.threads > 1 else ''}"
+        told = f"{run.file} ({run.precision}, {run.runtime} {run.version}, {threads})"
     print_lines(
-        f"evaluate: weights of {summary.weights} at {summary.config}: {summary.metric.told(score.value)} "
-        f"on {score.count} validation images, {summary.gmacs:.3f} GMACs{backbone}"
+        f"evaluate: {told} at {summary.config}: {summary.metric.told(score.value)} "
+        f"on {score.count} validation images, {summary.gmacs:.3f} GMACs{backbone}",
+        *([f"SHA-256 of {name}: {digest}" for name, digest in run.files.items()] if run is not None else []),
     )
 
 
@@ -150,6 +174,7 @@ def show_profile(report: ProfileReport) -> None:
 
     losing = [number for number, row in enumerate(report.rows) if row.losing]
     print_table(f"{report.model} at {report.config}", columns(report), rows_of(report), losing=losing)
+    print_lines(*(f"{line}." for line in report.image_lines()))
     if report.parts is not None:
         print_table(parts_title(report.parts), PART_COLUMNS, part_rows(report.parts))
         print_lines(f"{report.parts.told()}.")
@@ -220,6 +245,8 @@ def show_export(summary: ExportSummary) -> None:
                 else f"dense {dense.median_ms:.2f} ms, sparse {sparse.median_ms:.2f} ms, speed-up {sparse.speedup:.2f}x"
             )
         )
+    if summary.eight_bits is not None:
+        print_lines(*summary.eight_bits.lines())
     print_lines(
         "Window pruning skips computation: weights and file sizes do not shrink.",
         f"written: {report.manifest}",
@@ -246,6 +273,7 @@ def show_pipeline(summary: PipelineSummary) -> None:
         print_table("Its backbone alone", ("model", "GMACs", "gone", *SPEED), rows, losing=_losing(parts))
     longer = [row for row in summary.rows if row.label == TRAINED_AS_LONG]
     print_lines(
+        *(f"{line}." for line in summary.image_lines()),
         f"winner {[list(stage) for stage in winner.ratios or ()]}: {_gone(winner, dense)}, "
         f"{_faster(winner, ours)}{_points(winner.score - dense.score, metric)} of {metric.label}",
         *(f"against dense trained as long: {_points(winner.score - row.score, metric)}" for row in longer),

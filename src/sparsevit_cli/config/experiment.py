@@ -187,7 +187,10 @@ class LoopSection(Section):
     )
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Learning rate decay per layer.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up.")
-    warmup_epochs: Annotated[float, Field(ge=0)] = Field(1.0, description="Linear warm-up, in epochs.")
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(
+        1.0,
+        description="Linear warm-up, in epochs: at the start, and in phases that begin above the last end.",
+    )
     min_lr: Annotated[float, Field(ge=0)] = Field(1e-6, description="Learning rate at the end.")
     clip_grad: Positive | None = Field(1.0, description="Largest gradient norm; null does not clip.")
     precision: Precision = Field(
@@ -238,7 +241,11 @@ class FinetuneSection(LoopSection):
 class SearchSection(Section):
     """The search for the best sparsity configuration within a budget (`sparsevit search`)."""
 
-    strategy: Literal["evolution", "random"] = Field("evolution", description="The paper's algorithm, or its control.")
+    strategy: Literal["surrogate", "evolution", "random"] = Field(
+        "surrogate",
+        description="`surrogate`: a model of the metric over the ratios chooses candidates; `evolution`: the paper's "
+        "algorithm; `random`: its control.",
+    )
     scope: Scope = Field(
         "model",
         description="What budgets and latencies of the search are of: the whole `model`, or, in tasks with modules "
@@ -250,12 +257,18 @@ class SearchSection(Section):
     budget_macs: Text | None = Field(
         None, description="Budget of multiply-adds per image: `3G`, `450M` or share of dense (`60%`)."
     )
-    population: Annotated[int, Field(ge=2)] = Field(100, description="Candidates per generation.")
-    parents: Count = Field(25, description="Best candidates that breed.")
-    generations: Annotated[int, Field(ge=1)] = Field(20, description="Generations after the first.")
-    mutation: Fraction = Field(0.1, description="Probability that a mutation redraws a gene.")
+    population: Annotated[int, Field(ge=2)] = Field(
+        100, description="Candidates per generation of `evolution` and `random`."
+    )
+    parents: Count = Field(25, description="Best candidates that breed, in `evolution`.")
+    generations: Annotated[int, Field(ge=1)] = Field(
+        20, description="Generations after the first, of `evolution` and `random`."
+    )
+    mutation: Fraction = Field(0.1, description="Probability that a mutation redraws a gene, in `evolution`.")
     max_evaluations: Count | None = Field(
-        None, description="Candidates asked for at most, known ones included; null for no limit."
+        None,
+        description="Candidates asked for at most; null for 100 with `surrogate`, which ends earlier where nothing "
+        "promises a gain, and for no limit with the others. Known ones that the search asks for count.",
     )
     max_ratio: NonZeroRatio = Field(0.8, description="Largest sparsity ratio searched.")
     samples: Count | None = Field(None, description="Fixed subset of the search split for candidates; null for all.")
@@ -349,14 +362,16 @@ class ExportSection(Section):
         description="Formats besides safetensors, sparsity.json and serving.json, which are always written; "
         "`openvino` is a pair of files, xml and bin.",
     )
-    precision: Literal["fp32", "bf16"] = Field(
+    precision: Literal["fp32", "bf16", "int8"] = Field(
         "fp32",
         description="What a runtime computes in. Files of bf16 hold float32, and OpenVINO is asked to compute in "
-        "bfloat16; windows are scored and ranked in float32. It needs `openvino` among the formats, and a CPU with "
-        "bfloat16.",
+        "bfloat16. OpenVINO's file of int8 is quantised by NNCF, and its score is told before and after. Windows are "
+        "scored and ranked in float32. Both need `openvino` among the formats, and bf16 a CPU with bfloat16.",
     )
     activations: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="What is computed in where the file does not say; `auto` follows the precision."
+        "auto",
+        description="What is computed in where the file does not say eight bits; `auto` follows the precision, and for "
+        "int8 it is bf16 if the CPU has it, else fp32.",
     )
     opset: Annotated[int, Field(ge=18, le=25)] = Field(20, description="ONNX operator set.")
     check_batch_sizes: tuple[Count, Count] = Field((1, 3), description="Two batch sizes of the check against eager.")
@@ -366,6 +381,16 @@ class ExportSection(Section):
     latency: bool = Field(
         True,
         description="Measure dense and sparse latency in ONNX Runtime and OpenVINO, in those whose files are written.",
+    )
+    calibration_images: Count = Field(
+        128,
+        description="With precision int8: images that tell the ranges of activations, a seeded choice of the search "
+        "split, which is held out of the training images; fewer where it has fewer.",
+    )
+    max_loss: Annotated[float, Field(ge=0)] = Field(
+        0.5,
+        description="With precision int8: points of the metric that eight bits may cost on the validation data. Where "
+        "they cost more, the layers that cost most stay in float.",
     )
 
 

@@ -2,9 +2,7 @@
 
     model.onnx         torch.onnx (dynamo), opset as asked; weights inside, or beside it where they are large
     model.pt2          torch.export
-    model.xml, .bin    OpenVINO; windows are ranked in float32 whatever else is computed in
     model.safetensors  all weights under the model's names; sparsity.json: ratios and what builds the model
-    serving.json       preprocessing, categories, names: all that others need to serve from the folder
     manifest.json      shapes, hashes, differences to eager, latency; written last: without it a folder is not whole
 
 `features.onnx`, `.pt2` and `.safetensors` are backbone and neck of a detector or segmenter (scope "features"). A whole
@@ -30,8 +28,9 @@ from .folder import (
     load_sparsity,
 )
 from .images import structured_images
-from .precision import precision_label
-from .programs import OneImage, UntraceableError, check_packages, with_fixed_outputs
+from .precision import resolved_activations
+from .programs import OneImage, UntraceableError, check_packages, named_tensors, with_fixed_outputs
+from .reading import ExportFolder, is_export, open_export
 from .report import SIZE_NOTE, ExportedFile, ExportReport, RuntimeLatency
 
 __all__ = [
@@ -44,6 +43,7 @@ __all__ = [
     "SPARSITY",
     "WEIGHTS",
     "Difference",
+    "ExportFolder",
     "ExportReport",
     "ExportScope",
     "ExportedFile",
@@ -55,9 +55,12 @@ __all__ = [
     "UntraceableError",
     "check_packages",
     "export_model",
+    "is_export",
     "load_exported",
     "load_sparsity",
-    "precision_label",
+    "named_tensors",
+    "open_export",
+    "resolved_activations",
     "runs_on",
     "structured_images",
     "with_fixed_outputs",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,7 +23,7 @@ from sparsevit_cli.profiling.inputs import InputSize, image_shape, uncompiled
 from sparsevit_cli.profiling.memory import memory_errors
 from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.reporting import Reporter, SilentReporter
-from sparsevit_cli.runtimes import Activations
+from sparsevit_cli.runtimes import Activations, Precision
 from sparsevit_cli.swin import get_sparsity, sparse_stages
 
 from .checks import (
@@ -48,14 +50,16 @@ from .folder import (
     check_info,
     describe_files,
     file_name,
+    output_prefix,
     publish,
     sparsity_json,
     staging_folder,
 )
 from .images import structured_images
 from .latency import RUNTIME_OF, measured_latency
-from .precision import LOWERING, ActivationsAsked, Precision, resolved_activations
+from .precision import LOWERING, ActivationsAsked, resolved_activations
 from .programs import OPSETS, OneImage, check_packages, describe_onnx, with_fixed_outputs
+from .quantization import Quantise, quantize
 from .report import ExportedFile, ExportReport, RuntimeLatency, manifest_json, serving_json
 from .writing import Writer, traced
 
@@ -69,6 +73,8 @@ def export_model(
     opset: int = 20,
     precision: Precision = "fp32",
     activations: ActivationsAsked = "auto",
+    calibration: Sequence[Tensor] = (),
+    quantise: Quantise | None = None,
     check_batch_sizes: Sequence[int] = (1, 3),
     tolerance: float = 1e-3,
     measure_ms: bool = True,
@@ -93,7 +99,9 @@ def export_model(
     images at each of `check_batch_sizes`, on the CPU; `tolerance` bounds the difference over eager's largest value.
     Files for one image are compared on two images, the ones with most and fewest answers among some; `check_images`
     (N, C, H, W) replaces the drawn ones. `precision` and `activations` say what OpenVINO computes in; such a file is
-    compared in float32 first, and then in what it will be served in (`checked_lowered`).
+    compared in float32 first, and then in what it will be served in (`checked_lowered`). With int8 it is replaced by
+    one in eight bits then: `calibration` images (1, C, H, W) tell the ranges of activations. `quantise` does that, and
+    judges the result; what it returns stands in the manifest. By default `quantization.quantize` does.
     `measure_ms` measures the files in ONNX Runtime and OpenVINO, in turns with the same weights at ratio 0.
     `preprocessing` goes into serving.json.
     Files of an earlier export are replaced once all new ones are good, and not before; `before_step` may raise, to
@@ -102,26 +110,23 @@ def export_model(
     and MeasurementError where a file disagrees with eager.
     """
     directory, reporter, info = Path(output_dir), reporter or SilentReporter(), info or ModelInfo()
-    _check_settings(formats, opset, check_batch_sizes, tolerance)
+    _check_settings(formats, opset, check_batch_sizes, tolerance, precision, calibration)
     check_packages(formats)
     computed_in = resolved_activations(precision, activations, formats)
+    calibrated = partial(_quantised, images=calibration, check=before_step)
     check_info(info)
     shape = image_shape(model, input_size)
     module = _inference_copy(model)
     sparsity = get_sparsity(module)
-    if "openvino" in formats and sparse_stages(module)[0].importance == "random" and not sparsity.is_dense:
-        got = "openvino, and the scores `random` are whole numbers of 64 bits, which OpenVINO's CPU plug-in cuts to 32"
-        raise ConfigError("export.formats", got, "Set model.importance to mean_abs_l2 or l2, or export onnx or pt2.")
+    _check_scores(module, formats)
     info = _buildable(module, shape, info, reporter)
     contents = sparsity_json(module, shape, info, scope)
     with runs_on((min(check_batch_sizes), *shape)):
         model = with_fixed_outputs(module, lambda batch: structured_images(shape, batch, seed), check_batch_sizes)
     one_image = isinstance(model, OneImage)
-    if one_image and precision != "fp32":
-        got = f"{precision}, but the model answers each image: rounding changes how many answers there are"
-        raise ConfigError("export.precision", got, "Export backbone and neck (export.scope: features), or fp32.")
+    _check_answers(one_image, precision)
     draw = single_images(shape, check_images) if one_image else batches(shape, check_batch_sizes)
-    outputs = eager_reference(model, draw, "level" if scope == "features" else "output")
+    outputs = eager_reference(model, draw, output_prefix(scope))
     outputs = with_most_different_answers(outputs) if one_image else outputs
     output_shapes = output_shapes_of(outputs(seed), one_image)
 
@@ -133,17 +138,23 @@ def export_model(
         for name in (name for name in FORMATS if name in formats):  # OpenVINO's is made from the ONNX file
             before_step()
             path = writer.write(name, staging)
-            file = _checked_file(name, path, outputs, computed_in, seed, tolerance, reporter)
-            files.append(replace(file, path=directory / path.name))
+            lowered_to = computed_in if precision == "bf16" and name == LOWERING else "fp32"
+            files.append(_checked_file(name, path, outputs, lowered_to, seed, tolerance, reporter))
+        before_step()
+        eight_bits = None
+        if precision == "int8":
+            eight_bits = _replaced(staging / writer.file_name(LOWERING), quantise or calibrated)
+        files = [replace(_sized(file), path=directory / file.path.name) for file in files]
         before_step()
         latencies: tuple[RuntimeLatency, ...] = ()
         if measure_ms:
             image = outputs(seed)[0][0][:1]
-            latencies = _latencies(writer, formats, staging, image, computed_in, seed, reporter, patience, before_step)
+            lower = calibrated if precision == "int8" else None
+            latencies = _latencies(
+                writer, formats, staging, image, computed_in, lower, seed, reporter, patience, before_step
+            )
         weights = file_name(scope, "safetensors")
-        for written, of in {WEIGHTS: whole, weights: module}.items():
-            if of is not None:
-                (staging / written).write_bytes(safetensors.torch.save(_weights(of), metadata={"format": "pt"}))
+        _write_weights(staging, {WEIGHTS: whole, weights: module})
         write_json(staging / SPARSITY, contents)
         report = ExportReport(
             directory=directory,
@@ -161,6 +172,7 @@ def export_model(
             output_shapes=output_shapes,
             tolerance=tolerance,
             latencies=latencies,
+            eight_bits=eight_bits,
             onnx=describe_onnx(staging / file_name(scope, "onnx")) if "onnx" in formats else None,
             scope=scope,
             info=info,
@@ -171,6 +183,19 @@ def export_model(
         write_json(staging / MANIFEST, manifest_json(report, describe_files(staging)))
         publish(staging, directory, reporter)
     return report
+
+
+def _check_scores(module: nn.Module, formats: Sequence[str]) -> None:
+    random = sparse_stages(module)[0].importance == "random"
+    if "openvino" in formats and random and not get_sparsity(module).is_dense:
+        got = "openvino, and the scores `random` are whole numbers of 64 bits, which OpenVINO's CPU plug-in cuts to 32"
+        raise ConfigError("export.formats", got, "Set model.importance to mean_abs_l2 or l2, or export onnx or pt2.")
+
+
+def _check_answers(one_image: bool, precision: str) -> None:
+    if one_image and precision != "fp32":
+        got = f"{precision}, but the model answers each image: rounding changes how many answers there are"
+        raise ConfigError("export.precision", got, "Export backbone and neck (export.scope: features), or fp32.")
 
 
 def _checked_file(
@@ -185,11 +210,33 @@ def _checked_file(
     """A written file that agrees with eager in float32, and in what it is served in. Raises MeasurementError."""
     found, first = checked(path, outputs, seed=seed, tolerance=tolerance, reporter=reporter)
     lowered = None
-    if name == LOWERING and computed_in != "fp32":
+    if computed_in != "fp32":
         lowered = checked_lowered(path, outputs, seed=seed, activations=computed_in, reporter=reporter)
-    beside = path.with_suffix(".bin") if name == "openvino" else None
-    size = path.stat().st_size + (beside.stat().st_size if beside else 0)
-    return ExportedFile(name, path, sha256_file(path), size, found, first, lowered)
+    return ExportedFile(name, path, "", 0, found, first, lowered)
+
+
+def _sized(file: ExportedFile) -> ExportedFile:
+    """With hash and size of what stands there now."""
+    beside = file.path.with_suffix(".bin") if file.format == "openvino" else None
+    size = file.path.stat().st_size + (beside.stat().st_size if beside else 0)
+    return replace(file, sha256=sha256_file(file.path), size_bytes=size)
+
+
+def _quantised(source: Path, target: Path, *, images: Sequence[Tensor], check: Callable[[], None]) -> dict[str, Any]:
+    """Quantise without a judgement."""
+    quantize(source, target, images, check=check)
+    return {"calibration_images": len(images)}
+
+
+def _replaced(path: Path, quantise: Quantise) -> Mapping[str, Any]:
+    """Put a file of eight bits in the place of an .xml file and its .bin."""
+    target = path.parent / "int8" / path.name
+    target.parent.mkdir()
+    told = quantise(path, target)
+    for suffix in (".xml", ".bin"):
+        target.with_suffix(suffix).replace(path.with_suffix(suffix))
+    target.parent.rmdir()
+    return told
 
 
 def _latencies(
@@ -198,12 +245,16 @@ def _latencies(
     staging: Path,
     image: Tensor,
     computed_in: Activations,
+    lower: Quantise | None,
     seed: int,
     reporter: Reporter,
     patience: Patience | None,
     check: Callable[[], None],
 ) -> tuple[RuntimeLatency, ...]:
-    """Dense against sparse in each runtime of RUNTIME_OF whose file was written. Leaves the model at ratio 0."""
+    """Dense against sparse in each runtime of RUNTIME_OF whose file was written. Leaves the model at ratio 0.
+
+    `lower` makes a dense file of eight bits, if the sparse one is such.
+    """
     measured = [name for name in RUNTIME_OF if name in formats]
     if not measured:
         reporter.warn(f"export: latency is measured of {' and '.join(RUNTIME_OF)} files, and neither is written")
@@ -215,6 +266,9 @@ def _latencies(
         folder.mkdir()
         writer = writer.dense()
         dense = {name: writer.write(name, folder) for name in measured}
+        if lower is not None and LOWERING in dense:
+            reporter.say("export: the dense model is quantised too, to be measured")
+            _replaced(dense[LOWERING], lower)
     found = tuple(
         measured_latency(
             RUNTIME_OF[name], sparse[name], dense.get(name), image,
@@ -228,7 +282,14 @@ def _latencies(
     return found
 
 
-def _check_settings(formats: Sequence[str], opset: int, batch_sizes: Sequence[int], tolerance: float) -> None:
+def _check_settings(
+    formats: Sequence[str],
+    opset: int,
+    batch_sizes: Sequence[int],
+    tolerance: float,
+    precision: Precision,
+    calibration: Sequence[Tensor],
+) -> None:
     if isinstance(formats, str) or len(set(formats)) != len(formats) or not set(formats) <= set(FORMATS):
         raise ConfigError("export formats", f"{formats!r}; allowed are {', '.join(FORMATS)}", "Name each once.")
     if isinstance(opset, bool) or opset not in OPSETS:
@@ -240,6 +301,8 @@ def _check_settings(formats: Sequence[str], opset: int, batch_sizes: Sequence[in
         raise ConfigError("export check_batch_sizes", got, "Give two different sizes, e.g. (1, 3).")
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ConfigError("export tolerance", f"{tolerance!r} is not positive", "Give e.g. 1e-3.")
+    if precision == "int8" and not calibration:
+        raise ConfigError("export calibration", "there is no image to calibrate on", "Give images as the model gets.")
 
 
 def _buildable(module: nn.Module, shape: tuple[int, int, int], info: ModelInfo, reporter: Reporter) -> ModelInfo:
@@ -270,6 +333,12 @@ def _inference_copy(model: nn.Module) -> nn.Module:
     for stage in sparse_stages(clone):
         stage.grad_checkpointing = False
     return clone
+
+
+def _write_weights(folder: Path, models: Mapping[str, nn.Module | None]) -> None:
+    for name, model in models.items():
+        if model is not None:
+            (folder / name).write_bytes(safetensors.torch.save(_weights(model), metadata={"format": "pt"}))
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

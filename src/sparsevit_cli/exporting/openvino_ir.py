@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsevit_cli.errors import ConfigError, first_line, in_one_line, pass_on
 from sparsevit_cli.runtimes import Activations
-from sparsevit_cli.runtimes.openvino import compiled_model
+from sparsevit_cli.runtimes.openvino import compiled_model, load_openvino
 
 from .folder import SPARSITY
 
@@ -70,8 +70,7 @@ def _scoring(top: Any) -> tuple[Any, ...] | None:
 
 def save_openvino(source: Path, path: Path, contents: Mapping[str, object]) -> None:
     """Write an ONNX file as `path` (.xml) and the .bin beside it, weights in float32. Raises ConfigError."""
-    import openvino
-
+    openvino = load_openvino()
     try:
         model = openvino.Core().read_model(source)
         model.set_rt_info(json.dumps(contents), ["sparsevit_cli", SPARSITY])
@@ -89,9 +88,8 @@ def keep_ranking_exact(path: Path) -> None:
 
     The file is changed in place: it is one that is being made. Python cannot set such a mark on a model in memory.
     """
-    import openvino
-
-    marked = {node.get_friendly_name() for node in _ranking_nodes(openvino.Core().read_model(path))}
+    openvino = load_openvino()
+    marked = {node.get_friendly_name() for node in ranking_nodes(openvino.Core().read_model(path))}
     tree = ElementTree.parse(path)
     for layer in tree.iter("layer"):
         if layer.get("name") not in marked:
@@ -103,27 +101,31 @@ def keep_ranking_exact(path: Path) -> None:
     tree.write(path, encoding="utf-8", xml_declaration=True)
 
 
-def _ranking_nodes(model: Any) -> Iterator[Any]:
+def ranking_nodes(model: Any) -> Iterator[Any]:
+    """The nodes of an `openvino.Model` that score and rank windows."""
     for ranking in rankings(model):
         yield ranking.top
         yield from ranking.scoring
 
 
-def changed_windows(path: Path, batches: Sequence[Tensor], activations: Activations) -> tuple[int, int]:
+def changed_windows(
+    path: Path, batches: Sequence[Tensor], activations: Activations, lowered_path: Path | None = None
+) -> tuple[int, int]:
     """Windows that all rankings of an .xml file keep in float32 of images (B, C, H, W), and how many of them go.
 
-    Of those, `activations` keeps others. The order of what is kept does not count.
+    Instead of those, `lowered_path` (by default the same file) keeps others in `activations`. The order of what is kept
+    does not count.
     """
-    exact, lowered = (_kept_windows(path, batches, each) for each in ("fp32", activations))
+    exact = _kept_windows(path, batches, "fp32")
+    lowered = _kept_windows(lowered_path or path, batches, activations)
     kept = sum(len(row) for row in exact)
     return kept, sum(len(ours - theirs) for ours, theirs in zip(exact, lowered, strict=True))
 
 
 def _kept_windows(path: Path, batches: Sequence[Tensor], activations: Activations) -> list[set[int]]:
     """The windows that each ranking keeps of each image."""
-    import openvino
-    from openvino import opset13
-
+    openvino = load_openvino()
+    opset13 = openvino.opset13
     model = openvino.Core().read_model(path)
     outputs = len(model.outputs)
     base = opset13.constant(np.int32(_DIGIT))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.runtimes import Activations, runtime
+from sparsevit_cli.runtimes import Activations, Precision, runtime
 
-Precision = Literal["fp32", "bf16"]
-"""`fp32` and `bf16` files hold float32; a runtime is asked to compute `bf16` ones in bfloat16."""
+from .quantization import check_installed
+
 ActivationsAsked = Literal["auto", "fp32", "bf16"]
-PRECISIONS = ("fp32", "bf16")
 LOWERING = "openvino"
 """The format, and the runtime of that name, that computes in less than 32 bits on a CPU."""
 
@@ -22,11 +21,12 @@ def resolved_activations(precision: str, asked: str, formats: Sequence[str]) -> 
     Raises ConfigError for settings that contradict each other, for a precision that no file of `formats` has, for a
     runtime that is not installed, and for a CPU that would emulate bfloat16, slower than float32.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError("export.precision", f"{precision!r}; allowed are {', '.join(PRECISIONS)}", "Take fp32.")
+    if precision not in get_args(Precision):
+        allowed = ", ".join(get_args(Precision))
+        raise ConfigError("export.precision", f"{precision!r}; allowed are {allowed}", "Take fp32.")
     if asked not in ("auto", "fp32", "bf16"):
         raise ConfigError("export.activations", f"{asked!r}; allowed are auto, fp32, bf16", "Take auto.")
-    if asked not in ("auto", precision):
+    if precision != "int8" and asked not in ("auto", precision):
         got = f"{asked}, and export.precision is {precision}"
         raise ConfigError("export.activations", got, f"Set export.precision: {asked}, or export.activations: auto.")
     if precision == "fp32":
@@ -36,10 +36,10 @@ def resolved_activations(precision: str, asked: str, formats: Sequence[str]) -> 
         raise ConfigError("export.precision", got, f"Add {LOWERING} to export.formats, or set export.precision: fp32.")
     runs_in = runtime(LOWERING)
     runs_in.check_installed()
-    runs_in.check_activations("bf16")
-    return "bf16"
-
-
-def precision_label(precision: str, activations: str) -> str:
-    """`fp32`, `bf16`, or `int8+bf16`: what tables call it."""
-    return precision if precision in ("fp32", "bf16") else f"{precision}+{activations}"
+    if precision == "int8":
+        check_installed()
+    if precision == "int8" and asked == "auto":
+        return "bf16" if "bf16" in runs_in.activations() else "fp32"
+    activations: Activations = "fp32" if asked == "fp32" else "bf16"
+    runs_in.check_activations(activations)
+    return activations

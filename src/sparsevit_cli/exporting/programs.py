@@ -105,7 +105,7 @@ def trace(
     images = structured_images(shape, 1 if isinstance(model, OneImage) else batch, seed=0)
     dims: Any = None if isinstance(model, OneImage) else ({0: torch.export.Dim("batch")},)
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.export.export(model, (images,), dynamic_shapes=dims)
     except Exception as error:
         pass_on(error)
@@ -144,7 +144,7 @@ def save_onnx_of_one_image(
         got = f"{opset}; for a model that answers each image, torch writes {TORCHSCRIPT_OPSETS[0]} to {last}"
         raise ConfigError("export opset", got, f"Take {last}.")
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             torch.onnx.export(
                 model,
                 (structured_images(shape, 1, seed=0),),
@@ -182,7 +182,7 @@ def save_onnx(
     import onnx
 
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             onnx_program = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -256,7 +256,7 @@ def named_tensors(output: object, name: str = "output") -> Iterator[tuple[str, T
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep what exporters print, warn and log off the terminal."""
     disabled = logging.root.manager.disable
     try:

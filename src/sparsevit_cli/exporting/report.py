@@ -12,13 +12,12 @@ import torch
 from sparsevit_cli.data.preprocessing import Preprocessing
 from sparsevit_cli.profiling.device import device_identity
 from sparsevit_cli.profiling.latency import Latency
-from sparsevit_cli.runtimes import Activations
+from sparsevit_cli.runtimes import Activations, Precision
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.windows import Partition
 
 from .checks import Difference, Lowered
 from .folder import FORMAT_VERSION, SUFFIXES, ExportScope, ModelInfo, export_versions, file_name
-from .precision import Precision
 from .programs import INPUT
 
 SIZE_NOTE = (
@@ -74,7 +73,9 @@ class RuntimeLatency:
 class ExportReport:
     """What `export_model` wrote. Shapes hold `batch` where any batch size goes, and `answers` for how many there are.
 
-    `latencies` has one entry for each runtime that was measured. `onnx` tells opset and operators of the ONNX file.
+    `latencies` has one entry for each runtime that was measured. `eight_bits` tells of precision int8: calibration,
+    score before and after, windows that change, layers that stay in float. `onnx` tells opset and operators of the ONNX
+    file.
     """
 
     directory: Path
@@ -92,6 +93,7 @@ class ExportReport:
     output_shapes: Mapping[str, tuple[int | str, ...]]
     tolerance: float
     latencies: tuple[RuntimeLatency, ...]
+    eight_bits: Mapping[str, Any] | None
     onnx: Mapping[str, Any] | None
     scope: ExportScope
     info: ModelInfo
@@ -134,6 +136,7 @@ def manifest_json(report: ExportReport, files: Mapping[str, object]) -> dict[str
         "checked_against_eager": {file.path.name: _checks_json(file) for file in report.files},
         "latency": None if measured is None else measured.document(),
         "latencies": [latency.document() for latency in report.latencies],
+        "int8": report.eight_bits,
         "onnx": report.onnx,
         "versions": export_versions(),
     }

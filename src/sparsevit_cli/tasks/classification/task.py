@@ -44,7 +44,7 @@ class Classification(Task):
     """One label an image."""
 
     name = "classification"
-    metric = Metric("top1", "top-1")
+    metric = Metric("top1", "top-1", mean_over_images=True)
 
     def data(self, *, seed: int, categories: Categories | None) -> Data:
         """Sources of (image (C, H, W), label); see `build_data`."""

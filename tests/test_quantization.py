@@ -1,0 +1,425 @@
+"""Eight bits: the ranking stays in float, nothing is sent or printed, and what is lost is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import stdev
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sparsevit_cli.checkpoints import save_checkpoint
+from sparsevit_cli.data.images import UnreadableImageError
+from sparsevit_cli.data.source import Batch, Categories, Source
+from sparsevit_cli.errors import ConfigError, DataError, MeasurementError, StoppedError
+from sparsevit_cli.exporting import export_model, quantization, structured_images
+from sparsevit_cli.exporting.openvino_ir import changed_windows, ranking_nodes
+from sparsevit_cli.exporting.quantization import LayerError, layer_errors, quantised_layers, quantize
+from sparsevit_cli.reporting import SilentReporter
+from sparsevit_cli.runtimes import runtime
+from sparsevit_cli.swin import set_sparsity, sparsify_
+from sparsevit_cli.tasks.task import Metric, Score
+from sparsevit_cli.workflows.eight_bits import WINDOW_IMAGES, Deployed, Quantiser
+from sparsevit_cli.workflows.evaluate import evaluate_export
+from sparsevit_cli.workflows.export import export_winner
+from sparsevit_cli.workflows.paired import PairedScorer, change
+from sparsevit_cli.workflows.session import Session
+from tiny import shaken_, tiny_config, tiny_swin
+
+needs_nncf = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("nncf", "openvino", "onnxscript")),
+    reason="needs sparsevit-cli[openvino,export]",
+)
+SIDE = 64
+SHAPE = (3, SIDE, SIDE)
+RATIOS = [[0.5], [0.2]]
+
+
+def images(count: int, seed: int = 0) -> list[Tensor]:
+    return list(structured_images(SHAPE, count, seed).split(1))
+
+
+@pytest.fixture(scope="module")
+def float_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sparse tiny Swin as an OpenVINO file of float32."""
+    model = tiny_swin(img_size=SIDE, window_size=2, embed_dim=8, depths=(1, 2), always_partition=True).eval()
+    shaken_(model)
+    set_sparsity(sparsify_(model), RATIOS)
+    folder = tmp_path_factory.mktemp("float")
+    export_model(model, folder, input_size=SIDE, formats=("openvino",), measure_ms=False)
+    return folder / "model.xml"
+
+
+@pytest.fixture(scope="module")
+def int8_file(float_file: Path) -> Path:
+    target = float_file.with_name("int8.xml")
+    quantize(float_file, target, images(8))
+    return target
+
+
+def read(path: Path) -> Any:
+    import openvino
+
+    return openvino.Core().read_model(path)
+
+
+def run(path: Path, batch: Tensor) -> Tensor:
+    return runtime("openvino").load(path).run(batch)[0]
+
+
+# -- the file -----------------------------------------------------------------------------------------------------
+
+
+@needs_nncf
+def test_matrices_have_eight_bits_and_the_ranking_has_none(float_file: Path, int8_file: Path) -> None:
+    model = read(int8_file)
+    quantisers = [node for node in model.get_ops() if node.get_type_name() == "FakeQuantize"]
+    assert len(quantisers) > 10
+    assert int8_file.with_suffix(".bin").stat().st_size < 0.6 * float_file.with_suffix(".bin").stat().st_size
+    ranking = list(ranking_nodes(model))
+    assert sum(node.get_type_name() == "TopK" for node in ranking) == 3  # unshifted; unshifted and shifted
+    assert len(ranking) == len(list(ranking_nodes(read(float_file)))) > 3 * 4
+    assert not {node.get_friendly_name() for node in quantisers} & {node.get_friendly_name() for node in ranking}
+
+
+@needs_nncf
+def test_it_computes_what_the_float_file_does_at_any_batch(float_file: Path, int8_file: Path) -> None:
+    for count in (1, 3):
+        batch = structured_images(SHAPE, count, seed=5)
+        ours, theirs = run(int8_file, batch), run(float_file, batch)
+        assert not torch.equal(ours, theirs)
+        assert (ours - theirs).norm() < 0.1 * theirs.norm()
+
+
+@needs_nncf
+def test_eight_bits_in_the_ranking_are_refused(
+    float_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a product of matrices ranked windows, of which NNCF is not told."""
+
+    def wrong(model: Any) -> list[Any]:
+        is_quantised = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
+        return [node for node in model.get_ops() if is_quantised and node.get_type_name() == "MatMul"]
+
+    monkeypatch.setattr(quantization, "ranking_nodes", wrong)
+    with pytest.raises(MeasurementError, match="eight bits in the ranking of windows"):
+        quantize(float_file, tmp_path / "int8.xml", images(2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scale_between_a_mean_and_a_matrix_of_eight_bits_is_why_the_classifier_stays_in_float() -> None:
+    """OpenVINO's fused mean takes a scale of channels for another one. Once this fails, `behind_means` can go."""
+    openvino = pytest.importorskip("openvino")
+    from openvino import opset13 as ops
+
+    from sparsevit_cli.runtimes.openvino import compiled
+
+    generator = np.random.default_rng(0)
+    scale = generator.uniform(0.5, 2, (1, 32)).astype(np.float32)
+    matrix = (generator.integers(-127, 128, (8, 32)) / 127).astype(np.float32)
+    matrix[:, 0] = 1
+    one = ops.constant(np.float32(1))
+    low = ops.constant(np.float32(-1))
+    maps = ops.parameter([-1, 4, 4, 32], name="maps")
+    pooled = ops.multiply(ops.reduce_mean(maps, ops.constant([1, 2]), keep_dims=False), ops.constant(scale))
+    rounded = ops.fake_quantize(pooled, low, one, low, one, 256)
+    weights = ops.fake_quantize(ops.constant(matrix), low, one, low, one, 255)
+    product = ops.matmul(rounded, weights, transpose_a=False, transpose_b=True)
+    model = openvino.Model([ops.result(product)], [maps], "test")
+    drawn = generator.uniform(-1, 1, (3, 4, 4, 32)).astype(np.float32)
+    found = compiled(model, "fp32", 1)(torch.from_numpy(drawn))[0].numpy()
+    right = drawn.mean((1, 2)) * scale @ matrix.T
+    assert np.abs(found - right).max() > 0.1 * np.abs(right).max()
+    assert quantization.behind_means(model) == []  # a scale stands between; before quantisation there is none
+
+
+@needs_nncf
+def test_layers_can_stay_in_float(float_file: Path, tmp_path: Path) -> None:
+    """Every layer has an error of its own; what is named keeps its 32 bits."""
+    errors = {layer.name: layer.error for layer in layer_errors(float_file, images(2), images(4))}
+    assert len(errors) == 3 * 5 + 2  # four matrices and a product a block (NNCF leaves one), patch embedding, merging
+    assert all(0 < error < 1 for error in errors.values())
+    worst = sorted(errors, key=lambda name: -errors[name])[:3]
+    target = tmp_path / "int8.xml"
+    quantize(float_file, target, images(4), in_float=worst)
+    assert set(quantised_layers(read(target))) == set(errors) - set(worst)
+
+
+@needs_nncf
+def test_no_image_and_no_package_are_refused(float_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="no image to calibrate on"):
+        quantize(float_file, tmp_path / "int8.xml", [])
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "nncf" else real(name, *rest))
+    with pytest.raises(ConfigError, match=r"nncf not installed. Type: pip install \"sparsevit-cli\[openvino\]\""):
+        quantize(float_file, tmp_path / "int8.xml", images(2))
+    assert not list(tmp_path.iterdir())
+
+
+@needs_nncf
+def test_it_stops_between_two_images_and_leaves_nothing(float_file: Path, tmp_path: Path) -> None:
+    asked = 0
+
+    def check() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            raise StoppedError("export", "SIGINT arrived", "Again.", interrupted=True)
+
+    with pytest.raises(StoppedError):
+        quantize(float_file, tmp_path / "int8.xml", images(8), check=check)
+    assert not list(tmp_path.iterdir())
+
+
+CHILD = """
+import importlib.abc, json, os, socket, sys, urllib.request
+from pathlib import Path
+
+seen = {}
+
+class Watching(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in ("nncf", "openvino"):
+            blocked = "openvino_telemetry" in sys.modules and sys.modules["openvino_telemetry"] is None
+            seen[name] = (os.environ.get("NNCF_CI"), blocked)
+        return None
+
+sys.meta_path.insert(0, Watching())
+sent = []
+socket.socket.connect = lambda *args: sent.append("connect")
+urllib.request.urlopen = lambda *args, **kwargs: sent.append("urlopen")
+
+import torch
+from sparsevit_cli.exporting.quantization import quantize
+
+source, target = map(Path, sys.argv[1:3])
+quantize(source, target, [torch.rand(1, 3, 64, 64)])
+import nncf.telemetry.decorator as decorator
+files = [str(path) for path in Path.home().rglob("*") if path.is_file()]
+seen.update(sent=sent, files=files, telemetry=type(decorator.telemetry).__name__, after=os.environ.get("NNCF_CI"))
+seen["importable"] = sys.modules.get("openvino_telemetry", "") is not None
+Path(sys.argv[3]).write_text(json.dumps(seen))
+"""
+
+
+@needs_nncf
+def test_nothing_is_sent_stored_at_home_or_printed(float_file: Path, tmp_path: Path) -> None:
+    """In a process without pytest, beside which NNCF keeps quiet by itself. The switches are set before each import."""
+    home = tmp_path / "home"
+    home.mkdir()
+    told = tmp_path / "told.json"
+    environment = {key: value for key, value in os.environ.items() if key not in ("CI", "NNCF_CI", "NNCF_DEV")}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(float_file), str(tmp_path / "int8.xml"), str(told)],
+        env={**environment, "HOME": str(home)}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (child.stdout, child.stderr) == ("", "")
+    seen = json.loads(told.read_text())
+    assert seen["nncf"] == ["1", True]
+    assert seen["openvino"][1] is True
+    assert (seen["sent"], seen["files"]) == ([], [])
+    assert seen["telemetry"] == "MagicMock"
+    assert (seen["after"], seen["importable"]) == (None, True)  # as it was, for everybody else
+
+
+# -- windows ------------------------------------------------------------------------------------------------------
+
+
+@needs_nncf
+def test_windows_that_change_are_counted(float_file: Path, int8_file: Path) -> None:
+    """Of two stages, the first with one ranking and the second with two: 32 and twice 12 windows an image."""
+    batches = [structured_images(SHAPE, 2, seed=3)]
+    assert changed_windows(float_file, batches, "fp32") == (2 * (32 + 12 + 12), 0)
+    kept, changed = changed_windows(float_file, batches, "fp32", int8_file)
+    assert kept == 2 * (32 + 12 + 12)
+    assert changed < 0.2 * kept
+
+
+# -- what is lost -------------------------------------------------------------------------------------------------
+
+
+class _Task:
+    """As much of a task as a paired scorer asks for."""
+
+    def __init__(self, *, mean_over_images: bool) -> None:
+        self.metric = Metric("m", "m", mean_over_images=mean_over_images)
+
+
+class _Ratio:
+    """Right over all, in percent: a ratio of sums, and a mean over images if all count the same."""
+
+    def __init__(self) -> None:
+        self.right = self.total = 0.0
+
+    def update(self, outputs: Tensor, batch: Batch) -> None:
+        self.right += float((outputs * batch.targets).sum())
+        self.total += float(batch.targets.sum())
+
+    def add(self, other: _Ratio) -> None:
+        self.right, self.total = self.right + other.right, self.total + other.total
+
+    def compute(self) -> Mapping[str, float]:
+        return {"m": 100 * self.right / self.total}
+
+
+def scored(task: Any, right: Tensor, weights: Tensor, make: Callable[[], Any] = _Ratio) -> tuple[Score, PairedScorer]:
+    scorer = PairedScorer(task, make)
+    for numbers in torch.arange(len(right)).split(7):
+        scorer.update(right[numbers], Batch(weights[numbers], weights[numbers], numbers))
+    return Score(scorer.compute()["m"], {}, len(right)), scorer
+
+
+def test_a_mean_over_images_is_paired() -> None:
+    before, after = (torch.randn(50) > 0).double(), (torch.randn(50) > 0.3).double()
+    task: Any = _Task(mean_over_images=True)
+    ones = torch.ones(50)
+    found = change(task, scored(task, before, ones), scored(task, after, ones))
+    differences = (100 * (after - before)).tolist()
+    assert found.difference == pytest.approx(sum(differences) / 50)
+    assert found.standard_error == pytest.approx(stdev(differences) / math.sqrt(50))
+    assert found.method == "paired over 50 images"
+
+
+def test_another_metric_leaves_groups_of_images_out() -> None:
+    """The error of a ratio of sums, against that of many drawn sets of images."""
+    count = 400
+    weights = torch.rand(count).double() + 0.2
+    before, after = (torch.rand(2, count) < torch.tensor([[0.8], [0.75]])).double()
+    task: Any = _Task(mean_over_images=False)
+    found = change(task, scored(task, before, weights), scored(task, after, weights))
+    assert found.method == "jackknife over 20 groups of images"
+    drawn = torch.randint(count, (2000, count))
+    of_drawn = 100 * ((after - before) * weights)[drawn].sum(1) / weights[drawn].sum(1)
+    assert found.standard_error == pytest.approx(float(of_drawn.std()), rel=0.4)
+
+
+def test_a_scorer_that_cannot_add_gives_no_error() -> None:
+    class Plain:
+        def __init__(self) -> None:
+            self.inner = _Ratio()
+            self.update, self.compute = self.inner.update, self.inner.compute
+
+    task: Any = _Task(mean_over_images=False)
+    ones = torch.ones(30)
+    both = [scored(task, ones, ones, Plain) for _ in range(2)]
+    found = change(task, *both)
+    assert (found.standard_error, found.method, found.difference) == (None, "not known", 0.0)
+
+
+# -- the command --------------------------------------------------------------------------------------------------
+
+INT8 = {"formats": ["openvino"], "precision": "int8", "activations": "fp32", "latency": False, "calibration_images": 6}
+
+
+def session_in(folder: Path, **export: Any) -> Session:
+    data = {"eval_batch_size": 128, "digits": {"digit_min": 12, "digit_max": 16}}
+    return Session(tiny_config(output=str(folder), data=data, export={**INT8, **export}), SilentReporter())
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights of a tiny model that nobody trained: its scores fall in int8 or rise, as chance has it."""
+    folder = tmp_path_factory.mktemp("weights")
+    model = session_in(folder).model(Categories(tuple("0123456789")))
+    shaken_(model)
+    return str(save_checkpoint(folder / "weights", 1, {"model": model.state_dict()}, {}))
+
+
+@needs_nncf
+def test_the_command_tells_the_score_before_and_after(weights: str, tmp_path: Path) -> None:
+    session = session_in(tmp_path, max_loss=100.0)
+    summary = export_winner(session, weights=weights, ratios="[[.5],[.5]]")
+    found = summary.eight_bits
+    assert found is not None
+    assert (found.calibration_images, found.in_float, found.window_images) == (6, (), WINDOW_IMAGES)
+    assert found.change.method == "paired over 350 images"
+    assert 0 < (found.change.standard_error or 0) < 10
+    assert 0 < found.changed < 0.3 * found.kept
+    manifest = summary.document()
+    assert (manifest["precision"], manifest["activations"]) == ("int8", "fp32")
+    assert manifest["int8"] == json.loads(json.dumps(found.document()))
+    told = "\n".join(found.lines())
+    assert re.search(
+        r"int8: top-1 [\d.]+ % in fp32, [\d.]+ % in int8: [+-][\d.]+, standard error [\d.]+ \(paired", told
+    )
+    assert f"{found.changed} of {found.kept} kept windows are others in int8" in told
+    # what was scored is what is deployed
+    assert quantised_layers(read(summary.folder.path / "model.xml"))
+    scored = evaluate_export(session_in(tmp_path), "openvino", export=str(summary.folder.path))
+    assert scored.score.value == found.change.after.value
+
+
+@needs_nncf
+def test_layers_that_cost_most_stay_in_float_if_too_much_is_lost(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with fewer than three layers in float loses too much; the worst ones are taken, in twos."""
+    real = Deployed.score
+
+    def score(self: Deployed, path: Path, *others: Any) -> Any:
+        found, scorer = real(self, path, *others)
+        if path.parent.name == "int8" and len(quantised_layers(read(path))) > layers - 3:
+            found = dataclasses.replace(found, value=found.value - 50)
+        return found, scorer
+
+    layers = 4 * 5 + 2
+    monkeypatch.setattr(Deployed, "score", score)
+    session = session_in(tmp_path)
+    found = export_winner(session, weights=weights, ratios="[[.5],[.5]]").eight_bits
+    assert found is not None
+    assert len(found.in_float) == 4
+    errors = [layer.error for layer in found.in_float]
+    assert errors == sorted(errors, reverse=True)
+    assert found.without is not None
+    assert found.without.difference < -40
+    assert found.change.difference > -40
+    model = read(tmp_path / "tiny" / "export" / "model.xml")
+    assert len(quantised_layers(model)) == layers - 4
+    manifest = json.loads((tmp_path / "tiny" / "export" / "manifest.json").read_text())
+    assert manifest["int8"]["in_float"] == [layer.name for layer in found.in_float]
+
+
+@needs_nncf
+@pytest.mark.parametrize("fault", ["lost", "stopped", "unreadable", "empty"])
+def test_what_cannot_be_quantised_leaves_the_earlier_export(
+    fault: str, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny" / "export"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("earlier")
+    session = session_in(tmp_path)
+    data = session.data()
+    if fault == "lost":
+        monkeypatch.setattr(Quantiser, "_lost_too_much", lambda self, found: True)
+        monkeypatch.setattr(Quantiser, "_ranked", lambda self, source: (LayerError("a", 1.0),))
+        expected: Any = pytest.raises(MeasurementError, match="0 of 1 layers in float")
+    elif fault == "stopped":
+        monkeypatch.setattr(session.stop, "signal_number", signal.SIGINT)
+        expected = pytest.raises(StoppedError, match="an earlier export is as it was")
+    elif fault == "unreadable":
+
+        def unreadable(self: Source, index: int) -> Any:
+            raise UnreadableImageError(f"image {index}", "cannot be decoded", "Repair it.")
+
+        monkeypatch.setattr(type(data.search), "__getitem__", unreadable)
+        expected = pytest.raises(DataError, match="cannot be decoded")
+    else:
+        monkeypatch.setattr(type(data.search), "__len__", lambda self: 0)
+        expected = pytest.raises(DataError, match=r"the search split, .* is empty")
+    with expected:
+        export_winner(session, weights=weights, ratios="[[.5],[.5]]")
+    assert (folder / "manifest.json").read_text() == "earlier"
+    assert not [path for path in folder.rglob("*") if path.suffix in (".xml", ".bin") or path.name.startswith(".tmp")]
