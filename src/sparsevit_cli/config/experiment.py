@@ -242,7 +242,7 @@ class SearchSection(Section):
     """The search for the best sparsity configuration within a budget (`sparsevit search`)."""
 
     strategy: Literal["surrogate", "evolution", "random"] = Field(
-        "surrogate",
+        "evolution",
         description="`surrogate`: a model of the metric over the ratios chooses candidates; `evolution`: the paper's "
         "algorithm; `random`: its control.",
     )

@@ -49,7 +49,7 @@ def search_sparsity(
     cost: Cost,
     budget: Budget,
     *,
-    strategy: StrategyName = "surrogate",
+    strategy: StrategyName = "evolution",
     seed: int = 0,
     max_evaluations: int | None = None,
     population: int | None = None,
