@@ -74,6 +74,7 @@ docs: install
 	$(BIN)/python -m sparsevit_cli.config.reference
 	$(BIN)/python docs/make_results.py
 	$(BIN)/python benchmarks/collect.py
+	$(BIN)/python benchmarks/search.py --table
 	$(BIN)/python docs/make_pictures.py
 
 clean:

@@ -152,3 +152,16 @@ def test_the_plot_shows_the_last_run_of_one_cell(
     monkeypatch.setattr(collect, "PLOTTED", ("cpu", "swin", "672x672", 1, "fp32"))
     collect.draw_plot()
     assert collect.PLOT.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_table_of_searches_is_made_of_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = script("benchmarks/search.py")
+    written = module.PAGE.read_text("utf-8")
+    monkeypatch.setattr(module, "PAGE", tmp_path / "search.md")
+    module.PAGE.write_text(written, "utf-8")
+    module.write_tables()
+    assert module.PAGE.read_text("utf-8") == written
+    curve = [3.0, 3.0, 1.0, 1.0, 0.05]
+    assert module._curve_of(module._changes(curve)) == curve
+    assert module.near(curve) == 5

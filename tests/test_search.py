@@ -45,7 +45,7 @@ def latency(limit: float) -> Budget:
 
 
 def search(limit: float = 20, space: SearchSpace = SWIN_T, **kwargs):
-    settings = {"population": 20, "parents": 5, "generations": 6} | kwargs
+    settings = {"strategy": "evolution", "population": 20, "parents": 5, "generations": 6} | kwargs
     return search_sparsity(space, accuracy, cost_of, latency(limit), **settings)
 
 
@@ -83,7 +83,8 @@ def test_history_does_not_depend_on_the_hash_seed():
         "from sparsevit_cli.search import *; from sparsevit_cli.sparsity import *;"
         "r = search_sparsity(SearchSpace((2, 2, 6, 2)), lambda c: hash(c.tenths) % 97,"
         "lambda c: 99 - sum(map(sum, c.tenths)),"
-        "Budget(80, 'macs'), population=10, generations=3); print([str(e.config) for e in r.history])"
+        "Budget(80, 'macs'), strategy='evolution', population=10, generations=3);"
+        "print([str(e.config) for e in r.history])"
     )
     runs = [
         subprocess.run(
@@ -111,7 +112,7 @@ def test_evolution_beats_random_with_as_many_evaluations():
 def test_evolution_finds_the_optimum_of_swin_t_with_the_authors_settings():
     """2,100 of 120,285 configurations, checked against all of them."""
     optimum = max(accuracy(config) for config in SWIN_T if cost_of(config) <= 20)
-    assert search_sparsity(SWIN_T, accuracy, cost_of, latency(20)).best_metric == optimum
+    assert search_sparsity(SWIN_T, accuracy, cost_of, latency(20), strategy="evolution").best_metric == optimum
 
 
 @given(
@@ -238,7 +239,8 @@ def test_max_evaluations_caps_what_is_asked_for(cap, strategy):
 
 
 def test_a_small_cap_still_breeds_unless_the_population_is_given():
-    assert search_sparsity(SWIN_T, accuracy, cost_of, latency(20), max_evaluations=50).history[-1].generation == 4
+    bred = search_sparsity(SWIN_T, accuracy, cost_of, latency(20), strategy="evolution", max_evaluations=50)
+    assert bred.history[-1].generation == 4
     assert "nothing was bred" in search(max_evaluations=20).note
 
 
@@ -246,7 +248,7 @@ def test_a_small_cap_still_breeds_unless_the_population_is_given():
 def test_a_metric_or_cost_that_is_not_finite_names_the_candidate(bad):
     first = search().history[0].config
     with pytest.raises(NonFiniteError) as caught:
-        search_sparsity(SWIN_T, lambda config: bad, cost_of, latency(20), population=20)
+        search_sparsity(SWIN_T, lambda config: bad, cost_of, latency(20), strategy="evolution", population=20)
     assert str(first) in str(caught.value)
     with pytest.raises(NonFiniteError, match="cost of candidate"):
         search_sparsity(SWIN_T, accuracy, lambda config: bad, latency(20))

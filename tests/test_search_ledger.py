@@ -44,7 +44,7 @@ def evaluate(config):
 with Ledger.open(path, LedgerScope("checkpoint-hash", "data-fingerprint", "settings-hash")) as ledger:
     result = search_sparsity(
         SearchSpace((2, 2, 6, 2)), committed(evaluate, ledger), lambda c: 60 - sum(map(sum, c.tenths)),
-        Budget(40, "latency_ms"), seed=1, population=12, generations=4, known=ledger,
+        Budget(40, "latency_ms"), strategy="evolution", seed=1, population=12, generations=4, known=ledger,
     )
 for e in result.history:
     print(e.config, e.metric.hex(), e.cost, e.generation)
@@ -174,7 +174,7 @@ def test_a_second_budget_is_answered_from_the_ledger(path):
         evaluate = committed(lambda c: -float(sum(map(sum, c.tenths))), ledger)
         return search_sparsity(
             SPACE, evaluate, lambda c: 60 - sum(map(sum, c.tenths)), Budget(limit, "latency_ms"), known=ledger,
-            population=10, generations=3,
+            strategy="evolution", population=10, generations=3,
         )  # fmt: skip
 
     with Ledger.open(path, SCOPE) as ledger:

@@ -362,7 +362,7 @@ def test_pictures_and_pages_that_cannot_be_written_cost_a_warning_each_and_no_re
 def test_plans_name_what_each_command_costs_and_write_nothing(tmp_path: Path) -> None:
     session = session_in(tmp_path / "runs")
     told = "\n".join(plan_of(session, "run").lines)
-    for words in ("pretrain: ", "adapt: ", "finetune: ", "search: 8 candidates", "evaluate: 350 images"):
+    for words in ("pretrain: ", "adapt: ", "finetune: ", "search: 81 candidates", "evaluate: 350 images"):
         assert words in told
     sizes = "\n".join(plan_of(session, "profile", img_size="32,64x48", ratios="0.5").lines)
     assert "cells: 4" in sizes

@@ -257,20 +257,37 @@ def finetune(
 @app.command()
 def search(
     budget_latency: BudgetLatency = None, budget_macs: BudgetMacs = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option("--budgets", help="Several winners: 40ms,35ms,30ms, or 3G,2G; winner.yaml is the first one's."),
+    ] = None,
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Several winners: for 90, 80, 70, 60 and 50 % of dense too.")
+    ] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Score block pairs one by one instead; a table and a plot.")
+    ] = False,
     config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
     seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Find the most accurate sparsity configuration within a budget; writes winner.yaml. Resumes, reuses its ledger."""
-    from .views import show_search
+    from .views import show_search, show_sensitivity
 
     typed = budget_latency is not None or budget_macs is not None
+    if sum((budgets is not None, pareto, sensitivity)) > 1 or (budgets is not None and typed):
+        raise typer.BadParameter("--budgets, --pareto and --sensitivity, or --budgets and a budget, exclude each other")
     cleared = ("search.budget_latency=null", "search.budget_macs=null") if typed else ()  # typed replace the file's
     options = _options(
         config, (*cleared, *(set_ or ())), as_json, dry_run, verbose, fresh, task, output=output, device=device,
         seed=seed, budget_latency=budget_latency, budget_macs=budget_macs,
     )  # fmt: skip
-    _run("search", options, _workflow("search", "search"), show_search)
+    if sensitivity:
+        _run("search", options, _workflow("sensitivity", "measure_sensitivity"), show_sensitivity)
+    elif pareto or budgets is not None:
+        _run("search", options, _workflow("front", "search_front", budgets=budgets), show_search)
+    else:
+        _run("search", options, _workflow("search", "search"), show_search)
 
 
 @app.command()

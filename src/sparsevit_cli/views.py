@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .workflows.profile_report import ProfileReport
     from .workflows.rivals import RivalReport
     from .workflows.search import SearchSummary
+    from .workflows.sensitivity import SensitivitySummary
     from .workflows.training import TrainingSummary
 
 VALUES_OF_A_CLASSIFIER = 2
@@ -126,8 +127,25 @@ def show_search(summary: SearchSummary) -> None:
     if summary.proxy_correlation is not None:
         lines.append(f"subset against whole search split: rank correlation {summary.proxy_correlation:.2f}")
     lines += [summary.note] if summary.note else []
+    lines += [
+        f"winner for {other.budget}: {other.finalist.config}, {metric.told(other.finalist.score)}, "
+        f"{other.evaluated} evaluated for it, in {other.path}"
+        for other in summary.others
+    ]
     lines.append(f"winner: {summary.winner.config}, in {summary.folder.path / 'winner.yaml'}")
     print_lines(*lines, f"Next: {_following(summary.folder)}")
+
+
+def show_sensitivity(summary: SensitivitySummary) -> None:
+    """The score of every block pair at every ratio."""
+    metric = summary.metric
+    rows = [(slot, *map(metric.text, scores)) for slot, scores in zip(summary.slots, summary.scores, strict=True)]
+    columns = ("pruned, and what follows in its stage", *(f"{ratio:g}" for ratio in summary.ratios))
+    print_table(f"Search {metric.column} by sparsity ratio", columns, rows)
+    print_lines(
+        f"sensitivity: {summary.evaluated} configurations evaluated now",
+        f"in {summary.folder.path / 'sensitivity.csv'}",
+    )
 
 
 def show_evaluation(summary: EvaluateSummary) -> None:

@@ -241,7 +241,11 @@ class FinetuneSection(LoopSection):
 class SearchSection(Section):
     """The search for the best sparsity configuration within a budget (`sparsevit search`)."""
 
-    strategy: Literal["evolution", "random"] = Field("evolution", description="The paper's algorithm, or its control.")
+    strategy: Literal["surrogate", "evolution", "random"] = Field(
+        "evolution",
+        description="`surrogate`: a model of the metric over the ratios chooses candidates; `evolution`: the paper's "
+        "algorithm; `random`: its control.",
+    )
     scope: Scope = Field(
         "model",
         description="What budgets and latencies of the search are of: the whole `model`, or, in tasks with modules "
@@ -253,12 +257,18 @@ class SearchSection(Section):
     budget_macs: Text | None = Field(
         None, description="Budget of multiply-adds per image: `3G`, `450M` or share of dense (`60%`)."
     )
-    population: Annotated[int, Field(ge=2)] = Field(100, description="Candidates per generation.")
-    parents: Count = Field(25, description="Best candidates that breed.")
-    generations: Annotated[int, Field(ge=1)] = Field(20, description="Generations after the first.")
-    mutation: Fraction = Field(0.1, description="Probability that a mutation redraws a gene.")
+    population: Annotated[int, Field(ge=2)] = Field(
+        100, description="Candidates per generation of `evolution` and `random`."
+    )
+    parents: Count = Field(25, description="Best candidates that breed, in `evolution`.")
+    generations: Annotated[int, Field(ge=1)] = Field(
+        20, description="Generations after the first, of `evolution` and `random`."
+    )
+    mutation: Fraction = Field(0.1, description="Probability that a mutation redraws a gene, in `evolution`.")
     max_evaluations: Count | None = Field(
-        None, description="Candidates asked for at most, known ones included; null for no limit."
+        None,
+        description="Candidates asked for at most; null for 100 with `surrogate`, which ends earlier where nothing "
+        "promises a gain, and for no limit with the others. Known ones that the search asks for count.",
     )
     max_ratio: NonZeroRatio = Field(0.8, description="Largest sparsity ratio searched.")
     samples: Count | None = Field(None, description="Fixed subset of the search split for candidates; null for all.")

@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
+from sparsevit_cli.search.additive import AdditiveCost
+from sparsevit_cli.sparsity import MAX_TENTHS
 from sparsevit_cli.swin import StockBlock
 from sparsevit_cli.swin.geometry import (
     BlockShape,
@@ -240,27 +241,17 @@ def analytic_macs(workload: Workload) -> MacsReport:
     return MacsReport(sum(parts.values()), parts, "analytic", {})
 
 
-def macs_cost(workload: Workload) -> Callable[[SparsityConfig], float]:
-    """A function from configuration to multiply-adds per sample of all that the workload runs. Calls are fast.
+def macs_cost(workload: Workload) -> AdditiveCost:
+    """From configuration to multiply-adds per sample of all that the workload runs. Calls are fast.
 
     For a Swin alone it equals `analytic_macs`, and nothing runs. With modules around the Swin, such as a neck, one
     forward pass of the dense model is counted here (`flopcounter_macs`): the stages follow the configuration, all else
-    stays as it was counted. Raises ConfigError and ResourceError here; the function itself raises ConfigError for a
+    stays as it was counted. Raises ConfigError and ResourceError here; the cost itself raises ConfigError for a
     configuration of another model.
     """
     model = uncompiled(workload.model)
     found = _alone(model, workload.image_size) if has_only_a_swin(model) else _with_surroundings(workload)
-    fixed, genes = found.fixed, [pair for stage in found.pairs for pair in stage]
-    pairs = tuple(map(len, found.pairs))
-
-    def cost(config: SparsityConfig) -> float:
-        if config.pairs != pairs:
-            got = f"{config} has block pairs {list(config.pairs)}, the model {list(pairs)}"
-            raise ConfigError("sparsity", got, "Give a configuration of this model.")
-        tenths = (t for stage in config.tenths for t in stage)
-        return float(fixed + sum(pair[t] for pair, t in zip(genes, tenths, strict=True)))
-
-    return cost
+    return AdditiveCost(found.fixed, found.pairs, (0.0,) * len(found.pairs))
 
 
 _Pairs = tuple[tuple[tuple[float, ...], ...], ...]

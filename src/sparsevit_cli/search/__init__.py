@@ -1,5 +1,6 @@
 """Search under a budget: strategies, budgets, latency-table model, ledger. No torch: it runs on lambdas."""
 
+from .additive import AdditiveCost
 from .budget import (
     Budget,
     BudgetRequest,
@@ -19,6 +20,7 @@ from .pareto import pareto_front
 from .results import Evaluation, Progress, SearchResult, best_first
 
 __all__ = [
+    "AdditiveCost",
     "Budget",
     "BudgetRequest",
     "Cost",

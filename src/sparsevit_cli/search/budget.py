@@ -118,6 +118,13 @@ def parse_macs_budget(text: str) -> BudgetRequest:
     return _parse(text, "macs")
 
 
+def parse_budget(text: str, share_of: CostMetric) -> BudgetRequest:
+    """`50ms` or `3G`; `70%` is of the dense `share_of`. Raises ConfigError."""
+    if text.strip().endswith("%"):
+        return _parse(text, share_of)
+    return _parse(text, "macs" if text.strip().upper().endswith(("G", "M")) else "latency_ms")
+
+
 def _parse(text: str, metric: CostMetric) -> BudgetRequest:
     units = _UNITS[metric] | {"%": Decimal(1) / 100}
     match = re.fullmatch(f"{_NUMBER}({'|'.join(units)})\\s*", text, re.IGNORECASE | re.ASCII)

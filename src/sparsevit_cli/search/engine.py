@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol, get_args
 
 from sparsevit_cli.errors import BudgetError, ConfigError, NonFiniteError
@@ -16,11 +16,14 @@ from .feasible import FeasibleSpace
 from .random_search import RandomSearch
 from .results import Evaluation, Progress, SearchResult, best_first, rank
 
-StrategyName = Literal["evolution", "random"]
+StrategyName = Literal["surrogate", "evolution", "random"]
 Evaluate = Callable[[SparsityConfig], float]
 
 POPULATION, GENERATIONS, MUTATION = 100, 20, 0.1
 """The authors' settings; their 25 parents are a quarter of the population."""
+
+SURROGATE_EVALUATIONS = 100
+"""At most, if `max_evaluations` is not given; the surrogate search ends where nothing promises a gain."""
 
 
 class Known(Protocol):
@@ -35,6 +38,9 @@ class Strategy(Protocol):
 
     def propose(self, feasible: FeasibleSpace, generation: int, ranked: Sequence[Evaluation]) -> list[SparsityConfig]:
         """Distinct feasible candidates outside `ranked` (all earlier evaluations, best first); empty at the end."""
+
+    def judged(self, ranked: Sequence[Evaluation]) -> list[Evaluation]:
+        """All evaluations in the order in which they deserve to win; `ranked` is by their scores."""
 
 
 def search_sparsity(
@@ -52,16 +58,25 @@ def search_sparsity(
     mutation: float = MUTATION,
     constraints: Sequence[tuple[Cost, Budget]] = (),
     known: Known | None = None,
+    informed: Mapping[SparsityConfig, float] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> SearchResult:
     """The configuration of `space` with the best `evaluate` (higher is better) whose `cost` is within `budget`.
 
+    `surrogate` names the one its model expects most of, which is that one unless evaluations are noisy.
+
     Both are functions: the same configuration gets the same answer (hand in a latency table, not a stopwatch).
     `constraints` are further (cost, budget) pairs that must hold too. `known` is asked before `evaluate`.
-    At most population * (generations + 1) configurations are asked for, or `max_evaluations` if that is less; known
-    ones count, so that a search that was stopped and resumed equals the straight one. Defaults: population 100, or a
-    fifth of `max_evaluations` where that is less (a population as large as the cap would never breed); parents
-    a quarter of the population.
+
+    `evolution` and `random` ask for population * (generations + 1) configurations at most, or `max_evaluations` if that
+    is less; known ones count, so that a search that was stopped and resumed equals the straight one. Defaults:
+    population 100, or a fifth of `max_evaluations` where that is less (a population as large as the cap would never
+    breed); parents a quarter of the population.
+
+    `surrogate` asks for `max_evaluations` at most, 100 by default, and ends where nothing promises a gain. `informed`
+    are metrics paid for before this search began, within its budget or not: its model starts from them, and those
+    within budget compete, without counting. It asks what every configuration costs, so that a cost has to be fast. An
+    `AdditiveCost`, such as a latency table's, tells the costs of millions at once.
 
     Deterministic in `seed`. Where dense is within budget it is evaluated alone and returned. Raises BudgetError
     where no configuration is within budget (before anything is evaluated), NonFiniteError for a metric or cost that
@@ -72,16 +87,22 @@ def search_sparsity(
     if parents is None:
         parents = max(1, population // 4)
     _check_settings(population, parents, generations, mutation, max_evaluations)
-    chosen = _strategy(strategy, seed, population, parents, mutation)
+    chosen = _strategy(strategy, seed, population, parents, mutation, informed or {})
     feasible = FeasibleSpace(space, ((cost, budget), *constraints))
 
     feasible.check_reachable()
     dense_fits = space.dense in feasible
+    total = most_evaluations(strategy, population, generations, max_evaluations)
+    if strategy == "surrogate":
+        generations = total
     if dense_fits:
-        generations = 0
-    total = 1 if dense_fits else min(population * (generations + 1), max_evaluations or sys.maxsize)
+        generations, total = 0, 1
 
     history: list[Evaluation] = []
+    if strategy == "surrogate" and not dense_fits:
+        fitting = [config for config in sorted(informed or {}) if config in space and config in feasible]
+        history += [Evaluation(config, (informed or {})[config], feasible.cost(config), 0, True) for config in fitting]
+        total += len(history)
     for generation in range(generations + 1):
         candidates = [space.dense] if dense_fits else chosen.propose(feasible, generation, best_first(history))
         for config in candidates[: total - len(history)]:
@@ -96,14 +117,23 @@ def search_sparsity(
         got = f"no configuration was found within {limits} at once"
         raise BudgetError(FIELD[budget.metric], got, "Raise one of the budgets.")
 
-    best = min(history, key=rank)
-    note = ""
+    judged = chosen.judged(best_first(history))
+    best, note = judged[0], ""
     if dense_fits:
         note = f"dense is within budget ({format_cost(best.cost, budget.metric)} <= {budget}): nothing to prune"
     elif strategy == "evolution" and total <= population:
         note = f"{total} evaluations do not exceed the population of {population}: nothing was bred"
     paid = sum(not evaluation.cached for evaluation in history)
-    return SearchResult(best.config, best.metric, best.cost, tuple(history), feasible.infeasible, paid, note)
+    return SearchResult(
+        best.config, best.metric, best.cost, tuple(history), feasible.infeasible, paid, tuple(judged), note
+    )
+
+
+def most_evaluations(strategy: str, population: int, generations: int, max_evaluations: int | None) -> int:
+    """How many configurations a search asks for at most."""
+    if strategy == "surrogate":
+        return max_evaluations or SURROGATE_EVALUATIONS
+    return min(population * (generations + 1), max_evaluations or sys.maxsize)
 
 
 def _metric(config: SparsityConfig, evaluate: Evaluate, known: Known | None) -> tuple[float, bool]:
@@ -128,9 +158,15 @@ def _progress(history: Sequence[Evaluation], infeasible: int, generations: int, 
     )
 
 
-def _strategy(name: str, seed: int, population: int, parents: int, mutation: float) -> Strategy:
+def _strategy(
+    name: str, seed: int, population: int, parents: int, mutation: float, informed: Mapping[SparsityConfig, float]
+) -> Strategy:
     if name == "evolution":
         return Evolution(seed, population, parents, mutation)
+    if name == "surrogate":
+        from .surrogate import Surrogate  # numpy, which the other strategies do without
+
+        return Surrogate(seed, informed)
     if name == "random":
         return RandomSearch(seed, population)
     raise ConfigError("search.strategy", f"{name!r}; allowed are {' and '.join(get_args(StrategyName))}", "Choose one.")

@@ -40,6 +40,10 @@ class Evolution:
         crosses = partial(cross, space, parents)
         return feasible.fill(rngs, seen, [mutants if slot < self.population // 2 else crosses for slot in slots])
 
+    def judged(self, ranked: Sequence[Evaluation]) -> list[Evaluation]:
+        """As they scored."""
+        return list(ranked)
+
 
 def mutate(space: SearchSpace, parents: Sequence[SparsityConfig], probability: float, rng: Random) -> SparsityConfig:
     """A parent whose genes are each drawn anew with `probability`."""

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from functools import cache, cached_property
 from random import Random
+from typing import TYPE_CHECKING
 
 from sparsevit_cli.errors import NonFiniteError
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 
+from .additive import AdditiveCost
 from .budget import Budget, Cost, check_reachable
+
+if TYPE_CHECKING:
+    from .enumeration import Array
 
 Breed = Callable[[Random], SparsityConfig]
 
 TRIES = 50
 """Draws per way of drawing before the next way is tried."""
+SAMPLED = 2_000
+"""Members of a staircase that cannot be enumerated."""
 ENUMERABLE = 150_000
 """Spaces up to this size (Swin-T has 120,285) are enumerated, in a second or two, when drawing finds nothing new."""
 
@@ -31,10 +38,12 @@ class FeasibleSpace:
 
     def __init__(self, space: SearchSpace, constraints: Sequence[tuple[Cost, Budget]]) -> None:
         self.space = space
+        self._given = tuple(constraints)
         self._constraints = [(cache(_finite(cost)), budget) for cost, budget in constraints]
+        self._staircase: Array | None = None
         self._verdicts: dict[SparsityConfig, bool] = {}
         self.infeasible = 0
-        """Distinct configurations drawn so far that exceed a budget."""
+        """Distinct configurations drawn so far that exceed a budget; all of them, once the space was enumerated."""
 
     def cost(self, config: SparsityConfig) -> float:
         """Cost under the leading constraint."""
@@ -50,6 +59,27 @@ class FeasibleSpace:
         """Raise BudgetError where a budget is out of reach; asks for the costs of dense and sparsest alone."""
         for cost, budget in self._constraints:
             check_reachable(budget, cost(self.space.dense), cost(self.space.sparsest))
+
+    def staircase(self, seed: int) -> Array:
+        """Tenths of the maximal configurations (members, genes): those in which nothing can be kept more.
+
+        All of them where the space can be enumerated; `infeasible` then counts every configuration over budget. Else
+        `SAMPLED` draws, each with its ratios lowered one after the other while the budgets allow.
+        """
+        from .enumeration import Enumeration, can_enumerate, tenths_of  # numpy
+
+        if self._staircase is not None:
+            return self._staircase
+        if can_enumerate(self.space, [cost for cost, _ in self._given]):
+            known = [(cost if isinstance(cost, AdditiveCost) else checked, budget)
+                     for (cost, _), (checked, budget) in zip(self._given, self._constraints, strict=True)]  # fmt: skip
+            found = Enumeration(self.space).staircase(known)
+            self._staircase, self.infeasible = found.tenths, self.space.size - found.feasible
+        else:
+            rng = Random(f"{seed}/staircase")
+            drawn = (self.draw(rng, frozenset()) for _ in range(SAMPLED))
+            self._staircase = tenths_of(sorted({self._lowered(config, rng) for config in drawn if config is not None}))
+        return self._staircase
 
     def draw(self, rng: Random, seen: AbstractSet[SparsityConfig], breed: Breed | None = None) -> SparsityConfig | None:
         """A feasible configuration outside `seen`, or None where none was found.
@@ -98,6 +128,16 @@ class FeasibleSpace:
     def _meets(self, config: SparsityConfig) -> bool:
         return all(budget.allows(cost(config)) for cost, budget in self._constraints)
 
+    def _lowered(self, config: SparsityConfig, rng: Random) -> SparsityConfig:
+        """A maximal configuration below `config`: ratios lowered by a tenth in a random order, while one can be."""
+        while True:
+            lower = list(one_tenth_lower(config))
+            rng.shuffle(lower)
+            step = next((each for each in lower if each in self), None)
+            if step is None:
+                return config
+            config = step
+
     def _walk_to_sparsest(self, config: SparsityConfig, rng: Random) -> SparsityConfig:
         """A stop on a random path that raises one gene by one tenth at a time; found by bisection.
 
@@ -118,6 +158,15 @@ class FeasibleSpace:
             return self.space.repair(genes)
 
         return stop(bisect_left(range(len(steps)), True, key=lambda count: stop(count) in self))
+
+
+def one_tenth_lower(config: SparsityConfig) -> Iterator[SparsityConfig]:
+    """The configurations that keep a tenth more in one block pair."""
+    for number, stage in enumerate(config.tenths):
+        for pair, tenths in enumerate(stage):
+            if tenths > (stage[pair - 1] if pair else 0):
+                row = (*stage[:pair], tenths - 1, *stage[pair + 1 :])
+                yield SparsityConfig((*config.tenths[:number], row, *config.tenths[number + 1 :]))
 
 
 def _finite(cost: Cost) -> Cost:

@@ -7,11 +7,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from sparsevit_cli.documents import understood
 from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.sparsity import SparsityConfig
+
+from .additive import AdditiveCost
 
 Measured = Sequence[tuple[SparsityConfig, float]]
 """Configurations with their measured milliseconds per batch."""
@@ -65,17 +68,18 @@ class LatencyTable:
         """Largest ratio in the table, in tenths."""
         return len(self.pair_ms[0][0]) - 1
 
+    @cached_property
+    def cost(self) -> AdditiveCost:
+        """`predict`, which can tell millions of configurations at once."""
+        return AdditiveCost(self.base_ms, self.pair_ms, self.overhead_ms)
+
     def predict(self, config: SparsityConfig) -> float:
         """Milliseconds per batch. Raises ConfigError for a configuration of another model or outside the table."""
         pairs = tuple(len(stage) for stage in self.pair_ms)
         if config.pairs != pairs or max(map(max, config.tenths)) > self.max_tenths:
             got = f"{config} has no entry; the table holds block pairs {list(pairs)}, ratios to {self.max_tenths / 10}"
             raise ConfigError("latency table", got, "Measure a table for this model.")
-        total = self.base_ms
-        for stage_ms, overhead_ms, stage in zip(self.pair_ms, self.overhead_ms, config.tenths, strict=True):
-            total += sum(pair_ms[tenths] for pair_ms, tenths in zip(stage_ms, stage, strict=True))
-            total += overhead_ms if any(stage) else 0.0
-        return total
+        return self.cost(config)
 
     def fit_error(self, measured: Measured) -> TableError:
         """Error against measurements that the table was not made of. Raises MeasurementError where there are none."""

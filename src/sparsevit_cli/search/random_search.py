@@ -23,3 +23,7 @@ class RandomSearch:
         """The candidates of `generation`: a function of (seed, generation) and of what was drawn before."""
         rngs = [Random(f"{self.seed}/{generation}/{slot}") for slot in range(self.population)]
         return feasible.fill(rngs, {evaluation.config for evaluation in ranked})
+
+    def judged(self, ranked: Sequence[Evaluation]) -> list[Evaluation]:
+        """As they scored."""
+        return list(ranked)

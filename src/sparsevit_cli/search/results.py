@@ -37,7 +37,8 @@ class SearchResult:
     """The winner and how it was found.
 
     `history`: one entry per evaluation asked for, distinct configurations, in order. `evaluations` of them were
-    run, the others were known. `infeasible`: distinct configurations drawn that exceeded a budget.
+    run, the others were known. `infeasible`: distinct configurations drawn that exceeded a budget; of an enumerated
+    space all of them. `judged`: the history as the strategy judges noisy scores, the best one first.
     `note`: what the user should know about the outcome; empty where all went as asked.
     """
 
@@ -47,6 +48,7 @@ class SearchResult:
     history: tuple[Evaluation, ...]
     infeasible: int
     evaluations: int
+    judged: tuple[Evaluation, ...]
     note: str = ""
 
 

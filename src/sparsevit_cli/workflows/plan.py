@@ -17,6 +17,7 @@ from sparsevit_cli.errors import DataError
 from sparsevit_cli.profiling.device import synchronize
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, trained_in
 from sparsevit_cli.profiling.latency_table import measure_configs
+from sparsevit_cli.search.engine import most_evaluations
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.training import plan_training
@@ -177,8 +178,7 @@ class _Known:
     def search_line(self) -> str:
         """Candidates and their time."""
         section = self.session.config.search
-        most = [section.population * (section.generations + 1)]
-        most += [section.max_evaluations] if section.max_evaluations else []
+        most = [most_evaluations(section.strategy, section.population, section.generations, section.max_evaluations)]
         most += [self.session.space(self.model, section.max_ratio).size] if self.model is not None else []
         asked, samples = min(most), section.samples
         if self.data is not None:

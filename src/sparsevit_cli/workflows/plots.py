@@ -53,6 +53,23 @@ def _pareto(
     axes.legend(loc="lower right", fontsize=8)
 
 
+def plot_sensitivity(
+    path: Path, ratios: Sequence[float], scores: Mapping[str, Sequence[float]], metric: Metric, reporter: Reporter
+) -> None:
+    """Metric against ratio, a line per block pair; a PNG."""
+    _draw(path, reporter, partial(_sensitivity, ratios, scores, metric))
+
+
+def _sensitivity(ratios: Sequence[float], scores: Mapping[str, Sequence[float]], metric: Metric, figure: Any) -> None:
+    axes = figure.add_subplot()
+    for name, values in scores.items():
+        axes.plot(ratios, values, "o-", ms=4, label=name)
+    axes.set_xlabel("sparsity ratio of one block pair and those after it in its stage, all others dense")
+    axes.set_ylabel(f"{metric.label} on the search samples, {metric.unit}".removesuffix(", "))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
 def plot_training(path: Path, rows: Sequence[Mapping[str, float]], metric: Metric, reporter: Reporter) -> None:
     """Metric and losses of every validation over the epochs; a PNG."""
     _draw(path, reporter, partial(_training, rows, metric))

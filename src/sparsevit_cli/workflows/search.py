@@ -1,22 +1,26 @@
-"""search: feasibility, latency table, evolution on the search split, finalists measured for real, one winner."""
+"""search: feasibility, latency table, candidates on the search split, finalists measured for real, one winner."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
 
 from torch import nn
 
-from sparsevit_cli.atomic import write_atomic
+from sparsevit_cli.atomic import write_atomic, write_json
 from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.data.source import Data
 from sparsevit_cli.data.splits import fixed_subset
-from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
+from sparsevit_cli.documents import read_json, understood
+from sparsevit_cli.errors import BudgetError, CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.reporting import optional_output
 from sparsevit_cli.runs import RunFolder
@@ -32,11 +36,11 @@ from sparsevit_cli.search.budget import (
     parse_budgets,
 )
 from sparsevit_cli.search.correlation import spearman
-from sparsevit_cli.search.engine import search_sparsity
+from sparsevit_cli.search.engine import most_evaluations, search_sparsity
 from sparsevit_cli.search.latency_table import LatencyTable, TableError
 from sparsevit_cli.search.ledger import Ledger, LedgerScope, committed
 from sparsevit_cli.search.pareto import pareto_front
-from sparsevit_cli.search.results import Evaluation, Progress, SearchResult, best_first
+from sparsevit_cli.search.results import Evaluation, Progress, SearchResult
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import set_sparsity
 from sparsevit_cli.tasks.task import Metric
@@ -48,9 +52,14 @@ from .session import Session, Weights
 from .training import score
 from .weights import trained_weights
 
-RESULTS = ("winner.yaml", "pareto.csv", "pareto.png", "history.csv", "metrics.json")
+WINNER = "winner.yaml"
+RESULTS = (WINNER, "pareto.csv", "pareto.png", "history.csv", "metrics.json")
 """Files of one search; an earlier search's are set aside, the ledger and the latency table are shared."""
 
+
+INFORMED = "informed.json"
+"""What an unfinished search was informed by when it began."""
+_NONE: Mapping[str, BudgetRequest] = MappingProxyType({})
 
 OF_TRAINING = ("model.pretrained", "model.checkpoint", "model.reset_head", "model.drop_path_rate", "model.weight_init")
 """Settings of a model that no trained weights depend on any more."""
@@ -75,6 +84,16 @@ class Finalist:
 
 
 @dataclass(frozen=True)
+class FurtherWinner:
+    """What was found for another budget in the same search, and the file that it is in."""
+
+    budget: Budget
+    finalist: Finalist
+    evaluated: int
+    path: Path
+
+
+@dataclass(frozen=True)
 class SearchSummary:
     """The winner and how it was found."""
 
@@ -90,6 +109,7 @@ class SearchSummary:
     infeasible: int
     proxy_correlation: float | None
     note: str
+    others: tuple[FurtherWinner, ...] = ()
 
     @property
     def scope(self) -> Scope | None:
@@ -107,16 +127,45 @@ class _Costs:
     table_error: TableError | None
 
 
-def search(session: Session, *, without_clock: bool = False) -> SearchSummary:
+def search(
+    session: Session, *, without_clock: bool = False, further: Mapping[str, BudgetRequest] = _NONE,
+    leave_out_unreachable: bool = False,
+) -> SearchSummary:  # fmt: skip
     """Find the configuration with the best score on the search split within the budgets.
 
-    `without_clock` leaves a latency budget out, if there is one of multiply-adds too.
+    `without_clock` leaves a latency budget out, if there is one of multiply-adds too. Each of the `further` budgets, by
+    the name of its winner's file, is searched alone afterwards, and informed by what was paid before. Those out of
+    reach are refused, or left out with a warning.
 
     Raises BudgetError with the reachable range, before anything is evaluated. Raises UnsteadyError for a latency budget
     if the clock cannot be trusted, MeasurementError if no finalist meets the budget once measured, and CheckpointError
     if there is nothing to search with.
     """
     requests = budget_requests(session)
+    with opened_search(session, without_clock=without_clock) as work:
+        requests = tuple(
+            replace(request, scope=work.scope) for request in requests if request.metric == "macs" or not without_clock
+        )
+        costs = work.costs(requests)
+        costs_of: dict[str, _Costs] = {}
+        for name, request in further.items():
+            try:
+                costs_of[name] = work.costs((replace(request, scope=work.scope),))
+            except BudgetError as error:
+                if not leave_out_unreachable:
+                    raise
+                session.reporter.warn(f"the budget {name} is left out: {error.got}")
+        result = work.run(costs)
+        summary = work.finish(costs, result, work.finalists(costs, result))
+        others = {name: work.further(name, costs) for name, costs in costs_of.items()}
+        work.write_evaluations(summary, costs, [result, *(found for found, _ in others.values())])
+        work.forget_informed()
+        return replace(summary, others=tuple(winner for _, winner in others.values()))
+
+
+@contextmanager
+def opened_search(session: Session, *, without_clock: bool = False) -> Iterator[Search]:
+    """The adapted model, the search split and the ledger of a search. Raises CheckpointError, ConfigError."""
     weights = trained_weights(session, "adapt", "sparsevit search")
     data = session.data(weights)
     if data.fingerprint != weights.result.get("data_fingerprint"):
@@ -129,18 +178,17 @@ def search(session: Session, *, without_clock: bool = False) -> SearchSummary:
         )
     model = session.model(weights.categories, weights).eval()
     scope = named_scope(session, model)
-    requests = tuple(
-        replace(request, scope=scope) for request in requests if request.metric == "macs" or not without_clock
-    )
     subset = _subset(session, len(data.search))
     folder = session.folder("search")
     samples = "all" if subset is None else f"{len(subset)} of seed {session.config.seed}"
     valid_for = LedgerScope(weights.sha256, data.fingerprint, _ledger_settings(session, samples))
     with Ledger.open(folder.path / "ledger.sqlite", valid_for) as ledger:
-        work = _Search(session, folder, data, model, weights, subset, ledger, without_clock)
-        costs = work.costs(requests)
-        result = work.run(costs)
-        return work.finish(costs, result, work.finalists(costs, result))
+        yield Search(session, folder, data, model, weights, subset, ledger, without_clock, scope)
+
+
+def winner_name(budget: str) -> str:
+    """The file of a further winner, such as `winner-35ms.yaml` or `winner-70percent.yaml`."""
+    return f"winner-{budget.strip().replace('%', 'percent')}.yaml"
 
 
 def _ledger_settings(session: Session, samples: str) -> str:
@@ -194,7 +242,7 @@ def _subset(session: Session, total: int) -> tuple[int, ...] | None:
     return tuple(fixed_subset(total, samples, session.config.seed))
 
 
-class _Search:
+class Search:
     """One search: the model and data it looks at, and the steps from feasibility to the winner."""
 
     def __init__(
@@ -207,8 +255,9 @@ class _Search:
         subset: tuple[int, ...] | None,
         ledger: Ledger,
         without_clock: bool,
+        scope: Scope | None,
     ) -> None:
-        self.without_clock = without_clock
+        self.without_clock, self.scope = without_clock, scope
         self.session, self.folder, self.data, self.model, self.weights = session, folder, data, model, weights
         self.subset, self.ledger = subset, ledger
         self.section = session.config.search
@@ -220,6 +269,10 @@ class _Search:
         """The metric on the search split, with the adapted weights as they are."""
         set_sparsity(self.model, config)
         return score(self.session, self.model, self.data.search, subset=subset, before_batch=self._check).value
+
+    def evaluate(self, config: SparsityConfig) -> float:
+        """The metric of a candidate, on the images that candidates are scored on; it is in the ledger afterwards."""
+        return committed(lambda each: self.score(each, self.subset), self.ledger)(config)
 
     def _check(self) -> None:
         self.session.stop.check("search", "every evaluation so far is in the ledger")
@@ -253,7 +306,7 @@ class _Search:
                 constraints.append((self.macs, budget))
                 continue
             table, error = self.latencies.table(list(measured.items()))
-            constraints.append((table.predict, self._with_margin(budget, table, row)))
+            constraints.append((table.cost, self._with_margin(budget, table, row)))
         return _Costs(tuple(constraints), tuple(feasibility), table, error)
 
     def _refuse_unreachable(self, feasibility: Sequence[Feasibility], requests: Sequence[BudgetRequest]) -> None:
@@ -289,14 +342,10 @@ class _Search:
     def run(self, costs: _Costs) -> SearchResult:
         """The search itself; every evaluation is in the ledger before the next one starts."""
         section = self.section
-
-        def evaluate(config: SparsityConfig) -> float:
-            began = time.monotonic()
-            return self.ledger.put(config, self.score(config, self.subset), time.monotonic() - began)
-
         (cost, budget), *further = costs.constraints
-        total = min(section.population * (section.generations + 1), section.max_evaluations or math.inf)
-        with self.session.reporter.progress("search", int(total)) as bar:
+        total = most_evaluations(section.strategy, section.population, section.generations, section.max_evaluations)
+        informed = self._informed(costs) if section.strategy == "surrogate" else None
+        with self.session.reporter.progress("search", total) as bar:
 
             def on_progress(progress: Progress) -> None:
                 bar.advance(
@@ -309,7 +358,7 @@ class _Search:
 
             return search_sparsity(
                 self.space,
-                evaluate,
+                self.evaluate,
                 cost,
                 budget,
                 strategy=section.strategy,
@@ -321,12 +370,30 @@ class _Search:
                 mutation=section.mutation,
                 constraints=tuple(further),
                 known=self.ledger,
+                informed=informed,
                 on_progress=on_progress,
             )
 
+    def _informed(self, costs: _Costs) -> dict[SparsityConfig, float]:
+        """What the ledger held when this very search began; read back, so that a stopped search goes on as it was."""
+        path, known = self.folder.path / INFORMED, self.ledger.known()
+        settings = section_hash(self.session.config, "search", "seed")
+        name = json.dumps([self.ledger.scope.settings, settings, *(str(row.budget) for row in costs.feasibility)])
+        saved = read_json(path) if path.exists() else {}
+        with understood(path, "Remove it."):
+            if name not in saved:
+                saved[name] = [config.tenths for config in sorted(known)]
+                write_json(path, saved)
+            configs = [SparsityConfig(tuple(map(tuple, tenths))) for tenths in saved[name]]
+            return {config: known[config] for config in configs}
+
+    def forget_informed(self) -> None:
+        """The search is done: the next one is informed by all that was paid."""
+        (self.folder.path / INFORMED).unlink(missing_ok=True)
+
     def finalists(self, costs: _Costs, result: SearchResult) -> tuple[Finalist, ...]:
         """The best candidates on the whole split and on the clock, until one of them meets the budget."""
-        ranked = best_first(result.history)
+        ranked = result.judged
         count = min(self.section.finalists, len(ranked))
         chosen: list[Finalist] = []
         for first in range(0, len(ranked), count):
@@ -380,34 +447,50 @@ class _Search:
     # -- results ------------------------------------------------------------------------------------------------
 
     def finish(self, costs: _Costs, result: SearchResult, finalists: Sequence[Finalist]) -> SearchSummary:
-        """Name the winner and write what was found."""
+        """Name the winner and write it."""
+        self.folder.set_aside((*RESULTS, *(path.name for path in self.folder.path.glob(winner_name("*")))),
+                              self.session.reporter)  # fmt: skip
+        summary = self._summary(costs, result, finalists)
+        self._write_winner(summary, costs)
+        return summary
+
+    def further(self, name: str, costs: _Costs) -> tuple[SearchResult, FurtherWinner]:
+        """The winner of one budget more, in a file of its own."""
+        result = self.run(costs)
+        summary = self._summary(costs, result, self.finalists(costs, result))
+        self._write_winner(summary, costs, winner_name(name))
+        path = self.folder.path / winner_name(name)
+        return result, FurtherWinner(costs.feasibility[0].budget, summary.winner, result.evaluations, path)
+
+    def _summary(self, costs: _Costs, result: SearchResult, finalists: Sequence[Finalist]) -> SearchSummary:
         within = [finalist for finalist in finalists if finalist.within_budget]
         winner = min(within, key=lambda f: (-f.score, f.cost, f.config))  # not by the clock: noise must not decide
-        dense_ms = self.latencies.dense_ms
-        self.folder.set_aside(RESULTS, self.session.reporter)
         correlation = None
         if self.subset is not None and len(finalists) > 2:
             found = spearman([f.proxy_score for f in finalists], [f.score for f in finalists])
             correlation = found if math.isfinite(found) else None  # all equal: there is no order to compare
-        summary = SearchSummary(
-            self.folder, self.session.task.metric, winner, tuple(finalists), dense_ms, costs.feasibility,
+        return SearchSummary(
+            self.folder, self.session.task.metric, winner, tuple(finalists), self.latencies.dense_ms, costs.feasibility,
             costs.table_error, len(result.history), result.evaluations, result.infeasible, correlation, result.note,
         )  # fmt: skip
-        self._write_winner(summary, costs)
-        front = pareto_front(result.history)
-        self._write_csv("history.csv", result.history)
+
+    def write_evaluations(self, summary: SearchSummary, costs: _Costs, results: Sequence[SearchResult]) -> None:
+        """All that was scored for any of the budgets, and what of it nothing beats, as tables and as a plot."""
+        scored = {evaluation.config: evaluation for result in reversed(results) for evaluation in result.history}
+        history = list({e.config: scored[e.config] for result in results for e in result.history}.values())
+        front = pareto_front(history)
+        self._write_csv("history.csv", history)
         self._write_csv("pareto.csv", front)
         unit = "predicted ms per batch" if costs.table else "multiply-adds per image"
         unit += of_scope(summary.scope)
         plot_pareto(
             self.folder.path / "pareto.png",
-            result.history,
+            history,
             front,
-            winner.config,
+            summary.winner.config,
             (self.session.task.metric, unit),
             self.session.reporter,
         )
-        return summary
 
     def _write_csv(self, name: str, evaluations: Sequence[Evaluation]) -> None:
         with optional_output(self.session.reporter, name):
@@ -420,7 +503,7 @@ class _Search:
                 writer.writerow([e.config, e.metric, e.cost, gmacs, e.generation, e.cached, scope])
             write_atomic(self.folder.path / name, text.getvalue())
 
-    def _write_winner(self, summary: SearchSummary, costs: _Costs) -> None:
+    def _write_winner(self, summary: SearchSummary, costs: _Costs, name: str = WINNER) -> None:
         winner = summary.winner
         budgets = {row.metric: row.limit for row in costs.feasibility}
         numbers = {
@@ -442,24 +525,25 @@ class _Search:
                               "precision": self.section.precision, "device": str(self.session.device)},
             "checkpoint_sha256": self.weights.sha256,
         }  # fmt: skip
-        self.folder.write_result(
-            {
-                **self.session.task.about(self.section.scope),
-                **numbers,
-                "ratios": winner.config.ratios,
-                "budget": budgets,
-                "without_clock": self.without_clock,
-                "strategy": self.section.strategy,
-                "settings": section_hash(self.session.config, "search", "seed"),
-                "checkpoint_sha256": self.weights.sha256,
-                "asked": summary.asked,
-                "evaluated": summary.evaluated,
-                "infeasible": summary.infeasible,
-                "latency_table_error": asdict(summary.table_error) if summary.table_error else None,
-                "proxy_correlation": summary.proxy_correlation,
-                "finalists": [asdict(f) | {"config": f.config.ratios} for f in summary.finalists],
-                "note": summary.note,
-                **self.session.environment,
-            }
-        )
-        write_winner(self.folder.path / "winner.yaml", winner.config, about)  # last: it says that the search is done
+        if name == WINNER:
+            self.folder.write_result(
+                {
+                    **self.session.task.about(self.section.scope),
+                    **numbers,
+                    "ratios": winner.config.ratios,
+                    "budget": budgets,
+                    "without_clock": self.without_clock,
+                    "strategy": self.section.strategy,
+                    "settings": section_hash(self.session.config, "search", "seed"),
+                    "checkpoint_sha256": self.weights.sha256,
+                    "asked": summary.asked,
+                    "evaluated": summary.evaluated,
+                    "infeasible": summary.infeasible,
+                    "latency_table_error": asdict(summary.table_error) if summary.table_error else None,
+                    "proxy_correlation": summary.proxy_correlation,
+                    "finalists": [asdict(f) | {"config": f.config.ratios} for f in summary.finalists],
+                    "note": summary.note,
+                    **self.session.environment,
+                }
+            )
+        write_winner(self.folder.path / name, winner.config, about)  # last: it says that the search is done

@@ -1,0 +1,163 @@
+"""Several budgets from one ledger, and the sensitivity of block pairs, on a tiny adapted model."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sparsevit_cli.cli import app
+from sparsevit_cli.errors import BudgetError, ConfigError
+from sparsevit_cli.reporting import SilentReporter
+from sparsevit_cli.sparsity import SparsityConfig
+from sparsevit_cli.winner import read_winner
+from sparsevit_cli.workflows import search as search_workflow
+from sparsevit_cli.workflows.front import search_front
+from sparsevit_cli.workflows.search import search
+from sparsevit_cli.workflows.sensitivity import measure_sensitivity
+from sparsevit_cli.workflows.session import Session
+from sparsevit_cli.workflows.training import adapt, pretrain
+from tiny import tiny_config
+
+
+def session_in(runs: Path, **sections: object) -> Session:
+    return Session(tiny_config(output=str(runs), **sections), SilentReporter())
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("adapted")
+    for training in (pretrain, adapt):
+        session = session_in(runs)
+        training(session)
+        session.locks.close()
+    return runs
+
+
+@pytest.fixture
+def runs(adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the adapted folder; its model scores at once, by its ratios."""
+
+    def score(self: search_workflow.Search, config: SparsityConfig, subset: object) -> float:
+        return 90 - sum((3 + stage) * ratio**2 for stage, ratios in enumerate(config.ratios) for ratio in ratios)
+
+    monkeypatch.setattr(search_workflow.Search, "score", score)
+    return shutil.copytree(adapted, tmp_path / "runs")
+
+
+def test_several_budgets_leave_a_winner_each_and_pay_once(runs: Path) -> None:
+    session = session_in(runs)
+    summary = search_front(session, budgets="80%, 60%,0.0001G")
+    folder = summary.folder.path
+    found = [(summary.winner, summary.feasibility[0].limit, folder / "winner.yaml")]
+    found += [(other.finalist, other.budget.limit, other.path) for other in summary.others]
+    assert [path.name for *_, path in found] == ["winner.yaml", "winner-60percent.yaml", "winner-0.0001G.yaml"]
+    for finalist, limit, path in found:
+        config, about = read_winner(path)
+        assert config == finalist.config
+        assert finalist.gmacs * 1e9 <= limit
+        assert about["budget"] == {"macs": limit}
+    with (folder / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["ratios"] for row in rows}) == len(rows)
+    assert len(rows) == summary.evaluated + sum(other.evaluated for other in summary.others)
+    assert not (folder / "informed.json").exists()
+    session.locks.close()
+    session = session_in(runs)
+    again = search(session)  # of the configuration's 70 %
+    assert again.evaluated < len(rows)
+    session.locks.close()
+    assert not list(folder.glob("winner-*"))  # with the earlier results
+
+
+def test_pareto_takes_shares_of_dense_and_leaves_out_what_cannot_be_reached(runs: Path) -> None:
+    session = session_in(runs, search={"max_ratio": 0.5})
+    summary = search_front(session)
+    told = " ".join(session.reporter.warnings)  # type: ignore[attr-defined]
+    names = [other.path.name for other in summary.others]
+    assert names[:3] == ["winner-90percent.yaml", "winner-80percent.yaml", "winner-70percent.yaml"]
+    assert "winner-50percent.yaml" not in names
+    assert "the budget 50% is left out" in told
+    scores = [other.finalist.score for other in summary.others]
+    assert len(scores) == len(names)
+
+
+def test_budgets_that_make_no_front_are_refused_before_anything_is_evaluated(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_workflow.Search, "evaluate", pytest.fail)
+    for budgets, error in (("30ms,3G", ConfigError), ("50 apples", ConfigError), ("80%,1%", BudgetError)):
+        session = session_in(runs)
+        with pytest.raises(error):
+            search_front(session, budgets=budgets)
+        session.locks.close()
+
+
+@pytest.mark.parametrize("left", [1, 3])
+def test_a_killed_front_goes_on_with_what_it_was_informed_by(
+    runs: Path, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second budget is informed by the first one; after a kill in it, by the same and not by its own results."""
+
+    def told(path: Path) -> list[list[str]]:
+        folder = path / "tiny" / "search"
+        names = ("winner.yaml", "winner-60percent.yaml")
+        rows = [row[:1] + row[1:2] for row in csv.reader((folder / "history.csv").open())]
+        return [*rows, *([str(read_winner(folder / name)[0])] for name in names)]
+
+    straight = runs.with_name("straight")
+    shutil.copytree(runs, straight)
+    session = session_in(straight)
+    summary = search_front(session, budgets="80%,60%")
+    session.locks.close()
+    evaluate, done = search_workflow.Search.evaluate, 0
+    stopped_after = summary.evaluated + summary.others[0].evaluated - left
+    assert stopped_after > 0
+
+    def stopping(self: search_workflow.Search, config: SparsityConfig) -> float:
+        nonlocal done
+        if done == stopped_after:
+            raise KeyboardInterrupt
+        done += 1
+        return evaluate(self, config)
+
+    monkeypatch.setattr(search_workflow.Search, "evaluate", stopping)
+    session = session_in(runs)
+    with pytest.raises(KeyboardInterrupt):
+        search_front(session, budgets="80%,60%")
+    session.locks.close()
+    monkeypatch.setattr(search_workflow.Search, "evaluate", evaluate)
+    session = session_in(runs)
+    search_front(session, budgets="80%,60%")
+    session.locks.close()
+    assert told(runs) == told(straight)
+
+
+def test_sensitivity_scores_every_pair_once_and_informs_a_search(runs: Path) -> None:
+    session = session_in(runs)
+    summary = measure_sensitivity(session)
+    assert summary.slots == ("stage 0, pair 0", "stage 1, pair 0")
+    assert summary.ratios == (0.0, 0.2, 0.4, 0.6, 0.8)
+    assert summary.evaluated == 9  # dense is one for both
+    assert summary.scores[0][0] == summary.scores[1][0]
+    assert all(sorted(gmacs, reverse=True) == list(gmacs) for gmacs in summary.gmacs)
+    with (summary.folder.path / "sensitivity.csv").open() as file:
+        assert [float(row["ratio"]) for row in csv.DictReader(file)] == [0.0, 0.2, 0.4, 0.6, 0.8] * 2
+    assert (summary.folder.path / "sensitivity.png").read_bytes()[:4] == b"\x89PNG"
+    session.locks.close()
+    session = session_in(runs)
+    assert measure_sensitivity(session).evaluated == 0
+    session.locks.close()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--pareto", "--sensitivity"], ["--budgets", "80%", "--pareto"], ["--budgets", "80%", "--budget-macs", "1G"]],
+)
+def test_flags_that_exclude_each_other_are_refused(flags: list[str]) -> None:
+    done = CliRunner().invoke(app, ["search", *flags], prog_name="sparsevit")
+    assert done.exit_code == 2
+    assert "exclude each other" in done.stderr
