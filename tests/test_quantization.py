@@ -423,3 +423,26 @@ def test_what_cannot_be_quantised_leaves_the_earlier_export(
         export_winner(session, weights=weights, ratios="[[.5],[.5]]")
     assert (folder / "manifest.json").read_text() == "earlier"
     assert not [path for path in folder.rglob("*") if path.suffix in (".xml", ".bin") or path.name.startswith(".tmp")]
+
+
+@needs_nncf
+@pytest.mark.parametrize("task", ["instances", "semantic"])
+def test_backbone_and_neck_of_a_dense_task(task: str, tmp_path: Path) -> None:
+    """Calibrated on what they get inside the model; the whole model is scored, with the heads in PyTorch."""
+    from coco_tree import coco_tree
+    from test_evaluate_export import instances, semantic, with_weights
+
+    root = str(coco_tree(tmp_path / "tree")) if task == "instances" else ""
+    config = instances(tmp_path, "features", root=root) if root else semantic(tmp_path, "features")
+    section = config.export.model_copy(update={**INT8, "max_loss": 100.0})
+    session = Session(config.model_copy(update={"export": section}), SilentReporter())
+    summary = export_winner(session, weights=with_weights(session, tmp_path), ratios="[[.3],[.5]]")
+    found = summary.eight_bits
+    assert found is not None
+    assert summary.report.scope == "features"
+    assert quantised_layers(read(summary.folder.path / "features.xml"))
+    assert 0 <= found.change.after.value <= 100
+    assert found.kept > 0
+    if task == "semantic":
+        assert found.change.standard_error is not None
+        assert re.fullmatch(r"jackknife over \d+ groups of images", found.change.method)
