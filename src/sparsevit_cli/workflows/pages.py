@@ -12,10 +12,13 @@ from typing import Any
 from sparsevit_cli.profiling.stages import StageTimes
 from sparsevit_cli.sizes import size_text
 
-from .profile_report import PartCost, PartCosts, ProfileReport, ProfileRow
+from .profile_report import LABELS, PartCost, PartCosts, ProfileReport, ProfileRow
+from .rows import TORCH
 
-COLUMNS = ("model", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [95 %]", "speed-up [95 %]", "images/s",
-           "peak MB")  # fmt: skip
+COLUMNS = ("model", "scope", "runtime", "precision", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [95 %]",
+           "speed-up [95 %]", "best dense / this [95 %]", "images/s", "peak MB")  # fmt: skip
+OF_SCOPES, OF_RUNTIMES = {"scope"}, {"runtime", "precision", "best dense / this [95 %]"}
+"""Columns that are there if rows differ in scope, or are not of torch alone."""
 PART_COLUMNS = ("part", "dense ms", "sparse ms", "dense GMACs", "sparse GMACs")
 _GMACS = ("dense_gmacs", "sparse_gmacs")
 STAGE_COLUMNS = ("part", "blocks", "scoring, ranking", "gather, scatter", "merging", "other", "ms")
@@ -26,20 +29,27 @@ td:first-child,th:first-child{text-align:left}tr.losing td{color:#b3261e}"""
 
 
 def columns(report: ProfileReport) -> tuple[str, ...]:
-    """Heads of the columns of latencies; the scope is among them if there are several."""
-    return (COLUMNS[0], "scope", *COLUMNS[1:]) if len(report.scopes) > 1 else COLUMNS
+    """Heads of the columns of latencies; scope and runtime are among them if there is something to tell."""
+    absent = set() if len(report.scopes) > 1 else OF_SCOPES
+    absent |= OF_RUNTIMES if report.runtimes == (TORCH,) else set()
+    return tuple(head for head in COLUMNS if head not in absent)
 
 
 def rows_of(report: ProfileReport) -> list[tuple[Any, ...]]:
     """Texts under `columns`; an unsteady number is none."""
-    return [_row_values(row, (row.scope,) if len(report.scopes) > 1 else ()) for row in report.rows]
+    heads = columns(report)
+    return [tuple(_texts(row)[head] for head in heads) for row in report.rows]
 
 
-def _row_values(row: ProfileRow, scope: tuple[str, ...]) -> tuple[Any, ...]:
-    return (
-        row.label, *scope, size_text(row.image_size), row.batch, f"{row.gmacs:.2f}", row.latency_text, row.speedup_text,
-        f"{row.throughput:.1f}" if row.stable else "-", f"{row.peak_memory_mb:.0f}",
+def _texts(row: ProfileRow) -> dict[str, Any]:
+    """The text under every one of `COLUMNS`."""
+    texts = (
+        LABELS[row.kind], row.scope, f"{row.runtime} {row.version}, {row.threads} threads", row.dtype,
+        size_text(row.image_size), row.batch, f"{row.gmacs:.2f}", row.latency_text, row.speedup_text, row.gain_text,
+        f"{row.throughput:.1f}" if row.stable else "-",
+        "-" if row.peak_memory_mb is None else f"{row.peak_memory_mb:.0f}",
     )  # fmt: skip
+    return dict(zip(COLUMNS, texts, strict=True))
 
 
 def part_rows(parts: PartCosts) -> list[tuple[str, ...]]:
@@ -102,6 +112,7 @@ def profile_page(report: ProfileReport) -> str:
         parts.append(f"<p>{html.escape(f'{name}: {values}')}</p>")
     losing = [number for number, row in enumerate(report.rows) if row.losing]
     parts.append(_table("Latency", columns(report), rows_of(report), losing))
+    parts += [f"<p>{html.escape(line)}.</p>" for line in report.told]
     if report.parts is not None:
         parts.append(_table(parts_title(report.parts), PART_COLUMNS, part_rows(report.parts)))
         parts.append(f"<p>{html.escape(report.parts.told())}.</p>")

@@ -90,23 +90,35 @@ def _rivals(cells: Sequence[Sequence[Mapping[str, Any]]], figure: Any) -> None:
         _plot_cell(figure.add_subplot(1, len(cells), number + 1), rows)
 
 
+RIVAL_STYLES = {
+    ("B1", "torch"): ("s", "#9aa5b1", "timm as installed"),
+    ("B2", "torch"): ("s", "#52606d", "timm, fused or compiled"),
+    ("B2f", "torch"): ("s", "#102a43", "timm, compiled and frozen"),
+    ("B2", "onnxruntime"): ("s", "#5b8def", "timm, ONNX Runtime"),
+    ("B2", "openvino"): ("s", "#7b3fa0", "timm, OpenVINO"),
+    ("B3", "torch"): ("D", "#b7791f", "timm, smaller images"),
+    ("B3", "onnxruntime"): ("D", "#5b8def", "timm, smaller images, ONNX Runtime"),
+    ("B3", "openvino"): ("D", "#7b3fa0", "timm, smaller images, OpenVINO"),
+    ("B0", "torch"): ("v", "#c1121f", "the authors' data flow"),
+    ("O", "torch"): ("x", "#627d98", "oracle"),
+    ("ours", "torch"): ("o", "#0b6e4f", "ours"),
+    ("ours", "onnxruntime"): ("o", "#5b8def", "ours, ONNX Runtime"),
+    ("ours", "openvino"): ("o", "#7b3fa0", "ours, OpenVINO"),
+}
+"""Marker, colour and name by kind and runtime; old results have rows without a runtime, which are torch's."""
+
+
 def _plot_cell(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     dense = [row for row in rows if row["kind"] in ("B1", "B2")]
     if all(row["stable"] for row in dense):
         best = min(dense, key=lambda row: row["latency_ms"])
         axes.plot([0, best["gmacs"]], [0, best["latency_ms"]], "--", color="#9aa5b1", label="best dense, scaled")
-    styles = {
-        "B1": ("s", "#9aa5b1", "timm as installed"),
-        "B2": ("s", "#52606d", "timm, fused or compiled"),
-        "B2f": ("s", "#102a43", "timm, compiled and frozen"),
-        "B3": ("D", "#b7791f", "timm, smaller images"),
-        "B0": ("v", "#c1121f", "the authors' data flow"),
-        "O": ("x", "#627d98", "oracle"),
-        "ours": ("o", "#0b6e4f", "ours"),
-    }
-    for kind, (marker, color, name) in styles.items():
+    for (kind, runtime), (marker, color, name) in RIVAL_STYLES.items():
         for stable in (True, False):
-            points = [row for row in rows if (row["kind"], row["stable"]) == (kind, stable)]
+            points = [
+                row for row in rows
+                if (row["kind"], row.get("runtime", "torch"), row["stable"]) == (kind, runtime, stable)
+            ]  # fmt: skip
             if points:
                 axes.plot(
                     [row["gmacs"] for row in points], [row["latency_ms"] for row in points], marker, color=color, ms=6,
