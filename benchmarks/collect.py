@@ -308,7 +308,10 @@ def _median(rows: list[dict[str, Any]], name: str, form: str) -> str:
 def front_table(path: Path) -> str:
     """The README's table: dense timm, its best rival and ours, in the cells of `IN_README`; empty without the first."""
     revisions = _newest(path)
-    found = {where[:-1]: cell for _, cells in revisions for where, cell in cells.items()}
+    found, places = {}, {}
+    for _, cells_of in reversed(revisions):  # the newest decides
+        found |= {where[:-1]: cell for where, cell in cells_of.items()}
+        places |= {where[:-1]: where for where in cells_of}
     if IN_README[0] not in found:
         return ""
     shown = [where for where in IN_README if where in found]
@@ -338,14 +341,11 @@ def front_table(path: Path) -> str:
             told = (_front_cells(of_cell, cell, label) for of_cell, cell in zip(rows, cells, strict=True))
             gmacs = next(of_cell for of_cell in rows if of_cell)[-1][label]["gmacs"]
             lines.append(f"| {name} | {gmacs:.1f} | {' | '.join(told)} |")
-    told_of = [
-        (same, {where: cell for where, cell in cells_of.items() if where[:-1] in shown})
-        for same, cells_of in revisions
-    ]  # fmt: skip
-    for same, cells_of in told_of:
-        if cells_of:
-            taken = [run for run in same if any(_cell_of(run, cell) in cells_of for cell in run["cells"])]
-            lines += ["", _measured_with(taken), *_over_precisions(cells_of)]
+    for same, cells_of in revisions:
+        taken = {where: cell for where, cell in cells_of.items() if where in [places[each] for each in shown]}
+        if taken:
+            with_them = [run for run in same if any(_cell_of(run, cell) in taken for cell in run["cells"])]
+            lines += ["", _measured_with(with_them), *_over_precisions(taken)]
     return "\n".join(lines)
 
 
