@@ -164,7 +164,9 @@ def test_runtimes_are_shown_with_ours_in_the_best_of_them(
     monkeypatch.setattr(collect, "IN_README", ((*cell, "fp32"), (*cell, "bf16"), (*cell, "int8+bf16")))
     collect.keep(run_of(tmp_path / "old", 1.9))
     for number in range(2):
-        collect.keep(run_in_runtimes(tmp_path / f"fp32-{number}", "fp32", {**FP32, "timm, onnxruntime": 628.0 + number}))
+        collect.keep(
+            run_in_runtimes(tmp_path / f"fp32-{number}", "fp32", {**FP32, "timm, onnxruntime": 628.0 + number})
+        )
         collect.keep(run_in_runtimes(tmp_path / f"int8-{number}", "int8+bf16", {**INT8, "oracle, x": 1.0 + number}))
     collect.write_pages()
     text = (tmp_path / "PAGE.md").read_text()
