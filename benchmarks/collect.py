@@ -94,16 +94,16 @@ Found = list[dict[str, Any]]
 
 
 def _newest(path: Path) -> list[tuple[list[dict[str, Any]], dict[Cell, Found]]]:
-    """The runs of each revision that has a cell no newer one has, and these cells; the newest revision first."""
+    """The runs of each revision that has a cell no newer one has with any engine, and these cells; the newest first."""
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
     revisions: list[tuple[list[dict[str, Any]], dict[Cell, Found]]] = []
     known: set[Cell] = set()
     while runs:
         same = [run for run in runs if _versions(run) == _versions(runs[-1])]
         runs = [run for run in runs if _versions(run) != _versions(runs[-1])]
-        cells = {where: found for where, found in _cells_of(same).items() if where not in known}
+        cells = {where: found for where, found in _cells_of(same).items() if where[:-1] not in known}
         shown = [run for run in same if any(_cell_of(run, cell) in cells for cell in run["cells"])]
-        known |= set(cells)
+        known |= {where[:-1] for where in cells}
         if cells:
             revisions.append((shown, cells))
     return revisions
