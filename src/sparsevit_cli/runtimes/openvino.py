@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ class OpenVino(Runtime):
     suffixes = (".xml", ".onnx")
     packages = ("openvino",)
     extra = "openvino"
+    runs_int8 = True
 
     @functools.cache  # noqa: B019 - runtimes live as long as the process
     def activations(self) -> tuple[Activations, ...]:
@@ -37,7 +39,18 @@ class OpenVino(Runtime):
 
 
 def compiled(model: object, activations: Activations, threads: int) -> Run:
-    """An `openvino.Model` compiled for one stream on `threads` threads that are bound to no core."""
+    """An `openvino.Model` as a function, compiled as `compiled_model` says."""
+    request = compiled_model(model, activations, threads).create_infer_request()
+
+    def run(images: torch.Tensor) -> list[torch.Tensor]:
+        found = request.infer([np.ascontiguousarray(images.numpy())])
+        return [torch.from_numpy(np.array(output)) for output in found.values()]
+
+    return run
+
+
+def compiled_model(model: object, activations: Activations, threads: int | None) -> Any:
+    """An `openvino.CompiledModel` of one stream on `threads` threads, by default torch's number, bound to no core."""
     import openvino
     from openvino.properties import hint, inference_num_threads, num_streams
 
@@ -46,12 +59,6 @@ def compiled(model: object, activations: Activations, threads: int) -> Run:
         hint.performance_mode: hint.PerformanceMode.LATENCY,
         hint.enable_cpu_pinning: False,
         num_streams: 1,
-        inference_num_threads: threads,
+        inference_num_threads: threads or torch.get_num_threads(),
     }
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-
-    def run(images: torch.Tensor) -> list[torch.Tensor]:
-        found = request.infer([np.ascontiguousarray(images.numpy())])
-        return [torch.from_numpy(np.array(output)) for output in found.values()]
-
-    return run
+    return openvino.Core().compile_model(model, "CPU", settings)
