@@ -238,6 +238,8 @@ def test_what_no_runtime_does_is_refused(tmp_path: Path) -> None:
     assert chosen_runtimes(session_in(tmp_path, runtimes=None), "profile").names == ("torch",)
     for name in ALL[1:]:
         check_timed(name, "fp32")
+    with pytest.raises(ConfigError, match="no programs of it for onnxruntime"):
+        check_timed("onnxruntime", "int8")
 
 
 # -- programs for the clock -------------------------------------------------------------------------------------
@@ -365,3 +367,15 @@ def test_plans_name_the_runtimes(tmp_path: Path) -> None:
     assert "runtimes: torch, onnxruntime, openvino" in plan_lines(session, "profile", ratios="0.5")
     assert any("7 rows each" in line for line in plan_lines(session, "profile", ratios="0.5"))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs sparsevit-cli[openvino]")
+def test_eight_bits_are_openvinos_alone_and_mean_something_to_the_clock(tmp_path: Path) -> None:
+    session = session_in(tmp_path, precision="int8", runtimes=list(ALL))
+    report = profile_model(session, ratios="0.5")
+    (label,) = {row.dtype for row in report.rows}
+    assert label in RUNTIMES["openvino"].precisions()
+    assert label.startswith("int8+")
+    assert [(row.runtime, row.kind) for row in report.rows] == [("openvino", DENSE), ("openvino", OURS_SPARSE)]
+    assert "profile: without torch: int8" in told_in(session)
+    assert "profile: without onnxruntime: int8" in told_in(session)

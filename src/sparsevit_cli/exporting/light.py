@@ -9,15 +9,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sparsevit_cli.errors import ConfigError, MeasurementError
-from sparsevit_cli.runtimes import Activations, Program, runtime
+from sparsevit_cli.runtimes import Activations, Precision, Program, precision_label, runtime
 
 from .images import structured_images
+from .openvino_ir import save_openvino
 from .programs import (
     OneImage,
     UntraceableError,
@@ -27,9 +27,12 @@ from .programs import (
     trace_fixed,
     with_fixed_outputs,
 )
+from .quantization import check_installed as check_nncf
+from .quantization import quantize
 
-Precision = Literal["fp32", "bf16", "int8"]
 OPSET = 20
+QUANTISED = "openvino"
+"""The runtime of the files that `quantize` writes."""
 CALIBRATION_BATCHES = 2
 """Random batches that an eight-bit program for the clock is calibrated on: its outputs mean nothing."""
 FARTHEST: Mapping[str, float] = {"fp32": 0.02, "bf16": 0.5}
@@ -44,17 +47,14 @@ class TimedProgram:
     precision: str
 
 
-def precision_label(precision: str, activations: Activations) -> str:
-    """`fp32`, `bf16`, or `int8+bf16`, where what is not eight bits is computed in bf16."""
-    return f"{precision}+{activations}" if precision == "int8" else precision
-
-
 def check_timed(name: str, precision: str) -> None:
     """Raises ConfigError if runtime `name` is not installed here, or does not compute in `precision`."""
     found = runtime(name)
     found.check_installed()
     check_packages(("onnx",))
-    if precision in ("fp32", "bf16"):
+    if precision == "int8" and name == QUANTISED:
+        check_nncf()
+    elif precision in ("fp32", "bf16"):
         found.check_activations("bf16" if precision == "bf16" else "fp32")
     else:
         got = f"{precision}: there are no programs of it for {name}"
@@ -66,8 +66,8 @@ def timed_programs(
 ) -> dict[str, TimedProgram]:
     """`model`, float32 and on the CPU, at the shape of `images` (B, C, H, W) and no other; by the name of the runtime.
 
-    All runtimes get the same ONNX file, on `threads` threads. Raises UntraceableError, ConfigError, CheckpointError,
-    and MeasurementError where a program gives other outputs than the model.
+    All come from one ONNX file and run on `threads` threads; that of int8 is quantised on random images. Raises
+    UntraceableError, ConfigError, CheckpointError, and MeasurementError for outputs that are not the model's.
     """
     shape, batch = (images.shape[1], images.shape[2], images.shape[3]), len(images)
     with torch.no_grad():
@@ -82,12 +82,34 @@ def timed_programs(
         path = Path(folder) / "model.onnx"
         save_onnx(trace_fixed(plain, seen), path, list(expected), OPSET, {}, dynamic_batch=False)
         for name in runtimes:
-            activations: Activations = "bf16" if precision == "bf16" else "fp32"
-            program = runtime(name).load(path, activations=activations, threads=threads, shape=images.shape)
+            activations: Activations = _activations(name, precision)
+            file = _file_for(name, path, precision, seen)
+            program = runtime(name).load(file, activations=activations, threads=threads, shape=images.shape)
             label = precision_label(precision, activations)
             _look_at(program.run(seen), list(expected.values()), name, label)
             programs[name] = TimedProgram(program, label)
     return programs
+
+
+def _activations(name: str, precision: Precision) -> Activations:
+    """What is not eight bits is computed in bf16 if the CPU has it, as `export` does."""
+    known = runtime(name).activations()
+    return "bf16" if precision == "bf16" or (precision == "int8" and "bf16" in known) else "fp32"
+
+
+def _file_for(name: str, onnx: Path, precision: Precision, images: Tensor) -> Path:
+    """The file that a runtime is served with: OpenVINO's own marks what ranks windows as float32."""
+    if name != QUANTISED:
+        return onnx
+    path = onnx.with_suffix(".xml")
+    if not path.exists():
+        save_openvino(onnx, path, {})
+    if precision != "int8":
+        return path
+    quantised, shape = onnx.with_name("int8.xml"), (images.shape[1], images.shape[2], images.shape[3])
+    draws = range(1, 1 + CALIBRATION_BATCHES)
+    quantize(path, quantised, [structured_images(shape, len(images), seed) for seed in draws])
+    return quantised
 
 
 def _look_at(found: Sequence[Tensor], expected: Sequence[Tensor], name: str, label: str) -> None:

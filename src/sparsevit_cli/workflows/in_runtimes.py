@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.exporting import UntraceableError
-from sparsevit_cli.exporting.light import Precision, check_timed, timed_programs
+from sparsevit_cli.exporting.light import check_timed, timed_programs
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, placed
 from sparsevit_cli.profiling.workload import Workload
-from sparsevit_cli.runtimes import RUNTIMES
+from sparsevit_cli.runtimes import RUNTIMES, Precision
 
 from .rows import TORCH, Place
 from .session import Session
