@@ -35,6 +35,7 @@ from sparsevit_cli.workflows.plan import plan_lines
 from sparsevit_cli.workflows.profile import profile_model
 from sparsevit_cli.workflows.profile_report import DENSE, OURS_DENSE, OURS_SPARSE, ProfileReport
 from sparsevit_cli.workflows.rivals import measure_rivals
+from sparsevit_cli.workflows.rows import threads_text
 from sparsevit_cli.workflows.session import Session
 from tiny import tiny_config, tiny_swin, write_tiny
 
@@ -131,7 +132,7 @@ def test_the_tables_of_a_profile_tell_runtime_precision_and_threads(
     heads = columns(profiled)
     table = [dict(zip(heads, row, strict=True)) for row in rows_of(profiled)]
     version = RUNTIMES["openvino"].version()
-    assert table[-1]["runtime"] == f"openvino {version}, {torch.get_num_threads()} threads"
+    assert table[-1]["runtime"] == f"openvino {version}, {threads_text(torch.get_num_threads())}"
     assert (table[-1]["precision"], table[-1]["peak MB"]) == ("fp32", "-")
     (sentence,) = profiled.told
     assert sentence.startswith("Batch 1, 32x32: the fastest dense is ")
@@ -359,7 +360,7 @@ def test_rivals_without_torch_are_chosen_and_compared_in_their_runtime(
     told = capsys.readouterr().out
     assert "best dense: timm, openvino" in told
     assert "ours, 60% everywhere, openvino LOSES: 0.86x" in told
-    assert f"runtimes: openvino {RUNTIMES['openvino'].version()}; {torch.get_num_threads()} threads each" in told
+    assert f"runtimes: openvino {RUNTIMES['openvino'].version()}; {threads_text(torch.get_num_threads())} each" in told
 
 
 def test_plans_name_the_runtimes(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from .commands import COMMANDS
 from .console import print_lines, print_table
 from .runs import RunFolder, next_command
 from .sizes import size_text
-from .workflows.rows import NOT_STEADY
+from .workflows.rows import NOT_STEADY, threads_text
 
 if TYPE_CHECKING:
     from .models import SupportedModel
@@ -200,7 +200,7 @@ def show_rivals(report: RivalReport) -> None:
         known = any(row.compares for row in cell.rows)
         print_lines(f"best dense: {cell.best_dense if known else 'not known, for dense rows are not steady'}")
         versions = dict.fromkeys(f"{row.runtime} {row.version}" for row in cell.rows)
-        print_lines(f"runtimes: {', '.join(versions)}; {first.threads} threads each")
+        print_lines(f"runtimes: {', '.join(versions)}; {threads_text(first.threads)} each")
         print_lines(*(f"{cell.rows[number].label} LOSES: {cell.rows[number].speedup:.2f}x" for number in losing))
     print_lines(f"written: {report.folder.path / 'rivals.json'}")
 

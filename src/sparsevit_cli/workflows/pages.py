@@ -13,7 +13,7 @@ from sparsevit_cli.profiling.stages import StageTimes
 from sparsevit_cli.sizes import size_text
 
 from .profile_report import LABELS, PartCost, PartCosts, ProfileReport, ProfileRow
-from .rows import TORCH
+from .rows import TORCH, threads_text
 
 COLUMNS = ("model", "scope", "runtime", "precision", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [95 %]",
            "speed-up [95 %]", "best dense / this [95 %]", "images/s", "peak MB")  # fmt: skip
@@ -44,7 +44,7 @@ def rows_of(report: ProfileReport) -> list[tuple[Any, ...]]:
 def _texts(row: ProfileRow) -> dict[str, Any]:
     """The text under every one of `COLUMNS`."""
     texts = (
-        LABELS[row.kind], row.scope, f"{row.runtime} {row.version}, {row.threads} threads", row.dtype,
+        LABELS[row.kind], row.scope, f"{row.runtime} {row.version}, {threads_text(row.threads)}", row.dtype,
         size_text(row.image_size), row.batch, f"{row.gmacs:.2f}", row.latency_text, row.speedup_text, row.gain_text,
         f"{row.throughput:.1f}" if row.stable else "-",
         "-" if row.peak_memory_mb is None else f"{row.peak_memory_mb:.0f}",

@@ -82,7 +82,7 @@ def plot_rivals(path: Path, cells: Sequence[Sequence[Mapping[str, Any]]], report
     """Latency against multiply-adds, ours and the rivals, with the line of an ideal sparse model; a PNG, side by side
     for all cells.
     """
-    _draw(path, reporter, partial(_rivals, cells), plots=len(cells))
+    _draw(path, reporter, partial(_rivals, cells), plots=len(cells), width=9.5)
 
 
 def _rivals(cells: Sequence[Sequence[Mapping[str, Any]]], figure: Any) -> None:
@@ -130,11 +130,11 @@ def _plot_cell(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))  # beside the plot: it would hide points
 
 
-def _draw(path: Path, reporter: Reporter, drawn: Callable[[Any], None], plots: int = 1) -> None:
-    """Write the figure that `drawn` fills, as wide as so many plots; whatever fails is one warning.
+def _draw(path: Path, reporter: Reporter, drawn: Callable[[Any], None], plots: int = 1, width: float = 7.0) -> None:
+    """Write the figure that `drawn` fills, as wide as so many plots of `width` inches; whatever fails is one warning.
 
     matplotlib's objects are used without pyplot: no window, and no backend but the one for files.
     """
@@ -144,7 +144,7 @@ def _draw(path: Path, reporter: Reporter, drawn: Callable[[Any], None], plots: i
         with _own_backend():
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
-        figure = Figure(figsize=(7 * plots, 4.5), layout="constrained")
+        figure = Figure(figsize=(width * plots, 4.5), layout="constrained")
         drawn(figure)
         picture = io.BytesIO()
         FigureCanvasAgg(figure).print_png(picture)

@@ -96,4 +96,9 @@ def measured(
     }
 
 
+def threads_text(count: int | None) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
 NOT_STEADY = "not steady"
