@@ -199,7 +199,7 @@ def _checked_file(
     found, first = checked(path, outputs, seed=seed, tolerance=tolerance, reporter=reporter)
     lowered = None
     if computed_in != "fp32":
-        lowered = checked_lowered(path, outputs(seed), activations=computed_in, reporter=reporter)
+        lowered = checked_lowered(path, outputs, seed=seed, activations=computed_in, reporter=reporter)
     return ExportedFile(name, path, "", 0, found, first, lowered)
 
 

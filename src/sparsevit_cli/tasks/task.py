@@ -245,7 +245,7 @@ class Task(ABC):
         if not any(module is features for module in model.modules()):
             got = f"its features are no module inside {type(model).__name__}"
             raise ConfigError(f"task {self.name}", got, "Write its method replace_features_(model, run).")
-        features.forward = lambda images, *_, **__: run(images)  # type: ignore[method-assign, assignment]
+        features.forward = lambda images, *_, **__: run(images)
 
     # -- said once, for all of them -----------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ class Task(ABC):
             images = self.images_in(inputs)
             return own(inputs, *others, **named) if images is None else run(images)
 
-        model.forward = forward  # type: ignore[method-assign]
+        model.forward = forward
 
     def swin(self, outputs: int, options: BuildOptions, *, any_size: bool = False) -> nn.Module:
         """The configuration's timm Swin with `outputs` outputs; 0 gives its pooled features, without a head."""

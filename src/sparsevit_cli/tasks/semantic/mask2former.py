@@ -81,9 +81,8 @@ class Mask2FormerSegmenter(Segmenter):
 
         def forward(pixel_values: Tensor, **_: Any) -> Any:
             masks, *coarser = run(pixel_values)
-            return Mask2FormerPixelLevelModuleOutput(
-                decoder_last_hidden_state=masks, decoder_hidden_states=tuple(coarser)
-            )
+            maps: Any = tuple(coarser)
+            return Mask2FormerPixelLevelModuleOutput(decoder_last_hidden_state=masks, decoder_hidden_states=maps)
 
         self.model.pixel_level_module.forward = forward
 
