@@ -577,7 +577,7 @@ def test_structured_images_give_windows_of_different_scores() -> None:
     images = structured_images((3, SIDE, SIDE), 4, seed=3)
     assert torch.equal(images, structured_images((3, SIDE, SIDE), 4, seed=3))
     assert not torch.equal(images, structured_images((3, SIDE, SIDE), 4, seed=4))
-    index = windows.window_token_index(SIDE, SIDE, (7, 7), (0, 0), images.device)
+    index = windows.window_token_index(SIDE, SIDE, (7, 7), (0, 0), "roll_first", images.device)
     magnitude = windows.token_magnitude(images.permute(0, 2, 3, 1), "mean_abs_l2")
     scores = windows.window_scores(magnitude, index)
     assert all(len(set(row.tolist())) == index.shape[0] for row in scores)

@@ -31,7 +31,7 @@ from sparsevit_cli.swin import set_sparsity, sparsify_
 from sparsevit_cli.workflows import in_runtimes, profile_cells, rivals
 from sparsevit_cli.workflows.in_runtimes import chosen_runtimes, in_other_runtimes
 from sparsevit_cli.workflows.pages import columns, profile_page, rows_of
-from sparsevit_cli.workflows.plan import plan_lines
+from sparsevit_cli.workflows.plan import plan_of
 from sparsevit_cli.workflows.profile import profile_model
 from sparsevit_cli.workflows.profile_report import DENSE, OURS_DENSE, OURS_SPARSE, ProfileReport
 from sparsevit_cli.workflows.rivals import measure_rivals
@@ -339,7 +339,7 @@ def test_the_best_dense_of_any_runtime_is_the_rival(tmp_path: Path, monkeypatch:
     assert ours.realised == pytest.approx((1 - 5 / 10) / (1 - ours.gmacs / rows["ours, ratio 0"].gmacs))
     assert ours.tax == pytest.approx(5 / 4 - 1)
     assert sparse.tax is sparse.peak_memory_mb is sparse.roofline is None
-    assert report.settings["runtimes"] == ALL
+    assert report.settings["runtimes"] == list(ALL)
     assert {(row.runtime, row.threads) for row in cell.rows} == {(name, torch.get_num_threads()) for name in ALL}
     assert (report.folder.path / "rivals.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -365,8 +365,8 @@ def test_rivals_without_torch_are_chosen_and_compared_in_their_runtime(
 
 def test_plans_name_the_runtimes(tmp_path: Path) -> None:
     session = session_in(tmp_path / "runs")
-    assert "runtimes: torch, onnxruntime, openvino" in plan_lines(session, "profile", ratios="0.5")
-    assert any("7 rows each" in line for line in plan_lines(session, "profile", ratios="0.5"))
+    assert "runtimes: torch, onnxruntime, openvino" in plan_of(session, "profile", ratios="0.5").lines
+    assert any("7 rows each" in line for line in plan_of(session, "profile", ratios="0.5").lines)
     assert not (tmp_path / "runs").exists()
 
 

@@ -43,7 +43,8 @@ class Runtimes:
     @property
     def settings(self) -> dict[str, object]:
         """What a report tells of them."""
-        return {"runtimes": self.names, "runtimes_left_out": dict(self.left_out)}
+        left_out = {"runtimes_left_out": dict(self.left_out)} if self.left_out else {}
+        return {"runtimes": list(self.names), **left_out}
 
     @property
     def pause_seconds(self) -> float:

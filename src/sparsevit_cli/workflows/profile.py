@@ -32,6 +32,7 @@ from .pages import layers_csv, parts_csv, profile_page
 from .profile_cells import Cell, contenders_of, measured_cells, stop_check
 from .profile_report import DENSE, LABELS, OURS_SPARSE, PartCost, PartCosts, ProfileReport, ProfileRow, RowKind
 from .profile_target import profile_target, tell_of_timm, threads_set
+from .scopes import per_image
 from .session import Session
 
 FILES = ("profile.json", "profile.html", "samples.npz", "layers.csv", "parts.csv", "metrics.json")
@@ -76,8 +77,9 @@ def profile_model(
                 macs_check = _macs_check(session, models[OURS_SPARSE], size, scopes[0])
             for batch in section.batch_sizes:
                 cells = measured_cells(session, runtimes, models, size, batch)
+                taken = per_image(session, size)
                 for scope, cell in cells.items():
-                    rows += cell.rows(session)
+                    rows += cell.rows(session, taken)
                     told = f"{scope}, " if len(scopes) > 1 else ""
                     samples |= {
                         f"{told}{label} b{batch} {size_text(size)}": latency.samples_ms
@@ -198,10 +200,12 @@ def _stage_times(session: Session, cell: Cell) -> dict[str, StageTimes]:
 
 
 def _part_costs(session: Session, cell: Cell) -> PartCosts:
-    """Where the time and the multiply-adds of the whole model go."""
+    """Where the time and the multiply-adds of the whole model go, and the time of what follows it."""
+    size = cell.workloads[DENSE].image_size
+    after = (lambda outputs: session.task.finish(outputs, size)) if session.task.finishing else None
 
     def take(workload: Workload, ms: float) -> PartTimes:
-        return time_parts(workload, session.parts(workload.model), total_ms=ms)
+        return time_parts(workload, session.parts(workload.model), total_ms=ms, after=after)
 
     times = _dense_and_sparse(session, cell, take)
     macs = {}
@@ -221,5 +225,13 @@ def _part_costs(session: Session, cell: Cell) -> PartCosts:
         )
         for name in macs[DENSE]
     ]
-    workload = cell.workloads[DENSE]
-    return PartCosts(workload.batch, workload.image_size, tuple(rows))
+    following = None
+    if after is not None:
+        following = PartCost(
+            f"after the model: {session.task.finishing}",
+            times[DENSE].after_ms if times else None,
+            times[OURS_SPARSE].after_ms if times else None,
+            0.0,
+            0.0,
+        )
+    return PartCosts(cell.workloads[DENSE].batch, size, tuple(rows), following)

@@ -69,8 +69,8 @@ class Cell:
         latency = self.latencies.get(LABELS[kind])
         return latency if latency is not None and latency.stable else None
 
-    def rows(self, session: Session) -> list[ProfileRow]:
-        """A row per contender."""
+    def rows(self, session: Session, per_image: float | None) -> list[ProfileRow]:
+        """A row per contender; `per_image` is told of all."""
         dense = {each.place.runtime: self.latencies[each.label] for each in self.contenders if each.kind == DENSE}
         best = min(dense.values(), key=float)
         best_is_known = all(latency.stable for latency in dense.values())
@@ -99,6 +99,7 @@ class Cell:
                     parameters=sum(parameter.numel() for parameter in workload.model.parameters()),
                     rounds=latency.rounds,
                     outliers=latency.outliers,
+                    per_image=per_image,
                     compares=latency.stable and own.stable,
                 )
             )  # fmt: skip

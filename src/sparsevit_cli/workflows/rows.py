@@ -21,7 +21,7 @@ class Place:
     runtime: str
     version: str
     precision: str
-    threads: int
+    threads: int | None
 
     def named(self, label: str) -> str:
         """The label of a row: torch goes without saying."""
@@ -58,6 +58,11 @@ class MeasuredRow:
     """Why the latency is not to be relied on; nothing where it is."""
     compares: bool = True
     """True where this row and those that it is compared with are steady: then the speed-up is a fact."""
+
+    @property
+    def place(self) -> Place:
+        """Where it was measured."""
+        return Place(self.runtime, self.version, self.dtype, self.threads)
 
     @property
     def latency_text(self) -> str:
