@@ -271,15 +271,16 @@ def test_programs_give_the_models_outputs_at_one_shape_and_leave_no_file(
 
 
 def test_a_program_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = SimpleNamespace(load=lambda *_, **__: SimpleNamespace(run=lambda images: [torch.ones(len(images), 5)]))
+    wrong = SimpleNamespace(activations=lambda: ("fp32",))
+    wrong.load = lambda *_, **__: SimpleNamespace(run=lambda images: [torch.ones(len(images), 5)])
     monkeypatch.setattr(light, "runtime", lambda name: wrong)
     monkeypatch.setattr(light, "trace_fixed", lambda *_: None)
     monkeypatch.setattr(light, "save_onnx", lambda *_, **__: None)
-    with pytest.raises(MeasurementError, match=r"openvino, fp32: outputs are off by"):
-        timed_programs(sparse_swin(), torch.zeros(1, 3, 64, 64), ["openvino"], "fp32", threads=1)
+    with pytest.raises(MeasurementError, match=r"onnxruntime, fp32: outputs are off by"):
+        timed_programs(sparse_swin(), torch.zeros(1, 3, 64, 64), ["onnxruntime"], "fp32", threads=1)
     wrong.load = lambda *_, **__: SimpleNamespace(run=lambda images: [torch.ones(1, 4)])
     with pytest.raises(MeasurementError, match="are not the model's"):
-        timed_programs(sparse_swin(), torch.zeros(1, 3, 64, 64), ["openvino"], "fp32", threads=1)
+        timed_programs(sparse_swin(), torch.zeros(1, 3, 64, 64), ["onnxruntime"], "fp32", threads=1)
 
 
 def test_models_whose_work_hangs_on_the_images_are_not_exported_for_the_clock(tmp_path: Path) -> None:
