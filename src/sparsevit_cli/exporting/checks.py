@@ -203,8 +203,8 @@ def checked_lowered(
     for images, named in pairs:
         found = run(images)
         for number in range(len(images)):
-            one = [[tensor[number : number + 1] for tensor in tensors] for tensors in (found, named.values())]
-            differences.append(_difference(*one, 1))
+            ours, eager = ([tensor[number : number + 1] for tensor in each] for each in (found, named.values()))
+            differences.append(_difference(ours, eager, 1))
     middle = sorted(math.inf if math.isnan(d.rms) else d.rms for d in differences)[len(differences) // 2]
     told = f"{path.name} in {activations}: an image in the middle differs from eager by {middle:.1e} (root mean square)"
     if middle > LOWERED_TOLERANCE:

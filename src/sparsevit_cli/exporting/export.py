@@ -118,14 +118,13 @@ def export_model(
     shape = image_shape(model, input_size)
     module = _inference_copy(model)
     sparsity = get_sparsity(module)
+    _check_scores(module, formats)
     info = _buildable(module, shape, info, reporter)
     contents = sparsity_json(module, shape, info, scope)
     with runs_on((min(check_batch_sizes), *shape)):
         model = with_fixed_outputs(module, lambda batch: structured_images(shape, batch, seed), check_batch_sizes)
     one_image = isinstance(model, OneImage)
-    if one_image and precision != "fp32":
-        got = f"{precision}, but the model answers each image: rounding changes how many answers there are"
-        raise ConfigError("export.precision", got, "Export backbone and neck (export.scope: features), or fp32.")
+    _check_answers(one_image, precision)
     draw = single_images(shape, check_images) if one_image else batches(shape, check_batch_sizes)
     outputs = eager_reference(model, draw, output_prefix(scope))
     outputs = with_most_different_answers(outputs) if one_image else outputs
@@ -184,6 +183,19 @@ def export_model(
         write_json(staging / MANIFEST, manifest_json(report, describe_files(staging)))
         publish(staging, directory, reporter)
     return report
+
+
+def _check_scores(module: nn.Module, formats: Sequence[str]) -> None:
+    random = sparse_stages(module)[0].importance == "random"
+    if "openvino" in formats and random and not get_sparsity(module).is_dense:
+        got = "openvino, and the scores `random` are whole numbers of 64 bits, which OpenVINO's CPU plug-in cuts to 32"
+        raise ConfigError("export.formats", got, "Set model.importance to mean_abs_l2 or l2, or export onnx or pt2.")
+
+
+def _check_answers(one_image: bool, precision: str) -> None:
+    if one_image and precision != "fp32":
+        got = f"{precision}, but the model answers each image: rounding changes how many answers there are"
+        raise ConfigError("export.precision", got, "Export backbone and neck (export.scope: features), or fp32.")
 
 
 def _checked_file(

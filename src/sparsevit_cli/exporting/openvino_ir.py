@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 from torch import Tensor
 
-from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
+from sparsevit_cli.errors import ConfigError, first_line, in_one_line, pass_on
 from sparsevit_cli.runtimes import Activations
 from sparsevit_cli.runtimes.openvino import compiled_model, load_openvino
 
@@ -78,7 +78,8 @@ def save_openvino(source: Path, path: Path, contents: Mapping[str, object]) -> N
         keep_ranking_exact(path)
     except Exception as error:
         pass_on(error)
-        got = f"OpenVINO cannot translate the model ({in_one_line(error)})"
+        told = str(error).strip().rpartition("\n")[2] or in_one_line(error)  # OpenVINO puts places in its code first
+        got = f"OpenVINO cannot translate the model ({first_line(told)})"
         raise ConfigError("export to OpenVINO", got, "Export onnx or pt2.") from error
 
 

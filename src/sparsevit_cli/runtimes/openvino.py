@@ -45,7 +45,7 @@ def without_telemetry() -> Iterator[None]:
         yield
     finally:
         if before is missing:
-            del sys.modules[TELEMETRY]
+            sys.modules.pop(TELEMETRY, None)
         else:
             sys.modules[TELEMETRY] = before
 

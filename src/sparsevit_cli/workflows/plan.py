@@ -84,7 +84,9 @@ def plan_of(
     if command in ("search", "run"):
         lines.append(known.search_line())
     if command in ("evaluate", "run"):
-        lines.append(known.evaluation_line(runtime))
+        lines.append(known.evaluation_line())
+    if runtime is not None:
+        lines.append(f"runtime: an exported file in {runtime} is scored, whose time is not known")
     if command == "export":
         lines.append(f"export: {', '.join(session.config.export.formats) or 'weights'}, safetensors and sparsity.json")
     return Plan(tuple(lines), known.missing)
@@ -193,13 +195,12 @@ class _Known:
             time_told = f", {minutes:.1f} min at most, finalists and latencies left out"
         return f"search: {asked} candidates at most, {each}{time_told}"
 
-    def evaluation_line(self, runtime: str | None) -> str:
+    def evaluation_line(self) -> str:
         """Images and their time."""
         if self.data is None or self.model is None:
             return "evaluate: images and time need the data"
         images = len(self.data.val)
-        of_file = "" if runtime is None else f"; an exported file in {runtime} is scored, whose time is not known"
-        return f"evaluate: {images} images, {self._seconds_of(self.model, images):.0f} s dense in PyTorch{of_file}"
+        return f"evaluate: {images} images, {self._seconds_of(self.model, images):.0f} s dense"
 
     def _seconds_of(self, model: nn.Module, images: int) -> float:
         """Seconds of a dense evaluation, from a few timed batches of the search's size."""

@@ -90,7 +90,8 @@ class Truths(Sequence[Truth]):
     def learned(self) -> NDArray[np.int64]:
         """How many objects of each image are no crowds: (images,)."""
         before = np.concatenate([[0], np.cumsum(~self._crowds)])
-        return np.diff(before[self._first]).astype(np.int64)
+        counts: NDArray[np.int64] = np.diff(before[self._first]).astype(np.int64)
+        return counts
 
     def _instance(self, number: int) -> Instance:
         x, y, width, height = self._boxes[number].tolist()
