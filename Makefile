@@ -40,6 +40,8 @@ test-gpu: install
 BENCH_MODEL ?= swin_tiny_patch4_window7_224
 BENCH_CELLS ?= 672:1 672:4 256x704:6
 BENCH_PRECISIONS ?= fp32 bf16
+BENCH_RUNTIMES ?= torch,onnxruntime,openvino
+BENCH_CONTESTANTS ?= B0,B1,B2,B2f,B3,ours,O
 BENCH_ROUNDS ?= 15
 BENCH_RUNS ?= 3
 BENCH_KERNELS ?= auto
@@ -49,6 +51,7 @@ bench: install
 	  { $(BIN)/sparsevit profile --rivals --model $(BENCH_MODEL) --img-size $${cell%%:*} --output benchmarks/runs --fresh \
 	    --set "profile.batch_sizes=[$${cell##*:}]" --set profile.precision=$$precision --set profile.rounds=$(BENCH_ROUNDS) \
 	    --set profile.seconds=1 --set kernels=$(BENCH_KERNELS) --set profile.max_autotune=$(BENCH_AUTOTUNE) \
+	    --runtime $(BENCH_RUNTIMES) --set "profile.contestants=[$(BENCH_CONTESTANTS)]" \
 	    --set clock.wait=600 --set clock.retries=0 \
 	    || test $$? = 8; } && $(BIN)/python benchmarks/collect.py benchmarks/runs/$(BENCH_MODEL)/rivals || exit; \
 	done; done; done
@@ -57,8 +60,8 @@ bench: install
 # measured too where a test fails, which is told.
 bench-gpu:
 	-$(MAKE) test-gpu
-	$(MAKE) bench BENCH_KERNELS=portable BENCH_AUTOTUNE=true
-	SPARSEVIT_TUNE=1 $(MAKE) bench BENCH_KERNELS=triton BENCH_AUTOTUNE=true
+	$(MAKE) bench BENCH_RUNTIMES=torch BENCH_KERNELS=portable BENCH_AUTOTUNE=true
+	SPARSEVIT_TUNE=1 $(MAKE) bench BENCH_RUNTIMES=torch BENCH_KERNELS=triton BENCH_AUTOTUNE=true
 
 quality: install
 	$(BIN)/ruff check $(SOURCES)

@@ -16,7 +16,7 @@ import timm
 from sparsevit_cli.exporting import export_model
 from sparsevit_cli.profiling.device import describe_versions
 from sparsevit_cli.swin import set_sparsity, sparsify_
-from sparsevit_cli.workflows.rivals import PUBLISHED, UNIFORM
+from sparsevit_cli.workflows.contestants import PUBLISHED, UNIFORM
 
 
 def main() -> None:

@@ -124,6 +124,100 @@ def test_the_readme_shows_dense_its_best_rival_and_ours_side_by_side(
     assert "60% everywhere" not in text
 
 
+def run_in_runtimes(folder: Path, precision: str, times: dict[str, float]) -> Path:
+    """A run in several runtimes; the first label is the best dense."""
+    best = next(iter(times))
+
+    def row(label: str, ms: float) -> dict[str, Any]:
+        runtime = label.rpartition(", ")[2]
+        runtime = runtime if runtime in ("onnxruntime", "openvino") else "torch"
+        return {
+            "label": label, "kind": "ours" if label.startswith("ours") else "B2", "image_size": [672, 672], "batch": 1,
+            "dtype": precision, "runtime": runtime, "threads": 2, "gmacs": 40.0, "latency_ms": ms,
+            "speedup": times[best] / ms, "stable": True, "realised": 0.97 if "ours" in label else None, "tax": None,
+            "roofline": None, "peak_memory_mb": 250.0 if runtime == "torch" else None,
+        }  # fmt: skip
+
+    report = {
+        "device": {"name": "A CPU (R)", "cores": 2, "type": "cpu"}, "model": "swin",
+        "versions": {"torch": "2.15.0", "timm": "1.0.31", "openvino": "2026.4", "onnxruntime": "1.31", "git": "abc"},
+        "settings": {"kernels": "native, 4"},
+        "cells": [{"best_dense": best, "rows": [row(label, ms) for label, ms in times.items()]}],
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "rivals.json").write_text(json.dumps(report))
+    return folder
+
+
+FP32 = {"timm, openvino": 530.0, "timm eager": 650.0, "timm, onnxruntime": 628.0, "ours, ratio 0": 460.0,
+        "ours, config 2": 330.0, "ours, config 2, openvino": 360.0, "ours, config 2, onnxruntime": 540.0,
+        "timm at 448x448, openvino": 240.0}  # fmt: skip
+INT8 = {"timm, openvino": 190.0, "ours, config 2, openvino": 136.0}
+
+
+def test_runtimes_are_shown_with_ours_in_the_best_of_them(
+    collect: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = ("cpu", "swin", "672x672", 1)
+    monkeypatch.setattr(collect, "GOALS_IN_RUNTIMES", {(*cell, "fp32"): {"ours, config 2": 1.7}})
+    monkeypatch.setattr(collect, "GOALS", {(*cell, "fp32"): {"ours, config 2": 9.0}})
+    monkeypatch.setattr(collect, "IN_README", ((*cell, "fp32"), (*cell, "bf16"), (*cell, "int8+bf16")))
+    collect.keep(run_of(tmp_path / "old", 1.9))
+    for number in range(2):
+        collect.keep(
+            run_in_runtimes(tmp_path / f"fp32-{number}", "fp32", {**FP32, "timm, onnxruntime": 628.0 + number})
+        )
+        collect.keep(run_in_runtimes(tmp_path / f"int8-{number}", "int8+bf16", {**INT8, "oracle, x": 1.0 + number}))
+    collect.write_pages()
+    text = (tmp_path / "PAGE.md").read_text()
+    assert (
+        "torch 2.15.0, timm 1.0.31, onnxruntime 1.31, openvino 2026.4, 2 threads in every runtime, revision abc" in text
+    )
+    assert "Gain is the best dense timm of the same precision in torch, ONNX Runtime or OpenVINO's time over" in text
+    gain = "torch: 1.61x [1.61, 1.61] (goal 1.7: missed)"
+    assert f"| swin, 672x672, batch 1, fp32, native | 2 | 530 | torch: 1.15x [1.15, 1.15] | {gain} | - |" in text
+    assert "best dense: timm, openvino, 530 ms" in text
+    assert "| timm, onnxruntime | 40.0 | 628 | 0.84x [0.84, 0.84] | - |" in text
+    assert "| ours, config 2, onnxruntime | 40.0 | 540 | 0.98x [0.98, 0.98] | 0.97 [0.97, 0.97] |" in text
+    assert (
+        "In any precision, swin, 672x672, batch 1, the fastest dense over the fastest of ours: config 2 1.40x "
+        "[1.40, 1.40] (190 ms, OpenVINO int8+bf16, over 136 ms, OpenVINO int8+bf16)" in text
+    )
+    assert "portable" not in text, "the newer revision has this cell"
+    front = (tmp_path / "README.md").read_text()
+    for line in (
+        "| swin, 672x672, batch 1 | GMACs | fp32, ms | fp32, gain | int8+bf16, ms | int8+bf16, gain |",
+        "| dense: timm as installed | 40.0 | 650 | 0.82x [0.82, 0.82] | - | - |",
+        "| dense: timm in ONNX Runtime | 40.0 | 628 | 0.84x [0.84, 0.84] | - | - |",
+        "| dense: timm in OpenVINO | 40.0 | 530 | 1.00x [1.00, 1.00] | 190 | 1.00x [1.00, 1.00] |",
+        "best rival: timm, the fastest of eager, fused and compiled, ONNX Runtime, OpenVINO | 40.0 | 530 | 1.00x ",
+        "| sparse, our kernels: config 2 | 40.0 | 330 | 1.61x [1.61, 1.61] | - | - |",
+        "| sparse, ONNX Runtime: config 2 | 40.0 | 540 | 0.98x [0.98, 0.98] | - | - |",
+        "| sparse, OpenVINO: config 2 | 40.0 | 360 | 1.47x [1.47, 1.47] | 136 | 1.40x [1.40, 1.40] |",
+    ):
+        assert line in front
+    assert "In any precision" in front
+
+
+def test_a_cell_is_told_from_its_newest_revision(collect: ModuleType, tmp_path: Path) -> None:
+    for name, precision, times in (
+        ("a", "fp32", FP32),
+        ("b", "bf16", FP32),
+        ("c", "fp32", {**FP32, "timm, openvino": 500.0}),
+    ):
+        folder = run_in_runtimes(tmp_path / name, precision, times)
+        report = json.loads((folder / "rivals.json").read_text())
+        report["versions"]["git"] = "new" if name == "c" else "old"
+        (folder / "rivals.json").write_text(json.dumps(report))
+        collect.keep(folder)
+    collect.write_pages()
+    text = (tmp_path / "PAGE.md").read_text()
+    new, old = text.split("revision old")
+    assert "**swin, 672x672, batch 1, fp32, native**; 1 run; best dense: timm, openvino, 500 ms" in new
+    assert "fp32" not in old
+    assert "**swin, 672x672, batch 1, bf16, native**; 1 run; best dense: timm, openvino, 530 ms" in old
+
+
 def between(page: str, begin: str, end: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip()
 

@@ -21,7 +21,9 @@ from sparsevit_cli.swin import set_sparsity, sparsify_, without_kernels
 from sparsevit_cli.swin.authors_flow import authors_flow
 from sparsevit_cli.swin.fused import with_fused_attention
 from sparsevit_cli.workflows import rivals
-from sparsevit_cli.workflows.rivals import _compared, _Contestant, measure_rivals
+from sparsevit_cli.workflows.contestants import Contestant
+from sparsevit_cli.workflows.rivals import _compared, measure_rivals
+from sparsevit_cli.workflows.rows import Place
 from sparsevit_cli.workflows.session import Session
 from tiny import tiny_config, tiny_swin
 
@@ -117,7 +119,7 @@ def made_up(candidates: Mapping[str, Callable[[], object]], **settings: object) 
 def test_a_benchmark_names_the_best_dense_and_compares_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **_: copy.deepcopy(model))
     monkeypatch.setattr(rivals, "measure_interleaved", made_up)
-    config = tiny_config(output=str(tmp_path), profile={"batch_sizes": [1]})
+    config = tiny_config(output=str(tmp_path), profile={"batch_sizes": [1], "runtimes": ["torch"]})
     report = measure_rivals(Session(config, SilentReporter()), img_size="64", ratios="[[.2],[.4]]")
     (cell,) = report.cells
     rows = {row.label: row for row in cell.rows}
@@ -132,9 +134,12 @@ def test_a_benchmark_names_the_best_dense_and_compares_with_it(tmp_path: Path, m
     assert (sparse.realised_low, sparse.realised, sparse.realised_high) == pytest.approx([(1 - 4 / 10) / saved] * 3)
     assert (sparse.tax_low, sparse.tax, sparse.tax_high) == pytest.approx([4 / 2 - 1] * 3)
     shaky, steady = replace(rows["ours, ratio 0"], stable=False), Latency.from_samples([1.0])
-    ours = _Contestant("ours", lambda: None, torch.nn.Identity(), None, (64, 64), oracle="oracle")
+    ours = Contestant(
+        "ours", Place("torch", "2", "fp32", 1), lambda: None, torch.nn.Identity(), None, (64, 64), dense=shaky.label,
+        oracle="oracle",
+    )  # fmt: skip
     latencies = {sparse.label: steady, "oracle": replace(steady, unsteady="spread"), shaky.label: steady}
-    told = _compared(ours, replace(sparse, realised=None, tax=None), shaky, latencies)
+    told = _compared(ours, replace(sparse, realised=None, tax=None), {shaky.label: shaky}, latencies)
     assert told.realised is told.tax is None
     unsteady = replace(
         report, cells=(replace(cell, rows=(replace(cell.rows[0], stable=False, unsteady="spread"), *cell.rows[1:])),)

@@ -23,6 +23,7 @@ from sparsevit_cli.config import tasks as kinds
 from sparsevit_cli.config.loading import load_config
 from sparsevit_cli.data import Categories
 from sparsevit_cli.errors import BudgetError, ConfigError
+from sparsevit_cli.exporting.light import TimedProgram
 from sparsevit_cli.profiling.latency_table import measure_latency_table, table_identity
 from sparsevit_cli.profiling.macs import analytic_macs, flopcounter_macs, macs_cost, traced_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
@@ -31,16 +32,18 @@ from sparsevit_cli.profiling.stages import time_parts, time_stages
 from sparsevit_cli.profiling.workload import Workload, image_workload
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder
+from sparsevit_cli.runtimes import RUNTIMES, Program
 from sparsevit_cli.search.budget import Budget, check_reachable, parse_budgets
 from sparsevit_cli.search.ledger import Ledger, LedgerScope
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparsify_
 from sparsevit_cli.tasks.task import Metric, Score, Task, load_task
+from sparsevit_cli.workflows import in_runtimes
 from sparsevit_cli.workflows.evaluate import EvaluateSummary
 from sparsevit_cli.workflows.latencies import SearchLatencies
 from sparsevit_cli.workflows.pages import part_rows, parts_csv
 from sparsevit_cli.workflows.plan import plan_of
-from sparsevit_cli.workflows.profile import _check_mode
+from sparsevit_cli.workflows.profile import _check_mode, profile_model
 from sparsevit_cli.workflows.profile_report import PartCost, PartCosts, ProfileReport, ProfileRow
 from sparsevit_cli.workflows.search import named_scope
 from sparsevit_cli.workflows.session import Session
@@ -550,6 +553,26 @@ def test_a_size_that_the_backbone_cannot_take_is_rounded_up_for_it_alone(tmp_pat
     workload = session.workload(model, (30, 41), 2, scope="backbone")
     assert (workload.image_size, workload.batch, workload.scope) == ((32, 48), 2, "backbone")
     assert [tuple(level.shape) for level in workload.run().values()] == [(2, 8, 8, 12), (2, 16, 4, 6)]
+
+
+def test_other_runtimes_run_the_backbone_alone_if_the_whole_cannot_be_exported(
+    tmp_path: Path, task_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stand_in(model: Any, images: Any, names: Any, precision: str, *, threads: int) -> dict[str, TimedProgram]:
+        made = {name: Program(name, "1", "fp32", threads, None, lambda x: list(model(x).values())) for name in names}
+        return {name: TimedProgram(program, precision) for name, program in made.items()}
+
+    monkeypatch.setattr(in_runtimes, "timed_programs", stand_in)
+    monkeypatch.setattr(in_runtimes, "check_timed", lambda *_: None)
+    monkeypatch.setattr(RUNTIMES["openvino"], "check_installed", lambda: None)
+    told: list[str] = []
+    monkeypatch.setattr(SilentReporter, "say", lambda self, text: told.append(text))
+    session = session_of(task_file, tmp_path, "profile.runtimes=[torch,openvino]", "profile.batch_sizes=[1]")
+    rows = profile_model(session, ratios="0.5").rows
+    assert {(row.scope, row.runtime) for row in rows} == {
+        ("backbone", "torch"), ("backbone", "openvino"), ("model", "torch"),
+    }  # fmt: skip
+    assert sum("openvino run the backbone alone: the whole model cannot be exported" in text for text in told) == 1
 
 
 def test_cuda_graphs_of_a_model_around_a_swin_are_refused(tmp_path: Path, task_file: Path) -> None:

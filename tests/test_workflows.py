@@ -34,7 +34,8 @@ from sparsevit_cli.workflows.latencies import SearchLatencies
 from sparsevit_cli.workflows.pages import profile_page
 from sparsevit_cli.workflows.pipeline import run_pipeline
 from sparsevit_cli.workflows.plan import plan_of
-from sparsevit_cli.workflows.profile import profile_model, profile_settings, profile_target, threads_set
+from sparsevit_cli.workflows.profile import profile_model, profile_settings
+from sparsevit_cli.workflows.profile_target import profile_target, threads_set
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.smaller import MOST_SIZES, rival_sizes
 from sparsevit_cli.workflows.training import adapt, pretrain

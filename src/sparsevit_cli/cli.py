@@ -87,19 +87,22 @@ class Options:
     fresh: bool
 
 
-SEARCHED = ("budget_latency", "budget_macs")
+FIELD_OF = {
+    "budget_latency": "search.budget_latency", "budget_macs": "search.budget_macs", "runtime": "profile.runtimes",
+}  # fmt: skip
+"""Fields of flags that are not named as their field is."""
 """Flags of fields of the search section."""
 
 
 def _options(
     config: str | None, set_: Sequence[str] | None, as_json: bool, dry_run: bool, verbose: bool, fresh: bool,
-    task: str | None, **fields: str | int | None,
+    task: str | None, **fields: str | int | list[str] | None,
 ) -> Options:  # fmt: skip
     """Flags such as --seed set their field, and come after every --set."""
     from .config.overrides import Override
 
     typed = [
-        Override.flag(f"--{name.replace('_', '-')}", f"search.{name}" if name in SEARCHED else name, value)
+        Override.flag(f"--{name.replace('_', '-')}", FIELD_OF.get(name, name), value)
         for name, value in fields.items()
         if value is not None
     ]
@@ -322,8 +325,15 @@ def profile(
     ] = None,
     ratios: Ratios = None,
     rivals: Annotated[
-        bool, typer.Option("--rivals", help="Against the best dense timm: fused, compiled, smaller; and an oracle.")
+        bool,
+        typer.Option(
+            "--rivals", help="Against the best dense timm: fused, compiled, in other runtimes, smaller; and an oracle."
+        ),
     ] = False,
+    runtime: Annotated[
+        str | None,
+        typer.Option("--runtime", help="Where models run: torch, onnxruntime, openvino, or several with commas."),
+    ] = None,
     config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
     seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
@@ -331,7 +341,10 @@ def profile(
     """Measure dense against sparse on this machine, interleaved: latency, multiply-adds, memory, time per stage."""
     from .views import show_profile, show_rivals
 
-    options = _options(config, set_, as_json, dry_run, verbose, fresh, task, output=output, device=device, seed=seed)
+    runtimes = None if runtime is None else runtime.replace(" ", "").split(",")
+    options = _options(
+        config, set_, as_json, dry_run, verbose, fresh, task, output=output, device=device, seed=seed, runtime=runtimes
+    )
 
     command, name, show = ("rivals", "measure_rivals", show_rivals) if rivals else (
         "profile", "profile_model", show_profile

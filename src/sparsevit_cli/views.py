@@ -9,7 +9,7 @@ from .commands import COMMANDS
 from .console import print_lines, print_table
 from .runs import RunFolder, next_command
 from .sizes import size_text
-from .workflows.rows import NOT_STEADY
+from .workflows.rows import NOT_STEADY, threads_text
 
 if TYPE_CHECKING:
     from .models import SupportedModel
@@ -184,7 +184,10 @@ def show_profile(report: ProfileReport) -> None:
     for number in losing:
         row = report.rows[number]
         of = f", {row.scope} alone" if row.scope == "backbone" else ""
-        print_lines(f"sparse LOSES at batch {row.batch}, {size_text(row.image_size)}{of}: {row.speedup:.2f}x of dense")
+        where = "" if row.runtime == "torch" else f" in {row.runtime}"
+        by = f"{row.speedup:.2f}x of dense" if row.speedup < 1 else f"{row.gain:.2f}x of the best dense"
+        print_lines(f"sparse{where} LOSES at batch {row.batch}, {size_text(row.image_size)}{of}: {by}")
+    print_lines(*(f"{line}." for line in report.told))
     print_lines(f"written: {report.folder.path / 'profile.json'}")
 
 
@@ -215,6 +218,8 @@ def show_rivals(report: RivalReport) -> None:
         print_table(title, columns, rows, losing=losing)
         known = any(row.compares for row in cell.rows)
         print_lines(f"best dense: {cell.best_dense if known else 'not known, for dense rows are not steady'}")
+        versions = dict.fromkeys(f"{row.runtime} {row.version}" for row in cell.rows)
+        print_lines(f"runtimes: {', '.join(versions)}; {threads_text(first.threads)} each")
         print_lines(*(f"{cell.rows[number].label} LOSES: {cell.rows[number].speedup:.2f}x" for number in losing))
     print_lines(f"written: {report.folder.path / 'rivals.json'}")
 

@@ -51,6 +51,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=1, le=16384)]
 Precision = Literal["fp32", "bf16", "fp16"]
+TimedPrecision = Literal["fp32", "bf16", "fp16", "int8"]
+"""Precisions that a latency may be of; int8 is that of quantised exports."""
+RuntimeName = Literal["torch", "onnxruntime", "openvino"]
+Contestant = Literal["B0", "B1", "B2", "B2f", "B3", "ours", "O"]
+"""Kinds of contestants of `profile --rivals`."""
 Scope = Literal["model", "backbone"]
 """How much of a task's model a cost stands for: everything, or the backbone alone."""
 
@@ -297,9 +302,19 @@ class ProfileSection(Section):
     image_sizes: tuple[Side | tuple[Side, Side], ...] = Field(
         (), description="Input sizes in pixels, numbers or [height, width]; empty takes model.img_size."
     )
-    precision: Precision = Field("fp32", description="Precision of model and input.")
+    precision: TimedPrecision = Field(
+        "fp32",
+        description="Precision of the computation. onnxruntime has fp32 alone, openvino no fp16; `int8` is openvino's "
+        "alone, of a program that is quantised on random images, for the clock and nothing else. "
+        "A runtime without it is left out, which is told.",
+    )
+    runtimes: Annotated[tuple[RuntimeName, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="Where models run, in the same rounds and on as many threads; null is torch, and with --rivals on "
+        "a CPU all that are installed.",
+    )
     mode: Literal["eager", "compile", "graph"] = Field(
-        "eager", description="Plain PyTorch, torch.compile for all rows, or (on a GPU) a CUDA graph for all."
+        "eager", description="For rows of torch: plain, torch.compile for all, or (on a GPU) a CUDA graph for all."
     )
     ratios: StageRatios | Ratio | None = Field(
         None, description="Configuration to profile: per stage and pair, or one number; null takes the winner."
@@ -315,6 +330,22 @@ class ProfileSection(Section):
     max_autotune: bool = Field(
         False, description="With --rivals, add dense timm in torch.compile's slowest mode; minutes of compiling."
     )
+    contestants: tuple[Contestant, ...] = Field(
+        ("B0", "B1", "B2", "B2f", "B3", "ours", "O"),
+        description="With --rivals, the kinds that are measured: timm as installed (B1), its variants and other "
+        "runtimes (B2), compiled and frozen (B2f), smaller images (B3), the authors' flow (B0), ours and its oracles "
+        "(O). B1, B2 and ours must be among them.",
+    )
+
+    @model_validator(mode="after")
+    def _names_are_once(self) -> ProfileSection:
+        for name in ("runtimes", "contestants"):
+            names = getattr(self, name) or ()
+            if len(set(names)) < len(names):
+                raise ValueError(f"{name} {list(names)} names one twice")
+        if not {"B1", "B2", "ours"} <= set(self.contestants):
+            raise ValueError(f"contestants {list(self.contestants)} lacks B1, B2 or ours, so nothing can be compared")
+        return self
 
 
 class ClockSection(Section):

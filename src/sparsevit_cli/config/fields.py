@@ -136,6 +136,15 @@ def one_of(choices: Sequence[object]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
+def nearest_choice(value: object, choices: Sequence[object]) -> str | None:
+    """The one of `choices` that a wrong text may have meant."""
+    names = [choice for choice in choices if isinstance(choice, str)]
+    if not isinstance(value, str) or not names:
+        return None
+    likely = max(names, key=lambda name: _likeness(_normal(value), name))
+    return likely if _likeness(_normal(value), likely) >= 0.6 else None
+
+
 def _range(schema: JsonSchema) -> str:
     low, high = schema.get("minimum"), schema.get("maximum")
     above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")

@@ -44,9 +44,10 @@ class Override:
         return cls(path, value, origin)
 
     @classmethod
-    def flag(cls, name: str, field: str, value: str | int) -> Override:
+    def flag(cls, name: str, field: str, value: str | int | list[str]) -> Override:
         """That of a flag of its own, such as `--seed`, for the field at `field` (dotted)."""
-        origin = f"{name} {shorten(printable(str(value)))}"
+        told = ",".join(value) if isinstance(value, list) else str(value)
+        origin = f"{name} {shorten(printable(told))}"
         return cls(tuple(field.split(".")), json.loads(json.dumps(value)), origin)
 
 

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 from sparsevit_cli.errors import ConfigError
 
 from .experiment import ExperimentConfig
-from .fields import Fields, JsonSchema, dotted, shown
+from .fields import Fields, JsonSchema, dotted, nearest_choice, shown
 from .tasks import fields_by_source, own_value, type_of
 from .yaml_loader import Document, FieldPath, Value, printable, resolve_scalar, shorten
 
@@ -81,7 +81,16 @@ def _advice(value: Value, schema: JsonSchema, fields: Fields) -> str:
         return "Write it without quotes."
     if isinstance(value, str) and kind == "boolean" and value.lower() in ("yes", "no", "on", "off"):
         return f"Write {'true' if value.lower() in ('yes', 'on') else 'false'}."
+    if (meant := _meant(value, fields.resolved(schema), fields)) is not None:
+        return f"Did you mean {meant}?"
     return f"Change it. {_meaning(schema)}".rstrip()
+
+
+def _meant(value: Value, schema: JsonSchema, fields: Fields) -> str | None:
+    """The choice that a wrong text, or one in a list, may have meant."""
+    choices = fields.resolved(schema.get("items", schema)).get("enum", ())
+    wrong = [each for each in (value if isinstance(value, list) else [value]) if each not in choices]
+    return nearest_choice(wrong[0], choices) if wrong else None
 
 
 def _is_quoted(value: str) -> bool:

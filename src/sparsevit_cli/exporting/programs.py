@@ -103,7 +103,15 @@ def trace(
     """
     batch = next(n for n in range(2, 100) if n not in avoid_batch_sizes)
     images = structured_images(shape, 1 if isinstance(model, OneImage) else batch, seed=0)
-    dims: Any = None if isinstance(model, OneImage) else ({0: torch.export.Dim("batch")},)
+    return _exported(model, images, None if isinstance(model, OneImage) else ({0: torch.export.Dim("batch")},))
+
+
+def trace_fixed(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """Trace for the shape of `images` (B, C, H, W) and no other. Raises UntraceableError."""
+    return _exported(model, images, None)
+
+
+def _exported(model: nn.Module, images: Tensor, dims: Any) -> torch.export.ExportedProgram:
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(model, (images,), dynamic_shapes=dims)

@@ -199,6 +199,7 @@ def measure_interleaved(
     clock: Clock | None = None,
     patience: Patience | None = None,
     together: bool = False,
+    pause_seconds: float = 0.0,
     before_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Latency]:
     """Latency of every candidate, measured in turns; the first candidate is the reference of `speedup`.
@@ -211,15 +212,16 @@ def measure_interleaved(
     for those that compare the samples of two candidates. What is unsteady then raises UnsteadyError where `strict`;
     else it is returned with `unsteady` set: the last repetition, or a short look beside a neighbour that stays.
 
-    Time is read from `clock`; None takes CUDA events on a GPU, and `time.perf_counter_ns` elsewhere. `before_round` may
-    raise, to stop early. Raises ConfigError, ResourceError.
+    Time is read from `clock`; None takes CUDA events on a GPU, and `time.perf_counter_ns` elsewhere. Each block begins
+    `pause_seconds` after the one before: threads of another runtime, which may spin for some milliseconds once it has
+    answered, sleep by then. `before_round` may raise, to stop early. Raises ConfigError, ResourceError.
     """
     if not candidates or seconds <= 0 or rounds < 1 or max_spread <= 0 or retries < 0 or block_ms <= 0:
         got = f"{len(candidates)} candidates, {seconds=}, {rounds=}, {max_spread=}, {retries=}, {block_ms=}"
         raise ConfigError("measurement", got, "Give a candidate and positive settings.")
     reference = next(iter(candidates))
     vigil = Vigil(patience or (Patience() if clock is None else UNWATCHED), device, before_round)
-    turns = _Turns(candidates, stopwatch_of(device, clock), Random(seed), before_round)
+    turns = _Turns(candidates, _paused(stopwatch_of(device, clock), pause_seconds), Random(seed), before_round)
     latest: dict[str, Latency] = {}
     steady: set[str] = set()
     with torch.inference_mode(), _no_garbage_collection():
@@ -279,6 +281,16 @@ def stopwatch_of(device: torch.device, clock: Clock | None = None) -> Stopwatch:
         return (read_ns() - start_ns) / 1e6
 
     return clock_ms
+
+
+def _paused(stopwatch: Stopwatch, seconds: float) -> Stopwatch:
+    """`stopwatch`, started `seconds` after it was called."""
+
+    def paused_ms(candidate: Candidate, calls: int) -> float:
+        time.sleep(seconds)
+        return stopwatch(candidate, calls)
+
+    return paused_ms if seconds else stopwatch
 
 
 def _cuda_ms(candidate: Candidate, calls: int, device: torch.device) -> float:

@@ -12,36 +12,49 @@ from typing import Any
 from sparsevit_cli.profiling.stages import StageTimes
 from sparsevit_cli.sizes import size_text
 
-from .profile_report import PartCost, PartCosts, ProfileReport, ProfileRow
+from .profile_report import LABELS, PartCost, PartCosts, ProfileReport, ProfileRow
+from .rows import TORCH, threads_text
 
 THROUGHPUT = "images/s"
-COLUMNS = ("model", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [95 %]", "speed-up [95 %]", THROUGHPUT,
-           "peak MB")  # fmt: skip
+COLUMNS = ("model", "scope", "runtime", "precision", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [95 %]",
+           "speed-up [95 %]", "best dense / this [95 %]", THROUGHPUT, "peak MB")  # fmt: skip
+OF_SCOPES, OF_RUNTIMES = {"scope"}, {"runtime", "precision", "best dense / this [95 %]"}
+"""Columns that are there if rows differ in scope, or are not of torch alone."""
 PART_COLUMNS = ("part", "dense ms", "sparse ms", "dense GMACs", "sparse GMACs")
 _GMACS = ("dense_gmacs", "sparse_gmacs")
 STAGE_COLUMNS = ("part", "blocks", "scoring, ranking", "gather, scatter", "merging", "other", "ms")
 
 _STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.5em 0 2em}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}tr.losing td{color:#b3261e}"""
+td{white-space:nowrap}td:first-child,th:first-child{text-align:left}tr.losing td{color:#b3261e}"""
 
 
 def columns(report: ProfileReport) -> tuple[str, ...]:
-    """Heads of the columns of latencies; the scope is among them if there are several."""
-    heads = tuple(f"{report.per}s/s" if head == THROUGHPUT else head for head in COLUMNS)
-    return (heads[0], "scope", *heads[1:]) if len(report.scopes) > 1 else heads
+    """Heads of the columns of latencies; scope and runtime are among them if there is something to tell."""
+    return tuple(f"{report.per}s/s" if head == THROUGHPUT else head for head in _columns(report))
+
+
+def _columns(report: ProfileReport) -> tuple[str, ...]:
+    absent = set() if len(report.scopes) > 1 else OF_SCOPES
+    absent |= OF_RUNTIMES if report.runtimes == (TORCH,) else set()
+    return tuple(head for head in COLUMNS if head not in absent)
 
 
 def rows_of(report: ProfileReport) -> list[tuple[Any, ...]]:
     """Texts under `columns`; an unsteady number is none."""
-    return [_row_values(row, (row.scope,) if len(report.scopes) > 1 else ()) for row in report.rows]
+    heads = _columns(report)
+    return [tuple(_texts(row)[head] for head in heads) for row in report.rows]
 
 
-def _row_values(row: ProfileRow, scope: tuple[str, ...]) -> tuple[Any, ...]:
-    return (
-        row.label, *scope, size_text(row.image_size), row.batch, f"{row.gmacs:.2f}", row.latency_text, row.speedup_text,
-        f"{row.throughput:.1f}" if row.stable else "-", f"{row.peak_memory_mb:.0f}",
+def _texts(row: ProfileRow) -> dict[str, Any]:
+    """The text under every one of `COLUMNS`."""
+    texts = (
+        LABELS[row.kind], row.scope, f"{row.runtime} {row.version}, {threads_text(row.threads)}", row.dtype,
+        size_text(row.image_size), row.batch, f"{row.gmacs:.2f}", row.latency_text, row.speedup_text, row.gain_text,
+        f"{row.throughput:.1f}" if row.stable else "-",
+        "-" if row.peak_memory_mb is None else f"{row.peak_memory_mb:.0f}",
     )  # fmt: skip
+    return dict(zip(COLUMNS, texts, strict=True))
 
 
 def part_rows(parts: PartCosts) -> list[tuple[str, ...]]:
@@ -112,7 +125,7 @@ def profile_page(report: ProfileReport) -> str:
         parts.append(f"<p>{html.escape(f'{name}: {values}')}</p>")
     losing = [number for number, row in enumerate(report.rows) if row.losing]
     parts.append(_table("Latency", columns(report), rows_of(report), losing))
-    parts += [f"<p>{html.escape(line)}.</p>" for line in report.image_lines()]
+    parts += [f"<p>{html.escape(line)}.</p>" for line in (*report.told, *report.image_lines())]
     if report.parts is not None:
         parts.append(_table(parts_title(report.parts), PART_COLUMNS, part_rows(report.parts)))
         parts.append(f"<p>{html.escape(report.parts.told())}.</p>")

@@ -22,7 +22,8 @@ from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.training import plan_training
 
-from .profile import ProfileTarget, built, profile_target
+from .in_runtimes import chosen_runtimes
+from .profile_target import ProfileTarget, built, profile_target
 from .scopes import BACKBONE, gmacs_of, image_told, per_image
 from .session import Session
 
@@ -33,6 +34,8 @@ PROFILE_ROWS = 3
 """Dense, ours at ratio 0, ours sparse."""
 RIVAL_ROWS = 18
 """Contestants of a Swin-T; others have fewer."""
+EXPORTED_ROWS, EXPORTED_RIVAL_ROWS = 2, 4
+"""The same in each other runtime: dense and sparse; with --rivals two sparse ones, and dense on smaller images."""
 WARMUP_SHARE = 2.0
 """Warm-up takes as long as the measurement itself."""
 
@@ -240,7 +243,10 @@ def _parameters(model: nn.Module) -> int:
 def _profile_lines(target: ProfileTarget, command: str) -> list[str]:
     section = target.session.config.profile
     cells = len(target.sizes) * len(section.batch_sizes)
-    rows = PROFILE_ROWS if command == "profile" else RIVAL_ROWS
+    is_profile = command == "profile"
+    runtimes = chosen_runtimes(target.session, command, all_installed=not is_profile)
+    in_torch, elsewhere = (PROFILE_ROWS, EXPORTED_ROWS) if is_profile else (RIVAL_ROWS, EXPORTED_RIVAL_ROWS)
+    rows = in_torch * runtimes.has_torch + elsewhere * len(runtimes.others)
     seconds = cells * rows * section.seconds * WARMUP_SHARE
     sizes = ", ".join(f"{height}x{width}" for height, width in target.sizes)
     return [
@@ -248,6 +254,7 @@ def _profile_lines(target: ProfileTarget, command: str) -> list[str]:
         f"model: {target.session.config.model.name} at {target.config}",
         f"cells: {cells}, image sizes {sizes}, batch sizes {', '.join(map(str, section.batch_sizes))}, "
         f"{section.precision}, {section.mode}",
+        f"runtimes: {', '.join(runtimes.names)}",
         f"time: {seconds / 60:.1f} min at least, {rows} rows each, more where {section.rounds} rounds take "
         "longer or latencies do not settle",
     ]

@@ -99,7 +99,7 @@ def plot_rivals(path: Path, cells: Sequence[Sequence[Mapping[str, Any]]], report
     """Latency against multiply-adds, ours and the rivals, with the line of an ideal sparse model; a PNG, side by side
     for all cells.
     """
-    _draw(path, reporter, partial(_rivals, cells), plots=len(cells))
+    _draw(path, reporter, partial(_rivals, cells), plots=len(cells), width=9.5)
 
 
 def _rivals(cells: Sequence[Sequence[Mapping[str, Any]]], figure: Any) -> None:
@@ -107,23 +107,35 @@ def _rivals(cells: Sequence[Sequence[Mapping[str, Any]]], figure: Any) -> None:
         _plot_cell(figure.add_subplot(1, len(cells), number + 1), rows)
 
 
+RIVAL_STYLES = {
+    ("B1", "torch"): ("s", "#9aa5b1", "timm as installed"),
+    ("B2", "torch"): ("s", "#52606d", "timm, fused or compiled"),
+    ("B2f", "torch"): ("s", "#102a43", "timm, compiled and frozen"),
+    ("B2", "onnxruntime"): ("s", "#5b8def", "timm, ONNX Runtime"),
+    ("B2", "openvino"): ("s", "#7b3fa0", "timm, OpenVINO"),
+    ("B3", "torch"): ("D", "#b7791f", "timm, smaller images"),
+    ("B3", "onnxruntime"): ("D", "#5b8def", "timm, smaller images, ONNX Runtime"),
+    ("B3", "openvino"): ("D", "#7b3fa0", "timm, smaller images, OpenVINO"),
+    ("B0", "torch"): ("v", "#c1121f", "the authors' data flow"),
+    ("O", "torch"): ("x", "#627d98", "oracle"),
+    ("ours", "torch"): ("o", "#0b6e4f", "ours"),
+    ("ours", "onnxruntime"): ("o", "#5b8def", "ours, ONNX Runtime"),
+    ("ours", "openvino"): ("o", "#7b3fa0", "ours, OpenVINO"),
+}
+"""Marker, colour and name by kind and runtime; old results have rows without a runtime, which are torch's."""
+
+
 def _plot_cell(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     dense = [row for row in rows if row["kind"] in ("B1", "B2")]
     if all(row["stable"] for row in dense):
         best = min(dense, key=lambda row: row["latency_ms"])
         axes.plot([0, best["gmacs"]], [0, best["latency_ms"]], "--", color="#9aa5b1", label="best dense, scaled")
-    styles = {
-        "B1": ("s", "#9aa5b1", "timm as installed"),
-        "B2": ("s", "#52606d", "timm, fused or compiled"),
-        "B2f": ("s", "#102a43", "timm, compiled and frozen"),
-        "B3": ("D", "#b7791f", "timm, smaller images"),
-        "B0": ("v", "#c1121f", "the authors' data flow"),
-        "O": ("x", "#627d98", "oracle"),
-        "ours": ("o", "#0b6e4f", "ours"),
-    }
-    for kind, (marker, color, name) in styles.items():
+    for (kind, runtime), (marker, color, name) in RIVAL_STYLES.items():
         for stable in (True, False):
-            points = [row for row in rows if (row["kind"], row["stable"]) == (kind, stable)]
+            points = [
+                row for row in rows
+                if (row["kind"], row.get("runtime", "torch"), row["stable"]) == (kind, runtime, stable)
+            ]  # fmt: skip
             if points:
                 axes.plot(
                     [row["gmacs"] for row in points], [row["latency_ms"] for row in points], marker, color=color, ms=6,
@@ -135,11 +147,11 @@ def _plot_cell(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))  # beside the plot: it would hide points
 
 
-def _draw(path: Path, reporter: Reporter, drawn: Callable[[Any], None], plots: int = 1) -> None:
-    """Write the figure that `drawn` fills, as wide as so many plots; whatever fails is one warning.
+def _draw(path: Path, reporter: Reporter, drawn: Callable[[Any], None], plots: int = 1, width: float = 7.0) -> None:
+    """Write the figure that `drawn` fills, as wide as so many plots of `width` inches; whatever fails is one warning.
 
     matplotlib's objects are used without pyplot: no window, and no backend but the one for files.
     """
@@ -149,7 +161,7 @@ def _draw(path: Path, reporter: Reporter, drawn: Callable[[Any], None], plots: i
         with _own_backend():
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
-        figure = Figure(figsize=(7 * plots, 4.5), layout="constrained")
+        figure = Figure(figsize=(width * plots, 4.5), layout="constrained")
         drawn(figure)
         picture = io.BytesIO()
         FigureCanvasAgg(figure).print_png(picture)

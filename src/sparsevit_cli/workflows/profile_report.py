@@ -11,7 +11,7 @@ from sparsevit_cli.profiling.neighbours import unsteady
 from sparsevit_cli.profiling.parts import REST
 from sparsevit_cli.profiling.stages import StageTimes
 from sparsevit_cli.runs import RunFolder
-from sparsevit_cli.sizes import Size
+from sparsevit_cli.sizes import Size, size_text
 from sparsevit_cli.sparsity import SparsityConfig
 
 from .rows import MeasuredRow
@@ -21,21 +21,26 @@ RowKind = Literal["dense", "ours dense", "ours sparse"]
 DENSE: RowKind = "dense"
 OURS_DENSE: RowKind = "ours dense"
 OURS_SPARSE: RowKind = "ours sparse"
-LABELS: Mapping[RowKind, str] = {DENSE: "dense (timm)", OURS_DENSE: "ours at ratio 0", OURS_SPARSE: "ours sparse"}
+LABELS: Mapping[str, str] = {DENSE: "dense (timm)", OURS_DENSE: "ours at ratio 0", OURS_SPARSE: "ours sparse"}
 """How rows are called on the terminal and in files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRow(MeasuredRow):
-    """One measured cell; `kind` is a RowKind, and the speed-up is against dense at the same scope.
+    """One measured cell; `kind` is a RowKind, and the speed-up is against dense at the same scope, in the same runtime.
 
-    Peak memory is that of plain PyTorch in every mode.
+    In other runtimes than torch `mode` is `exported`, ours at ratio 0 is dense, and memory is not known. Peak memory is
+    that of plain PyTorch in every mode.
     """
 
     mode: str
+    gain: float | None = None
+    """The time of the fastest dense in any runtime over this one's, with its 95 % interval; None if one is unsteady."""
+    gain_low: float | None = None
+    gain_high: float | None = None
     throughput: float
     """Images per second, or windows where costs are per window."""
-    peak_memory_mb: float
+    peak_memory_mb: float | None
     parameters: int
     rounds: int
     outliers: int
@@ -44,8 +49,13 @@ class ProfileRow(MeasuredRow):
 
     @property
     def losing(self) -> bool:
-        """True where ours, sparse, is slower than dense."""
-        return self.kind == OURS_SPARSE and self.compares and self.speedup < 1
+        """True where ours, sparse, is slower than dense: in the same runtime, or in the one that has the fastest."""
+        return self.kind == OURS_SPARSE and ((self.compares and self.speedup < 1) or (self.gain or 1) < 1)
+
+    @property
+    def gain_text(self) -> str:
+        """`1.39x [1.37, 1.40]`, or that it is not known."""
+        return "-" if self.gain is None else f"{self.gain:.2f}x [{self.gain_low:.2f}, {self.gain_high:.2f}]"
 
 
 @dataclass(frozen=True)
@@ -109,9 +119,36 @@ class ProfileReport:
     about: Mapping[str, str]
     parts: PartCosts | None = None
 
+    @property
+    def told(self) -> tuple[str, ...]:
+        """One sentence per cell of several runtimes: which dense and which sparse model is the fastest there."""
+        if len(self.runtimes) < 2:
+            return ()
+        cells: dict[tuple[Scope, Size, int], list[ProfileRow]] = {}
+        for row in self.rows:
+            cells.setdefault((row.scope, row.image_size, row.batch), []).append(row)
+        sentences = []
+        for (scope, size, batch), rows in cells.items():
+            of = f", {scope}" if len(self.scopes) > 1 else ""
+            dense, sparse = ([row for row in rows if row.kind == kind] for kind in (DENSE, OURS_SPARSE))
+            best, ours = (min(each, key=lambda row: row.latency_ms) for each in (dense, sparse))
+            steady = all(row.stable for row in (*dense, *sparse))
+            found = (
+                f"the fastest dense is {best.runtime}'s with {best.latency_ms:.2f} ms, the fastest of ours "
+                f"{ours.runtime}'s with {ours.latency_ms:.2f} ms: {ours.gain_text}"
+                if steady else "which runtime is the fastest is not known, for rows are not steady"
+            )  # fmt: skip
+            sentences.append(f"Batch {batch}, {size_text(size)}{of}: {found}")
+        return tuple(sentences)
+
     def refuse_unsteady(self) -> None:
         """As the function of that name."""
         refuse_unsteady({f"{row.label}, batch {row.batch}": row.unsteady for row in self.rows})
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """The runtimes of the rows."""
+        return tuple(dict.fromkeys(row.runtime for row in self.rows))
 
     @property
     def per(self) -> str:
@@ -121,13 +158,15 @@ class ProfileReport:
     def image_lines(self) -> list[str]:
         """What whole images cost, a line per size of windows, times at the last batch; none without windows."""
         lines = []
+        names = {DENSE: "dense", OURS_SPARSE: "sparse"}
         for size in dict.fromkeys(row.image_size for row in self.rows):
-            rows = {row.kind: row for row in self.rows if row.image_size == size and row.scope == self.scopes[-1]}
+            rows = [row for row in self.rows if row.image_size == size and row.scope == self.scopes[-1]]
             costs = {
-                name: (row.gmacs, row.latency_ms / row.batch if row.stable else None)
-                for name, row in (("dense", rows[DENSE]), ("sparse", rows[OURS_SPARSE]))
+                row.place.named(names[row.kind]): (row.gmacs, row.latency_ms / row.batch if row.stable else None)
+                for row in rows
+                if row.kind in names
             }
-            lines += image_told(self.per, rows[DENSE].per_image, size, costs)
+            lines += image_told(self.per, rows[0].per_image, size, costs)
         return lines
 
     @property

@@ -1,0 +1,126 @@
+"""Programs to be timed: made for one shape, in a folder that is gone afterwards, with a look at their outputs.
+
+What `export_model` writes is for users: any batch, all checks. This is for a clock.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparsevit_cli.errors import ConfigError, MeasurementError
+from sparsevit_cli.runtimes import Activations, Precision, Program, precision_label, runtime
+
+from .images import structured_images
+from .openvino_ir import save_openvino
+from .programs import (
+    OneImage,
+    UntraceableError,
+    check_packages,
+    named_tensors,
+    save_onnx,
+    trace_fixed,
+    with_fixed_outputs,
+)
+from .quantization import check_installed as check_nncf
+from .quantization import quantize
+
+OPSET = 20
+QUANTISED = "openvino"
+"""The runtime of the files that `quantize` writes."""
+CALIBRATION_BATCHES = 2
+"""Random batches that an eight-bit program for the clock is calibrated on: its outputs mean nothing."""
+FARTHEST: Mapping[str, float] = {"fp32": 0.02, "bf16": 0.5}
+"""Largest distance of a program's outputs from eager's, over the length of eager's: rounding may swap two windows."""
+
+
+@dataclass(frozen=True, eq=False)
+class TimedProgram:
+    """A loaded program; `precision` is the label that tables have, such as `bf16` or `int8+bf16`."""
+
+    program: Program
+    precision: str
+
+
+def check_timed(name: str, precision: str) -> None:
+    """Raises ConfigError if runtime `name` is not installed here, or does not compute in `precision`."""
+    found = runtime(name)
+    found.check_installed()
+    check_packages(("onnx",))
+    if precision == "int8" and name == QUANTISED:
+        check_nncf()
+    elif precision in ("fp32", "bf16"):
+        found.check_activations("bf16" if precision == "bf16" else "fp32")
+    else:
+        got = f"{precision}: there are no programs of it for {name}"
+        raise ConfigError(f"runtime {name}", got, "Choose fp32, or bf16 where the runtime has it.")
+
+
+def timed_programs(
+    model: nn.Module, images: Tensor, runtimes: Sequence[str], precision: Precision, *, threads: int
+) -> dict[str, TimedProgram]:
+    """`model`, float32 and on the CPU, at the shape of `images` (B, C, H, W) and no other; by the name of the runtime.
+
+    All come from one ONNX file and run on `threads` threads; that of int8 is quantised on random images. Raises
+    UntraceableError, ConfigError, CheckpointError, and MeasurementError for outputs that are not the model's.
+    """
+    shape, batch = (images.shape[1], images.shape[2], images.shape[3]), len(images)
+    with torch.no_grad():
+        plain = with_fixed_outputs(model, lambda count: structured_images(shape, count, 0), (batch,))
+        if isinstance(plain, OneImage):
+            got = f"{type(model).__name__} answers each image by itself, so that its work hangs on the images"
+            raise UntraceableError("timed export", got, "Measure its backbone.")
+        seen = structured_images(shape, batch, 0)
+        expected = dict(named_tensors(plain(seen)))
+    programs = {}
+    with tempfile.TemporaryDirectory(prefix="sparsevit-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "model.onnx"
+        save_onnx(trace_fixed(plain, seen), path, list(expected), OPSET, {}, dynamic_batch=False)
+        for name in runtimes:
+            activations: Activations = _activations(name, precision)
+            file = _file_for(name, path, precision, seen)
+            program = runtime(name).load(file, activations=activations, threads=threads, shape=images.shape)
+            label = precision_label(precision, activations)
+            _look_at(program.run(seen), list(expected.values()), name, label)
+            programs[name] = TimedProgram(program, label)
+    return programs
+
+
+def _activations(name: str, precision: Precision) -> Activations:
+    """What is not eight bits is computed in bf16 if the CPU has it, as `export` does."""
+    known = runtime(name).activations()
+    return "bf16" if precision == "bf16" or (precision == "int8" and "bf16" in known) else "fp32"
+
+
+def _file_for(name: str, onnx: Path, precision: Precision, images: Tensor) -> Path:
+    """The file that a runtime is served with: OpenVINO's own marks what ranks windows as float32."""
+    if name != QUANTISED:
+        return onnx
+    path = onnx.with_suffix(".xml")
+    if not path.exists():
+        save_openvino(onnx, path, {})
+    if precision != "int8":
+        return path
+    quantised, shape = onnx.with_name("int8.xml"), (images.shape[1], images.shape[2], images.shape[3])
+    draws = range(1, 1 + CALIBRATION_BATCHES)
+    quantize(path, quantised, [structured_images(shape, len(images), seed) for seed in draws])
+    return quantised
+
+
+def _look_at(found: Sequence[Tensor], expected: Sequence[Tensor], name: str, label: str) -> None:
+    """Raises MeasurementError unless the outputs are as many, as large, finite, and near."""
+    shapes = [tuple(each.shape) for each in found]
+    if shapes != [tuple(each.shape) for each in expected] or not all(each.isfinite().all() for each in found):
+        raise MeasurementError(f"{name}, {label}", f"outputs {shapes} are not the model's", _DO)
+    ours, theirs = (torch.cat([each.float().flatten() for each in outputs]) for outputs in (found, expected))
+    distance = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
+    if distance > FARTHEST.get(label, float("inf")):
+        raise MeasurementError(f"{name}, {label}", f"outputs are off by {distance:.0%} of the model's", _DO)
+
+
+_DO = "It does not compute what is measured: leave the runtime out, and report it."
