@@ -32,12 +32,11 @@ from sparsevit_cli.profiling.workload import Workload, image_workload
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.search.budget import Budget, check_reachable, parse_budgets
-from sparsevit_cli.search.ledger import Ledger, LedgerScope
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparsify_
 from sparsevit_cli.tasks.task import Metric, Score, Task, load_task
 from sparsevit_cli.workflows.evaluate import EvaluateSummary
-from sparsevit_cli.workflows.latencies import SearchLatencies
+from sparsevit_cli.workflows.latency_sources import TorchSource
 from sparsevit_cli.workflows.plan import plan_lines
 from sparsevit_cli.workflows.profile import _check_mode
 from sparsevit_cli.workflows.profile_report import PartCost, PartCosts, ProfileReport, ProfileRow
@@ -517,16 +516,14 @@ def test_latencies_of_a_search_are_of_its_scope(tmp_path: Path, task_file: Path)
         session = session_of(task_file, tmp_path, f"search.scope={scope}")
         model: Any = session.model(Categories()).eval()
         assert named_scope(session, model) == scope
-        with Ledger.open(tmp_path / f"{scope}.sqlite", LedgerScope("a", "b", "c")) as ledger:
-            space = session.space(model, 0.8)
-            latencies = SearchLatencies(session, RunFolder(tmp_path, "search"), model, space, ledger)
+        latencies = TorchSource(session, model)
         assert latencies.workload.model is (model if scope == "model" else model.backbone)
-        identities[scope] = latencies._identity
+        identities[scope] = latencies.identity
     assert {name for name, value in identities["model"].items() if value != identities["backbone"][name]} == {
         "scope", "parameters",
     }  # fmt: skip
     table = measure_latency_table(latencies.workload, seconds=1e-6, rounds=2, max_spread=1e9, patience=UNWATCHED)
-    assert table.predict(space.dense) > 0
+    assert table.predict(session.space(model, 0.8).dense) > 0
     latencies.workload.run()
     whole = session.workload(model)
     whole.run()

@@ -298,12 +298,16 @@ def profile(
     rivals: Annotated[
         bool, typer.Option("--rivals", help="Against the best dense timm: fused, compiled, smaller; and an oracle.")
     ] = False,
+    latency_table: Annotated[
+        str | None,
+        typer.Option("--latency-table", help="Measure the search's latency table instead, and write it to this file."),
+    ] = None,
     config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
     seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Measure dense against sparse on this machine, interleaved: latency, multiply-adds, memory, time per stage."""
-    from .views import show_profile, show_rivals
+    from .views import show_profile, show_rivals, show_table
 
     options = _options(config, set_, as_json, dry_run, verbose, fresh, task, output=output, device=device, seed=seed)
 
@@ -311,6 +315,10 @@ def profile(
         "profile", "profile_model", show_profile
     )  # fmt: skip
     what = {"model": model, "img_size": img_size, "ratios": ratios}
+    if latency_table is not None:
+        work = _workflow("table", "measure_table", path=latency_table, rivals=rivals, **what)
+        _run("profile", options, work, show_table, **{**what, "ratios": "0"})
+        return
     _run(command, options, _workflow(command, name, **what), show, refuse=methodcaller("refuse_unsteady"), **what)
 
 

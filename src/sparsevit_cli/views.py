@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .workflows.profile_report import ProfileReport
     from .workflows.rivals import RivalReport
     from .workflows.search import SearchSummary
+    from .workflows.table import TableReport
     from .workflows.training import TrainingSummary
 
 VALUES_OF_A_CLASSIFIER = 2
@@ -103,11 +104,12 @@ def show_training(summary: TrainingSummary) -> None:
 def show_search(summary: SearchSummary) -> None:
     """Finalists, winner, errors of the table, and what to type next."""
     metric = summary.metric
+    absent = "not here" if summary.not_measured_here else NOT_STEADY
     rows = [
         (
             str(f.config), metric.text(f.score), f"{f.gmacs:.3f}",
             "-" if f.predicted_ms is None else f"{f.predicted_ms:.2f}",
-            _told(f.latency_ms, f.latency_ms_low, f.latency_ms_high, ".2f", NOT_STEADY),
+            _told(f.latency_ms, f.latency_ms_low, f.latency_ms_high, ".2f", absent),
             "-" if f.speedup is None else f"{f.speedup:.2f}x",
             "winner" if f is summary.winner else ("yes" if f.within_budget else "no"),
         )
@@ -115,7 +117,7 @@ def show_search(summary: SearchSummary) -> None:
     ]  # fmt: skip
     columns = ("ratios", f"search {metric.column}", "GMACs", "predicted ms", "measured ms", "speed-up", "within budget")
     of = "" if summary.scope is None else f", GMACs and times of the {summary.scope}"
-    print_table(f"Finalists, measured{of}", columns, rows)
+    print_table(f"Finalists, {'predicted' if summary.not_measured_here else 'measured'}{of}", columns, rows)
     lines = [
         f"search: {summary.asked} candidates, {summary.evaluated} evaluated now, "
         f"{summary.asked - summary.evaluated} from the ledger, {summary.infeasible} infeasible"
@@ -126,8 +128,21 @@ def show_search(summary: SearchSummary) -> None:
     if summary.proxy_correlation is not None:
         lines.append(f"subset against whole search split: rank correlation {summary.proxy_correlation:.2f}")
     lines += [summary.note] if summary.note else []
+    if summary.not_measured_here:
+        lines.append(f"Latencies are predictions for {summary.not_measured_here}: none was measured on this machine.")
     lines.append(f"winner: {summary.winner.config}, in {summary.folder.path / 'winner.yaml'}")
     print_lines(*lines, f"Next: {_following(summary.folder)}")
+
+
+def show_table(report: TableReport) -> None:
+    """What a latency table was measured with, how well it predicts, and how a search takes it."""
+    identity, error = report.table.identity, report.table.error
+    rows = [(str(config), f"{ms:.2f}") for config, ms in report.corners_ms]
+    print_table(f"Measured, batch {identity['batch']}", ("ratios", "ms per batch"), rows)
+    lines = [f"runtime: {identity.get('runtime', 'torch')}"]
+    if error is not None:
+        lines.append(f"latency table: mean error {error.mean:.1%}, largest {error.largest:.1%} on {error.n} held out")
+    print_lines(*lines, f"written: {report.path}", f"Elsewhere: --set search.latency_table={report.path.name}")
 
 
 def show_evaluation(summary: EvaluateSummary) -> None:

@@ -162,7 +162,7 @@ def export_model(
     check_packages(formats)
     check_info(info)
     shape = image_shape(model, input_size)
-    module = _inference_copy(model)
+    module = inference_copy(model)
     sparsity = get_sparsity(module)
     info = _buildable(module, shape, info, reporter)
     contents = sparsity_json(module, shape, info, scope)
@@ -293,7 +293,7 @@ def _save_onnx(
     save_onnx_of_one_image(model, shape, path, names, opset, contents)
 
 
-def _inference_copy(model: nn.Module) -> nn.Module:
+def inference_copy(model: nn.Module) -> nn.Module:
     """A frozen copy on the CPU in evaluation mode. Raises ConfigError unless it is sparse and float32."""
     model = uncompiled(model)
     sparse_stages(model)

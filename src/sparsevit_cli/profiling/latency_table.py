@@ -14,6 +14,8 @@ from functools import partial
 from random import Random
 from statistics import fmean, median
 
+import torch
+
 from sparsevit_cli import kernels
 from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
@@ -89,7 +91,7 @@ def measure_latency_table(
                 )
         except Disturbed as neighbour:
             raise unsteady("latency table", str(neighbour)) from None
-        kept = _kept_windows(workload, max_tenths)
+        kept = kept_windows(workload, max_tenths)
     return _scaled_to_whole(_table(taken, uniform, kept, table_identity(workload)), taken, uniform)
 
 
@@ -133,23 +135,36 @@ def measure_configs(
 
 def table_identity(workload: Workload) -> dict[str, object]:
     """What a latency table of the workload holds for: it is of no use elsewhere."""
-    model, x, versions = workload.model, workload.images, describe_versions()
+    model, x = workload.model, workload.images
     stages = sparse_stages(model)
     return {
+        **_model_identity(workload),
         "device": device_identity(x.device),
-        "scope": workload.scope,
-        "batch": workload.batch,
-        "image_size": list(workload.image_size),
         "dtype": str(x.dtype).removeprefix("torch."),
         "mode": "eager",
-        "protocol": PROTOCOL,
         "kernels": " ".join(
             (kernels.running(stages[0].kernels, x.device), type(kernels.linear_ops(x)).__name__, str(kernels.VERSION))
         ),
+        "fused_attention": uses_fused_attention(model),
+    }
+
+
+def program_identity(workload: Workload, program: Mapping[str, object]) -> dict[str, object]:
+    """The same for programs that run on the CPU; `program` says in what: runtime, its version, precision, opset."""
+    return {**_model_identity(workload), "device": device_identity(torch.device("cpu")), **program}
+
+
+def _model_identity(workload: Workload) -> dict[str, object]:
+    model, versions = workload.model, describe_versions()
+    stages = sparse_stages(model)
+    return {
+        "scope": workload.scope,
+        "batch": workload.batch,
+        "image_size": list(workload.image_size),
+        "protocol": PROTOCOL,
         "torch": versions["torch"],
         "timm": versions["timm"],
         "importance": stages[0].importance,
-        "fused_attention": uses_fused_attention(model),
         "depths": list(model_depths(model)),
         "channels": list(stage_channels(model)),
         "windows": [list(window) for window in window_sizes(model)],
@@ -248,7 +263,7 @@ def _scaled_to_whole(table: LatencyTable, taken: Sequence[_Round], uniform: list
     )
 
 
-def _kept_windows(workload: Workload, max_tenths: int) -> list[list[int]]:
+def kept_windows(workload: Workload, max_tenths: int) -> list[list[int]]:
     """Windows computed per stage at 0 ... `max_tenths` tenths, on the maps of the first images that enter the Swin."""
     model = workload.model
     with images_seen(model) as seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,22 @@ class OpenVino(Runtime):
         capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return ("fp32", "bf16") if "BF16" in capabilities else ("fp32",)
 
-    def _run(self, path: Path, activations: Activations, threads: int, shape: tuple[int, ...] | None) -> Run:
+    def _run(
+        self,
+        path: Path,
+        activations: Activations,
+        threads: int,
+        shape: tuple[int, ...] | None,
+        lengths: Mapping[str, int],
+    ) -> Run:
         import openvino
 
         model = openvino.Core().read_model(path)
+        shapes = {name: openvino.PartialShape([length]) for name, length in lengths.items()}
         if shape is not None:
-            model.reshape({model.inputs[0]: openvino.PartialShape(list(shape))})
+            shapes[model.inputs[0]] = openvino.PartialShape(list(shape))
+        if shapes:
+            model.reshape(shapes)
         return compiled(model, activations, threads)
 
 
@@ -48,10 +59,11 @@ def compiled(model: object, activations: Activations, threads: int) -> Run:
         num_streams: 1,
         inference_num_threads: threads,
     }
+    others = [np.zeros(each.shape, np.uint8) for each in model.inputs[1:]]
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
     def run(images: torch.Tensor) -> list[torch.Tensor]:
-        found = request.infer([np.ascontiguousarray(images.numpy())])
+        found = request.infer([np.ascontiguousarray(images.numpy()), *others])
         return [torch.from_numpy(np.array(output)) for output in found.values()]
 
     return run

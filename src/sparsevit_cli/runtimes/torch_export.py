@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,14 +23,23 @@ class TorchExport(Runtime):
         """float32 alone: a program holds its types."""
         return ("fp32",)
 
-    def _run(self, path: Path, activations: Activations, threads: int, shape: tuple[int, ...] | None) -> Run:
+    def _run(
+        self,
+        path: Path,
+        activations: Activations,
+        threads: int,
+        shape: tuple[int, ...] | None,
+        lengths: Mapping[str, int],
+    ) -> Run:
         assert threads == torch.get_num_threads(), "torch's threads are of the process, not of a program"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module = torch.export.load(path).module()
 
+        others = [torch.zeros(length, dtype=torch.uint8) for length in lengths.values()]
+
         def run(images: torch.Tensor) -> list[torch.Tensor]:
             with torch.no_grad():
-                return [leaf for leaf in tree_leaves(module(images)) if isinstance(leaf, torch.Tensor)]
+                return [leaf for leaf in tree_leaves(module(images, *others)) if isinstance(leaf, torch.Tensor)]
 
         return run
