@@ -98,6 +98,8 @@ def trace_adjustable(
     free = None if batch else {0: torch.export.Dim("batch")}
     set_sparsity(model, SparsityConfig(tuple(tuple(map(int, stage)) for stage in pattern)), exact=False)
     try:
+        if not keeps:
+            return trace_inputs(model, (images,), (free,))
         return trace_inputs(Adjustable(model, pattern), (images, *keeps), {"images": free, "keeps": tuple(dims)})
     finally:
         set_sparsity(model, before)

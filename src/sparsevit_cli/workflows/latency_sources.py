@@ -33,7 +33,7 @@ from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.search.table_design import TableDesign
 from sparsevit_cli.sizes import Size
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
-from sparsevit_cli.swin import get_sparsity
+from sparsevit_cli.swin import get_sparsity, sparse_stages
 
 from .session import Session
 
@@ -176,6 +176,11 @@ def expected_identity(session: Session, model: nn.Module) -> dict[str, object]:
         dtype = str(TORCH_DTYPE[section.precision]).removeprefix("torch.")
         return {**table_identity(workload), "dtype": dtype}
     return program_identity(workload, _program(session))
+
+
+def swin_parameters(model: nn.Module) -> dict[str, object]:
+    """Parameters of all stages: a table of elsewhere may be of a model with a head for other categories."""
+    return {"swin_parameters": sum(p.numel() for stage in sparse_stages(model) for p in stage.parameters())}
 
 
 def _program(session: Session) -> dict[str, object]:

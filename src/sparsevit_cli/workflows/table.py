@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparsevit_cli.atomic import write_atomic
@@ -14,7 +14,7 @@ from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
 
 from .latencies import InMemory, MeasuredLatencies
-from .latency_sources import latency_source
+from .latency_sources import latency_source, swin_parameters
 from .profile import built, profile_target
 from .session import Session
 
@@ -76,6 +76,7 @@ def measure_table(
         measured = latencies.measure(corners)
         known = [(config, measured[config].latency_ms) for config in corners]
         table = latencies.table(known)
+    table = replace(table, identity={**table.identity, **swin_parameters(net)})
     write_atomic(file, table.to_json())
     return TableReport(file, table, tuple(known))
 
