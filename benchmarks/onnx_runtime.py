@@ -31,12 +31,11 @@ def main() -> None:
         set_sparsity(model, ratios)
         with tempfile.TemporaryDirectory() as folder:
             report = export_model(model, folder, input_size=args.img_size, formats=("onnx",))
-        assert report.dense_latency is not None
-        assert report.sparse_latency is not None
+        (latency,) = report.latencies
         found[label] = {
-            "dense_ms": report.dense_latency.median_ms,
-            **report.sparse_latency.as_row(),
-            "stable": report.dense_latency.stable and report.sparse_latency.stable,
+            "dense_ms": latency.dense.median_ms,
+            **latency.sparse.as_row(),
+            "stable": latency.dense.stable and latency.sparse.stable,
         }
     settings = {"model": args.model, "img size": args.img_size, "batch": 1}
     print(json.dumps({"versions": describe_versions(), "settings": settings, "rows": found}, indent=1))

@@ -25,8 +25,11 @@ from statistics import fmean
 import timm
 import torch
 
-from sparsevit_cli.exporting.adjustable import AdjustablePrograms, save_openvino
+from sparsevit_cli.exporting.adjustable import CALIBRATION_IMAGES, AdjustablePrograms
+from sparsevit_cli.exporting.images import structured_images
+from sparsevit_cli.exporting.openvino_ir import save_openvino
 from sparsevit_cli.exporting.programs import save_onnx, trace
+from sparsevit_cli.exporting.quantization import quantize
 from sparsevit_cli.profiling.device import describe_versions, device_identity
 from sparsevit_cli.profiling.inputs import evaluating
 from sparsevit_cli.profiling.latency import measure_interleaved
@@ -76,7 +79,13 @@ def main() -> None:
     activations = "fp32" if args.precision == "fp32" else runtime.activations()[-1]
     with tempfile.TemporaryDirectory() as name:
         programs = AdjustablePrograms(
-            model, workload.images, [counts[0] for counts in kept], runtime, Path(name), activations=activations
+            model,
+            workload.images,
+            [counts[0] for counts in kept],
+            runtime,
+            Path(name),
+            activations=activations,
+            eight_bits=args.precision == "int8",
         )
 
         def load(config: SparsityConfig) -> Callable[[], object]:
@@ -145,8 +154,13 @@ def _fixed(
     set_sparsity(model, config)
     save_onnx(trace(model, (3, side, side), ()), path, ["output"], 20, {})
     if args.runtime == "openvino":
-        save_openvino(path, path.with_suffix(".xml"))
+        save_openvino(path, path.with_suffix(".xml"), {})
         path = path.with_suffix(".xml")
+    if args.precision == "int8":
+        target = path.with_name("fixed-int8.xml")
+        calibration = [structured_images((3, side, side), 1, seed) for seed in range(CALIBRATION_IMAGES)]
+        quantize(path, target, calibration)
+        path = target
     images = torch.randn(1, 3, side, side)
     program = RUNTIMES[args.runtime].load(path, activations=activations, shape=tuple(images.shape))
     found = measure_interleaved(

@@ -252,6 +252,14 @@ def test_a_runtime_that_is_not_installed_names_the_extra(runs: Path, monkeypatch
     assert caught.value.exit_code == 2
 
 
+def test_an_export_of_another_precision_than_the_budget_is_told(runs: Path) -> None:
+    for export, told in (({"formats": ["pt2"]}, True), ({"formats": ["onnx", "pt2"]}, False)):
+        session = session_in(runs, export={**export, "latency": False})
+        searched(session)
+        assert isinstance(session.reporter, SilentReporter)
+        assert any("the budget is of a file in fp32 for openvino" in w for w in session.reporter.warnings) is told
+
+
 def test_bf16_on_a_cpu_without_it_is_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OpenVino, "activations", lambda self: ("fp32",))
     with pytest.raises(ConfigError, match="computes in fp32"):

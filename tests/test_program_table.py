@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.exporting.adjustable import AdjustablePrograms, Counts
 from sparsevit_cli.exporting.images import structured_images
+from sparsevit_cli.exporting.openvino_ir import save_openvino
+from sparsevit_cli.exporting.quantization import quantize
 from sparsevit_cli.profiling.program_table import AT_ONCE, measure_program_table, measure_programs
 from sparsevit_cli.runtimes import RUNTIMES
 from sparsevit_cli.search.latency_table import LatencyTable, TableError
@@ -165,6 +167,33 @@ def test_one_file_gives_what_eager_gives_at_all_ratios_of_a_pattern(
         assert program.lengths == lengths
     set_sparsity(model, 0.0)
     assert len(list(programs.folder.glob("*.onnx"))) == 2, "one for each pattern"
+
+
+def test_one_quantisation_serves_all_ratios_of_a_pattern(
+    programs: AdjustablePrograms, model: nn.Module, tmp_path: Path
+) -> None:
+    """Counts stay free in a file of eight bits, and what it gives stays near eager."""
+    pytest.importorskip("nncf")
+    import openvino
+
+    pattern = ((True,), (True, True))
+    file, quantized = tmp_path / "float.xml", tmp_path / "int8.xml"
+    save_openvino(programs.file_of(pattern), file, {})
+    lengths = {"keep_0_0": 8, "keep_1_0": 2, "keep_1_1": 2}
+    quantize(file, quantized, [programs.images[:1], programs.images[1:]], lengths=lengths)
+    kinds = {node.get_type_name() for node in openvino.Core().read_model(quantized).get_ops()}
+    assert {"FakeQuantize", "TopK"} <= kinds
+    for ratios in ([[0.8], [0.8, 0.8]], [[0.1], [0.3, 0.7]]):
+        config = SparsityConfig.from_ratios(ratios)
+        set_sparsity(model, config)
+        with torch.no_grad():
+            expected = model(programs.images)
+        program = RUNTIMES["openvino"].load(
+            quantized, shape=programs.images.shape, lengths=programs.counts.lengths(config)
+        )
+        (found,) = program.run(programs.images)
+        assert float((found - expected).norm() / expected.norm()) < 0.2, ratios
+    set_sparsity(model, 0.0)
 
 
 def test_pt2_programs_take_lengths_too(tmp_path: Path) -> None:

@@ -275,17 +275,25 @@ def search(
 @app.command()
 def evaluate(
     weights: WeightsOf = None, ratios: Ratios = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--runtime",
+            help="openvino, onnxruntime or torch: score the exported file of it in --weights, the folder of an export "
+            "(default: this experiment's).",
+        ),
+    ] = None,
     config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
     seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
-    """Score trained weights at given ratios on the validation data."""
+    """Score trained weights at given ratios, or an exported file as it is, on the validation data."""
     from .views import show_evaluation
 
     options = _options(config, set_, as_json, dry_run, verbose, fresh, task, output=output, device=device, seed=seed)
 
-    work = _workflow("evaluate", "evaluate_checkpoint", weights=weights, ratios=ratios)
-    _run("evaluate", options, work, show_evaluation)
+    work = _workflow("evaluate", "evaluate", weights=weights, ratios=ratios, runtime=runtime)
+    _run("evaluate", options, work, show_evaluation, runtime=runtime)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from .data.loader import MAX_WAIT_SECONDS, eval_batches
 from .data.source import Source
 from .errors import ConfigError, NonFiniteError
 from .reporting import Progress
-from .tasks.task import Score, Task
+from .tasks.task import Score, Scorer, Task
 
 
 def evaluate(
@@ -28,15 +28,16 @@ def evaluate(
     progress: Progress | None = None,
     before_batch: Callable[[], None] = lambda: None,
     with_predictions: bool = False,
+    scorer: Scorer | None = None,
 ) -> Score:
     """Score of `model` at its current sparsity on `source`, or on the samples of `subset`.
 
-    `before_batch` may raise, to stop early, also while a batch is awaited. Raises NonFiniteError for scores that are
-    not numbers, DataError for images that cannot be read.
+    `scorer` replaces a fresh one of the task. `before_batch` may raise, to stop early, also while a batch is awaited.
+    Raises NonFiniteError for scores that are not numbers, DataError for images that cannot be read.
     """
     was_training = model.training
     model.eval()
-    scorer, count = task.scorer(source, device), 0
+    scorer, count = scorer or task.scorer(source, device), 0
     try:
         with torch.inference_mode():
             batches = eval_batches(

@@ -153,9 +153,15 @@ def show_evaluation(summary: EvaluateSummary) -> None:
         rows = [(name, f"{value:.{digits}f}") for name, value in score.values.items()]
         print_table(f"Score on {score.count} validation images", ("value", ""), rows)
     backbone = "" if summary.backbone_gmacs is None else f" ({summary.backbone_gmacs:.3f} in the backbone)"
+    run = summary.runtime
+    told = f"weights of {summary.weights}"
+    if run is not None:
+        threads = f"{run.threads} thread{'s' if run.threads > 1 else ''}"
+        told = f"{run.file} ({run.precision}, {run.runtime} {run.version}, {threads})"
     print_lines(
-        f"evaluate: weights of {summary.weights} at {summary.config}: {summary.metric.told(score.value)} "
-        f"on {score.count} validation images, {summary.gmacs:.3f} GMACs{backbone}"
+        f"evaluate: {told} at {summary.config}: {summary.metric.told(score.value)} "
+        f"on {score.count} validation images, {summary.gmacs:.3f} GMACs{backbone}",
+        *([f"SHA-256 of {name}: {digest}" for name, digest in run.files.items()] if run is not None else []),
     )
 
 
@@ -221,18 +227,22 @@ def show_export(summary: ExportSummary) -> None:
     ]
     weights = dict.fromkeys((report.weights, report.weights.with_name(WEIGHTS)))
     rows += [(path.name, f"{path.stat().st_size / 1e6:.2f}", "-", "ok") for path in weights]
-    rows += [(report.sparsity_file.name, "0.00", "-", "ok")]
+    rows += [(path.name, "0.00", "-", "ok") for path in (report.sparsity_file, report.serving)]
     title = f"Export of {parts[report.scope]}: weights of {summary.weights} at {summary.config}"
     print_table(title, ("file", "MB", "difference", "check"), rows)
-    if report.dense_latency is not None and report.sparse_latency is not None:
-        dense, sparse = report.dense_latency, report.sparse_latency
+    for latency in report.latencies:
+        dense, sparse = latency.dense, latency.sparse
         shaky = dense.unsteady or sparse.unsteady
         print_lines(
-            f"onnxruntime, batch 1: not steady ({shaky})"
-            if shaky
-            else f"onnxruntime, batch 1: dense {dense.median_ms:.2f} ms, sparse {sparse.median_ms:.2f} ms, "
-            f"speed-up {sparse.speedup:.2f}x"
+            f"{latency.runtime} {latency.activations}, batch 1: "
+            + (
+                f"not steady ({shaky})"
+                if shaky
+                else f"dense {dense.median_ms:.2f} ms, sparse {sparse.median_ms:.2f} ms, speed-up {sparse.speedup:.2f}x"
+            )
         )
+    if summary.eight_bits is not None:
+        print_lines(*summary.eight_bits.lines())
     print_lines(
         "Window pruning skips computation: weights and file sizes do not shrink.",
         f"written: {report.manifest}",

@@ -373,13 +373,41 @@ class ExportSection(Section):
         description="The whole model, or its backbone and neck; `auto` takes the whole model when it gives tensors of "
         "fixed number and shape for a batch of images, as classifiers and segmenters do.",
     )
-    formats: tuple[Literal["onnx", "pt2"], ...] = Field(
-        ("onnx", "pt2"), description="Formats besides safetensors + sparsity.json, which are always written."
+    formats: tuple[Literal["onnx", "pt2", "openvino"], ...] = Field(
+        ("onnx", "pt2"),
+        description="Formats besides safetensors, sparsity.json and serving.json, which are always written; "
+        "`openvino` is a pair of files, xml and bin.",
+    )
+    precision: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32",
+        description="What a runtime computes in. Files of bf16 hold float32, and OpenVINO is asked to compute in "
+        "bfloat16. OpenVINO's file of int8 is quantised by NNCF, and its score is told before and after. Windows are "
+        "scored and ranked in float32. Both need `openvino` among the formats, and bf16 a CPU with bfloat16.",
+    )
+    activations: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="What is computed in where the file does not say eight bits; `auto` follows the precision, and for "
+        "int8 it is bf16 if the CPU has it, else fp32.",
     )
     opset: Annotated[int, Field(ge=18, le=25)] = Field(20, description="ONNX operator set.")
     check_batch_sizes: tuple[Count, Count] = Field((1, 3), description="Two batch sizes of the check against eager.")
-    tolerance: Positive = Field(1e-3, description="Largest accepted difference, over the largest eager output.")
-    latency: bool = Field(True, description="Measure dense and sparse latency in onnxruntime.")
+    tolerance: Positive = Field(
+        1e-3, description="Largest accepted difference in float32, over the largest eager output."
+    )
+    latency: bool = Field(
+        True,
+        description="Measure dense and sparse latency in ONNX Runtime and OpenVINO, in those whose files are written.",
+    )
+    calibration_images: Count = Field(
+        128,
+        description="With precision int8: images that tell the ranges of activations, a seeded choice of the search "
+        "split, which is held out of the training images; fewer where it has fewer.",
+    )
+    max_loss: Annotated[float, Field(ge=0)] = Field(
+        0.5,
+        description="With precision int8: points of the metric that eight bits may cost on the validation data. Where "
+        "they cost more, the layers that cost most stay in float.",
+    )
 
 
 class ExperimentConfig(Section):

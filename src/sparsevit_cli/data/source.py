@@ -52,7 +52,7 @@ class Batch:
         """The batch in parts of `size` samples, the last one with what is left."""
         for first in range(0, len(self), size):
             part = slice(first, first + size)
-            yield Batch(_part(self.inputs, part), _part(self.targets, part), self.indices[part])
+            yield Batch(part_of(self.inputs, part), part_of(self.targets, part), self.indices[part])
 
     def is_finite(self) -> Tensor:
         """(B,) bool: False for samples whose inputs hold NaN or infinity."""
@@ -62,11 +62,12 @@ class Batch:
         return finite
 
 
-def _part(tree: Any, part: slice) -> Any:
+def part_of(tree: Any, part: slice) -> Any:
+    """Some samples of the tree of a batch."""
     if isinstance(tree, Mapping):
-        return {key: _part(value, part) for key, value in tree.items()}
+        return {key: part_of(value, part) for key, value in tree.items()}
     if isinstance(tree, tuple):
-        return tuple(_part(value, part) for value in tree)
+        return tuple(part_of(value, part) for value in tree)
     return tree[part]
 
 

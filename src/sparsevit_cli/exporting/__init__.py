@@ -11,12 +11,14 @@ model that answers each image by boxes and masks is written for one image at a t
 Everything is made and checked in a hidden folder and moved into place at the end.
 """
 
-from .checks import Difference, runs_on
-from .export import SIZE_NOTE, ExportedFile, ExportReport, export_model
+from .checks import Difference, Lowered, runs_on
+from .export import export_model
 from .folder import (
+    DEFAULT_FORMATS,
     FEATURE_WEIGHTS,
     FORMATS,
     MANIFEST,
+    SERVING,
     SPARSITY,
     WEIGHTS,
     ExportScope,
@@ -26,27 +28,39 @@ from .folder import (
     load_sparsity,
 )
 from .images import structured_images
-from .programs import OneImage, UntraceableError, check_packages, with_fixed_outputs
+from .precision import resolved_activations
+from .programs import OneImage, UntraceableError, check_packages, named_tensors, with_fixed_outputs
+from .reading import ExportFolder, is_export, open_export
+from .report import SIZE_NOTE, ExportedFile, ExportReport, RuntimeLatency
 
 __all__ = [
+    "DEFAULT_FORMATS",
     "FEATURE_WEIGHTS",
     "FORMATS",
     "MANIFEST",
+    "SERVING",
     "SIZE_NOTE",
     "SPARSITY",
     "WEIGHTS",
     "Difference",
+    "ExportFolder",
     "ExportReport",
     "ExportScope",
     "ExportedFile",
+    "Lowered",
     "ModelInfo",
     "OneImage",
+    "RuntimeLatency",
     "SparsityFile",
     "UntraceableError",
     "check_packages",
     "export_model",
+    "is_export",
     "load_exported",
     "load_sparsity",
+    "named_tensors",
+    "open_export",
+    "resolved_activations",
     "runs_on",
     "structured_images",
     "with_fixed_outputs",

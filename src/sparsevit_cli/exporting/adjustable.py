@@ -25,6 +25,7 @@ from sparsevit_cli.windows import num_keep
 from .checks import runs_on
 from .export import inference_copy
 from .images import structured_images
+from .openvino_ir import save_openvino
 from .programs import (
     Around,
     OneImage,
@@ -33,6 +34,7 @@ from .programs import (
     trace_inputs,
     with_fixed_outputs,
 )
+from .quantization import check_installed, quantize
 
 Pattern = tuple[tuple[bool, ...], ...]
 """Of each stage and block pair: true where windows are skipped."""
@@ -105,8 +107,8 @@ def trace_adjustable(
         set_sparsity(model, before)
 
 
-Quantize = Callable[[Path, Path], None]
-"""Reads an OpenVINO file and writes one in eight bits."""
+CALIBRATION_IMAGES = 4
+"""Drawn images that tell the ranges of activations: which ones they are changes no latency."""
 
 
 class AdjustablePrograms:
@@ -126,13 +128,15 @@ class AdjustablePrograms:
         *,
         activations: Activations = "fp32",
         opset: int = 20,
-        quantize: Quantize | None = None,
+        eight_bits: bool = False,
         before_step: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.images, self.counts = images.float().cpu(), Counts(tuple(windows))
         self.runtime, self.folder, self.activations, self.opset = runtime, folder, activations, opset
-        self.quantize, self.before_step, self.say = quantize, before_step, say
+        self.eight_bits, self.before_step, self.say = eight_bits, before_step, say
+        if eight_bits:
+            check_installed()
         self._files: dict[Pattern, Path] = {}
         copied = inference_copy(model)
         with runs_on(images.shape):
@@ -164,26 +168,26 @@ class AdjustablePrograms:
     def _made(self, pattern: Pattern, path: Path) -> Path:
         _, channels, height, width = self.images.shape
         program = trace_adjustable(self.model, (channels, height, width), pattern, self.counts)
-        names = [keep_input(s, p) for s, stage in enumerate(pattern) for p, sparse in enumerate(stage) if sparse]
+        names = [keep_input(s, p) for s, p in _sparse(pattern)]
         save_onnx(program, path, self.output_names, self.opset, {}, lengths=names)
         if self.runtime.name == "onnxruntime":
             return path
         converted = path.with_suffix(".xml")
-        save_openvino(path, converted)
+        save_openvino(path, converted, {})
         for file in path.parent.glob(f"{path.name}*"):
             file.unlink()
-        if self.quantize is None:
+        if not self.eight_bits:
             return converted
         quantized = path.with_name(f"{path.stem}-int8.xml")
-        self.quantize(converted, quantized)
+        images = [structured_images((channels, height, width), 1, seed) for seed in range(CALIBRATION_IMAGES)]
+        counts = {keep_input(s, p): max(1, self.counts.windows[s] // 2) for s, p in _sparse(pattern)}
+        quantize(converted, quantized, images, lengths=counts, check=self.before_step)
         return quantized
 
 
-def save_openvino(onnx: Path, path: Path) -> None:
-    """Write an ONNX file as OpenVINO's, in float32."""
-    import openvino
-
-    openvino.save_model(openvino.Core().read_model(onnx), path, compress_to_fp16=False)
+def _sparse(pattern: Pattern) -> list[tuple[int, int]]:
+    """Stage and pair of every pair that skips windows."""
+    return [(s, p) for s, stage in enumerate(pattern) for p, skips in enumerate(stage) if skips]
 
 
 def _told(pattern: Pattern) -> str:

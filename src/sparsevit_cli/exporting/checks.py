@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError, NonFiniteError, in_one_line, pass_on
 from sparsevit_cli.profiling.memory import memory_errors
 from sparsevit_cli.reporting import Reporter
+from sparsevit_cli.runtimes import Activations, Run
 
 from .images import structured_images
-from .programs import ANSWERS, named_tensors, onnx_runner, pt2_runner
+from .openvino_ir import changed_windows
+from .programs import ANSWERS, named_tensors, onnx_runner, openvino_runner, pt2_runner
 
 Pairs = list[tuple[Tensor, dict[str, Tensor]]]
 Reference = Callable[[int], Pairs]
@@ -26,19 +28,36 @@ Draw = Callable[[int], Sequence[Tensor]]
 """Seed to batches of images."""
 CANDIDATES = 4
 """Images from which two are taken to check a model of one image."""
+LOWERED_TOLERANCE = 0.1
 _NOT_KEPT = "The file was not kept. Try another opset or format; if all fail, report it with your versions."
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Distance of a file's outputs from eager's at one batch size; `relative` to eager's largest absolute value.
+    """Distance of a file's outputs from eager's at one batch size; each number is the largest over all outputs.
 
-    Each is the largest over all outputs.
+    `relative` is `absolute` over eager's largest absolute value, `rms` the root mean square of the difference over that
+    of eager's values.
     """
 
     batch: int
     absolute: float
     relative: float
+    rms: float
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """How a file that a runtime computes in less than 32 bits differs from eager in float32.
+
+    Of `kept` windows on the check images, all rankings and images counted, `changed` are not those that the same file
+    keeps in float32.
+    """
+
+    activations: Activations
+    differences: tuple[Difference, ...]
+    kept: int
+    changed: int
 
 
 @contextmanager
@@ -127,7 +146,7 @@ def checked(
     """
     tries: list[tuple[Difference, ...]] = []
     try:
-        run = (onnx_runner if path.suffix == ".onnx" else pt2_runner)(path)
+        run = _runner(path)
         for attempt in (seed, seed + 1):
             tries.append(
                 tuple(_difference(run(images), list(named.values()), len(images)) for images, named in outputs(attempt))
@@ -157,6 +176,28 @@ def checked(
     raise MeasurementError(path.name, got, _NOT_KEPT)
 
 
+def _runner(path: Path) -> Run:
+    """The file, as it is served."""
+    return {".onnx": onnx_runner, ".pt2": pt2_runner, ".xml": openvino_runner}[path.suffix](path)
+
+
+def checked_lowered(path: Path, pairs: Pairs, *, activations: Activations, reporter: Reporter) -> Lowered:
+    """How a file of OpenVINO, which is right in float32, does in `activations`.
+
+    Raises MeasurementError where it differs by more than LOWERED_TOLERANCE.
+    """
+    run = openvino_runner(path, activations)
+    differences = tuple(_difference(run(images), list(named.values()), len(images)) for images, named in pairs)
+    kept, changed = changed_windows(path, [images for images, _ in pairs], activations)
+    worst = max(math.inf if math.isnan(d.rms) else d.rms for d in differences)
+    told = f"{path.name} in {activations}: differs from eager by {worst:.1e} (root mean square)"
+    if worst > LOWERED_TOLERANCE:
+        got = f"{told}; {LOWERED_TOLERANCE:g} is allowed"
+        raise MeasurementError(path.name, got, "The file was not kept. Set export.precision: fp32.")
+    reporter.say(f"export: {told}; {changed} of {kept} kept windows are others")
+    return Lowered(activations, differences, kept, changed)
+
+
 def _worst(differences: Sequence[Difference]) -> float:
     """Largest relative difference; infinite where one is NaN."""
     return max(math.inf if math.isnan(d.relative) else d.relative for d in differences)
@@ -168,10 +209,16 @@ def _difference(actual: Sequence[Tensor], expected: Sequence[Tensor], batch: int
     absolute = [_largest(a.double() - e.double()) if a.shape == e.shape else math.inf for a, e in pairs]
     largest = [max(_largest(e), torch.finfo(torch.float32).tiny) for e in expected]
     relative = [a / e for a, e in zip(absolute, largest, strict=True)]
+    rms = [_rms(a.double() - e) / max(_rms(e), 1e-30) if a.shape == e.shape else math.inf for a, e in pairs]
     # torch's max, unlike Python's, is NaN where one value is
-    return Difference(batch, float(torch.tensor(absolute).max()), float(torch.tensor(relative).max()))
+    return Difference(batch, *(float(torch.tensor(each).max()) for each in (absolute, relative, rms)))
 
 
 def _largest(tensor: Tensor) -> float:
     """Largest absolute value; 0 of an empty tensor."""
     return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _rms(tensor: Tensor) -> float:
+    """Root mean square; 0 of an empty tensor."""
+    return float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0

@@ -37,8 +37,11 @@ from sparsevit_cli.windows import IMPORTANCES, PARTITIONS, Importance, Partition
 
 ExportScope = Literal["model", "features"]
 """What the programs of a folder compute: the whole model, or its backbone and neck."""
-FORMATS = ("onnx", "pt2")
-MANIFEST, SPARSITY = "manifest.json", "sparsity.json"
+SUFFIXES = {"onnx": "onnx", "pt2": "pt2", "openvino": "xml"}
+"""What the file of a format ends in; OpenVINO keeps its weights beside it, in a `.bin`."""
+FORMATS = tuple(SUFFIXES)
+DEFAULT_FORMATS = ("onnx", "pt2")
+MANIFEST, SPARSITY, SERVING = "manifest.json", "sparsity.json", "serving.json"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FORMAT_VERSION = 3
 """Version 1 calls the categories `class_names`. Versions 1 and 2 know whole timm models alone, and no partition but
@@ -46,20 +49,28 @@ FORMAT_VERSION = 3
 
 
 def file_name(scope: ExportScope, kind: str) -> str:
-    """`features.onnx`; `kind` is a format, `safetensors` for the weights, or `onnx.data` for those of large models."""
+    """`features.onnx`; `kind` is what the name ends in: one of `_KINDS`."""
     return f"{scope}.{kind}"
 
 
+def output_prefix(scope: ExportScope) -> str:
+    """How the names of outputs begin: `level_0`, `output`."""
+    return "level" if scope == "features" else "output"
+
+
+_KINDS = (*SUFFIXES.values(), "bin", "onnx.data", "safetensors")
+"""`bin` holds the weights of OpenVINO's `xml`, `onnx.data` those of large ONNX models, `safetensors` all of them."""
 WEIGHTS, FEATURE_WEIGHTS = (file_name(scope, "safetensors") for scope in get_args(ExportScope))
 NAMES = (
-    *(file_name(scope, kind) for scope in get_args(ExportScope) for kind in (*FORMATS, "onnx.data", "safetensors")),
+    *(file_name(scope, kind) for scope in get_args(ExportScope) for kind in _KINDS),
     SPARSITY,
+    SERVING,
 )
 _BUILD_ARGS = (
     "img_size in_chans num_classes embed_dim depths num_heads head_dim window_size patch_size mlp_ratio qkv_bias "
     "global_pool drop_rate drop_path_rate strict_img_size always_partition features_only out_indices"
 )  # what a sparsity.json may hand to timm: nothing that downloads, or loads a pickle
-_AGAIN = "Export the model again."
+AGAIN = "Export the model again."
 
 
 @dataclass(frozen=True)
@@ -132,11 +143,11 @@ def load_sparsity(path: Path | str) -> SparsityFile:
     """Read a sparsity.json, or the one of an export folder. Raises CheckpointError."""
     path = Path(path)
     path = path / SPARSITY if os.path.isdir(path) else path
-    return _read(path, read_json(path, _AGAIN))
+    return _read(path, read_json(path, AGAIN))
 
 
 def _read(path: Path, parsed: Any) -> SparsityFile:
-    with understood(path, _AGAIN):
+    with understood(path, AGAIN):
         if parsed["format"] not in (1, 2, FORMAT_VERSION):
             got = f"format {parsed['format']!r}, this version reads 1 to {FORMAT_VERSION}"
             raise CheckpointError(str(path), got, "Read it with the version of sparsevit-cli that wrote it.")
@@ -183,10 +194,10 @@ def load_exported(directory: Path | str) -> nn.Module:
     without the model's name, or where only the code of a task can build the module.
     """
     directory = Path(directory)
-    _verify(directory, (SPARSITY,))
+    verify(directory, (SPARSITY,))
     saved = load_sparsity(directory)
     weights = file_name(saved.scope, "safetensors")
-    _verify(directory, (weights,))
+    verify(directory, (weights,))
     if saved.model.name is None:
         of_task = f" of task {saved.model.task}" if saved.model.task else ""
         got = f"holds no model name: what was exported is a {saved.module.name or 'model'}{of_task}"
@@ -202,8 +213,8 @@ def load_exported(directory: Path | str) -> nn.Module:
     except Exception as error:
         pass_on(error)
         got = f"does not load into {saved.model.name} ({in_one_line(error)})"
-        raise CheckpointError(str(directory / weights), got, _AGAIN) from error
-    with understood(directory / SPARSITY, _AGAIN):
+        raise CheckpointError(str(directory / weights), got, AGAIN) from error
+    with understood(directory / SPARSITY, AGAIN):
         set_sparsity(sparsify_(model, importance=saved.importance, partition=saved.partition), saved.sparsity)
     return model.eval()
 
@@ -323,24 +334,24 @@ def publish(staging: Path, directory: Path, reporter: Reporter) -> None:
     sync_folder(directory)
 
 
-def _verify(directory: Path, names: Sequence[str]) -> None:
-    """Compare files with the manifest's hashes. Raises CheckpointError."""
-    manifest = read_json(directory / MANIFEST, _AGAIN)
+def verify(directory: Path, names: Sequence[str]) -> None:
+    """Compare files with the manifest's hashes. Raises CheckpointError for those that are missing or damaged."""
+    manifest = read_json(directory / MANIFEST, AGAIN)
     for name in names:
         path = directory / name
         if not path.is_file():
-            raise CheckpointError(str(path), "is missing", _AGAIN)
+            raise CheckpointError(str(path), "is missing", AGAIN)
         try:
             expected = manifest["files"][name]["sha256"]
         except (KeyError, TypeError) as error:
-            raise CheckpointError(str(directory / MANIFEST), f"does not list {name}", _AGAIN) from error
+            raise CheckpointError(str(directory / MANIFEST), f"does not list {name}", AGAIN) from error
         try:
             found = sha256_file(path)
         except OSError as error:
-            raise CheckpointError(str(path), f"cannot be read ({error})", _AGAIN) from error
+            raise CheckpointError(str(path), f"cannot be read ({error})", AGAIN) from error
         if found != expected:
             got = "has another SHA-256 than the manifest says: its content changed"
-            raise CheckpointError(str(path), got, _AGAIN)
+            raise CheckpointError(str(path), got, AGAIN)
 
 
 def _size_bytes(model: nn.Module) -> int:

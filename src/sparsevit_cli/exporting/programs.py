@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
-from sparsevit_cli.runtimes import Run, runtime
+from sparsevit_cli.runtimes import Activations, Run, runtime
 
 from .folder import PACKAGES, SPARSITY
 from .images import structured_images
@@ -37,7 +37,10 @@ ANSWERS = "answers"
 
 def check_packages(formats: Sequence[str]) -> None:
     """Raise ConfigError where a package that writes one of `formats` is not installed."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None] if "onnx" in formats else []
+    if "openvino" in formats:
+        runtime("openvino").check_installed()
+    needed = PACKAGES if {"onnx", "openvino"} & set(formats) else ()
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         got = f"{', '.join(missing)} not installed"
         raise ConfigError("export to ONNX", got, 'Type: pip install "sparsevit-cli[export]", or export pt2 only.')
@@ -107,7 +110,7 @@ def trace(
 def trace_inputs(model: nn.Module, inputs: tuple[Tensor, ...], dims: Any) -> torch.export.ExportedProgram:
     """Trace a model of any number of inputs; `dims` are torch.export's `dynamic_shapes`. Raises UntraceableError."""
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.export.export(model, inputs, dynamic_shapes=dims)
     except Exception as error:
         pass_on(error)
@@ -148,7 +151,7 @@ def save_onnx_of_one_image(
         got = f"{opset}; for a model that answers each image, torch writes {TORCHSCRIPT_OPSETS[0]} to {last}"
         raise ConfigError("export opset", got, f"Take {last}.")
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             torch.onnx.export(
                 model,
                 (structured_images(shape, 1, seed=0),),
@@ -189,7 +192,7 @@ def save_onnx(
 
     dims = ({0: "batch"} if dynamic_batch else None, *({0: name} for name in lengths))
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             onnx_program = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -217,6 +220,28 @@ def save_onnx(
     assert free == dynamic_batch, "the batch became fixed"
 
 
+def describe_onnx(path: Path) -> dict[str, object]:
+    """Opset, and how often each operator occurs, subgraphs and functions included."""
+    import onnx
+
+    proto = onnx.load(str(path), load_external_data=False)
+    counts: Counter[str] = Counter()
+    waiting: list[Any] = [proto.graph.node, *(function.node for function in proto.functions)]
+    while waiting:
+        for node in waiting.pop():
+            counts[f"{node.domain}::{node.op_type}" if node.domain else node.op_type] += 1
+            inner = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+            inner += [graph for attribute in node.attribute for graph in attribute.graphs]
+            waiting += [graph.node for graph in inner]
+    opset = next(entry.version for entry in proto.opset_import if not entry.domain)
+    return {"opset": opset, "operators": dict(sorted(counts.items()))}
+
+
+def openvino_runner(path: Path, activations: Activations = "fp32") -> Run:
+    """The file in OpenVINO on the CPU, with torch's number of threads."""
+    return runtime("openvino").load(path, activations=activations).run
+
+
 def onnx_runner(path: Path) -> Run:
     """The file in onnxruntime on the CPU, with torch's number of threads."""
     return runtime("onnxruntime").load(path).run
@@ -241,7 +266,7 @@ def named_tensors(output: object, name: str = "output") -> Iterator[tuple[str, T
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep what exporters print, warn and log off the terminal."""
     disabled = logging.root.manager.disable
     try:

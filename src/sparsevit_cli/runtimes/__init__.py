@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from sparsevit_cli.errors import ConfigError
 
+from .module import ProgramModule
 from .onnxruntime import OnnxRuntime
 from .openvino import OpenVino
-from .runtime import Activations, Program, Run, Runtime
+from .runtime import Activations, Precision, Program, Run, Runtime, precision_label
 from .torch_export import TorchExport
 
 RUNTIMES: Mapping[str, Runtime] = {each.name: each for each in (TorchExport(), OnnxRuntime(), OpenVino())}
@@ -21,4 +22,14 @@ def runtime(name: str) -> Runtime:
     return RUNTIMES[name]
 
 
-__all__ = ["RUNTIMES", "Activations", "Program", "Run", "Runtime", "runtime"]
+__all__ = [
+    "RUNTIMES",
+    "Activations",
+    "Precision",
+    "Program",
+    "ProgramModule",
+    "Run",
+    "Runtime",
+    "precision_label",
+    "runtime",
+]

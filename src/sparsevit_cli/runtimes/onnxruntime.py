@@ -18,6 +18,7 @@ class OnnxRuntime(Runtime):
     suffixes = (".onnx",)
     packages = ("onnxruntime", "onnx")
     extra = "export"
+    runs_int8 = True
 
     def activations(self) -> tuple[Activations, ...]:
         """float32 alone."""

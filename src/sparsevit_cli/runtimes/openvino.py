@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ class OpenVino(Runtime):
     suffixes = (".xml", ".onnx")
     packages = ("openvino",)
     extra = "openvino"
+    runs_int8 = True
 
     @functools.cache  # noqa: B019 - runtimes live as long as the process
     def activations(self) -> tuple[Activations, ...]:
@@ -48,7 +50,19 @@ class OpenVino(Runtime):
 
 
 def compiled(model: object, activations: Activations, threads: int) -> Run:
-    """An `openvino.Model` compiled for one stream on `threads` threads that are bound to no core."""
+    """An `openvino.Model` as a function, compiled as `compiled_model` says."""
+    request = compiled_model(model, activations, threads).create_infer_request()
+    others = [np.zeros(tuple(each.shape), np.uint8) for each in request.model_inputs[1:]]
+
+    def run(images: torch.Tensor) -> list[torch.Tensor]:
+        found = request.infer([np.ascontiguousarray(images.numpy()), *others])
+        return [torch.from_numpy(np.array(output)) for output in found.values()]
+
+    return run
+
+
+def compiled_model(model: object, activations: Activations, threads: int | None) -> Any:
+    """An `openvino.CompiledModel` of one stream on `threads` threads, by default torch's number, bound to no core."""
     import openvino
     from openvino.properties import hint, inference_num_threads, num_streams
 
@@ -57,13 +71,6 @@ def compiled(model: object, activations: Activations, threads: int) -> Run:
         hint.performance_mode: hint.PerformanceMode.LATENCY,
         hint.enable_cpu_pinning: False,
         num_streams: 1,
-        inference_num_threads: threads,
+        inference_num_threads: threads or torch.get_num_threads(),
     }
-    others = [np.zeros(each.shape, np.uint8) for each in model.inputs[1:]]
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-
-    def run(images: torch.Tensor) -> list[torch.Tensor]:
-        found = request.infer([np.ascontiguousarray(images.numpy()), *others])
-        return [torch.from_numpy(np.array(output)) for output in found.values()]
-
-    return run
+    return openvino.Core().compile_model(model, "CPU", settings)

@@ -20,6 +20,8 @@ from sparsevit_cli.errors import CheckpointError, ConfigError, in_one_line, pass
 
 Activations = Literal["fp32", "bf16"]
 """What a runtime computes in, where the file does not say eight bits."""
+Precision = Literal["fp32", "bf16", "int8"]
+"""What an export was made in: in bf16 the file holds float32, and the runtime is asked to compute in bfloat16."""
 Run = Callable[[Tensor], list[Tensor]]
 """Images (B, C, H, W) in float32 on the CPU to the outputs in the file's order, in float32 on the CPU."""
 
@@ -41,17 +43,23 @@ class Program:
     lengths: Mapping[str, int] = field(default_factory=dict)
 
 
+def precision_label(precision: Precision, activations: Activations) -> str:
+    """`fp32`, `bf16`, or `int8+bf16`: eight bits, and what all else is computed in."""
+    return f"int8+{activations}" if precision == "int8" else activations
+
+
 class Runtime(ABC):
     """A way to run exported files on this machine's CPU.
 
-    `suffixes` are of the files that it reads, `packages` what must be installed, `extra` the extra of this package that
-    installs them.
+    `suffixes` are of the files that it reads, the preferred one first, `packages` what must be installed, `extra` the
+    extra of this package that installs them. `runs_int8` is true if it has kernels for eight bits.
     """
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     packages: ClassVar[tuple[str, ...]]
     extra: ClassVar[str | None] = None
+    runs_int8: ClassVar[bool] = False
 
     @abstractmethod
     def activations(self) -> tuple[Activations, ...]:
@@ -100,6 +108,11 @@ class Runtime(ABC):
             raise CheckpointError(str(path), got, "Export the model again.") from error
         return Program(self.name, self.version(), activations, threads, fixed, run, dict(lengths or {}))
 
+    def precisions(self) -> tuple[str, ...]:
+        """Labels of all that it computes in on this CPU; see `precision_label`."""
+        found = self.activations()
+        return (*found, *(precision_label("int8", each) for each in found if self.runs_int8))
+
     def version(self) -> str:
         """Version of the installed runtime."""
         return importlib.metadata.version(self.packages[0])
@@ -116,7 +129,13 @@ class Runtime(ABC):
             raise ConfigError(f"runtime {self.name}", f"{', '.join(missing)} not installed", do)
 
     def check_activations(self, activations: Activations) -> None:
-        """Raises ConfigError for what this CPU would emulate, slower than float32."""
-        if activations not in self.activations():
-            got = f"{activations}: {self.name} on this CPU computes in {' and '.join(self.activations())}"
-            raise ConfigError(f"runtime {self.name}", got, "Choose fp32.")
+        """Raises ConfigError for what this CPU would emulate, slower than float32, and for a runtime that is broken."""
+        try:
+            known = self.activations()
+        except Exception as error:
+            pass_on(error)
+            do = f"Install {self.packages[0]} again."
+            raise ConfigError(f"runtime {self.name}", f"it cannot be loaded ({in_one_line(error)})", do) from error
+        if activations not in known:
+            got = f"{activations}: {self.name} on this CPU computes in {' and '.join(known)}"
+            raise ConfigError(f"runtime {self.name}", got, "Take fp32 (export.precision), or another runtime.")

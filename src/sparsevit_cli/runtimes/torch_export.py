@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
+from sparsevit_cli.errors import ConfigError
+
 from .runtime import Activations, Run, Runtime
 
 
@@ -31,7 +33,9 @@ class TorchExport(Runtime):
         shape: tuple[int, ...] | None,
         lengths: Mapping[str, int],
     ) -> Run:
-        assert threads == torch.get_num_threads(), "torch's threads are of the process, not of a program"
+        if threads != torch.get_num_threads():
+            got = f"{threads} threads, torch has {torch.get_num_threads()} for the whole process"
+            raise ConfigError("runtime torch", got, "Set OMP_NUM_THREADS before Python starts.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module = torch.export.load(path).module()

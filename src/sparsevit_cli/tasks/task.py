@@ -23,11 +23,13 @@ from sparsevit_cli.config.experiment import ExperimentConfig, LoopSection, Model
 from sparsevit_cli.config.kind import Kind
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.tasks import add_task, task_class
+from sparsevit_cli.data.preprocessing import Preprocessing
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
 from sparsevit_cli.models import build_model, tell_partition
 from sparsevit_cli.seeding import derive_seed, seeded
 from sparsevit_cli.sizes import ImageSize, Size, as_pair, size_text
+from sparsevit_cli.swin.geometry import trunk
 from sparsevit_cli.weights import WeightsFile, fitted, load_state, read_file
 
 M = TypeVar("M", bound=nn.Module)
@@ -38,12 +40,14 @@ class Metric:
     """The number by which models are compared; higher is better.
 
     `key` names it in files, `label` and `unit` on the terminal, where it has `digits` behind the point.
+    `mean_over_images` is true if it is the mean of what each image alone would get, as an accuracy is and an AP is not.
     """
 
     key: str
     label: str
     unit: str = "%"
     digits: int = 2
+    mean_over_images: bool = False
 
     @property
     def column(self) -> str:
@@ -75,7 +79,9 @@ class Score:
 class Scorer(Protocol):
     """Adds up batches; timm's evaluators have this shape.
 
-    One with a method `predictions()` gives JSON in the form that tools of its field read; `evaluate` writes it.
+    One with a method `predictions()` gives JSON in the form that tools of its field read; `evaluate` writes it. One
+    with a method `add(other)` takes in all that another one of its class took in: a metric that is no mean over images
+    gets a standard error by it.
     """
 
     def update(self, outputs: Any, batch: Batch) -> None:
@@ -222,7 +228,41 @@ class Task(ABC):
         """Mean and deviation per channel with which images of 0 to 1 are normalised; None if there are no files."""
         return None
 
+    def preprocessing(self) -> Preprocessing | None:
+        """What evaluation makes of an image file, for programs that serve an export; None if there are no files."""
+        return None
+
+    def images_in(self, inputs: Any) -> Tensor | None:
+        """Of the inputs of a batch what an exported whole model takes: images (B, C, H, W); None if they have none."""
+        return inputs if isinstance(inputs, Tensor) and inputs.ndim == 4 else None
+
+    def replace_features_(self, model: nn.Module, run: Callable[[Tensor], Any]) -> None:
+        """Let `run` compute what `exported_features` of `model` does; everything around it stays as it is.
+
+        `run` takes images (B, C, H, W). Raises ConfigError for features that are no module inside the model.
+        """
+        features = self.exported_features(model)
+        if not any(module is features for module in model.modules()):
+            got = f"its features are no module inside {type(model).__name__}"
+            raise ConfigError(f"task {self.name}", got, "Write its method replace_features_(model, run).")
+        features.forward = lambda images, *_, **__: run(images)  # type: ignore[method-assign, assignment]
+
     # -- said once, for all of them -----------------------------------------------------------------------------
+
+    def exported_features(self, model: nn.Module) -> nn.Module:
+        """What export scope `features` means: `features(model)`; of a task that names none, the Swin."""
+        named = self.features(model)
+        return trunk(model) if named is model else named
+
+    def replace_model_(self, model: nn.Module, run: Callable[[Tensor], Any]) -> None:
+        """Let `run` compute what `model` gives for images (B, C, H, W); other inputs find the model's own way to it."""
+        own = model.forward
+
+        def forward(inputs: Any, *others: Any, **named: Any) -> Any:
+            images = self.images_in(inputs)
+            return own(inputs, *others, **named) if images is None else run(images)
+
+        model.forward = forward  # type: ignore[method-assign]
 
     def swin(self, outputs: int, options: BuildOptions, *, any_size: bool = False) -> nn.Module:
         """The configuration's timm Swin with `outputs` outputs; 0 gives its pooled features, without a head."""

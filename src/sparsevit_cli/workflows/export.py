@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsevit_cli.config.loading import section_hash
+from sparsevit_cli.data.source import Data
 from sparsevit_cli.documents import read_json
 from sparsevit_cli.errors import ConfigError, SparseViTError
 from sparsevit_cli.exporting import (
@@ -18,15 +19,17 @@ from sparsevit_cli.exporting import (
     OneImage,
     UntraceableError,
     export_model,
+    resolved_activations,
     runs_on,
     with_fixed_outputs,
 )
 from sparsevit_cli.profiling.inputs import evaluating, model_device
 from sparsevit_cli.runs import RunFolder
+from sparsevit_cli.runtimes import Activations
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
-from sparsevit_cli.swin.geometry import trunk
 
+from .eight_bits import AS_BEFORE, EightBits, Quantiser
 from .ratios import ratios_of_weights
 from .session import Session, Weights
 from .weights import chosen_weights
@@ -45,6 +48,7 @@ class ExportSummary:
     weights: str
     config: SparsityConfig
     report: ExportReport
+    eight_bits: EightBits | None = None
 
     def document(self) -> dict[str, Any]:
         """The JSON document of `sparsevit export --json`."""
@@ -84,7 +88,7 @@ def exported_part(session: Session, model: nn.Module) -> Part:
         got = f"the model of task {task.name} takes a {type(inputs).__name__}, and files take one tensor of images"
         raise ConfigError("export.scope", got, "Set export.scope: features.")
     named = task.features(model)
-    features = trunk(model) if named is model else named
+    features = task.exported_features(model)
     if asked == "features" and features is model:
         got = f"the model of task {task.name} is its Swin: there is no smaller part"
         raise ConfigError("export.scope", got, "Set export.scope: model.")
@@ -117,7 +121,8 @@ def check_exportable(session: Session, model: nn.Module) -> None:
 
 def export_settings(session: Session) -> str:
     """Hash of what an export depends on besides weights and ratios."""
-    return section_hash(session.config, "export", "task", "model")
+    of_data = ("data",) if session.config.export.precision == "int8" else ()  # calibration, and the score that judges
+    return section_hash(session.config, "export", "task", "model", *of_data)
 
 
 def export_winner(session: Session, *, weights: str | None = None, ratios: str | None = None) -> ExportSummary:
@@ -129,6 +134,9 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
     model = session.model(trained.categories, trained).eval()
     part = exported_part(session, model)
     config = ratios_of_weights(session, model_depths(model), ratios, trained)
+    section = session.config.export
+    activations = resolved_activations(section.precision, section.activations, section.formats)
+    data = session.data(trained) if section.precision == "int8" else None
     folder = session.folder("export")
     set_sparsity(model, config)
     # A copy: the export replaces its files only once the new ones are good.
@@ -136,12 +144,13 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
         [path.name for path in folder.path.iterdir() if path.name not in KEPT], session.reporter, copy=True
     )
     try:
-        report = _export(session, part, model, folder, trained)
+        report, eight_bits = _export(session, part, model, folder, trained, data, activations)
     except UntraceableError as error:
         if part.unless is None:
             raise
         session.reporter.warn(f"export: {error.got}: backbone and neck are exported, not the whole model")
-        report = _export(session, Part("features", part.unless), model, folder, trained)
+        part = Part("features", part.unless)
+        report, eight_bits = _export(session, part, model, folder, trained, data, activations)
     folder.write_result(
         {
             "weights": trained.told,
@@ -150,32 +159,51 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
             "settings": export_settings(session),
             "manifest": report.manifest.name,
             "scope": report.scope,
+            **({"seed": trained.result["seed"]} if trained.result.get("seed") is not None else {}),
         },
         files=[*read_json(report.manifest)["files"], report.manifest.name],
     )
-    return ExportSummary(folder, trained.told, config, report)
+    return ExportSummary(folder, trained.told, config, report, eight_bits)
 
 
-def _export(session: Session, part: Part, model: nn.Module, folder: RunFolder, trained: Weights) -> ExportReport:
+def _export(
+    session: Session,
+    part: Part,
+    model: nn.Module,
+    folder: RunFolder,
+    trained: Weights,
+    data: Data | None,
+    activations: Activations,
+) -> tuple[ExportReport, EightBits | None]:
+    """The files; with `data`, which precision int8 needs, also what eight bits did."""
     section = session.config.export
-    return export_model(
+    quantiser = None
+    if data is not None and not part.one_image:  # export_model refuses those
+        quantiser = Quantiser(session, model, data, part.scope, activations)
+    report = export_model(
         part.module,
         folder.path,
         input_size=(session.config.model.in_chans, *session.img_size),
         formats=section.formats,
         opset=section.opset,
+        precision=section.precision,
+        activations=section.activations,
+        calibration=() if quantiser is None else quantiser.images,
+        quantise=quantiser,
         check_batch_sizes=section.check_batch_sizes,
         tolerance=section.tolerance,
         measure_ms=section.latency,
         seed=session.config.seed,
         info=_info(session, part, trained),
+        preprocessing=session.task.preprocessing(),
         scope=part.scope,
         whole=model if part.scope == "features" else None,
         check_images=_images(session, trained) if part.one_image else None,
         reporter=session.reporter,
         patience=session.patience,
-        before_step=partial(session.stop.check, "export", "an earlier export is as it was"),
+        before_step=partial(session.stop.check, "export", AS_BEFORE),
     )
+    return report, None if quantiser is None else quantiser.found
 
 
 def _info(session: Session, part: Part, trained: Weights) -> ModelInfo:

@@ -13,10 +13,10 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from sparsevit_cli.atomic import TEMPORARY
-from sparsevit_cli.config.experiment import SearchSection
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.exporting import UntraceableError
 from sparsevit_cli.exporting.adjustable import AdjustablePrograms
+from sparsevit_cli.exporting.precision import resolved_activations
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, evaluating
 from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.profiling.latency_table import (
@@ -107,13 +107,13 @@ class ProgramSource:
         self.session, self.resources, self.section = session, resources, session.config.search
         self.runtime = runtime(self.section.runtime)
         self.runtime.check_installed()
-        self.activations = computed_in(self.runtime, self.section)
+        self.activations = computed_in(session, self.runtime)
         self.workload = session.workload(model, size, self.section.batch_size, scope=self.section.scope)
         if not isinstance(self.workload.inputs, Tensor):
             raise _untraceable(f"the model of task {session.task.name} takes more than one tensor of images")
         here = {"runtime_version": self.runtime.version(), "activations": self.activations}
         self.identity = _with_clock(session, program_identity(self.workload, {**_program(session), **here}))
-        label = f"int8+{self.activations}" if self.section.precision == "int8" else self.section.precision
+        label = f"int8+{self.activations}" if self.section.precision == "int8" else self.activations
         self.told = f"{self.runtime.name} {self.runtime.version()}, {label}"
 
     @cached_property
@@ -129,6 +129,7 @@ class ProgramSource:
             return AdjustablePrograms(
                 self.workload.model, self.workload.inputs, [kept[0] for kept in self._design.kept], self.runtime,
                 Path(folder), activations=self.activations, opset=self.session.config.export.opset,
+                eight_bits=self.section.precision == "int8",
                 before_step=check(self.session), say=lambda line: self.session.reporter.say(f"search: {line}"),
             )  # fmt: skip
         except UntraceableError as error:
@@ -159,13 +160,28 @@ class ProgramSource:
         )  # fmt: skip
 
 
-def computed_in(runtime: Runtime, section: SearchSection) -> Activations:
+def computed_in(session: Session, runtime: Runtime) -> Activations:
     """What `runtime` is asked to compute in: of an int8 program all that is not eight bits. Raises ConfigError."""
-    if section.precision == "int8":
-        return runtime.activations()[-1]
-    activations: Activations = "bf16" if section.precision == "bf16" else "fp32"
+    precision = session.config.search.precision
+    if precision == "int8":
+        return resolved_activations("int8", session.config.export.activations, (runtime.name,))
+    activations: Activations = "bf16" if precision == "bf16" else "fp32"
     runtime.check_activations(activations)
     return activations
+
+
+def tell_of_export(session: Session) -> None:
+    """A warning if the export, as it is configured, writes no file that the budget is of."""
+    search, export = session.config.search, session.config.export
+    formats = {"openvino": ("openvino", "onnx"), "onnxruntime": ("onnx",)}.get(search.runtime)
+    if formats is None:
+        return
+    formats = formats if search.precision == "fp32" else formats[:1]
+    if search.precision != export.precision or not set(formats) & set(export.formats):
+        session.reporter.warn(
+            f"search: the budget is of a file in {search.precision} for {search.runtime}; export.precision is "
+            f"{export.precision}, export.formats {', '.join(export.formats) or 'empty'}. Set them before you export"
+        )
 
 
 def expected_identity(session: Session, model: nn.Module) -> dict[str, object]:

@@ -149,7 +149,7 @@ def run_pipeline(session: Session) -> PipelineSummary:
     tuned_at = [list(stage) for stage in contenders[-1].config.ratios]
     tuned = {"ratios": tuned_at, "weights_sha256": trained_weights(session, "finetune", "sparsevit run").sha256}
     steps: tuple[tuple[str, Callable[[Session], object], Mapping[str, object]], ...] = (
-        ("evaluate", evaluate_checkpoint, tuned),
+        ("evaluate", evaluate_checkpoint, {**tuned, "runtime": None}),
         ("profile", profile_model, {"ratios": tuned_at, "settings": profile_settings(session), "steady": True}),
         ("export", export_winner, {**tuned, "settings": export_settings(session)}),
     )

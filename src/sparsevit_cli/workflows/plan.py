@@ -33,9 +33,15 @@ WARMUP_SHARE = 2.0
 
 
 def plan_lines(
-    session: Session, command: str, *, model: str | None = None, img_size: str | None = None, ratios: str | None = None
+    session: Session,
+    command: str,
+    *,
+    model: str | None = None,
+    img_size: str | None = None,
+    ratios: str | None = None,
+    runtime: str | None = None,
 ) -> list[str]:
-    """The plan of `command`, line by line, from a few timed passes. The flags are those of profile.
+    """The plan of `command`, line by line, from a few timed passes. The flags are those of profile and evaluate.
 
     Raises what reading the data and building the model raise.
     """
@@ -56,7 +62,9 @@ def plan_lines(
     if command in ("search", "run"):
         lines += plan.search_lines()
     if command in ("evaluate", "run"):
-        lines.append(f"evaluate: {len(plan.data.val)} images, {plan.seconds_of(len(plan.data.val)):.0f} s dense")
+        seconds = f"{plan.seconds_of(len(plan.data.val)):.0f} s dense in PyTorch"
+        of_file = "" if runtime is None else f"; an exported file in {runtime} is scored, whose time is not known"
+        lines.append(f"evaluate: {len(plan.data.val)} images, {seconds}{of_file}")
     if command == "export":
         lines.append(f"export: {', '.join(session.config.export.formats) or 'weights'}, safetensors and sparsity.json")
     return lines

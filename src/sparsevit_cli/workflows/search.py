@@ -44,6 +44,7 @@ from sparsevit_cli.tasks.task import Metric
 from sparsevit_cli.winner import read_winner, write_winner
 
 from .latencies import Latencies, latencies_of_search
+from .latency_sources import tell_of_export
 from .plots import plot_pareto
 from .session import Session, Weights
 from .training import score
@@ -129,6 +130,7 @@ def search(session: Session, *, without_clock: bool = False) -> SearchSummary:
             f"search.max_ratio {session.config.search.max_ratio:g} is above adapt.max_ratio "
             f"{session.config.adapt.max_ratio:g}: weights were not adapted to all that is searched"
         )
+    tell_of_export(session)
     model = session.model(weights.categories, weights).eval()
     scope = named_scope(session, model)
     requests = tuple(

@@ -14,8 +14,10 @@ from sparsevit_cli.config.loading import config_differences, load_config
 from sparsevit_cli.config.paths import as_path, is_there
 from sparsevit_cli.data.source import Categories
 from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.exporting import WEIGHTS, is_export
 from sparsevit_cli.models import tell_partition
 from sparsevit_cli.runs import RunFolder, missing_result
+from sparsevit_cli.runtimes import RUNTIMES
 from sparsevit_cli.weights import read_file
 
 from .session import Session, Weights
@@ -63,6 +65,9 @@ def chosen_weights(session: Session, typed: str | None, needed_by: str) -> Weigh
     if not is_there(path, "--weights"):
         got = f"{path} is no file; allowed are {', '.join(LEAVE_WEIGHTS)}, {BEST} and paths"
         raise ConfigError("--weights", got, "Name a command, a file of weights, or a checkpoint folder.")
+    if is_export(path):
+        do = f"Give its {WEIGHTS}; or score its files: sparsevit evaluate --runtime {'|'.join(RUNTIMES)}."
+        raise ConfigError("--weights", f"{path} is the folder of an export", do)
     weights = file_weights(path, session.reporter.say)
     tell_partition(path, session.config.model.partition, session.reporter.say)
     return weights

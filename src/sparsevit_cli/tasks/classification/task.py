@@ -22,6 +22,7 @@ from sparsevit_cli.config.classification import (
 from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.data.digits import MEAN, STD
 from sparsevit_cli.data.pictures import as_picture, captioned
+from sparsevit_cli.data.preprocessing import Preprocessing
 from sparsevit_cli.data.source import Batch, Categories, Data, Source, WrappedSource
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.models import model_arguments
@@ -31,6 +32,7 @@ from sparsevit_cli.tasks.task import BuildOptions, Metric, Scorer, Task
 
 from .data import DigitsSource, build_data
 from .records import RecordSource
+from .transforms import TransformSpec
 
 IMAGENET_CLASSES = 1000
 """Outputs of a model of which nothing but its name is known."""
@@ -42,7 +44,7 @@ class Classification(Task):
     """One label an image."""
 
     name = "classification"
-    metric = Metric("top1", "top-1")
+    metric = Metric("top1", "top-1", mean_over_images=True)
 
     def data(self, *, seed: int, categories: Categories | None) -> Data:
         """Sources of (image (C, H, W), label); see `build_data`."""
@@ -112,6 +114,13 @@ class Classification(Task):
         """Those of image files; the digits are drawn as they are."""
         data = self.config.data
         return (data.mean, data.std) if isinstance(data, LabelledData) else None
+
+    def preprocessing(self) -> Preprocessing:
+        """That of held-out image files; canvases of digits are pictures of 0 to 1 as they are."""
+        data, in_chans = self._data, self.config.model.in_chans
+        if isinstance(data, DigitsData):
+            return Preprocessing(self.image_size, (MEAN,) * in_chans, (STD,) * in_chans)
+        return TransformSpec.from_config(data, self.image_size, in_chans).preprocessing()
 
     @property
     def _model(self) -> ClassificationModel:

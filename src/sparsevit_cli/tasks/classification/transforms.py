@@ -8,16 +8,17 @@ import math
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from torch import Tensor
 
 from sparsevit_cli.config.classification import AugmentSection, LabelledData
+from sparsevit_cli.data.preprocessing import Preprocessing
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
 from sparsevit_cli.seeding import seeded
-from sparsevit_cli.sizes import ImageSize, as_pair
+from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
 # A random crop of a tiny image may round to no pixel at all, which timm makes black: tiny ones are enlarged first.
 _SMALLEST_CROP = 0.01
@@ -36,7 +37,7 @@ class TransformSpec:
     in_chans: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: str
+    interpolation: Literal["bilinear", "bicubic"]
     crop_pct: float
     augment: AugmentSection | None
 
@@ -64,6 +65,19 @@ class TransformSpec:
     def evaluation(self) -> TransformSpec:
         """The same without augmentation: centre crop."""
         return replace(self, augment=None)
+
+    def preprocessing(self) -> Preprocessing:
+        """`evaluation` in words, but for strips: those are trimmed first, which leaves the crop as it is."""
+        return Preprocessing(
+            self.size,
+            self.mean,
+            self.std,
+            resize="cover",
+            to=_scale_size(self.size, self.crop_pct),
+            interpolation=self.interpolation,
+            crop="center",
+            channel_order="L" if self.in_chans == 1 else "RGB",
+        )
 
     def describe(self) -> str:
         """Canonical text, for fingerprints."""
@@ -112,6 +126,12 @@ class _Transform:
         elif image.width * image.height < _TINY_PIXELS:
             image = image.resize((image.width * 8, image.height * 8), Image.Resampling.NEAREST)
         return self.transform(image)
+
+
+def _scale_size(size: Size, crop_pct: float) -> Size:
+    """What timm resizes to before it crops `size` (timm/data/transforms_factory.py, transforms_imagenet_eval)."""
+    height, width = (math.floor(side / crop_pct) for side in size)
+    return height, width
 
 
 def _operations(transform: Any) -> list[Any]:

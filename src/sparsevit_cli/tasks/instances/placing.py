@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from sparsevit_cli.config.instances import CocoData, InstancesAugment
+from sparsevit_cli.data.preprocessing import Preprocessing
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
@@ -111,6 +112,12 @@ class PlacingSpec:
         """Canonical text, for fingerprints."""
         augment = None if self.augment is None else self.augment.model_dump()
         return json.dumps({**asdict(self), "augment": augment}, sort_keys=True)
+
+    def preprocessing(self) -> Preprocessing:
+        """`evaluation` in words."""
+        if self.letterbox:
+            return Preprocessing(self.size, self.mean, self.std, resize="fit", padding="bottom_right")
+        return Preprocessing(self.size, self.mean, self.std)
 
     def place(self, image: Size, seed: int) -> Placement:
         """Where an image of a size goes; what is drawn is a function of `seed`."""

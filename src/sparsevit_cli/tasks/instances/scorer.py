@@ -38,6 +38,11 @@ class AveragePrecision:
             self.truths.append(target["truth"])
             self.detections += self._results(found, target["truth"], target["frame"][0].cpu())
 
+    def add(self, other: AveragePrecision) -> None:
+        """Take in the images of another one."""
+        self.truths += other.truths
+        self.detections += other.detections
+
     def _results(self, found: Mapping[str, Tensor], truth: Truth, frame: Tensor) -> list[dict[str, Any]]:
         boxes, scores, labels = (found[name].detach().cpu() for name in ("boxes", "scores", "labels"))
         in_image = on_image(boxes.double(), frame.double(), truth.size)

@@ -17,6 +17,7 @@ from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.config.images import DigitScenesData
 from sparsevit_cli.config.instances import CocoData, InstancesModel, InstancesTask
 from sparsevit_cli.data.digits import MEAN, STD
+from sparsevit_cli.data.preprocessing import Preprocessing
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import DataError
 from sparsevit_cli.sizes import Size
@@ -25,6 +26,7 @@ from sparsevit_cli.tasks.task import BuildOptions, Metric, Scorer, Task
 from .data import build_data
 from .masks import mask_api
 from .model import Detector, build_detector, categories_of
+from .placing import PlacingSpec
 from .scorer import AveragePrecision
 from .source import InstanceSource
 
@@ -105,6 +107,10 @@ class Instances(Task):
         assert isinstance(model, Detector)
         return model.backbone
 
+    def images_in(self, inputs: Any) -> Tensor | None:
+        """The canvases, where images come with their sizes."""
+        return super().images_in(inputs["images"] if isinstance(inputs, Mapping) else inputs)
+
     def parts(self, model: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
         """Overlapping proposals are suppressed in `proposals`, overlapping detections in the rest."""
         assert isinstance(model, Detector)
@@ -159,6 +165,13 @@ class Instances(Task):
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Those of image files; the digits are drawn as they are."""
         return (self._data.mean, self._data.std) if isinstance(self._data, CocoData) else None
+
+    def preprocessing(self) -> Preprocessing:
+        """That of held-out image files; scenes of digits are pictures of 0 to 1 as they are."""
+        data, size = self._data, self.image_size
+        if isinstance(data, CocoData):
+            return PlacingSpec.from_config(data, size, self.config.model.in_chans).preprocessing()
+        return Preprocessing(size, (MEAN,) * 3, (STD,) * 3)
 
     @functools.cached_property
     def _examples(self) -> tuple[Source, Categories]:

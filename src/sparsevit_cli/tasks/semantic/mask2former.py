@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ class Mask2FormerSegmenter(Segmenter):
     def swin(self) -> SwinBackbone:
         backbone: SwinBackbone = self.model.pixel_level_module.encoder.backbone
         return backbone
+
+    def replace_pixel_features_(self, run: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        """Let `run` compute what `PixelFeatures` does; the transformer decoder stays as it is."""
+        from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelLevelModuleOutput
+
+        def forward(pixel_values: Tensor, **_: Any) -> Any:
+            masks, *coarser = run(pixel_values)
+            return Mask2FormerPixelLevelModuleOutput(
+                decoder_last_hidden_state=masks, decoder_hidden_states=tuple(coarser)
+            )
+
+        self.model.pixel_level_module.forward = forward
 
     def queries(self, images: Tensor, *, last: bool = True) -> list[tuple[Tensor, Tensor]]:
         """Classes (B, queries, classes + 1) and masks (B, queries, H/4, W/4), both before any sigmoid, of each layer.

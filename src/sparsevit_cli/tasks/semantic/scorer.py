@@ -32,6 +32,11 @@ class ConfusionScorer:
             number = truth[labelled].long() * len(self.names) + found[0].argmax(0)[labelled]
             self.pixels += torch.bincount(number, minlength=self.pixels.numel()).view_as(self.pixels)
 
+    def add(self, other: ConfusionScorer) -> None:
+        """Take in the pixels of another one."""
+        self.pixels += other.pixels
+        self.is_finite &= other.is_finite
+
     def compute(self) -> Mapping[str, float]:
         """Percent: `miou` and `accuracy`, and `iou_<name>` of each class that the truth has.
 

@@ -51,7 +51,7 @@ class Segmenter(nn.Module, ABC):
         for first in range(0, len(places), _WINDOWS_AT_ONCE):
             some = places[first : first + _WINDOWS_AT_ONCE]
             windows = torch.stack([padded[:, top : top + height, left : left + width] for top, left in some])
-            found = F.interpolate(self.scores(windows).float(), (height, width), mode="bilinear", align_corners=False)
+            found = F.interpolate(self(windows).float(), (height, width), mode="bilinear", align_corners=False)
             if total is None or count is None:
                 total = found.new_zeros(found.shape[1], *padded.shape[1:])
                 count = found.new_zeros(padded.shape[1:])

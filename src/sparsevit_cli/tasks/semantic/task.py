@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sparsevit_cli.config.images import DigitScenesData
 from sparsevit_cli.config.semantic import BACKGROUND, MaskFiles, SemanticModel, SemanticTask
 from sparsevit_cli.data.digits import MEAN, STD
 from sparsevit_cli.data.pictures import captioned
+from sparsevit_cli.data.preprocessing import Preprocessing
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sizes import Size
@@ -32,6 +33,7 @@ from .picture import blended
 from .scenes import example_scenes
 from .scorer import ConfusionScorer
 from .segmenter import Segmenter
+from .transforms import TransformSpec
 
 
 class SemanticSegmentation(Task):
@@ -137,6 +139,13 @@ class SemanticSegmentation(Task):
         assert isinstance(model, FpnSegmenter)
         return model.pyramid
 
+    def replace_features_(self, model: nn.Module, run: Callable[[Tensor], Any]) -> None:
+        """As of other tasks; Mask2Former's maps go where its pixel decoder's would."""
+        if isinstance(model, Mask2FormerSegmenter):
+            model.replace_pixel_features_(run)
+        else:
+            super().replace_features_(model, run)
+
     def parts(self, model: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
         """Backbone, neck and head; or backbone and both decoders of Mask2Former."""
         if isinstance(model, Mask2FormerSegmenter):
@@ -177,6 +186,14 @@ class SemanticSegmentation(Task):
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Those of image files; the digits are drawn as they are."""
         return (self._data.mean, self._data.std) if isinstance(self._data, MaskFiles) else None
+
+    def preprocessing(self) -> Preprocessing:
+        """That of held-out image files; scenes of digits are pictures of 0 to 1 as they are."""
+        data, size = self._data, self.image_size
+        if not isinstance(data, MaskFiles):
+            return Preprocessing(size, (MEAN,) * 3, (STD,) * 3)
+        spec = TransformSpec.from_config(data, size, self.config.model.in_chans)
+        return spec.evaluation(size).preprocessing(data.overlap)
 
     @functools.cached_property
     def _names(self) -> tuple[str, ...]:

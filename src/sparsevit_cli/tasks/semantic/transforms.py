@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as V
 
 from sparsevit_cli.config.semantic import CropSection, MaskFiles
 from sparsevit_cli.data.images import UnreadableImageError
+from sparsevit_cli.data.preprocessing import Preprocessing
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.seeding import derive_seed
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
@@ -57,6 +58,15 @@ class TransformSpec:
     def evaluation(self, img_size: ImageSize) -> TransformSpec:
         """The same without augmentation, for images of `img_size`."""
         return replace(self, augment=None, size=as_pair(img_size))
+
+    def preprocessing(self, overlap: float) -> Preprocessing:
+        """`evaluation` in words; sliding windows overlap by a share of `overlap`."""
+        if not self.is_sliding:
+            return Preprocessing(self.size, self.mean, self.std)
+        if self.short_side is None:
+            return Preprocessing(self.size, self.mean, self.std, resize="none", sliding_overlap=overlap)
+        to = (self.short_side, self.short_side)
+        return Preprocessing(self.size, self.mean, self.std, resize="short_side", to=to, sliding_overlap=overlap)
 
     def describe(self) -> str:
         """Canonical text, for fingerprints."""

@@ -1,0 +1,39 @@
+"""Best categories of an image by an exported classifier in OpenVINO, with numpy and Pillow and nothing else.
+
+usage: python examples/serve_openvino.py FOLDER IMAGE      FOLDER is what `sparsevit export` wrote
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import openvino
+from PIL import Image, ImageOps
+
+
+def model_input(file, steps):
+    """The image as the model takes it, (1, C, H, W) float32, by the steps of serving.json."""
+    image = ImageOps.exif_transpose(Image.open(file)).convert("RGB").convert(steps["channel_order"])
+    sides, to, size = image.size[::-1], steps["to"], steps["size"]  # each (height, width)
+    if steps["resize"] == "cover":
+        ratio = min(side / least for side, least in zip(sides, to, strict=True))
+        to = [int(to[0] * side / min(sides)) if to[0] == to[1] else round(side / ratio) for side in sides]
+    image = image.resize(to[::-1], Image.Resampling[steps["interpolation"].upper()])
+    top, left = (round((side - part) / 2) for side, part in zip(to, size, strict=True))
+    pixels = np.atleast_3d(image.crop((left, top, left + size[1], top + size[0]))).astype(np.float32) / 255
+    return ((pixels - np.float32(steps["mean"])) / np.float32(steps["std"])).transpose(2, 0, 1)[None]
+
+
+def scores(folder, file):
+    """Names of the categories, and the score that an image gets for each (categories,)."""
+    serving = json.loads((Path(folder) / "serving.json").read_text(encoding="utf-8"))
+    hints = {"INFERENCE_PRECISION_HINT": "bf16" if serving["activations"] == "bf16" else "f32"}
+    model = openvino.Core().compile_model(Path(folder) / serving["programs"]["openvino"], "CPU", hints)
+    return serving["categories"], model(model_input(file, serving["preprocessing"]))[0][0]
+
+
+if __name__ == "__main__":
+    names, found = scores(*sys.argv[1:])
+    shares = np.exp(found - found.max()) / np.exp(found - found.max()).sum()
+    print(*(f"{shares[n]:.4f} {names[n]}" for n in (-found).argsort()[:5]), sep="\n")

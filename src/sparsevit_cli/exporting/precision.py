@@ -1,0 +1,45 @@
+"""What an exported file holds, and what its runtime computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.runtimes import Activations, Precision, runtime
+
+from .quantization import check_installed
+
+ActivationsAsked = Literal["auto", "fp32", "bf16"]
+LOWERING = "openvino"
+"""The format, and the runtime of that name, that computes in less than 32 bits on a CPU."""
+
+
+def resolved_activations(precision: str, asked: str, formats: Sequence[str]) -> Activations:
+    """What the runtime of `LOWERING` is asked to compute in.
+
+    Raises ConfigError for settings that contradict each other, for a precision that no file of `formats` has, for a
+    runtime that is not installed, and for a CPU that would emulate bfloat16, slower than float32.
+    """
+    if precision not in get_args(Precision):
+        allowed = ", ".join(get_args(Precision))
+        raise ConfigError("export.precision", f"{precision!r}; allowed are {allowed}", "Take fp32.")
+    if asked not in ("auto", "fp32", "bf16"):
+        raise ConfigError("export.activations", f"{asked!r}; allowed are auto, fp32, bf16", "Take auto.")
+    if precision != "int8" and asked not in ("auto", precision):
+        got = f"{asked}, and export.precision is {precision}"
+        raise ConfigError("export.activations", got, f"Set export.precision: {asked}, or export.activations: auto.")
+    if precision == "fp32":
+        return "fp32"
+    if LOWERING not in formats:
+        got = f"{precision}, and of all formats only {LOWERING} computes in less than 32 bits on a CPU"
+        raise ConfigError("export.precision", got, f"Add {LOWERING} to export.formats, or set export.precision: fp32.")
+    runs_in = runtime(LOWERING)
+    runs_in.check_installed()
+    if precision == "int8":
+        check_installed()
+    if precision == "int8" and asked == "auto":
+        return "bf16" if "bf16" in runs_in.activations() else "fp32"
+    activations: Activations = "fp32" if asked == "fp32" else "bf16"
+    runs_in.check_activations(activations)
+    return activations

@@ -1,0 +1,257 @@
+"""Eight bits by NNCF's post-training quantisation: which nodes stay in float, and which layers cost most.
+
+Scores and ranking stay in float: what leads from a map to its `TopK` is left out (`ranking_nodes`), so that no window
+is dropped because its score was rounded. What enters the scores is computed from eight bits, though. So windows can
+still change: `changed_windows` counts them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsevit_cli.errors import ConfigError, MeasurementError, in_one_line, pass_on
+from sparsevit_cli.runtimes.openvino import compiled
+
+from .openvino_ir import keep_ranking_exact, ranking_nodes
+from .programs import INPUT, quiet
+
+PACKAGES = ("nncf", "openvino")
+TELEMETRY = "openvino_telemetry"
+_PASSING = (
+    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit", "Slice", "StridedSlice", "Gather",
+    "GatherND", "Concat", "Pad", "Convert",
+)  # fmt: skip
+"""Nodes that move numbers and do not compute: a quantiser before one of them is the quantiser of what comes behind."""
+
+
+Quantise = Callable[[Path, Path], Mapping[str, Any]]
+"""Writes the first file, OpenVINO's in float32, as the second, in eight bits, and tells what manifest.json says of it.
+
+It raises MeasurementError for a result that is no good.
+"""
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What one layer alone costs in eight bits: `error` is that of the model's outputs, squared, over their square."""
+
+    name: str
+    error: float
+
+
+def check_installed() -> None:
+    """Raise ConfigError that names the extra if NNCF or OpenVINO is missing; none is imported."""
+    import importlib.util
+
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        do = 'Type: pip install "sparsevit-cli[openvino]", or set export.precision: fp32.'
+        raise ConfigError("export.precision int8", f"{', '.join(missing)} not installed", do)
+
+
+def load_nncf() -> Any:
+    """The module `nncf`, which can send nothing: NNCF reports every use to its makers unless it is told not to.
+
+    `openvino_telemetry`, which does the sending, cannot be imported while NNCF is: so NNCF takes its own stub, and no
+    file is written to the home folder either. `NNCF_CI` is NNCF's switch for the same. Raises ConfigError.
+    """
+    check_installed()
+    import logging
+    from importlib import import_module
+
+    if "nncf" not in sys.modules:
+        before, kind = os.environ.get("NNCF_CI"), logging.getLoggerClass()
+        with quiet(), without_telemetry():
+            os.environ["NNCF_CI"] = "1"
+            try:
+                import_module("nncf")
+            finally:
+                logging.setLoggerClass(kind)
+                if before is None:
+                    del os.environ["NNCF_CI"]
+                else:
+                    os.environ["NNCF_CI"] = before
+    nncf = import_module("nncf")
+    sending: Any = import_module("nncf.telemetry.decorator")
+    assert hasattr(sending, "telemetry"), "NNCF sends by another way"
+    sending.telemetry = import_module("nncf.telemetry.wrapper").NNCFTelemetryStub()  # if somebody imported it before us
+    nncf.set_log_level(logging.ERROR)
+    return nncf
+
+
+@contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Inside the block whoever imports `openvino_telemetry` finds that it is not installed, and takes a stub."""
+    missing = object()
+    before = sys.modules.get(TELEMETRY, missing)
+    sys.modules[TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if before is missing:
+            sys.modules.pop(TELEMETRY, None)
+        else:
+            sys.modules[TELEMETRY] = before  # type: ignore[assignment]
+
+
+def quantize(
+    source: Path,
+    target: Path,
+    images: Sequence[Tensor],
+    *,
+    in_float: Sequence[str] = (),
+    lengths: Mapping[str, int] | None = None,
+    check: Callable[[], object] = lambda: None,
+) -> None:
+    """Write `source`, an OpenVINO file in float32, as `target` with weights and activations of eight bits.
+
+    `images` (1, C, H, W) tell the ranges of activations. Nodes of the names `in_float`, and all that ranks windows,
+    stay as they are. `lengths` are those of further inputs. `check` is called before each image, and may raise. Raises
+    ConfigError (packages, no images), MeasurementError if NNCF fails or puts eight bits into the ranking.
+    """
+    import openvino
+
+    model = _quantized(source, images, in_float, check, lengths or {}, compress=True)
+    openvino.save_model(model, target, compress_to_fp16=False)
+    keep_ranking_exact(target)
+
+
+def _quantized(
+    source: Path,
+    images: Sequence[Tensor],
+    in_float: Sequence[str],
+    check: Callable[[], object],
+    lengths: Mapping[str, int],
+    *,
+    compress: bool,
+) -> Any:
+    """The quantised model; without `compress` its weights are float32 before their quantisers."""
+    nncf = load_nncf()
+    import openvino
+
+    if not images:
+        raise ConfigError("export.precision int8", "there is no image to calibrate on", "Add images to the data.")
+    model = openvino.Core().read_model(source)
+    ignored = [*(node.get_friendly_name() for node in ranking_nodes(model)), *behind_means(model), *in_float]
+
+    try:
+        with quiet():
+            found = nncf.quantize(
+                model,
+                nncf.Dataset(_Supply(images, check, lengths)),
+                model_type=nncf.ModelType.TRANSFORMER,
+                preset=nncf.QuantizationPreset.MIXED,
+                subset_size=len(images),
+                ignored_scope=nncf.IgnoredScope(names=ignored, validate=False),
+                advanced_parameters=nncf.AdvancedQuantizationParameters(backend_params={"compress_weights": compress}),
+            )
+    except Exception as error:
+        pass_on(error)
+        got = f"NNCF cannot quantise it ({in_one_line(error)})"
+        raise MeasurementError(source.name, got, "Export in fp32 or bf16, and report it with your versions.") from error
+    ranking = list(ranking_nodes(found))
+    entering = [value.get_node() for node in ranking for value in node.input_values()]
+    rounded = {n.get_friendly_name() for n in (*ranking, *entering) if n.get_type_name() == "FakeQuantize"}
+    if rounded:
+        got = f"eight bits in the ranking of windows: {', '.join(sorted(rounded))}"
+        raise MeasurementError(source.name, got, "Export in fp32 or bf16, and report it with your versions.")
+    return found
+
+
+def behind_means(model: Any) -> list[str]:
+    """Names of the matrices that take a mean over positions: the classifier behind average pooling.
+
+    They stay in float. OpenVINO 2026.4 on a CPU is silently wrong there, by a third and more: NNCF puts a scale of each
+    channel between mean and matrix, and the fused mean takes it for one of another axis (a test holds that). They are
+    one row an image, so that nothing is lost.
+    """
+    found = []
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul":
+            continue
+        before = node.input_value(0).get_node()
+        while before.get_type_name() in _PASSING:
+            before = before.input_value(0).get_node()
+        if before.get_type_name().startswith("Reduce"):
+            found.append(node.get_friendly_name())
+    return found
+
+
+class _Supply:
+    """Images as NNCF reads them, several times; each asks first whether to stop."""
+
+    def __init__(self, images: Sequence[Tensor], check: Callable[[], object], lengths: Mapping[str, int]) -> None:
+        self.images, self.check = images, check
+        self.others = {name: np.zeros(length, np.uint8) for name, length in lengths.items()}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        self.check()
+        image = self.images[index].numpy()
+        return {INPUT: image, **self.others} if self.others else image
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))
+
+
+def layer_errors(
+    source: Path,
+    images: Sequence[Tensor],
+    calibration: Sequence[Tensor],
+    *,
+    threads: int | None = None,
+    check: Callable[[], object] = lambda: None,
+) -> Iterator[LayerError]:
+    """The error of the outputs of `source` on `images` if one layer alone has eight bits, for each layer.
+
+    One quantised model is made; all its quantisers but those of one layer are taken out, and that is run against the
+    float model. Errors of single layers are small and add up: the sum of all is close to what the whole loses.
+    """
+    import openvino
+
+    model = _quantized(source, calibration, (), check, {}, compress=False)
+    reference = _outputs(openvino.Core().read_model(source), images, threads)
+    for name, quantisers in quantised_layers(model).items():
+        check()
+        alone = model.clone()
+        for node in alone.get_ordered_ops():
+            if node.get_type_name() == "FakeQuantize" and node.get_friendly_name() not in quantisers:
+                node.output(0).replace(node.input_value(0))
+        error = size = 0.0
+        for ours, theirs in zip(_outputs(alone, images, threads), reference, strict=True):
+            error += float((ours - theirs).square().sum())
+            size += float(theirs.square().sum())
+        yield LayerError(name, error / max(size, torch.finfo(torch.float32).tiny))
+
+
+def _outputs(model: Any, images: Sequence[Tensor], threads: int | None) -> list[Tensor]:
+    run = compiled(model, "fp32", threads or torch.get_num_threads())
+    return [output.double() for image in images for output in run(image)]
+
+
+def quantised_layers(model: Any) -> Mapping[str, frozenset[str]]:
+    """Names of the nodes that compute in eight bits, each with the names of its `FakeQuantize` nodes."""
+    layers: dict[str, set[str]] = {}
+    for node in model.get_ordered_ops():
+        if node.get_type_name() in ("FakeQuantize", "ShapeOf", *_PASSING):
+            continue
+        waiting = [value.get_node() for value in node.input_values()]
+        while waiting:
+            before = waiting.pop()
+            if before.get_type_name() == "FakeQuantize":
+                layers.setdefault(node.get_friendly_name(), set()).add(before.get_friendly_name())
+            elif before.get_type_name() in _PASSING:
+                waiting += [value.get_node() for value in before.input_values()]
+    return {name: frozenset(quantisers) for name, quantisers in layers.items()}
