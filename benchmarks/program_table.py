@@ -31,15 +31,13 @@ from sparsevit_cli.exporting.openvino_ir import save_openvino
 from sparsevit_cli.exporting.programs import save_onnx, trace
 from sparsevit_cli.exporting.quantization import quantize
 from sparsevit_cli.profiling.device import describe_versions, device_identity
-from sparsevit_cli.profiling.inputs import evaluating
 from sparsevit_cli.profiling.latency import measure_interleaved
-from sparsevit_cli.profiling.latency_table import kept_windows
+from sparsevit_cli.profiling.latency_table import program_design
 from sparsevit_cli.profiling.program_table import measure_program_table, measure_programs
 from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.runtimes import RUNTIMES
-from sparsevit_cli.search.table_design import TableDesign
-from sparsevit_cli.sparsity import MAX_TENTHS, SearchSpace, SparsityConfig
-from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparsify_
+from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
+from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
 
 
 class Steps:
@@ -65,6 +63,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), default="fp32")
     parser.add_argument("--configs", type=int, default=50, help="random configurations")
     parser.add_argument("--fixed", type=int, default=5, help="of these, also exported at their ratios")
+    parser.add_argument("--own-dense", action="store_true", help="measure every stage dense: more programs to make")
     parser.add_argument("--rounds", type=int, default=6, help="of the table")
     parser.add_argument("--check-rounds", type=int, default=10, help="of the random configurations")
     parser.add_argument("--max-spread", type=float, default=0.10)
@@ -72,9 +71,8 @@ def main() -> None:
     steps, runtime = Steps(), RUNTIMES[args.runtime]
     model = sparsify_(timm.create_model(args.model, img_size=args.img_size).eval())
     workload = image_workload(model, args.img_size)
-    with evaluating(model):
-        kept = kept_windows(workload, MAX_TENTHS)
-    design = TableDesign(tuple(map(tuple, kept)), get_sparsity(model).pairs)
+    design = program_design(workload, own_dense=args.own_dense)
+    kept = design.kept
     space, rng = SearchSpace(model_depths(model)), Random(0)
     activations = "fp32" if args.precision == "fp32" else runtime.activations()[-1]
     with tempfile.TemporaryDirectory() as name:

@@ -29,7 +29,9 @@ from tiny import tiny_swin
 
 WINDOWS, PAIRS = (16, 4, 9, 1), (1, 1, 3, 1)
 SPACE = SearchSpace((2, 2, 6, 2))
-DESIGN = TableDesign(tuple(tuple(num_keep(count, t) for t in range(9)) for count in WINDOWS), PAIRS)
+MOVED = (4.0, 2.0, 1.0, 0.5)
+KEPT = tuple(tuple(num_keep(count, t) for t in range(9)) for count in WINDOWS)
+DESIGN, COMPACT = TableDesign(KEPT, PAIRS, MOVED, own_dense=True), TableDesign(KEPT, PAIRS, MOVED)
 SCORING_MS, MOVES_MS, WINDOW_MS, REST_MS = (1.0, 0.8, 0.6, 0.4), 0.5, (0.1, 0.3, 1.2, 4.0), 7.0
 
 
@@ -74,6 +76,37 @@ def test_a_table_of_whole_programs_predicts_additive_costs_exactly() -> None:
     assert len(set(table.pair_ms[1][0])) == 4, "ratios that keep equally many windows share one entry"
     assert len(set(table.pair_ms[3][0])) == 1, "a single window is always computed"
     assert table.identity == {"runtime": "made up"}
+
+
+def test_a_table_of_two_patterns_shares_out_what_dense_stages_save() -> None:
+    """Where moves cost by their bytes, the dense program tells them of all stages at once."""
+
+    def moving_ms(config: SparsityConfig) -> float:
+        stages = enumerate(zip(config.tenths, WINDOWS, strict=True))
+        kept = [(stage, num_keep(count, tenths), count) for stage, (pairs, count) in stages for tenths in pairs]
+        return REST_MS + sum(WINDOW_MS[s] * number + 0.1 * MOVED[s] * (number < count) for s, number, count in kept)
+
+    configs = COMPACT.configs()
+    assert len(configs) == 2 + 7 + 2 + 7, "one window has no ratio, four windows have four counts"
+    sparse = [[min(stage) > 0 for stage in config.tenths] for config in configs]
+    assert sum(not all(stages) for stages in sparse) == 1, "dense alone is of another pattern"
+    table = COMPACT.table({config: moving_ms(config) for config in configs}, {})
+    for config in [SPACE.dense, SPACE.sparsest, *(SPACE.sample(Random(n)) for n in range(40))]:
+        assert table.predict(config) == pytest.approx(moving_ms(config), rel=1e-6)
+
+
+def test_a_stage_of_two_counts_is_measured_dense() -> None:
+    """One pruned ratio makes no line to prolong."""
+    kept = tuple(tuple(num_keep(count, t) for t in range(9)) for count in (16, 2))
+    design = TableDesign(kept, (1, 1), (2.0, 1.0))
+    dense_second = SparsityConfig(((8,), (0,)))
+    assert dense_second in design.configs()
+
+    def ms(config: SparsityConfig) -> float:
+        return 5 + sum(num_keep(count, tenths) for count, (tenths,) in zip((16, 2), config.tenths, strict=True))
+
+    table = design.table({config: ms(config) for config in design.configs()}, {})
+    assert all(table.predict(c) == pytest.approx(ms(c)) for c in SearchSpace((2, 2)))
 
 
 def test_programs_are_measured_a_few_at_a_time_beside_the_first() -> None:
@@ -197,16 +230,16 @@ def test_one_quantisation_serves_all_ratios_of_a_pattern(
 
 
 def test_pt2_programs_take_lengths_too(tmp_path: Path) -> None:
-    class Rows(nn.Module):
+    class Times(nn.Module):
         def forward(self, images: Tensor, keep: Tensor) -> Tensor:
-            return images[:, :, : keep.shape[0]]
+            return images * keep.shape[0]
 
     images, path = torch.rand(1, 3, 8, 8), tmp_path / "program.pt2"
     given = (images, torch.zeros(4, dtype=torch.uint8))
-    rows = torch.export.Dim("keep", min=1, max=8)
-    torch.export.save(torch.export.export(Rows(), given, dynamic_shapes=(None, {0: rows})), path)
+    length = torch.export.Dim("keep", min=1, max=8)
+    torch.export.save(torch.export.export(Times(), given, dynamic_shapes=(None, {0: length})), path)
     (found,) = RUNTIMES["torch"].load(path, lengths={"keep": 5}).run(images)
-    assert torch.equal(found, images[:, :, :5])
+    assert torch.equal(found, 5 * images)
 
 
 def test_lengths_are_of_pairs_that_skip_windows() -> None:

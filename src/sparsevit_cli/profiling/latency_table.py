@@ -15,9 +15,11 @@ from random import Random
 from statistics import fmean, median
 
 import torch
+from torch import nn
 
 from sparsevit_cli import kernels
 from sparsevit_cli.search.latency_table import LatencyTable
+from sparsevit_cli.search.table_design import TableDesign
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_stages
 from sparsevit_cli.swin.geometry import images_seen, map_sizes, stage_channels, uses_fused_attention, window_sizes
@@ -91,7 +93,7 @@ def measure_latency_table(
                 )
         except Disturbed as neighbour:
             raise unsteady("latency table", str(neighbour)) from None
-        kept = kept_windows(workload, max_tenths)
+        kept = _kept_windows(model, _maps(workload), max_tenths)
     return _scaled_to_whole(_table(taken, uniform, kept, table_identity(workload)), taken, uniform)
 
 
@@ -263,14 +265,28 @@ def _scaled_to_whole(table: LatencyTable, taken: Sequence[_Round], uniform: list
     )
 
 
-def kept_windows(workload: Workload, max_tenths: int) -> list[list[int]]:
-    """Windows computed per stage at 0 ... `max_tenths` tenths, on the maps of the first images that enter the Swin."""
+def program_design(workload: Workload, max_tenths: int = MAX_TENTHS, *, own_dense: bool = False) -> TableDesign:
+    """Which programs of a workload's model make a table, for ratios of 0 to `max_tenths` tenths."""
     model = workload.model
-    with images_seen(model) as seen:
+    with evaluating(model):
+        maps = _maps(workload)
+    kept = _kept_windows(model, maps, max_tenths)
+    moved = [h * w * channels for (h, w), channels in zip(maps, stage_channels(model), strict=True)]
+    return TableDesign(tuple(map(tuple, kept)), get_sparsity(model).pairs, tuple(map(float, moved)), own_dense)
+
+
+def _maps(workload: Workload) -> tuple[tuple[int, int], ...]:
+    """Height and width of every stage's map, of the first images that enter the Swin."""
+    with images_seen(workload.model) as seen:
         workload.run()
     _, _, *image = seen[0]
+    return map_sizes(workload.model, image)
+
+
+def _kept_windows(model: nn.Module, maps: Sequence[tuple[int, int]], max_tenths: int) -> list[list[int]]:
+    """Windows computed per stage at 0 ... `max_tenths` tenths, on maps of these sizes."""
     counts = []
-    for (height, width), window in zip(map_sizes(model, image), window_sizes(model), strict=True):
+    for (height, width), window in zip(maps, window_sizes(model), strict=True):
         rows, cols = window_grid(height, width, window)
         counts.append([num_keep(rows * cols, t) for t in range(max_tenths + 1)])
     return counts

@@ -17,12 +17,12 @@ from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.exporting import UntraceableError
 from sparsevit_cli.exporting.adjustable import AdjustablePrograms
 from sparsevit_cli.exporting.precision import resolved_activations
-from sparsevit_cli.profiling.inputs import TORCH_DTYPE, evaluating
+from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.profiling.latency_table import (
-    kept_windows,
     measure_configs,
     measure_latency_table,
+    program_design,
     program_identity,
     table_identity,
 )
@@ -33,7 +33,7 @@ from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.search.table_design import TableDesign
 from sparsevit_cli.sizes import Size
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
-from sparsevit_cli.swin import get_sparsity, sparse_stages
+from sparsevit_cli.swin import sparse_stages
 
 from .session import Session
 
@@ -118,9 +118,7 @@ class ProgramSource:
 
     @cached_property
     def _design(self) -> TableDesign:
-        with evaluating(self.workload.model):
-            kept = kept_windows(self.workload, MAX_TENTHS)
-        return TableDesign(tuple(map(tuple, kept)), get_sparsity(self.workload.model).pairs)
+        return program_design(self.workload)
 
     @cached_property
     def _programs(self) -> AdjustablePrograms:
