@@ -33,6 +33,7 @@ from sparsevit_cli.exporting.quantization import quantize
 from sparsevit_cli.profiling.device import describe_versions, device_identity
 from sparsevit_cli.profiling.latency import measure_interleaved
 from sparsevit_cli.profiling.latency_table import program_design
+from sparsevit_cli.profiling.neighbours import UNWATCHED, Patience
 from sparsevit_cli.profiling.program_table import measure_program_table, measure_programs
 from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.runtimes import RUNTIMES
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--own-dense", action="store_true", help="measure every stage dense: more programs to make")
     parser.add_argument("--rounds", type=int, default=6, help="of the table")
     parser.add_argument("--check-rounds", type=int, default=10, help="of the random configurations")
+    parser.add_argument("--unwatched", action="store_true", help="a trial: beside other work, numbers mean nothing")
     parser.add_argument("--max-spread", type=float, default=0.10)
     args = parser.parse_args()
     steps, runtime = Steps(), RUNTIMES[args.runtime]
@@ -93,7 +95,7 @@ def main() -> None:
                 program = programs.load(config)
             return lambda: program.run(programs.images)
 
-        settings = {"seconds": 0.01, "max_spread": args.max_spread}
+        settings = {"seconds": 0.01, "max_spread": args.max_spread, **_patience(args)}
         with steps.step("table"):
             table = measure_program_table(load, design, {}, rounds=args.rounds, **settings)
             corners = [space.dense, space.middle, space.sparsest]
@@ -138,6 +140,10 @@ def main() -> None:
     print(json.dumps(document, indent=1))
 
 
+def _patience(args: argparse.Namespace) -> dict[str, Patience]:
+    return {"patience": UNWATCHED} if args.unwatched else {}
+
+
 def _fixed(
     args: argparse.Namespace,
     model: torch.nn.Module,
@@ -164,6 +170,7 @@ def _fixed(
     found = measure_interleaved(
         {"fixed": lambda: program.run(images), "bound": load(config)},
         device=torch.device("cpu"), seconds=0.01, rounds=args.check_rounds, strict=False, max_spread=args.max_spread,
+        **_patience(args),
     )  # fmt: skip
     ratio = 1 / found["bound"].speedup
     return {"ratios": str(config), "bound over fixed": ratio, "stable": found["bound"].stable}

@@ -124,7 +124,7 @@ class AdjustablePrograms:
         images: Tensor,
         windows: Sequence[int],
         runtime: Runtime,
-        folder: Path,
+        folder: Path | str,
         *,
         activations: Activations = "fp32",
         opset: int = 20,
@@ -133,7 +133,7 @@ class AdjustablePrograms:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.images, self.counts = images.float().cpu(), Counts(tuple(windows))
-        self.runtime, self.folder, self.activations, self.opset = runtime, folder, activations, opset
+        self.runtime, self.folder, self.activations, self.opset = runtime, Path(folder), activations, opset
         self.eight_bits, self.before_step, self.say = eight_bits, before_step, say
         if eight_bits:
             check_installed()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -126,7 +125,7 @@ class ProgramSource:
         try:
             return AdjustablePrograms(
                 self.workload.model, self.workload.inputs, [kept[0] for kept in self._design.kept], self.runtime,
-                Path(folder), activations=self.activations, opset=self.session.config.export.opset,
+                folder, activations=self.activations, opset=self.session.config.export.opset,
                 eight_bits=self.section.precision == "int8",
                 before_step=check(self.session), say=lambda line: self.session.reporter.say(f"search: {line}"),
             )  # fmt: skip
