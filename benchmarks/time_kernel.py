@@ -78,8 +78,8 @@ def arranged(given: Any) -> tuple[Callable[[Any], Tensor], Callable[[Any], bool]
         return lambda engine: engine.embed_patches(images, embedding), lambda engine: engine.takes(images, embedding)
 
     shifts = ((0, 0),) if given.unshifted else ((0, 0), (side // 2, side // 2))
-    partitions = [(height, width, (side, side), shift, torch.device(given.device)) for shift in shifts]
-    indices = [windows.window_token_index(*partition) for partition in partitions]
+    partitions, device = [(height, width, (side, side), shift) for shift in shifts], torch.device(given.device)
+    indices = [windows.window_token_index(*partition, "roll_first", device) for partition in partitions]
     count = max(1, round(given.keep * len(indices[0])))
     if given.part == "score_and_rank":
         scored = lambda engine: engine.score_and_rank(x, indices, count, "mean_abs_l2")[-1].indices  # noqa: E731
@@ -94,7 +94,7 @@ def arranged(given: Any) -> tuple[Callable[[Any], Tensor], Callable[[Any], bool]
     )  # fmt: skip
     bias, bias_class = torch.randn(1, heads, side**2, side**2, **kind), None
     if not given.unshifted:
-        masks, class_of = windows.shift_mask(*partitions[-1])
+        masks, class_of = windows.shift_mask(*partitions[-1], device)
         bias, bias_class = bias + masks[:, None].to(bias), class_of[kept.indices.flatten()]
     padded = windows.has_padding(height, width, (side, side))
     tokens, rows = x.flatten(0, 2), kept.rows.flatten(0, 1)

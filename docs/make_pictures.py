@@ -36,7 +36,7 @@ def draw_dropped_window() -> None:
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
     tokens = 0.12 + 0.1 * torch.rand(SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     tokens += torch.exp(-(((y - 6) / 3.4) ** 2 + ((x - 8) / 3.0) ** 2)) + 0.5 * (((x - y) % SIDE == 5) & (y > 9))
-    index = windows.window_token_index(SIDE, SIDE, (WINDOW, WINDOW), (0, 0), torch.device("cpu"))
+    index = windows.window_token_index(SIDE, SIDE, (WINDOW, WINDOW), (0, 0), "roll_first", torch.device("cpu"))
     count = windows.num_keep(len(index), TENTHS)
     scores = windows.window_scores(tokens.flatten()[None], index)
     kept, grid = windows.rank_windows(scores, count)[0].tolist(), SIDE // WINDOW

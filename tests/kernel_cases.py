@@ -44,7 +44,7 @@ def case(
     """A map's rows, rows of every other window in random order, bias, and mask classes."""
     height, width = size
     window, shift = (side, side), (side // 2, side // 2) if shifted else (0, 0)
-    index = windows.window_token_index(height, width, window, shift, torch.device(DEVICE))
+    index = windows.window_token_index(height, width, window, shift, "roll_first", torch.device(DEVICE))
     keep = torch.stack([torch.randperm(len(index), device=DEVICE)[: (len(index) + 1) // 2] for _ in range(batch)])
     rows = windows.flat_rows(index, keep, height * width, scratch_row=windows.has_padding(height, width, window))
     bias = random(1, heads, side**2, side**2)

@@ -154,6 +154,16 @@ def test_nothing_unsafe_is_called() -> None:
                 assert called != "torch.load" or keywords.get("weights_only") == "True", path
 
 
+def test_openvino_and_nncf_are_imported_in_one_place() -> None:
+    """Imported as usual, both report it to their makers (`runtimes.openvino.load_openvino`)."""
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = {node.module or ""} if isinstance(node, ast.ImportFrom) and not node.level else set()
+            named |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            found = {name.partition(".")[0] for name in named} & {"openvino", "nncf", "openvino_telemetry"}
+            assert not found, f"{path}:{node.lineno} imports {found}"  # type: ignore[attr-defined]
+
+
 CATCH_ALLS = {("cli", "_reported"), ("cli", "main"), ("reporting", "optional_output")}
 """Functions that may hold any exception: the last resort, and output beside a result. Both let signals pass."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import math
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,7 @@ from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.data.loader import train_batches
 from sparsevit_cli.data.shrunk import Scale
 from sparsevit_cli.errors import ConfigError, DataError
+from sparsevit_cli.tasks.instances.coco import read_coco
 from sparsevit_cli.tasks.instances.data import build_data
 from sparsevit_cli.tasks.instances.masks import Polygons, mask_api, pasted, run_lengths, unpacked
 from sparsevit_cli.tasks.instances.model import MASK_SHIFT
@@ -41,7 +44,7 @@ from sparsevit_cli.tasks.instances.placing import (
     stretched,
 )
 from sparsevit_cli.tasks.instances.scorer import AveragePrecision, on_image
-from sparsevit_cli.tasks.instances.truth import Instance, Truth
+from sparsevit_cli.tasks.instances.truth import Instance, Truth, Truths
 
 SIZE = (64, 96)
 
@@ -74,6 +77,59 @@ def test_a_tree_is_read_as_it_is(tree: Path) -> None:
     assert target["masks"].shape == (2, *SIZE)
     truth = found.val[0][1]["truth"]
     assert [instance.crowd for instance in truth.instances] == [False, False, True]
+
+
+def flat(truth: Truth) -> Any:
+    """All values of a truth, to be compared."""
+    return truth.image_id, truth.size, [
+        (each.label, each.box, each.area, each.crowd, each.shape and each.shape.coco(truth.size))
+        for each in truth.instances
+    ]  # fmt: skip
+
+
+def test_truths_in_arrays_are_those_that_were_put_in() -> None:
+    runs = run_lengths(np.eye(6, 8, dtype=bool))
+    outlines = (np.array([0.1, 0.2, 5, 0.3, 5, 4.25]), np.array([1.0, 1, 2, 1, 2, 2, 1, 2]))
+    truths = [
+        Truth(9, (6, 8), ()),
+        Truth(-(2**40), (6, 8), (Instance(3, (0.1, 0.2, 5.0, 4.0), 7.5, Polygons(outlines)),
+                                 Instance(1, (0.0, 0.0, 8.0, 6.0), 6.0, runs, crowd=True))),
+        Truth(5, (60_000, 8), (Instance(0, (1.0, 1.0, 2.0, 2.0), 4.0), Instance(2, (1.0, 1.0, 2.0, 3.0), 2.0, runs),
+                               Instance(0, (1.0, 1.0, 2.0, 2.0), 4.0, Polygons(outlines[1:])))),
+        Truth(4, (6, 8), ()),
+    ]  # fmt: skip
+    packed = Truths(truths)
+    assert [flat(truth) for truth in packed] == [flat(truth) for truth in truths]
+    assert flat(packed[-2]) == flat(truths[-2])
+    assert [flat(truth) for truth in packed[1:3]] == [flat(truth) for truth in truths[1:3]]
+    assert packed.objects().tolist() == [0, 2, 3, 0]
+    assert packed.learned().tolist() == [0, 1, 3, 0]
+    assert packed.size(2) == (60_000, 8)
+    assert flat(pickle.loads(pickle.dumps(packed))[1]) == flat(truths[1])  # as to a loader process that is spawned
+    (huge,) = Truths([Truth(10**30, (6, 8), ())])
+    assert huge.image_id == 10**30
+    assert list(Truths([])) == []
+
+
+def test_an_annotation_is_no_object_of_python(tmp_path: Path) -> None:
+    """Loader processes copied each page with one: counting references writes into it."""
+    document = json.loads((coco_tree(tmp_path) / "annotations" / "instances_train2017.json").read_text())
+    polygons = [row for row in document["annotations"] if isinstance(row["segmentation"], list)]
+    document["annotations"] = [{**polygons[n % 2], "id": n} for n in range(3000)]
+    file = tmp_path / "annotations" / "many.json"
+    file.write_text(json.dumps(document))
+    split = read_coco(file, tmp_path / "train2017", "train", masks=True, max_megapixels=10)
+    truths = split.images.truths
+    assert truths.objects().sum() == 3000
+    reached, waiting = set[int](), [truths]
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in reached and not isinstance(one, type):
+            reached.add(id(one))
+            waiting += gc.get_referents(one)
+    assert len(reached) < 200
+    points, of_all_else = 8 * 8, 4 + 4 * 8 + 8 + 1 + 4 + 4 + 4
+    assert len(pickle.dumps(truths)) < 3000 * (points + of_all_else) + 5000
 
 
 def test_search_images_do_not_depend_on_the_seed_and_fingerprints_on_what_is_learned(

@@ -500,7 +500,7 @@ def test_evaluation_never_leaves_an_image_out(tree, workers):
 
 def test_empty_validation_file_is_found_before_training(tree):
     (tree / "val/dog/002.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"1 unreadable: val/dog/002.png \(empty file\)"):
+    with pytest.raises(DataError, match=r"1 unreadable: val/dog/002.png \(is an empty file\)"):
         build(tree)
 
 

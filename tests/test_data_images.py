@@ -1,6 +1,7 @@
 """Decoding: every kind of file becomes upright RGB or UnreadableImageError, nothing else."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparsevit_cli.data.images import UnreadableImageError, decode_image, is_system_name
+from sparsevit_cli.data.files import NOT_A_FILE, file_bytes, file_fault, file_status
+from sparsevit_cli.data.images import UnreadableImageError, decode_image, is_system_name, upright_size
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
@@ -145,8 +147,11 @@ def test_exif_orientation_is_applied(image_format):
     lying.paste(RED, (0, 0, 16, 16))  # the left half; orientation 6 says: turn right by a quarter
     exif = Image.Exif()
     exif[0x0112] = 6
-    upright = decode(encoded(lying, image_format, exif=exif))
+    data = encoded(lying, image_format, exif=exif)
+    upright = decode(data)
     assert upright.size == (16, 32)
+    assert upright_size(io.BytesIO(data), "cat.jpg", 1.0) == (32, 16), "height and width, from the header"
+    assert upright_size(io.BytesIO(encoded(lying, image_format)), "cat.jpg", 1.0) == (16, 32)
     top, bottom = np.asarray(upright)[4, 8].astype(int), np.asarray(upright)[28, 8].astype(int)
     assert abs(top - RED).max() < 10
     assert abs(bottom - BLACK).max() < 10
@@ -173,6 +178,23 @@ def test_unreadable(data, reason):
         decode(data)
     assert caught.value.what == "cat.jpg"
     assert caught.value.exit_code == 3
+    if reason == "not an image":
+        with pytest.raises(UnreadableImageError, match=reason):
+            upright_size(io.BytesIO(data), "cat.jpg", 1.0)
+
+
+def test_what_a_listing_tells_of_a_file(tmp_path):
+    (tmp_path / "image").write_bytes(b"1234")
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("image")
+    (tmp_path / "broken").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    sizes = {"image": 4, "link": 4, "empty": 0} | dict.fromkeys(
+        ["folder", "broken", "pipe", "nowhere", "no\0name", "image/inside"], NOT_A_FILE
+    )
+    assert {name: file_bytes(file_status(tmp_path / name)) for name in sizes} == sizes
+    assert {file_fault(size) for size in sizes.values()} == {None, "is an empty file", "cannot be opened as a file"}
 
 
 TEXT_BOMB = b"k\0\0" + zlib.compress(bytes(100_000_000), 9)

@@ -68,7 +68,7 @@ def test_evaluation_replaces_no_image(tmp_path, dataset):
     with pytest.raises(DataError, match=r"dog/002.png \(.*truncated"):
         list(eval_batches(build(tree, dataset).val, 5))
     (tree / "val/dog/002.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"1 unreadable: dog/002.png \(empty file\)"):
+    with pytest.raises(DataError, match=r"1 unreadable: dog/002.png \(is an empty file\)"):
         build(tree, dataset)
 
 

@@ -42,7 +42,7 @@ from sparsevit_cli.workflows.session import Session
 SWIN: dict[str, Any] = {
     "img_size": 64, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4, "drop_path_rate": 0.1,
 }  # fmt: skip
-LOOP: dict[str, Any] = {"epochs": 3, "batch_size": 2, "eval_every": 1, "save_every": 1}
+LOOP: dict[str, Any] = {"epochs": 2, "batch_size": 2, "eval_every": 1, "save_every": 1}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import test_instances
 import test_semantic
 from coco_tree import coco_tree
+from dense_models import Dense
 from segmentation_trees import cityscapes_tree
 from sparsevit_cli.atomic import sha256_file
 from sparsevit_cli.checkpoints import save_checkpoint
@@ -26,6 +29,8 @@ from sparsevit_cli.cli import app
 from sparsevit_cli.config.experiment import ExperimentConfig
 from sparsevit_cli.config.tasks import type_of
 from sparsevit_cli.config.yaml_loader import Document
+from sparsevit_cli.data import Categories
+from sparsevit_cli.data.loader import eval_batches
 from sparsevit_cli.errors import (
     CheckpointError,
     ConfigError,
@@ -42,6 +47,7 @@ from sparsevit_cli.workflows.evaluate import PREDICTIONS, EvaluateSummary, evalu
 from sparsevit_cli.workflows.export import export_winner
 from sparsevit_cli.workflows.session import Session
 from test_exporting import needs_onnx
+from test_exporting_dense import session_of as dense_session
 from test_runtimes import needs_openvino
 from tiny import shaken_, tiny_config
 
@@ -77,10 +83,7 @@ def both(
 
 
 def with_xml(folder: Path) -> None:
-    """Add OpenVINO's own file to a folder with an ONNX file."""
-    import openvino
-
-    openvino.save_model(openvino.convert_model(folder / "model.onnx"), folder / "model.xml", compress_to_fp16=False)
+    """Let the manifest list OpenVINO's own file, which lies in the folder."""
     changed(folder, lambda manifest: manifest["files"].update(
         {name: {"sha256": sha256_file(folder / name)} for name in ("model.xml", "model.bin")}
     ))  # fmt: skip
@@ -104,6 +107,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EvaluateSu
     export_winner(session, weights=weights, ratios=RATIOS)
     eager = evaluate_checkpoint(session, weights=weights, ratios=RATIOS)
     session.locks.close()
+    if RUNTIMES["openvino"].is_installed():
+        import openvino
+
+        folder = runs / "tiny" / "export"
+        openvino.save_model(openvino.convert_model(folder / "model.onnx"), folder / "model.xml", compress_to_fp16=False)
     return runs, eager
 
 
@@ -189,7 +197,10 @@ def test_the_file_is_named_by_its_folder_or_by_itself(
 def test_precision_and_activations_are_the_manifests(
     exported: tuple[Path, EvaluateSummary], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed(runs / "tiny" / "export", lambda manifest: manifest.update(precision="bf16", activations="bf16"))
+    """They are of OpenVINO's own file; all others are in float32."""
+    folder = runs / "tiny" / "export"
+    with_xml(folder)
+    changed(folder, lambda manifest: manifest.update(precision="bf16", activations="bf16"))
     if "bf16" in RUNTIMES["openvino"].activations():
         found = evaluate(digits(runs), runtime="openvino")
         assert found.runtime is not None
@@ -197,34 +208,36 @@ def test_precision_and_activations_are_the_manifests(
         loss, wanted = found.score.values["loss"], exported[1].score.values["loss"]
         assert loss != wanted
         assert loss == pytest.approx(wanted, rel=0.05)
+    in_float = evaluate(digits(runs), runtime="openvino", weights=str(folder / "model.onnx"))
+    assert in_float.runtime is not None
+    assert in_float.runtime.precision == "fp32"
+    assert in_float.score.values["loss"] == pytest.approx(exported[1].score.values["loss"], rel=1e-4)
     monkeypatch.setattr(type(RUNTIMES["openvino"]), "activations", lambda self: ("fp32",))
-    before = written(runs)
-    with pytest.raises(ConfigError, match="bf16: openvino on this CPU computes in fp32"):
-        evaluate(digits(runs), runtime="openvino")
-    with pytest.raises(ConfigError, match="bf16: onnxruntime on this CPU"):
-        evaluate(digits(runs), runtime="onnxruntime")
-    assert written(runs) == before
+    refuse(runs, ConfigError, "bf16: openvino on this CPU computes in fp32", runtime="openvino")
 
 
-def config_of(tiny: Mapping[str, Any], folder: Path, scope: str, data: Mapping[str, Any], **model: Any) -> Any:
-    """A configuration like `tiny`, with other data if they name a source."""
+def config_of(
+    tiny: Mapping[str, Any], folder: Path, scope: str, kind: str, data: Mapping[str, Any], **model: Any
+) -> Any:
+    """A configuration like `tiny`, with other data if they name a source, and an export of one format."""
     sections = {
         "output": str(folder),
         "model": {**tiny["model"], **model},
         "data": {"eval_batch_size": 4, **data} if "source" in data else tiny["data"],
-        "export": {"formats": ["onnx"], "latency": False, "scope": scope},
+        "export": {"formats": [kind], "latency": False, "scope": scope},
     }
     document = {**tiny, **sections}
     return type_of(Document(document, {})).model_validate_json(json.dumps(document))
 
 
 def semantic(folder: Path, scope: str = "model", *, model: Mapping[str, Any] = {}, **data: Any) -> ExperimentConfig:
-    return config_of(test_semantic.TINY, folder, scope, data, **model)  # type: ignore[no-any-return]
+    data = {**data, "source": "cityscapes"} if "root" in data else data
+    return config_of(test_semantic.TINY, folder, scope, "pt2", data, **model)  # type: ignore[no-any-return]
 
 
 def instances(folder: Path, scope: str, **data: Any) -> ExperimentConfig:
-    data = {"source": "coco", "search_fraction": 0.2, **data}
-    return config_of(test_instances.TINY, folder, scope, data)  # type: ignore[no-any-return]
+    data = {**data, "source": "coco", "search_fraction": 0.2}
+    return config_of(test_instances.TINY, folder, scope, "onnx" if scope == "model" else "pt2", data)  # type: ignore[no-any-return]
 
 
 def agree(found: Mapping[str, float], wanted: Mapping[str, float], points: float) -> None:
@@ -233,39 +246,111 @@ def agree(found: Mapping[str, float], wanted: Mapping[str, float], points: float
     assert {name: value for name, value in found.items() if abs(value - wanted[name]) > points} == {}
 
 
+class Part(nn.Module):
+    """What stands for an exported file: a copy of a module, which counts its runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.runs = copy.deepcopy(module), 0
+
+    def forward(self, images: Tensor) -> Any:
+        assert images.ndim == 4
+        self.runs += 1
+        return self.module(images)
+
+
+def tree_of(tmp_path: Path, task: str) -> str:
+    return str((coco_tree if task == "instances" else cityscapes_tree)(tmp_path / "tree"))
+
+
+TRANSFORMERS = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("transformers", "scipy")),
+    reason="needs sparsevit-cli[segment]",
+)
+
+
 @pytest.mark.parametrize("scope", ["model", "features"])
-def test_a_segmenter_and_its_backbone_and_neck(scope: str, tmp_path: Path) -> None:
-    eager, found, _ = both(semantic(tmp_path, scope), tmp_path, "onnxruntime")
-    assert found.runtime is not None
-    assert found.runtime.file.endswith(f"{scope}.onnx")
-    agree(found.score.values, eager.score.values, 0.05)
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("semantic", {}),
+        ("semantic", {"evaluation": "sliding"}),
+        pytest.param("semantic", {"model": {**test_semantic.MASK2FORMER, "img_size": 64}}, marks=TRANSFORMERS),
+        ("instances", {}),
+        ("instances", {"letterbox": True}),
+    ],
+    ids=["whole images", "sliding windows", "Mask2Former", "detector", "padded images"],
+)
+def test_what_a_file_computes_takes_its_place_in_the_model(
+    task: str, options: Mapping[str, Any], scope: str, tmp_path: Path
+) -> None:
+    """The part that is replaced has no weights any more, and outputs are as they were."""
+    make = instances if task == "instances" else semantic
+    session = session_of(make(tmp_path, scope, root=tree_of(tmp_path, task), **options))
+    data = session.data()
+    model = session.model(data.categories).eval()
+    part = model if scope == "model" else session.task.exported_features(model)
+    file = Part(part)
+    inputs = next(iter(eval_batches(data.val, 2))).inputs
+    with torch.inference_mode():
+        expected = tree_leaves(model(inputs))
+        replace = session.task.replace_model_ if scope == "model" else session.task.replace_features_
+        replace(model, file)
+        for parameter in part.parameters():
+            parameter.zero_()
+        found = tree_leaves(model(inputs))
+    assert file.runs
+    if "letterbox" in options:  # a file knows nothing of padding
+        return
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
-def test_sliding_windows_are_computed_by_the_file(tmp_path: Path) -> None:
-    tree = str(cityscapes_tree(tmp_path / "tree"))
-    eager, found, _ = both(
-        semantic(tmp_path, source="cityscapes", root=tree, evaluation="sliding"), tmp_path, "onnxruntime"
-    )
-    agree(found.score.values, eager.score.values, 0.2)
+@pytest.mark.usefixtures("known_kinds")
+def test_features_that_are_no_module_of_the_model_are_told(tmp_path: Path) -> None:
+    class Elsewhere(Dense):
+        name = "elsewhere"
+
+        def features(self, model: nn.Module) -> nn.Module:
+            return nn.Sequential(model.pyramid)
+
+    session = dense_session(Elsewhere, tmp_path)
+    with pytest.raises(ConfigError, match=r"no module inside Segmenter.*replace_features_"):
+        session.task.replace_features_(session.model(Categories()), nn.Identity())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs sparsevit-cli[segment]")
+@pytest.mark.parametrize("scope", ["model", "features"])
+def test_a_segmenter_and_its_backbone_and_neck(scope: str, tmp_path: Path) -> None:
+    """Whole images, and sliding windows. At ratio 0: flat images have many windows of equal score."""
+    tree = str(cityscapes_tree(tmp_path / "tree"))
+    config = semantic(tmp_path, scope, root=tree)
+    eager, found, _ = both(config, tmp_path, "torch", ratios="0")
+    assert found.runtime is not None
+    assert found.runtime.file.endswith(f"{scope}.pt2")
+    agree(found.score.values, eager.score.values, 0.05)
+    sliding = session_of(semantic(tmp_path / "sliding", scope, root=tree, evaluation="sliding"))
+    eager = evaluate_checkpoint(sliding, weights=str(tmp_path / "weights" / "step-00000001"), ratios="0")
+    found = evaluate(sliding, runtime="torch", weights=str(tmp_path / "tiny" / "export"))
+    agree(found.score.values, eager.score.values, 0.05)
+
+
+@TRANSFORMERS
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["model", "features"])
 def test_mask2former_whole_and_up_to_its_pixel_decoder(scope: str, tmp_path: Path) -> None:
     tree = str(cityscapes_tree(tmp_path / "tree"))
-    config = semantic(
-        tmp_path, scope, model={**test_semantic.MASK2FORMER, "img_size": 64}, source="cityscapes", root=tree
-    )
-    eager, found, _ = both(config, tmp_path, "onnxruntime", ratios="[[.3],[.5],[.5],[.5]]")
-    agree(found.score.values, eager.score.values, 0.5)
+    config = semantic(tmp_path, scope, model={**test_semantic.MASK2FORMER, "img_size": 64}, root=tree)
+    eager, found, _ = both(config, tmp_path, "torch", ratios="0")
+    agree(found.score.values, eager.score.values, 0.05)
 
 
-@pytest.mark.parametrize("scope", ["model", "features"])
+@pytest.mark.parametrize("scope", ["model", pytest.param("features", marks=pytest.mark.slow)])
 def test_a_detector_whole_for_one_image_and_its_backbone_and_neck(scope: str, tmp_path: Path) -> None:
     """All detections agree, and not only their score, which is poor with random weights. Batches hold four images."""
     tree = str(coco_tree(tmp_path / "tree"))
-    eager, found, session = both(instances(tmp_path, scope, root=tree), tmp_path, "onnxruntime")
+    runtime = "onnxruntime" if scope == "model" else "torch"
+    eager, found, session = both(instances(tmp_path, scope, root=tree), tmp_path, runtime)
     assert found.runtime is not None
     assert (found.runtime.scope, found.score.count) == (scope, eager.score.count)
     ours, theirs = (json.loads(path.read_text()) for path in (found.folder.path / PREDICTIONS, tmp_path / "eager.json"))
@@ -277,7 +362,7 @@ def test_a_detector_whole_for_one_image_and_its_backbone_and_neck(scope: str, tm
     assert isinstance(session.reporter, SilentReporter)
     assert not any("padding" in warning for warning in session.reporter.warnings)
     padded = session_of(instances(tmp_path / "padded", scope, root=tree, letterbox=True))
-    assert evaluate(padded, runtime="onnxruntime", weights=str(tmp_path / "tiny" / "export")).score.count == 4
+    assert evaluate(padded, runtime=runtime, weights=str(tmp_path / "tiny" / "export")).score.count == 4
     assert isinstance(padded.reporter, SilentReporter)
     assert any("the file computes the padding" in warning for warning in padded.reporter.warnings)
 
@@ -397,7 +482,7 @@ def test_an_export_of_another_task_or_other_categories_is_refused(runs: Path, tm
         document["model"]["categories"][0] = "nought"
 
     changed(runs / "tiny" / "export", rename, "sparsity.json")
-    refuse(runs, CheckpointError, "know 10 categories")
+    refuse(runs, DataError, "knows the classes nought")
 
 
 def test_an_export_with_other_outputs_is_refused(runs: Path) -> None:

@@ -23,6 +23,7 @@ from sparsevit_cli.atomic import sha256_file
 from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError, NonFiniteError, ResourceError
 from sparsevit_cli.exporting import (
     MANIFEST,
+    SERVING,
     SPARSITY,
     WEIGHTS,
     ExportReport,
@@ -88,7 +89,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Expor
 @needs_onnx
 def test_files_hashes_and_shapes(exported: tuple[nn.Module, ExportReport]) -> None:
     _, report = exported
-    assert names(report.directory) == {"model.onnx", "model.pt2", WEIGHTS, SPARSITY, MANIFEST}
+    assert names(report.directory) == {"model.onnx", "model.pt2", WEIGHTS, SPARSITY, SERVING, MANIFEST}
     manifest = json.loads(report.manifest.read_text())
     for name, entry in manifest["files"].items():
         assert entry["sha256"] == sha256_file(report.directory / name)
@@ -136,12 +137,14 @@ def test_a_program_that_has_run_leaves_the_cores_alone(tmp_path: Path, monkeypat
 @needs_onnx
 def test_latency_of_dense_and_sparse(exported: tuple[nn.Module, ExportReport]) -> None:
     _, report = exported
-    assert report.dense_latency is not None
-    assert report.sparse_latency is not None
-    assert report.dense_latency is not report.sparse_latency
-    latency = json.loads(report.manifest.read_text())["latency"]
-    assert latency["threads"] == report.threads >= 1
-    for told, measured in ((latency["dense"], report.dense_latency), (latency["sparse"], report.sparse_latency)):
+    (measured_in,) = report.latencies
+    assert measured_in.dense is not measured_in.sparse
+    manifest = json.loads(report.manifest.read_text())
+    latency = manifest["latency"]
+    assert manifest["latencies"] == [latency]
+    assert latency["runtime"] == "onnxruntime, CPUExecutionProvider"
+    assert latency["threads"] == measured_in.threads >= 1
+    for told, measured in ((latency["dense"], measured_in.dense), (latency["sparse"], measured_in.sparse)):
         numbers = [measured.low_ms, measured.median_ms, measured.high_ms]
         assert 0 < numbers[0] <= numbers[1] <= numbers[2]
         assert told["stable"] == measured.stable
@@ -256,7 +259,7 @@ def test_other_models(
     assert capfd.readouterr() == ("", "")
     assert [file.format for file in report.files] == ["onnx", "pt2"]
     assert all(d.relative < 1e-4 for file in report.files for d in file.differences)
-    assert report.dense_latency is None
+    assert report.latencies == ()
     images = structured_images((3, *img_size), 2, seed=9)
     for output, expected in zip(onnx_outputs(tmp_path / "model.onnx", images), eager(model, images), strict=True):
         np.testing.assert_allclose(output, expected, atol=1e-4)
@@ -280,7 +283,7 @@ def test_dense_model_and_model_is_not_touched(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.layers[0].grad_checkpointing
     assert report.sparsity.is_dense
-    assert names(tmp_path) == {"model.pt2", WEIGHTS, SPARSITY, MANIFEST}
+    assert names(tmp_path) == {"model.pt2", WEIGHTS, SPARSITY, SERVING, MANIFEST}
     manifest = json.loads(report.manifest.read_text())
     assert manifest["latency"] is None
     assert "tensorrt" not in manifest
@@ -371,7 +374,7 @@ def test_a_new_export_replaces_the_old_one_and_removes_what_it_does_not_write(tm
     first = json.loads((tmp_path / MANIFEST).read_text())["files"]
     set_sparsity(model, 0.2)
     export_model(model, tmp_path, input_size=SIDE, formats=(), measure_ms=False)
-    assert names(tmp_path) == {"notes.txt", WEIGHTS, SPARSITY, MANIFEST}
+    assert names(tmp_path) == {"notes.txt", WEIGHTS, SPARSITY, SERVING, MANIFEST}
     second = json.loads((tmp_path / MANIFEST).read_text())["files"]
     assert first[WEIGHTS] == second[WEIGHTS]
     assert first[SPARSITY] != second[SPARSITY]
@@ -407,7 +410,7 @@ def test_killed_while_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
             load_exported(tmp_path)
     export_model(model, tmp_path, **settings)
     assert get_sparsity(load_exported(tmp_path)).ratios[0] == (0.2,)
-    assert names(tmp_path) == {WEIGHTS, SPARSITY, MANIFEST}
+    assert names(tmp_path) == {WEIGHTS, SPARSITY, SERVING, MANIFEST}
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -574,7 +577,7 @@ def test_structured_images_give_windows_of_different_scores() -> None:
     images = structured_images((3, SIDE, SIDE), 4, seed=3)
     assert torch.equal(images, structured_images((3, SIDE, SIDE), 4, seed=3))
     assert not torch.equal(images, structured_images((3, SIDE, SIDE), 4, seed=4))
-    index = windows.window_token_index(SIDE, SIDE, (7, 7), (0, 0), images.device)
+    index = windows.window_token_index(SIDE, SIDE, (7, 7), (0, 0), "roll_first", images.device)
     magnitude = windows.token_magnitude(images.permute(0, 2, 3, 1), "mean_abs_l2")
     scores = windows.window_scores(magnitude, index)
     assert all(len(set(row.tolist())) == index.shape[0] for row in scores)

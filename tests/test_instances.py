@@ -16,28 +16,35 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
 from typer.testing import CliRunner
 
 from coco_tree import coco_tree
+from sparsevit_cli import weights
 from sparsevit_cli.checkpoints import latest_checkpoint, load_checkpoint
 from sparsevit_cli.cli import app
 from sparsevit_cli.config.experiment import ExperimentConfig
 from sparsevit_cli.config.loading import load_config
 from sparsevit_cli.config.tasks import type_of
 from sparsevit_cli.config.yaml_loader import Document
-from sparsevit_cli.data import Batch, Categories, Data, Shrunk, train_batches
+from sparsevit_cli.data import Batch, Categories, Data, Shrunk, digit_scenes, train_batches
 from sparsevit_cli.data.loader import eval_batches
 from sparsevit_cli.data.shrunk import Scale
 from sparsevit_cli.errors import CheckpointError, ConfigError, StoppedError
 from sparsevit_cli.evaluation import evaluate
+from sparsevit_cli.profiling.macs import flopcounter_macs
+from sparsevit_cli.profiling.stages import time_parts
+from sparsevit_cli.profiling.workload import Workload
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
+from sparsevit_cli.tasks import task as task_module
 from sparsevit_cli.tasks.instances import Instances
-from sparsevit_cli.tasks.instances.model import Detector
+from sparsevit_cli.tasks.instances.masks import pasted
+from sparsevit_cli.tasks.instances.model import MASK_SHIFT, Detector
 from sparsevit_cli.tasks.task import BuildOptions, task_of
 from sparsevit_cli.training import TrainingJob, _Run, plan_training, train
 from sparsevit_cli.workflows.training import _write_rows
@@ -161,17 +168,55 @@ def test_boxes_are_computed_in_float32_whatever_the_weights_are() -> None:
     assert len(found[0]["boxes"])
 
 
+def test_a_drawn_split_of_another_size_is_of_the_same_kind() -> None:
+    _, data, _ = built(task={"masks": False})
+    smaller = data.val.resized(48)
+    assert (smaller.image_size, data.val.image_size) == ((48, 48), (64, 64))
+    assert {"boxes", "labels"} == set(smaller.objects(0)[1])  # type: ignore[attr-defined]
+    assert "truth" in smaller[0][1]
+    assert smaller.fingerprint() != data.val.fingerprint()
+    assert smaller.fingerprint().endswith(", boxes")
+    moved = data.train.resized(48)
+    moved.set_epoch(1)
+    assert not torch.equal(moved[0][0], data.train.resized(48)[0][0]), "each has an epoch of its own"
+
+
 def test_parts_are_disjoint_and_hold_every_parameter() -> None:
     for masks in (True, False):
         task, _, model = built(task={"masks": masks})
         parts = task.parts(model)
-        assert list(parts)[:4] == ["backbone", "neck", "proposals", "box head"]
+        assert list(parts)[:5] == ["backbone", "neck", "proposals", "box head", "post-processing"]
         found = [id(p) for modules in parts.values() for module in modules for p in module.parameters()]
         assert len(found) == len(set(found))
         assert set(found) == {id(p) for p in model.parameters()}
         assert task.metric.key == ("mask_ap" if masks else "box_ap")
         assert list(task.backbone(model)(torch.randn(1, 3, 64, 64))) == ["0", "1"]
         assert [level.shape[1] for level in task.features(model)(torch.randn(1, 3, 64, 64)).values()] == [8, 8, 8]
+
+
+def test_the_choice_of_detections_is_a_part_and_pasting_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, _, model = built()
+    now_ns, choose = 0, RoIHeads.postprocess_detections
+
+    def slowly(*answers: Any) -> Any:
+        nonlocal now_ns
+        now_ns += 4 * 10**6
+        return choose(*answers)
+
+    monkeypatch.setattr(RoIHeads, "postprocess_detections", slowly)
+    workload = Workload(model.eval(), torch.randn(1, 3, 64, 64), (64, 64), 1, loaded=task.at_full_load)
+    assert flopcounter_macs(workload, task.parts(model)).parts["post-processing"] == 0
+    times = time_parts(workload, task.parts(model), passes=1, clock=lambda: now_ns)
+    assert {name for name, ms in times.ms.items() if ms} == {"post-processing"}
+    assert copy.deepcopy(model).state_dict().keys() == model.state_dict().keys()
+    found = {
+        "boxes": torch.tensor([[10.0, 20.0, 30.0, 40.0]]) - MASK_SHIFT,
+        "masks": torch.ones(1, 1, 4, 4),
+    }
+    (on_image,) = task.finish([found], (64, 96))[0]
+    assert on_image.sum() > 380, "all but the corners of 20 x 20 pixels"
+    assert (on_image == pasted(torch.ones(4, 4), (10, 20, 30, 40), (64, 96))).all()
+    assert not task_of(tiny(task={"masks": False})).finishing
 
 
 @pytest.mark.parametrize(
@@ -436,8 +481,10 @@ def test_run_compares_the_winner_with_a_smaller_rival(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "tiny" / "profile" / "profile.json").exists()
 
 
-def test_digits_and_boxes_alone_are_trained_and_scored(tmp_path: Path) -> None:
-    config = tiny(task={"masks": False}, train={"epochs": 0.01})
+def test_digits_and_boxes_alone_are_trained_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, count in (("train", 24), ("search", 8), ("val", 8)):
+        monkeypatch.setitem(digit_scenes.SCENES, split, count)
+    config = tiny(task={"masks": False}, train={"epochs": 0.5})
     result = CliRunner().invoke(app, typed(tmp_path, config, "pretrain", "--json"))
     assert result.exit_code == 0, result.output
     metrics = json.loads((tmp_path / "runs" / "tiny" / "pretrain" / "metrics.json").read_text())
@@ -501,3 +548,23 @@ def test_a_checkpoint_may_be_that_of_a_whole_detector_or_of_its_backbone(tmp_pat
     assert len(reset.roi_heads.box_predictor.cls_score.weight) == 3
     assert torch.equal(reset.rpn.head.cls_logits.weight, trained.rpn.head.cls_logits.weight)
     assert len(data.categories) == 10
+
+
+def test_a_checkpoint_is_read_once_for_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is that of a whole detector was asked of the file before, and its backbone taken from it once more."""
+    _, data, trained = built()
+    read, reads = weights.files.read_file, []
+    for module in (task_module, weights.loading, weights):
+        monkeypatch.setattr(module, "read_file", lambda path: reads.append(path) or read(path))
+    for name, tensors in (("whole", trained.state_dict()), ("backbone", trained.backbone.body.state_dict())):
+        file = tmp_path / f"{name}.safetensors"
+        safetensors.torch.save_file(tensors, str(file))
+        for asked_first in (True, False):
+            reads.clear()
+            task = task_of(tiny(model={"checkpoint": str(file)}))
+            whole = task.checkpoint_is_whole if asked_first else None
+            task.build(data.categories, BuildOptions())
+            assert task.checkpoint_is_whole == (name == "whole")
+            assert whole in (None, task.checkpoint_is_whole)
+            assert reads == [file]
+            assert "_checkpoint" not in vars(task), "not kept beside the model's own weights"

@@ -795,7 +795,7 @@ def test_a_quiet_background_scores_lowest_from_the_start() -> None:
         model = build_model(section, 4, seed=3)
         with torch.no_grad():
             tokens = model.patch_embed(x)
-        index = windows.window_token_index(16, 16, (4, 4), (0, 0), x.device)
+        index = windows.window_token_index(16, 16, (4, 4), (0, 0), "roll_first", x.device)
         scores = windows.window_scores(windows.token_magnitude(tokens, "mean_abs_l2"), index)[0]
         best[scheme] = int(scores.argmax())
         if scheme == "quiet_background":

@@ -165,7 +165,8 @@ def test_any_shape_on_older_cpus(**drawn: Any) -> None:
 @pytest.mark.usefixtures("_older_cpu")
 def test_tiles_of_older_cpus_fit_their_scratch() -> None:
     tokens, _, weights, bias, _ = arranged(64, 2, 7, (14, 14), True, 2)
-    rows = windows.window_token_index(28, 14, (7, 7), (0, 0), CPU)  # 392 rows in strips of 6: tiles of 100 and more
+    rows = windows.window_token_index(28, 14, (7, 7), (0, 0), "roll_first", CPU)
+    # 392 rows in strips of 6: tiles of 100 and more
     for count in range(1, len(rows) + 1):
         assert_equal_to_portable(NATIVE.run_windows_, tokens, rows[:count], weights, bias[:1], None, 2e-6)
 
@@ -365,7 +366,7 @@ def check_scores_and_ranks(importance: windows.Importance, dtype: torch.dtype, s
         pytest.skip("this CPU has no bfloat16")
     torch.manual_seed(0)
     x = torch.randn(3, *size, 64).mul(torch.rand(3, *size, 1)).to(dtype)
-    indices = [windows.window_token_index(*size, (7, 7), (shift, shift), CPU) for shift in (0, 3)]
+    indices = [windows.window_token_index(*size, (7, 7), (shift, shift), "roll_first", CPU) for shift in (0, 3)]
     for several in (indices, indices[1:]):
         expected = windows.score_and_rank(x, several, 9, importance)
         for found, kept in zip(NATIVE.score_and_rank(x, several, 9, importance), expected, strict=True):
@@ -380,7 +381,7 @@ def test_equal_scores_rank_in_order_and_nan_before_all() -> None:
     x = torch.ones(2, 21, 28, 64)
     x[:, :7, 14:21] = 2.0  # window 2 of 12
     x[1, 7:14, :7] = torch.nan  # window 4 of the second image
-    index = windows.window_token_index(21, 28, (7, 7), (0, 0), CPU)
+    index = windows.window_token_index(21, 28, (7, 7), (0, 0), "roll_first", CPU)
     (kept,) = NATIVE.score_and_rank(x, [index], 5, "l2")
     assert kept.indices.tolist() == [[2, 0, 1, 3, 4], [4, 2, 0, 1, 3]]
     (every,) = NATIVE.score_and_rank(x, [index], 12, "l2")

@@ -27,11 +27,12 @@ from sparsevit_cli.tasks.task import BuildOptions, load_task
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_segmenter.py"
 SHORT = [
-    *("model.img_size=32", "train.curriculum=[{img_size: 32, epochs: 1}]", "finetune.epochs=1", "search.samples=10"),
+    *("model.img_size=32", "train.curriculum=[{img_size: 32, epochs: 1}]", "finetune.epochs=1", "search.samples=5"),
     *("adapt.curriculum=[{img_size: 48, epochs: 1}, {img_size: 32, epochs: 1}]", "search.budget_macs=95%"),
-    *("search.population=4", "search.parents=2", "search.generations=1", "search.seconds=0.01"),
+    *("search.population=3", "search.parents=2", "search.generations=1", "search.seconds=0.001"),
     *("search.finalists=1", "search.holdout=2", "adapt.check_random=1"),
-    *("profile.seconds=0.02", "profile.rounds=6", "profile.max_spread=100.0", 'export.formats=["pt2"]'),
+    *("profile.seconds=0.001", "profile.rounds=6", "profile.max_spread=100.0", "profile.batch_sizes=[1]"),
+    *('export.formats=["pt2"]', "export.check_batch_sizes=[1,2]"),
     *("clock.wait=0", "clock.max_neighbour=1000.0", "clock.max_spread=1000.0", "export.latency=false"),
 ]
 
@@ -48,7 +49,7 @@ def test_an_own_segmenter_goes_from_nothing_to_an_exported_sparse_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its images change size in adapt and for the smaller rival, though timm left nothing that sets the size."""
-    for split, count in (("train", 64), ("search", 20), ("val", 20)):
+    for split, count in (("train", 32), ("search", 10), ("val", 10)):
         monkeypatch.setitem(digit_scenes.SCENES, split, count)
     words = ["--task", f"{EXAMPLE}:OwnSegmenter", "--config", str(EXAMPLE.with_suffix(".yaml")), "--output", tmp_path]
     sets = [word for setting in SHORT for word in ("--set", setting)]

@@ -52,7 +52,9 @@ class Meter:
     def loaded(
         self, path: Path, activations: str, threads: int, shape: tuple[int, ...] | None, lengths: Mapping[str, int]
     ) -> Callable[[Tensor], list[Tensor]]:
-        import openvino
+        from sparsevit_cli.runtimes.openvino import load_openvino
+
+        openvino = load_openvino()
 
         model = openvino.Core().read_model(path)
         shapes: dict[Any, Any] = {name: openvino.PartialShape([length]) for name, length in lengths.items()}

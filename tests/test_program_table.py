@@ -20,6 +20,7 @@ from sparsevit_cli.exporting.openvino_ir import save_openvino
 from sparsevit_cli.exporting.quantization import quantize
 from sparsevit_cli.profiling.program_table import AT_ONCE, measure_program_table, measure_programs
 from sparsevit_cli.runtimes import RUNTIMES
+from sparsevit_cli.runtimes.openvino import load_openvino
 from sparsevit_cli.search.latency_table import LatencyTable, TableError
 from sparsevit_cli.search.table_design import TableDesign
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
@@ -207,8 +208,7 @@ def test_one_quantisation_serves_all_ratios_of_a_pattern(
 ) -> None:
     """Counts stay free in a file of eight bits, and what it gives stays near eager."""
     pytest.importorskip("nncf")
-    import openvino
-
+    openvino = load_openvino()
     pattern = ((True,), (True, True))
     file, quantized = tmp_path / "float.xml", tmp_path / "int8.xml"
     save_openvino(programs.file_of(pattern), file, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import statistics
 import time
 from collections import OrderedDict
 from dataclasses import replace
@@ -118,19 +119,21 @@ def test_a_program_runs_on_the_threads_that_were_asked_for(name: str, file: str,
     assert spent <= 1.2 * program.threads * passed + 0.05
 
 
-SPINS = 0.06
-"""CPU seconds that a process of ours may take in 0.2 s after a run: one thread that spins takes 0.2."""
+SPINS = 0.01
+"""CPU seconds that this process may take in 0.2 s after a run. onnxruntime's threads spin 0.03 unless told not to."""
 
 
 @pytest.mark.parametrize(("name", "file"), EACH[1:])
 def test_threads_do_not_spin_once_a_run_has_ended(name: str, file: str, folder: Path) -> None:
     """What is measured next, in another runtime, has all cores to itself."""
     program = runtime(name).load(folder / file, threads=2)
-    for _ in range(3):
+    spent = []
+    for _ in range(5):
         program.run(images(8))
-    before = time.process_time()
-    time.sleep(0.2)
-    assert time.process_time() - before < SPINS
+        before = time.process_time()
+        time.sleep(0.2)
+        spent.append(time.process_time() - before)
+    assert statistics.median(spent) < SPINS
 
 
 # -- precisions ---------------------------------------------------------------------------------------------------

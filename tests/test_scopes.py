@@ -37,7 +37,8 @@ from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparsif
 from sparsevit_cli.tasks.task import Metric, Score, Task, load_task
 from sparsevit_cli.workflows.evaluate import EvaluateSummary
 from sparsevit_cli.workflows.latency_sources import TorchSource
-from sparsevit_cli.workflows.plan import plan_lines
+from sparsevit_cli.workflows.pages import part_rows, parts_csv
+from sparsevit_cli.workflows.plan import plan_of
 from sparsevit_cli.workflows.profile import _check_mode
 from sparsevit_cli.workflows.profile_report import PartCost, PartCosts, ProfileReport, ProfileRow
 from sparsevit_cli.workflows.search import named_scope
@@ -319,7 +320,16 @@ def test_the_time_of_every_part_is_told_and_scaled_to_the_whole() -> None:
     assert times.ms == {"backbone": 15, "neck": 0, "proposals": 10, "box head": 0, "mask head": 22.5, "rest": 2.5}
     assert times.shares["mask head"] == 0.45
     assert before == [len(module._forward_pre_hooks) for module in model.modules()]
-    assert time_parts(workload, {"absent": [nn.Linear(1, 1)]}, passes=1, clock=clock).ms == {"absent": 0, "rest": 100}
+    assert times.after_ms is None
+    absent = {"absent": [nn.Linear(1, 1)]}
+    assert time_parts(workload, absent, passes=1, clock=clock).ms == {"absent": 0, "rest": 100}
+
+    def paste(detections: list[dict[str, Tensor]]) -> None:
+        assert detections[0]["masks"].shape == (20, 1, 64, 64), "the outputs of the pass"
+        clock.now_ns += 7 * 10**6
+
+    times = time_parts(workload, parts, passes=2, clock=clock, total_ms=50, after=paste)
+    assert (times.marked_ms, times.after_ms) == (100, 7), "beside the model, and not scaled to it"
 
 
 def test_a_detector_with_lists_of_inputs_is_timed_in_stages_and_its_memory_seen(detector: Workload) -> None:
@@ -505,7 +515,7 @@ def test_a_profile_is_shown_with_its_scopes_and_parts(
 
 
 def test_a_plan_counts_the_dense_baseline(done: tuple[Path, str], task_file: Path) -> None:
-    plan = "\n".join(plan_lines(session_of(task_file, done[0].parent), "run"))
+    plan = "\n".join(plan_of(session_of(task_file, done[0].parent), "run").lines)
     for words in ("of these in the backbone", "dense_adapt: 2 steps", "dense_finetune: 3 steps"):
         assert words in plan
 
@@ -560,6 +570,11 @@ def test_what_now_costs_most_is_named_by_time_or_else_by_multiply_adds() -> None
     assert PartCosts(1, (64, 64), untimed).told() == "The backbone now costs most: 60% of the multiply-adds"
     rest = PartCosts(1, (64, 64), (part("backbone", 1, 1), part("rest", 3, 0)))
     assert rest.told() == "What runs in no part now costs most: 75% of the time"
+    pasting = replace(rest, after=part("after the model: masks pasted", 12, 0))
+    assert pasting.told() == "What follows the model now costs most: 75% of the time"
+    assert [row[0] for row in part_rows(pasting)] == ["backbone", "rest", "after the model: masks pasted"]
+    assert [row[1] for row in part_rows(pasting)] == ["1.00 (25%)", "3.00 (75%)", "12.00 (+300%)"]
+    assert parts_csv(pasting).splitlines()[-1] == "after the model: masks pasted,12,12,0,0"
 
 
 def test_a_classifier_is_evaluated_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

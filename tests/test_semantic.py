@@ -30,6 +30,8 @@ from sparsevit_cli.data.shrunk import Scale, Shrunk
 from sparsevit_cli.data.source import Batch, Data
 from sparsevit_cli.errors import CheckpointError, ConfigError, DataError, StoppedError
 from sparsevit_cli.evaluation import evaluate
+from sparsevit_cli.profiling.macs import flopcounter_macs
+from sparsevit_cli.profiling.workload import Workload
 from sparsevit_cli.schedule import RandomSchedule
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import model_depths, sparsify_
@@ -386,6 +388,13 @@ def test_a_sliding_evaluation_scores_images_of_any_size(tmp_path: Path) -> None:
     assert score.values["accuracy"] == pytest.approx(mean)
     small = Shrunk(data.val, Scale((32, 32), (16, 16)))
     assert [tuple(small[n][0].shape[1:]) for n in range(3)] == [(h // 2, w // 2) for h, w in sizes]
+    for source, scale in ((data.val, None), (small, Scale((32, 32), (16, 16)))):
+        places = [window_places(tuple(source[n][0].shape[1:]), (16, 24), 1 / 3) for n in range(3)]
+        assert task.per_image((16, 24), scale) == sum(map(len, places)) / 3 > 1
+    assert task.about()["per"] == "window"
+    assert ade(tmp_path).per_image((16, 24)) == 1
+    with pytest.raises(DataError, match="classes_file"):
+        ade(tmp_path / "nowhere", evaluation="sliding").per_image((16, 24))
     with pytest.raises(ValueError, match="sliding windows are trained for by crops of"):
         ade(tmp_path, evaluation="sliding", crop=16)
 
@@ -506,6 +515,33 @@ def test_masks_count_for_nothing_far_inside_of_what_is_ignored() -> None:
     rows = masks.grad.abs().amax((0, 2))
     assert (rows[:8] > 0).any()
     assert (rows[9:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("sections", "what"),
+    [
+        ({"model": {"img_size": 32}}, "model.img_size"),
+        (
+            {"train": {"curriculum": [{"img_size": 32, "epochs": 1}, {"img_size": 64, "epochs": 1}]}},
+            "train.curriculum.0",
+        ),
+    ],
+)
+def test_a_map_of_one_number_per_group_is_refused_before_any_training(sections: dict[str, Any], what: str) -> None:
+    """torch's group norm raised a bare ValueError at the first image that came alone."""
+    model = {**MASK2FORMER, "img_size": 64, **sections.get("model", {})}
+    others = {name: fields for name, fields in sections.items() if name != "model"}
+    with pytest.raises(ConfigError, match=rf"{what}.*32x32 pixels, whose coarsest map is 1x1.*channels, now 32, to 64"):
+        built(tiny_task(model=model, **others))
+    taken = built(tiny_task(model={**MASK2FORMER, "img_size": 64}))
+    assert taken.eval()(torch.randn(1, 3, 64, 64)).shape[2:] == (64, 64)
+    assert not taken.takes((32, 32))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        taken(torch.randn(1, 3, 32, 32))
+    wider = tiny_task(model={**model, "mask2former": {**MASK2FORMER["mask2former"], "channels": 64}}, **others)
+    assert built(wider).eval()(torch.randn(1, 3, 32, 32)).shape[2:] == (32, 32)
+    with pytest.raises(ConfigError, match="image size: 32x32"):
+        task_of(tiny_task(model={**MASK2FORMER, "img_size": 64}).config).build(None, BuildOptions(img_size=(32, 32)))
 
 
 def test_weights_of_classes_must_fit() -> None:
@@ -696,6 +732,13 @@ def test_parts_are_apart_and_features_are_what_stands_on_the_swin(head: str) -> 
     first = features[0] if isinstance(features, tuple) else features
     assert first.shape[2:] == (size // 4, size // 4)
     assert task.backbone(model) is model.swin
+    counted = flopcounter_macs(Workload(model, torch.randn(1, 3, size, size), (size, size), 1), task.parts(model))
+    assert counted.parts["rest"] == 0
+    if head == "mask2former":  # every class of every query at every pixel
+        queries, classes = MASK2FORMER["mask2former"]["queries"], len(task._names)
+        assert counted.parts["post-processing"] == queries * classes * size**2
+    (classes_of_pixels,) = task.finish(torch.eye(3)[None, :, :, None].repeat(1, 1, 1, 3), (6, 6))
+    assert classes_of_pixels.tolist() == [[row // 2] * 6 for row in range(6)]
 
 
 def unenlarged(picture: Image.Image, mask: Tensor) -> np.ndarray:
@@ -733,7 +776,8 @@ def test_examples_are_scenes_of_the_size_that_is_asked_for() -> None:
 
 def test_every_command_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    data = {"source": "cityscapes", "root": str(cityscapes_tree(tmp_path / "tree")), "eval_batch_size": 2}
+    tree = cityscapes_tree(tmp_path / "tree")
+    data = {"source": "cityscapes", "root": str(tree), "eval_batch_size": 2, "evaluation": "sliding"}
     loops = {name: {**TINY[name], "epochs": 1, "batch_size": 2} for name in ("train", "adapt", "finetune")}
     (tmp_path / "tiny.yaml").write_text(json.dumps({**TINY, **loops, "data": data}))
     done = CliRunner().invoke(app, ["run", "--config", "tiny.yaml"], prog_name="sparsevit")
@@ -742,6 +786,14 @@ def test_every_command_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rows = json.loads((runs / "run" / "metrics.json").read_text())["rows"]
     assert {"dense (timm)", "winner, finetuned"} <= {row["label"] for row in rows}
     assert all(0 <= row["score"] <= 100 for row in rows)
+    assert {row["per_image"] for row in rows if row["image_size"] == [32, 32]} == {6.0}, "40 x 64 pixels"
+    whole = f"a validation image takes 6.0 windows of 32x32 on average: dense {6 * rows[0]['gmacs']:.3f} GMACs"
+    assert whole in done.output
+    profiled = json.loads((runs / "profile" / "profile.json").read_text())
+    assert (profiled["per"], profiled["rows"][0]["per_image"]) == ("window", 6.0)
+    page = (runs / "profile" / "profile.html").read_text()
+    assert whole in page
+    assert "windows/s" in page
     tuned = json.loads((runs / "finetune" / "metrics.json").read_text())
     assert {"miou", "val_accuracy", "val_iou_road"} <= tuned["history"][-1].keys()
     assert tuned["categories"]["names"] == list(CITYSCAPES.names)

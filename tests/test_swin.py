@@ -97,7 +97,8 @@ class _ForceGather:
 
 
 def token_index_of(block: Any, x: torch.Tensor) -> torch.Tensor:
-    return windows.window_token_index(x.shape[1], x.shape[2], block.window_size, block.shift_size, x.device)
+    sizes = (x.shape[1], x.shape[2], block.window_size, block.shift_size)
+    return windows.window_token_index(*sizes, "roll_first", x.device)
 
 
 @pytest.mark.parametrize("name", OF_EACH)

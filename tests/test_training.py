@@ -97,6 +97,30 @@ def saved(folder: Path) -> tuple[dict[str, dict[str, Tensor]], list[Mapping[str,
     return checkpoint.tensors, rows
 
 
+def rates(training: TrainingJob) -> list[list[float]]:
+    """The learning rate of each step, by phase."""
+    state, plan = _Run(training, SilentReporter()), training.plan
+    found = []
+    for phase in plan.phases:
+        found.append([])
+        for step in range(phase.steps):
+            state.lr_of_phase[phase].step_update(step)
+            found[-1].append(state.optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_the_rate_warms_up_where_it_rises_and_nowhere_else(tmp_path: Path) -> None:
+    """Constant phases are a schedule in steps: the authors' drops to a tenth began at the bottom once more."""
+    curriculum = [{"img_size": 32, "epochs": 0.3, "lr": lr} for lr in (1e-3, 1e-4, 1e-4, 5e-4)]
+    fields: dict[str, Any] = {"curriculum": curriculum, "warmup_epochs": 0.1, "min_lr": 1e-6, "lr": 1e-3}
+    first, dropped, same, risen = rates(job(tmp_path, schedule="constant", **fields))
+    assert first == pytest.approx([1e-6 + (1e-3 - 1e-6) * min(step / 4, 1) for step in range(len(first))])
+    assert set(dropped) == set(same) == {1e-4}
+    assert risen == pytest.approx([1e-4 + 4e-4 * min(step / 4, 1) for step in range(len(risen))])
+    for schedule in ("cosine", "linear"):  # ends at the bottom, so every phase rises
+        assert [phase[0] for phase in rates(job(tmp_path, schedule=schedule, **fields))] == pytest.approx([1e-6] * 4)
+
+
 @pytest.mark.parametrize(
     ("workers", "fields"),
     [(0, {}), (2, {}), (0, {"precision": "bf16", "accumulation": 2}), (0, {"precision": "fp16", "cutmix": 0.5})],

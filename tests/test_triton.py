@@ -199,7 +199,7 @@ def test_scores_ranking_and_rows_are_those_of_torch(
     torch.manual_seed(seed)
     x = random(2, height, width, 20)
     window, shift = (side, side), (side // 2, 0) if seed % 2 else (0, 0)
-    index = windows.window_token_index(height, width, window, shift, x.device)
+    index = windows.window_token_index(height, width, window, shift, "roll_first", x.device)
     count = windows.num_keep(len(index), tenths)
     scores = windows.window_scores(windows.token_magnitude(x, importance), index)
     expected = windows.rank_windows(scores, count)
@@ -212,7 +212,7 @@ def test_scores_ranking_and_rows_are_those_of_torch(
 
 def test_both_partitions_are_ranked_at_once() -> None:
     x = random(3, 15, 20, 24)
-    indices = [windows.window_token_index(15, 20, (7, 7), shift, x.device) for shift in ((0, 0), (3, 3))]
+    indices = [windows.window_token_index(15, 20, (7, 7), shift, "roll_first", x.device) for shift in ((0, 0), (3, 3))]
     both = TRITON.score_and_rank(x, indices, 4, "mean_abs_l2")
     for index, (keep, rows, _) in zip(indices, both, strict=True):
         ((alone, its_rows, _),) = TRITON.score_and_rank(x, [index], 4, "mean_abs_l2")
@@ -223,7 +223,7 @@ def test_both_partitions_are_ranked_at_once() -> None:
 
 def test_equal_scores_and_nan_fill_every_place() -> None:
     x = torch.ones(1, 28, 28, 16, device=DEVICE)
-    index = windows.window_token_index(28, 28, (7, 7), (0, 0), x.device)
+    index = windows.window_token_index(28, 28, (7, 7), (0, 0), "roll_first", x.device)
     ((keep, *_),) = TRITON.score_and_rank(x, [index], 8, "l2")
     assert keep.tolist() == [list(range(8))]
     x[0, :14] = float("nan")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from fractions import Fraction
 from math import floor
+from typing import get_args
 
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_token_index_is_roll_pad_partition(
     shifted_map = rolled(padded(rows)) if partition == "pad_first" else padded(rolled(rows))
     expected = window_partition(shifted_map, window).view(-1, window[0] * window[1])
 
-    index = windows.window_token_index(height, width, window, shift, torch.device("cpu"), partition)
+    index = windows.window_token_index(height, width, window, shift, partition, torch.device("cpu"))
     assert torch.equal((index + 1) % (height * width + 1), expected)
     assert windows.has_padding(height, width, window) == bool((index == height * width).any())
     assert (index != height * width).any(1).all()  # every window holds a token
@@ -59,10 +61,20 @@ def test_token_index_is_roll_pad_partition(
         assert torch.equal(every.rows.flatten()[every.places], torch.arange(2 * height * width))
 
 
+def test_an_index_is_kept_and_made_by_the_same_arguments() -> None:
+    made, kept = (inspect.signature(function) for function in (windows.window_token_index, held.token_index_of))
+    assert list(made.parameters) == list(kept.parameters)
+    sizes: tuple[int, int, tuple[int, int], tuple[int, int]] = (9, 20, (7, 7), (3, 3))
+    for partition in get_args(windows.Partition):
+        device = torch.device("cpu")
+        found = held.token_index_of(*sizes, partition, device)
+        assert torch.equal(found, windows.window_token_index(*sizes, partition, device))
+
+
 @given(batch=st.integers(1, 3), side=st.integers(2, 12), seed=st.integers(0, 99))
 def test_scores_are_norms_of_the_window(batch: int, side: int, seed: int) -> None:
     x = torch.randn(batch, side, side, 5, generator=torch.Generator().manual_seed(seed))
-    index = windows.window_token_index(side, side, (4, 4), (2, 2), x.device)
+    index = windows.window_token_index(side, side, (4, 4), (2, 2), "roll_first", x.device)
     padded = torch.nn.functional.pad(x.flatten(1, 2), (0, 0, 0, 1))[:, index]  # B, n, N, C
     l2 = windows.window_scores(windows.token_magnitude(x, "l2"), index)
     torch.testing.assert_close(l2, padded.flatten(2).norm(dim=-1))

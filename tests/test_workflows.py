@@ -32,7 +32,7 @@ from sparsevit_cli.workflows.export import export_winner
 from sparsevit_cli.workflows.latency_sources import TorchSource
 from sparsevit_cli.workflows.pages import profile_page
 from sparsevit_cli.workflows.pipeline import run_pipeline
-from sparsevit_cli.workflows.plan import plan_lines
+from sparsevit_cli.workflows.plan import plan_of
 from sparsevit_cli.workflows.profile import profile_model, profile_settings, profile_target, threads_set
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.smaller import MOST_SIZES, rival_sizes
@@ -360,10 +360,10 @@ def test_pictures_and_pages_that_cannot_be_written_cost_a_warning_each_and_no_re
 
 def test_plans_name_what_each_command_costs_and_write_nothing(tmp_path: Path) -> None:
     session = session_in(tmp_path / "runs")
-    told = "\n".join(plan_lines(session, "run"))
+    told = "\n".join(plan_of(session, "run").lines)
     for words in ("pretrain: ", "adapt: ", "finetune: ", "search: 8 candidates", "evaluate: 350 images"):
         assert words in told
-    sizes = "\n".join(plan_lines(session, "profile", img_size="32,64x48", ratios="0.5"))
+    sizes = "\n".join(plan_of(session, "profile", img_size="32,64x48", ratios="0.5").lines)
     assert "cells: 4" in sizes
     assert "64x48" in sizes
     assert not (tmp_path / "runs").exists()

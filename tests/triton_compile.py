@@ -96,14 +96,14 @@ def launch(
     )  # fmt: skip
     assert supports(block)
     window, shift = (side, side), (side // 2, side // 2)
-    index = windows.window_token_index(20, 20, window, shift, torch.device("cpu")).repeat(20, 1)
+    index = windows.window_token_index(20, 20, window, shift, "roll_first", torch.device("cpu")).repeat(20, 1)
     tokens, bias = torch.zeros(400, channels, dtype=dtype), torch.zeros(4, heads, side**2, side**2, dtype=dtype)
     bias_class = torch.zeros(len(index), dtype=torch.int64)
     TritonEngine().run_windows_(tokens, index, block, bias, bias_class, padded=padded)
 
 
 def rank(batch: int, count: int, dtype: torch.dtype) -> None:
-    index = windows.window_token_index(20, 20, (7, 7), (3, 3), torch.device("cpu"))
+    index = windows.window_token_index(20, 20, (7, 7), (3, 3), "roll_first", torch.device("cpu"))
     x = torch.zeros(batch, 20, 20, 96, dtype=dtype)
     TritonEngine().score_and_rank(x, [index, index], count, "mean_abs_l2")
 

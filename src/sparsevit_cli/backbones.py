@@ -20,7 +20,7 @@ from .sizes import Size, size_text
 from .swin import sparsify_
 from .swin.features import drop_head, stage_maps
 from .swin.geometry import patch_size, stage_channels
-from .weights import Say, load_weights, tell_log
+from .weights import Say, WeightsFile, load_weights, tell_log
 
 LEVELS = (0, 1, 2, 3)
 Sizes = Sequence[Size]
@@ -163,17 +163,19 @@ def build_backbone(
     img_size: int | Size | None = None,
     seed: int = 0,
     say: Say = tell_log,
+    file: WeightsFile | None = None,
 ) -> SwinBackbone:
     """`build_model` of `section` as a backbone; `section.checkpoint` gives it norms of levels too, if it has any.
 
     The checkpoint is of any family in `weights.FAMILIES`: a classifier, whose head and final norm are left out, a
-    backbone, or the backbone inside a detector. `say` is told. Raises ConfigError, CheckpointError.
+    backbone, or the backbone inside a detector. `file` is what the checkpoint holds, if it was read already. `say` is
+    told. Raises ConfigError, CheckpointError.
     """
     bare = section.model_copy(update={"checkpoint": None})
     backbone = SwinBackbone(build_model(bare, 0, img_size=img_size, seed=seed, any_size=True, say=say), levels)
     if section.checkpoint is not None:
         path = as_path(section.checkpoint, "model.checkpoint")
-        load_weights(backbone, path, say=say, partition=section.partition)
+        load_weights(backbone, file or path, say=say, partition=section.partition)
         tell_partition(path, section.partition, say)
     return backbone
 

@@ -137,10 +137,11 @@ def _run(
         stop.check(f"sparsevit {command}", "nothing was begun")
         session = Session(config, reporter, stop, ("sparsevit", *sys.argv[1:]), options.fresh)
         if options.dry_run:
-            from .workflows.plan import plan_lines
+            from .workflows.plan import plan_of
 
-            lines = plan_lines(session, command, **flags)
-            print_json({"plan": lines}) if options.json else print_lines(*lines)
+            plan = plan_of(session, command, **flags)
+            print_json({"plan": plan.lines}) if options.json else print_lines(*plan.lines)
+            plan.refuse_incomplete()
             return
         with closing(session.locks):
             result = work(session)

@@ -63,12 +63,18 @@ FUSED = ("adam", "adamw")
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """Steps `first_step` ... `first_step + steps - 1` with images of one size, at one learning rate."""
+    """Steps `first_step` ... `first_step + steps - 1` with images of one size, at the peak learning rate `lr`.
+
+    The rate warms up from `warmup_lr`; None if it does not: where the phase before ended no lower. So the phases of a
+    `constant` schedule are a schedule in steps, as mmdet (the authors) and timm have it: both warm up once. After a
+    cosine the rate has to rise again. timm lets it jump there; ours warms up, for images are of another size too.
+    """
 
     img_size: Size
     first_step: int
     steps: int
     lr: float
+    warmup_lr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,11 @@ def plan_training(section: LoopSection, num_samples: int, img_size: Size) -> Tra
     """Lay out the section's curriculum; without one a single phase at `img_size` for `section.epochs`."""
     steps_per_epoch = max(1, num_samples // section.batch_size)
     wanted = [(as_pair(p.img_size), p.epochs, p.lr or section.lr) for p in section.curriculum]
-    phases, first = [], 0
+    phases, first, before = [], 0, section.min_lr
     for size, epochs, lr in wanted or [(img_size, section.epochs, section.lr)]:
         steps = max(1, round(epochs * steps_per_epoch))
-        phases.append(PhasePlan(size, first, steps, lr))
-        first += steps
+        phases.append(PhasePlan(size, first, steps, lr, before if before < lr else None))
+        first, before = first + steps, lr if section.schedule == "constant" else section.min_lr
     return TrainingPlan(tuple(phases), steps_per_epoch)
 
 
@@ -239,11 +245,12 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = phase.lr
             group.pop("initial_lr", None)
+        warmup = min(phase.steps - 1, round(section.warmup_epochs * self.job.plan.steps_per_epoch))
         scheduler, _ = create_scheduler_v2(
             self.optimizer,
             num_epochs=phase.steps,
-            warmup_epochs=min(phase.steps - 1, round(section.warmup_epochs * self.job.plan.steps_per_epoch)),
-            warmup_lr=min(section.min_lr, phase.lr),
+            warmup_epochs=0 if phase.warmup_lr is None else warmup,
+            warmup_lr=phase.lr if phase.warmup_lr is None else phase.warmup_lr,
             step_on_epochs=False,
             updates_per_epoch=1,
             **sched,

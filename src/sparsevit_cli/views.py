@@ -171,6 +171,7 @@ def show_profile(report: ProfileReport) -> None:
 
     losing = [number for number, row in enumerate(report.rows) if row.losing]
     print_table(f"{report.model} at {report.config}", columns(report), rows_of(report), losing=losing)
+    print_lines(*(f"{line}." for line in report.image_lines()))
     if report.parts is not None:
         print_table(parts_title(report.parts), PART_COLUMNS, part_rows(report.parts))
         print_lines(f"{report.parts.told()}.")
@@ -269,6 +270,7 @@ def show_pipeline(summary: PipelineSummary) -> None:
         print_table("Its backbone alone", ("model", "GMACs", "gone", *SPEED), rows, losing=_losing(parts))
     longer = [row for row in summary.rows if row.label == TRAINED_AS_LONG]
     print_lines(
+        *(f"{line}." for line in summary.image_lines()),
         f"winner {[list(stage) for stage in winner.ratios or ()]}: {_gone(winner, dense)}, "
         f"{_faster(winner, ours)}{_points(winner.score - dense.score, metric)} of {metric.label}",
         *(f"against dense trained as long: {_points(winner.score - row.score, metric)}" for row in longer),

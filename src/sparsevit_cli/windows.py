@@ -41,8 +41,8 @@ def window_token_index(
     width: int,
     window_size: tuple[int, int],
     shift_size: tuple[int, int],
+    partition: Partition,
     device: torch.device,
-    partition: Partition = "roll_first",
 ) -> Tensor:
     """Row of every token of every window in the flattened map: roll, pad and partition in one index.
 

@@ -193,7 +193,10 @@ class LoopSection(Section):
     )
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Learning rate decay per layer.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up.")
-    warmup_epochs: Annotated[float, Field(ge=0)] = Field(1.0, description="Linear warm-up, in epochs.")
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(
+        1.0,
+        description="Linear warm-up, in epochs: at the start, and in phases that begin above the last end.",
+    )
     min_lr: Annotated[float, Field(ge=0)] = Field(1e-6, description="Learning rate at the end.")
     clip_grad: Positive | None = Field(1.0, description="Largest gradient norm; null does not clip.")
     precision: Precision = Field(

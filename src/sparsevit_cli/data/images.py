@@ -8,6 +8,8 @@ first frame counts.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from sparsevit_cli.errors import DataError, pass_on
+from sparsevit_cli.sizes import Size
 
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """What counts as an image in a folder, by the end of its lower-case name."""
@@ -29,6 +32,7 @@ _SYSTEM_NAME = re.compile(
 )
 
 _EXIF_ORIENTATION = 0x0112
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 _TIFF_BITS, _TIFF_PHOTOMETRY, _TIFF_LARGEST, _TIFF_SAMPLE_FORMAT = 258, 262, 281, 339
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,6 +43,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNED = {Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90}
 
 
 def is_system_name(name: str) -> bool:
@@ -53,6 +58,22 @@ class UnreadableImageError(DataError):
 
 def decode_image(file: Path | BinaryIO, name: str, max_megapixels: float) -> Image.Image:
     """Upright RGB image of a file or stream. Raises UnreadableImageError; where too large, from the header alone."""
+    with _opened(file, name, max_megapixels) as image:
+        image.load()
+        return _upright(to_rgb(image), _orientation(image))
+
+
+def upright_size(file: Path | BinaryIO, name: str, max_megapixels: float) -> Size:
+    """Height and width of the upright image, from its header. Raises UnreadableImageError."""
+    with _opened(file, name, max_megapixels) as image:
+        tags = getattr(image, "tag_v2", {})  # Pillow turns the size of a TIFF when it opens it
+        width, height = int(tags.get(_TIFF_WIDTH, image.width)), int(tags.get(_TIFF_HEIGHT, image.height))
+        return (width, height) if _UPRIGHT.get(_orientation(image)) in _TURNED else (height, width)
+
+
+@contextmanager
+def _opened(file: Path | BinaryIO, name: str, max_megapixels: float) -> Iterator[Image.Image]:
+    """The image by its header; what goes wrong with it inside the block ends in UnreadableImageError too."""
     max_pixels = max_megapixels * 1e6
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = int(max_pixels)  # the user asked for images above Pillow's own limit
@@ -60,8 +81,7 @@ def decode_image(file: Path | BinaryIO, name: str, max_megapixels: float) -> Ima
         with Image.open(file, formats=_FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
-            image.load()
-            return _upright(to_rgb(image), _orientation(image))
+            yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         got = f"more than {max_megapixels:g} megapixels"
         raise UnreadableImageError(name, got, "Shrink or remove it, or raise data.max_megapixels.") from error

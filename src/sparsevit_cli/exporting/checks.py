@@ -28,7 +28,13 @@ Draw = Callable[[int], Sequence[Tensor]]
 """Seed to batches of images."""
 CANDIDATES = 4
 """Images from which two are taken to check a model of one image."""
-LOWERED_TOLERANCE = 0.1
+LOWERED_TOLERANCE = 0.03
+"""Largest accepted difference of the image in the middle, in bfloat16: root mean square over that of eager's values.
+
+bfloat16 rounds by up to 2**-9 = 0.002 each time. Measured medians are 0.002 to 0.006 (Swin-T at 224 pixels and tiny V1
+and V2, random weights; a trained tiny one). An image in which two windows swap ranks differs by up to 0.2, one that is
+scored in bfloat16 by 0.13 in the median of Swin-T: the median forgives single images, and the bound no wrong ranking.
+"""
 _NOT_KEPT = "The file was not kept. Try another opset or format; if all fail, report it with your versions."
 
 
@@ -56,6 +62,9 @@ class Lowered:
 
     activations: Activations
     differences: tuple[Difference, ...]
+    """Of each check image."""
+    middle: float
+    """The median of their `rms`, the upper one of two."""
     kept: int
     changed: int
 
@@ -181,21 +190,29 @@ def _runner(path: Path) -> Run:
     return {".onnx": onnx_runner, ".pt2": pt2_runner, ".xml": openvino_runner}[path.suffix](path)
 
 
-def checked_lowered(path: Path, pairs: Pairs, *, activations: Activations, reporter: Reporter) -> Lowered:
-    """How a file of OpenVINO, which is right in float32, does in `activations`.
+def checked_lowered(
+    path: Path, outputs: Reference, *, seed: int, activations: Activations, reporter: Reporter
+) -> Lowered:
+    """How a file of OpenVINO, which is right in float32, does in `activations`, on the images of two seeds.
 
-    Raises MeasurementError where it differs by more than LOWERED_TOLERANCE.
+    Raises MeasurementError where the image in the middle differs by more than LOWERED_TOLERANCE.
     """
     run = openvino_runner(path, activations)
-    differences = tuple(_difference(run(images), list(named.values()), len(images)) for images, named in pairs)
-    kept, changed = changed_windows(path, [images for images, _ in pairs], activations)
-    worst = max(math.inf if math.isnan(d.rms) else d.rms for d in differences)
-    told = f"{path.name} in {activations}: differs from eager by {worst:.1e} (root mean square)"
-    if worst > LOWERED_TOLERANCE:
+    pairs = [*outputs(seed), *outputs(seed + 1)]
+    differences: list[Difference] = []
+    for images, named in pairs:
+        found = run(images)
+        for number in range(len(images)):
+            one = [[tensor[number : number + 1] for tensor in tensors] for tensors in (found, named.values())]
+            differences.append(_difference(*one, 1))
+    middle = sorted(math.inf if math.isnan(d.rms) else d.rms for d in differences)[len(differences) // 2]
+    told = f"{path.name} in {activations}: an image in the middle differs from eager by {middle:.1e} (root mean square)"
+    if middle > LOWERED_TOLERANCE:
         got = f"{told}; {LOWERED_TOLERANCE:g} is allowed"
         raise MeasurementError(path.name, got, "The file was not kept. Set export.precision: fp32.")
+    kept, changed = changed_windows(path, [images for images, _ in pairs], activations)
     reporter.say(f"export: {told}; {changed} of {kept} kept windows are others")
-    return Lowered(activations, differences, kept, changed)
+    return Lowered(activations, tuple(differences), middle, kept, changed)
 
 
 def _worst(differences: Sequence[Difference]) -> float:

@@ -118,6 +118,9 @@ def export_model(
     shape = image_shape(model, input_size)
     module = inference_copy(model)
     sparsity = get_sparsity(module)
+    if "openvino" in formats and sparse_stages(module)[0].importance == "random" and not sparsity.is_dense:
+        got = "openvino, and the scores `random` are whole numbers of 64 bits, which OpenVINO's CPU plug-in cuts to 32"
+        raise ConfigError("export.formats", got, "Set model.importance to mean_abs_l2 or l2, or export onnx or pt2.")
     info = _buildable(module, shape, info, reporter)
     contents = sparsity_json(module, shape, info, scope)
     with runs_on((min(check_batch_sizes), *shape)):
@@ -199,7 +202,7 @@ def _checked_file(
     found, first = checked(path, outputs, seed=seed, tolerance=tolerance, reporter=reporter)
     lowered = None
     if computed_in != "fp32":
-        lowered = checked_lowered(path, outputs(seed), activations=computed_in, reporter=reporter)
+        lowered = checked_lowered(path, outputs, seed=seed, activations=computed_in, reporter=reporter)
     return ExportedFile(name, path, "", 0, found, first, lowered)
 
 

@@ -15,9 +15,9 @@ from xml.etree import ElementTree
 import numpy as np
 from torch import Tensor
 
-from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
+from sparsevit_cli.errors import ConfigError, first_line, in_one_line, pass_on
 from sparsevit_cli.runtimes import Activations
-from sparsevit_cli.runtimes.openvino import compiled_model
+from sparsevit_cli.runtimes.openvino import compiled_model, load_openvino
 
 from .folder import SPARSITY
 
@@ -70,8 +70,7 @@ def _scoring(top: Any) -> tuple[Any, ...] | None:
 
 def save_openvino(source: Path, path: Path, contents: Mapping[str, object]) -> None:
     """Write an ONNX file as `path` (.xml) and the .bin beside it, weights in float32. Raises ConfigError."""
-    import openvino
-
+    openvino = load_openvino()
     try:
         model = openvino.Core().read_model(source)
         model.set_rt_info(json.dumps(contents), ["sparsevit_cli", SPARSITY])
@@ -79,7 +78,8 @@ def save_openvino(source: Path, path: Path, contents: Mapping[str, object]) -> N
         keep_ranking_exact(path)
     except Exception as error:
         pass_on(error)
-        got = f"OpenVINO cannot translate the model ({in_one_line(error)})"
+        told = str(error).strip().rpartition("\n")[2] or in_one_line(error)  # OpenVINO puts places in its code first
+        got = f"OpenVINO cannot translate the model ({first_line(told)})"
         raise ConfigError("export to OpenVINO", got, "Export onnx or pt2.") from error
 
 
@@ -88,8 +88,7 @@ def keep_ranking_exact(path: Path) -> None:
 
     The file is changed in place: it is one that is being made. Python cannot set such a mark on a model in memory.
     """
-    import openvino
-
+    openvino = load_openvino()
     marked = {node.get_friendly_name() for node in ranking_nodes(openvino.Core().read_model(path))}
     tree = ElementTree.parse(path)
     for layer in tree.iter("layer"):
@@ -125,9 +124,8 @@ def changed_windows(
 
 def _kept_windows(path: Path, batches: Sequence[Tensor], activations: Activations) -> list[set[int]]:
     """The windows that each ranking keeps of each image."""
-    import openvino
-    from openvino import opset13
-
+    openvino = load_openvino()
+    opset13 = openvino.opset13
     model = openvino.Core().read_model(path)
     outputs = len(model.outputs)
     base = opset13.constant(np.int32(_DIGIT))

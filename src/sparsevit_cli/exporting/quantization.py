@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ import torch
 from torch import Tensor
 
 from sparsevit_cli.errors import ConfigError, MeasurementError, in_one_line, pass_on
-from sparsevit_cli.runtimes.openvino import compiled
+from sparsevit_cli.runtimes.openvino import compiled, load_openvino, without_telemetry
 
 from .openvino_ir import keep_ranking_exact, ranking_nodes
 from .programs import INPUT, quiet
 
 PACKAGES = ("nncf", "openvino")
-TELEMETRY = "openvino_telemetry"
 _PASSING = (
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit", "Slice", "StridedSlice", "Gather",
     "GatherND", "Concat", "Pad", "Convert",
@@ -60,12 +58,12 @@ def check_installed() -> None:
 
 
 def load_nncf() -> Any:
-    """The module `nncf`, which can send nothing: NNCF reports every use to its makers unless it is told not to.
+    """The module `nncf`, which sends nothing: NNCF reports every use to its makers unless it is told not to.
 
-    `openvino_telemetry`, which does the sending, cannot be imported while NNCF is: so NNCF takes its own stub, and no
-    file is written to the home folder either. `NNCF_CI` is NNCF's switch for the same. Raises ConfigError.
+    It is imported without what does the sending. `NNCF_CI` is NNCF's own switch for the same. Raises ConfigError.
     """
     check_installed()
+    load_openvino()
     import logging
     from importlib import import_module
 
@@ -89,21 +87,6 @@ def load_nncf() -> Any:
     return nncf
 
 
-@contextmanager
-def without_telemetry() -> Iterator[None]:
-    """Inside the block whoever imports `openvino_telemetry` finds that it is not installed, and takes a stub."""
-    missing = object()
-    before = sys.modules.get(TELEMETRY, missing)
-    sys.modules[TELEMETRY] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if before is missing:
-            sys.modules.pop(TELEMETRY, None)
-        else:
-            sys.modules[TELEMETRY] = before  # type: ignore[assignment]
-
-
 def quantize(
     source: Path,
     target: Path,
@@ -119,8 +102,7 @@ def quantize(
     stay as they are. `lengths` are those of further inputs. `check` is called before each image, and may raise. Raises
     ConfigError (packages, no images), MeasurementError if NNCF fails or puts eight bits into the ranking.
     """
-    import openvino
-
+    openvino = load_openvino()
     model = _quantized(source, images, in_float, check, lengths or {}, compress=True)
     openvino.save_model(model, target, compress_to_fp16=False)
     keep_ranking_exact(target)
@@ -137,8 +119,7 @@ def _quantized(
 ) -> Any:
     """The quantised model; without `compress` its weights are float32 before their quantisers."""
     nncf = load_nncf()
-    import openvino
-
+    openvino = load_openvino()
     if not images:
         raise ConfigError("export.precision int8", "there is no image to calibrate on", "Add images to the data.")
     model = openvino.Core().read_model(source)
@@ -219,8 +200,7 @@ def layer_errors(
     One quantised model is made; all its quantisers but those of one layer are taken out, and that is run against the
     float model. Errors of single layers are small and add up: the sum of all is close to what the whole loses.
     """
-    import openvino
-
+    openvino = load_openvino()
     model = _quantized(source, calibration, (), check, {}, compress=False)
     reference = _outputs(openvino.Core().read_model(source), images, threads)
     for name, quantisers in quantised_layers(model).items():

@@ -23,6 +23,9 @@ from .folder import (
     verify,
 )
 
+LOWERED = ".xml"
+"""Files that may hold eight bits, or be computed in bfloat16; all others are in float32."""
+
 
 @dataclass(frozen=True)
 class ExportFolder:
@@ -42,10 +45,13 @@ class ExportFolder:
     outputs: Mapping[str, tuple[int | str, ...]]
     hashes: Mapping[str, str]
 
-    @property
-    def label(self) -> str:
-        """Its precision as tables have it: `int8+bf16`."""
-        return precision_label(self.precision, self.activations)
+    def activations_of(self, path: Path) -> Activations:
+        """What a runtime is asked to compute in for a file: `precision` and `activations` are those of the `.xml`."""
+        return self.activations if path.suffix == LOWERED else "fp32"
+
+    def label_of(self, path: Path) -> str:
+        """Precision of a file as tables have it: `int8+bf16`."""
+        return precision_label(self.precision, self.activations) if path.suffix == LOWERED else "fp32"
 
     @property
     def prefix(self) -> str:

@@ -30,12 +30,8 @@ def token_index_of(
     device: torch.device,
 ) -> Tensor:
     """`windows.window_token_index`, (n, N) int64."""
-    return _made_once(_token_index, height, width, window_size, shift_size, partition, device)  # type: ignore[no-any-return]
-
-
-def _token_index(height: int, width: int, *sizes: Any) -> Tensor:
-    window_size, shift_size, partition, device = sizes
-    return windows.window_token_index(height, width, window_size, shift_size, device, partition)
+    sizes = (height, width, window_size, shift_size, partition, device)
+    return _made_once(windows.window_token_index, *sizes)  # type: ignore[no-any-return]
 
 
 def shift_mask_of(

@@ -15,7 +15,7 @@ Parts = Mapping[str, Sequence[nn.Module]]
 """Modules by the name of their part, in the order of the forward pass; no module in two parts (`Task.parts`)."""
 
 REST = "rest"
-"""What runs in no part: of a detector the anchors and the suppression of overlapping boxes."""
+"""What runs in no part."""
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
+from typing import Any
 
 from sparsevit_cli import kernels
 from sparsevit_cli.swin.geometry import sparsity_or_dense
@@ -15,7 +16,7 @@ from .inputs import evaluating
 from .latency import Clock
 from .memory import memory_errors
 from .parts import REST, Parts, labelled
-from .timeline import Label, TimedEngine, Timeline, hooked, marked, timed_forward
+from .timeline import AFTER, Label, TimedEngine, Timeline, hooked, marked, timed_forward
 from .workload import Workload
 
 WARMUP_PASSES = 3
@@ -94,12 +95,14 @@ def time_stages(
 class PartTimes:
     """Milliseconds of every part of a forward pass and of the `rest`, in their order; they add up to `total_ms`.
 
-    Scaled from marked passes of `marked_ms`, as `StageTimes`.
+    Scaled from marked passes of `marked_ms`, as `StageTimes`. `after_ms` is what follows the model; it is in none of
+    these, and not scaled. None if nothing follows.
     """
 
     ms: Mapping[str, float]
     total_ms: float
     marked_ms: float
+    after_ms: float | None = None
 
     @property
     def shares(self) -> dict[str, float]:
@@ -114,30 +117,36 @@ def time_parts(
     total_ms: float | None = None,
     passes: int = 15,
     clock: Clock | None = None,
+    after: Callable[[Any], object] | None = None,
 ) -> PartTimes:
     """Where a forward pass of a model around a Swin spends its time; settings and errors as in `time_stages`.
 
-    A part that is not called takes no time.
+    A part that is not called takes no time. `after` is called with the outputs of each pass, and timed beside it.
     """
     timeline = Timeline(workload.device, clock)
     labels = [(module, (name,)) for module, name in labelled(parts)]
-    found = _medians_ms(workload, marked(workload.model, labels, timeline), timeline, passes)
+    found = _medians_ms(workload, marked(workload.model, labels, timeline), timeline, passes, after)
     times = {name: found.get((name,), 0.0) for name in (*parts, REST)}
     marked_ms = sum(times.values())
     total_ms = marked_ms if total_ms is None else total_ms
-    return PartTimes({name: ms * total_ms / marked_ms for name, ms in times.items()}, total_ms, marked_ms)
+    scaled = {name: ms * total_ms / marked_ms for name, ms in times.items()}
+    return PartTimes(scaled, total_ms, marked_ms, found.get(AFTER))
 
 
 def _medians_ms(
-    workload: Workload, marks: AbstractContextManager[None], timeline: Timeline, passes: int
+    workload: Workload,
+    marks: AbstractContextManager[None],
+    timeline: Timeline,
+    passes: int,
+    after: Callable[[Any], object] | None = None,
 ) -> dict[Label, float]:
     """Median milliseconds per label over `passes` marked passes, after some to warm up."""
     samples: dict[Label, list[float]] = {}
     with evaluating(workload.model), memory_errors(str(workload)), marks:
         for _ in range(WARMUP_PASSES):
-            timed_forward(workload, timeline)
+            timed_forward(workload, timeline, after)
         for _ in range(passes):
-            for label, ms in timed_forward(workload, timeline).items():
+            for label, ms in timed_forward(workload, timeline, after).items():
                 samples.setdefault(label, []).append(ms)
     return {label: median(values) for label, values in samples.items()}
 

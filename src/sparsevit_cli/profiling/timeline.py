@@ -6,7 +6,7 @@ For passes of their own: the marks cost some microseconds each, so no figure of 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any
@@ -77,16 +77,26 @@ class Timeline:
         return times
 
 
-def timed_forward(workload: Workload, timeline: Timeline) -> dict[Label, float]:
-    """Milliseconds of one forward pass of the workload per label, which add up to the whole pass.
+AFTER: Label = ("after",)
+"""What is done to the outputs of a forward pass, which is no part of it."""
+
+
+def timed_forward(
+    workload: Workload, timeline: Timeline, after: Callable[[Any], object] | None = None
+) -> dict[Label, float]:
+    """Milliseconds of one forward pass of the workload per label, which add up to the whole pass; and AFTER.
 
     Labels of `hooked`: `("stem",)`; per stage s `("merging", s)` and `("scoring", s)`, the stage's own work, which is
     scoring and ranking; per block pair p `("pair", s, p)`, less the moves that a `TimedEngine` takes out of it; and
     `("rest",)` for what is in no other one: final norm, pooling, head.
     """
     timeline.enter(("rest",))
-    workload.run()
+    outputs = workload.run()
     timeline.leave()
+    if after is not None:
+        timeline.enter(AFTER)
+        after(outputs)
+        timeline.leave()
     return timeline.take_ms()
 
 

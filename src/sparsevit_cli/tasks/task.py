@@ -24,6 +24,7 @@ from sparsevit_cli.config.kind import Kind
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.tasks import add_task, task_class
 from sparsevit_cli.data.preprocessing import Preprocessing
+from sparsevit_cli.data.shrunk import Scale
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
 from sparsevit_cli.models import build_model, tell_partition
@@ -33,6 +34,9 @@ from sparsevit_cli.swin.geometry import trunk
 from sparsevit_cli.weights import WeightsFile, fitted, load_state, read_file
 
 M = TypeVar("M", bound=nn.Module)
+
+POSTPROCESSING = "post-processing"
+"""Name of the part in which a model makes answers of what its heads gave: overlapping boxes are suppressed there."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,8 @@ class BuildOptions:
 class Task(ABC):
     """One experiment's task. A subclass says what its data, model, loss and score are; the rest has defaults.
 
-    `name` stands in `task.name` of configurations. `per` is what costs and latencies are told per: image or sample.
+    `name` stands in `task.name` of configurations. `per` is what costs and latencies are told per: image, sample, or a
+    window of an image (see `per_image`).
     """
 
     name: ClassVar[str]
@@ -120,6 +125,8 @@ class Task(ABC):
     """What `category_counts` counts: images, objects or pixels."""
     around: ClassVar[tuple[str, ...]] = ()
     """Starts of the names of parameters around the Swin, for a model that has such: weights with one are of a whole."""
+    finishing: str = ""
+    """What `finish` does, in two or three words; empty if it does nothing."""
     classifiers: ClassVar[tuple[str, ...]] = ()
     """Starts of the names of those whose shape depends on the categories: `model.reset_head` leaves them new."""
     kind: ClassVar[Kind] = Kind()
@@ -172,7 +179,7 @@ class Task(ABC):
     @functools.cached_property
     def checkpoint_is_whole(self) -> bool:
         """True if `model.checkpoint` gives every weight, so that nothing must be pretrained; a backbone's does not."""
-        return not self.around or self._whole_checkpoint() is not None
+        return not self.around or self._holds_whole
 
     def check_checkpoint(self, file: WeightsFile) -> None:  # noqa: B027 - shapes tell most
         """Raises CheckpointError if the weights of a whole model do not go with the configuration, though they fit."""
@@ -200,6 +207,25 @@ class Task(ABC):
         What runs in none of them is told as `rest`. Empty if the backbone is everything.
         """
         return {}
+
+    def per_image(self, size: Size, scale: Scale | None = None) -> float:
+        """How many of what costs are `per`, of `size` pixels, an image of the validation split takes on average.
+
+        1 if costs are per image. `scale` shrinks the images, as it does for a smaller rival. Raises DataError if that
+        hangs on data that are not there.
+        """
+        return 1.0
+
+    def finish(self, outputs: Any, size: Size) -> Any:
+        """What follows the model for those who use it, at images of `size` (height, width) pixels: masks pasted.
+
+        A profile tells its time beside the model's, under the words of `finishing`. Nothing follows by default.
+        """
+        return outputs
+
+    def takes(self, model: nn.Module, size: Size) -> bool:
+        """False if what stands around the Swin cannot take images of `size`: no smaller rival gets them."""
+        return True
 
     def at_full_load(self, model: nn.Module) -> AbstractContextManager[object]:
         """Let `model` do as much inside the block as an image may ask of it: costs are measured so.
@@ -245,7 +271,7 @@ class Task(ABC):
         if not any(module is features for module in model.modules()):
             got = f"its features are no module inside {type(model).__name__}"
             raise ConfigError(f"task {self.name}", got, "Write its method replace_features_(model, run).")
-        features.forward = lambda images, *_, **__: run(images)  # type: ignore[method-assign, assignment]
+        features.forward = lambda images, *_, **__: run(images)
 
     # -- said once, for all of them -----------------------------------------------------------------------------
 
@@ -262,7 +288,7 @@ class Task(ABC):
             images = self.images_in(inputs)
             return own(inputs, *others, **named) if images is None else run(images)
 
-        model.forward = forward  # type: ignore[method-assign]
+        model.forward = forward
 
     def swin(self, outputs: int, options: BuildOptions, *, any_size: bool = False) -> nn.Module:
         """The configuration's timm Swin with `outputs` outputs; 0 gives its pooled features, without a head."""
@@ -271,14 +297,16 @@ class Task(ABC):
             say=options.say,
         )  # fmt: skip
 
-    def swin_backbone(self, options: BuildOptions, levels: Sequence[int] | None = None) -> SwinBackbone:
+    def swin_backbone(
+        self, options: BuildOptions, levels: Sequence[int] | None = None, file: WeightsFile | None = None
+    ) -> SwinBackbone:
         """The configuration's timm Swin as a backbone that gives the maps of `levels`, by default of all stages.
 
-        See `build_backbone`.
+        `file` is what `model.checkpoint` holds, if it was read already. See `build_backbone`.
         """
         levels = range(len(self.config.model.depths or LEVELS)) if levels is None else levels
         return build_backbone(
-            self._section(options), levels, img_size=options.img_size, seed=options.seed, say=options.say
+            self._section(options), levels, img_size=options.img_size, seed=options.seed, say=options.say, file=file
         )
 
     def on_backbone(self, options: BuildOptions, make: Callable[[SwinBackbone], M]) -> M:
@@ -287,8 +315,13 @@ class Task(ABC):
         `model.checkpoint` may be that of a backbone, or of a whole model, which has a tensor of `around`: a file, a
         checkpoint folder of ours, a folder of transformers. Raises ConfigError, CheckpointError.
         """
-        whole = self._whole_checkpoint() if options.initial_weights else None
-        backbone = self.swin_backbone(options if whole is None else replace(options, initial_weights=False))
+        file = self._checkpoint if options.initial_weights else None
+        whole = file if file is not None and self._holds_whole else None
+        if whole is None:
+            backbone = self.swin_backbone(options, file=file)
+        else:
+            backbone = self.swin_backbone(replace(options, initial_weights=False))
+        self.__dict__.pop("_checkpoint", None)  # used: a second copy of all weights would stay in memory
         with seeded(derive_seed(options.seed, "heads")):
             model = make(backbone)
         if whole is not None:
@@ -302,20 +335,31 @@ class Task(ABC):
             options.say(f"{whole.path}: all weights are taken from it")
         return model
 
-    def _whole_checkpoint(self) -> WeightsFile | None:
-        """The weights in `model.checkpoint` if they are of a whole model. Raises CheckpointError."""
+    @functools.cached_property
+    def _checkpoint(self) -> WeightsFile | None:
+        """The weights in `model.checkpoint`, read once and kept until a model is built. Raises CheckpointError."""
         if self.config.model.checkpoint is None:
             return None
-        file = read_file(as_path(self.config.model.checkpoint, "model.checkpoint"))
-        if not any(key.startswith(self.around) for key in file.tensors):
-            return None
+        return read_file(as_path(self.config.model.checkpoint, "model.checkpoint"))
+
+    @functools.cached_property
+    def _holds_whole(self) -> bool:
+        """True if the weights in `model.checkpoint` are of a whole model. Raises CheckpointError."""
+        file = self._checkpoint
+        if file is None or not any(key.startswith(self.around) for key in file.tensors):
+            return False
         self.check_checkpoint(file)
-        return file
+        return True
 
     def check_sizes(self, divisor: int, others: Mapping[str, ImageSize] = MappingProxyType({})) -> None:
-        """Raises ConfigError for image sizes that a backbone's `divisor` does not divide: of the model, all phases of
-        training, and `others` by the name of their setting.
-        """
+        """Raises ConfigError for image sizes that a backbone's `divisor` does not divide; see `image_sizes`."""
+        for what, size in self.image_sizes(others).items():
+            if any(side % divisor for side in size):
+                got = f"{size_text(size)} pixels; the stages need multiples of {divisor}"
+                raise ConfigError(what, got, "Round it.")
+
+    def image_sizes(self, others: Mapping[str, ImageSize] = MappingProxyType({})) -> dict[str, Size]:
+        """Height and width of images by the name of the setting: of the model, all phases of training, and `others`."""
         config = self.config
         sections = {"train": config.train, "adapt": config.adapt, "finetune": config.finetune}
         phases = {
@@ -323,10 +367,8 @@ class Task(ABC):
             for name, section in sections.items()
             for number, phase in enumerate(section.curriculum)
         }
-        for what, size in ({"model.img_size": config.model.img_size} | phases | dict(others)).items():
-            if any(side % divisor for side in as_pair(size)):
-                got = f"{size_text(as_pair(size))} pixels; the stages need multiples of {divisor}"
-                raise ConfigError(what, got, "Round it.")
+        found = {"model.img_size": config.model.img_size} | phases | dict(others)
+        return {what: as_pair(size) for what, size in found.items()}
 
     def _section(self, options: BuildOptions) -> ModelSection:
         section = self.config.model

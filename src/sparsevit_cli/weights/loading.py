@@ -46,7 +46,7 @@ def read_weights(path: Path | str, say: Say = tell_log) -> dict[str, Tensor]:
 
 def load_weights(
     model: nn.Module,
-    path: Path | str,
+    path: Path | str | WeightsFile,
     reset_head: bool = False,
     say: Say = tell_log,
     *,
@@ -54,13 +54,13 @@ def load_weights(
 ) -> tuple[str, ...]:
     """Load `path` into a timm Swin, or a model around one, exactly or not at all; returns the keys left as they were.
 
-    Takes the families of `families.FAMILIES`. With `reset_head` a classifier that does not fit, or is missing, stays
-    as `model` has it. A SwinBackbone takes the backbone of any file: head and final norm are left out, and its norms
-    of levels stay as they are if the file has none. Nothing is interpolated. A warning tells of weights that were
-    trained with another `partition` than the model's. Raises CheckpointError with at most 10 keys and shapes, before
-    anything in the model changes.
+    `path` may be a file that was read already. Takes the families of `families.FAMILIES`. With `reset_head` a
+    classifier that does not fit, or is missing, stays as `model` has it. A SwinBackbone takes the backbone of any
+    file: head and final norm are left out, and its norms of levels stay as they are if the file has none. Nothing is
+    interpolated. A warning tells of weights that were trained with another `partition` than the model's. Raises
+    CheckpointError with at most 10 keys and shapes, before anything in the model changes.
     """
-    file = read_file(path)
+    file = path if isinstance(path, WeightsFile) else read_file(path)
     own = model.state_dict()
     fit = _fit(file, own, partition)
     file.tell(say, *fit.told)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 
 from sparsevit_cli.atomic import sha256_file, write_atomic
+from sparsevit_cli.data.files import file_bytes, file_status
 from sparsevit_cli.data.loader import checked_batches, num_batches
 from sparsevit_cli.data.pictures import contact_sheet
 from sparsevit_cli.data.source import Categories, Finding, Source, shorten
@@ -238,11 +238,8 @@ def _sizes(source: Source) -> dict[int, int]:
     found = {}
     for index in range(len(source)):
         path = source.sample_file(index)
-        try:
-            size = 0 if path is None else os.stat(path).st_size
-        except OSError:
-            continue
-        if size:
+        size = 0 if path is None else file_bytes(file_status(path))
+        if size > 0:
             found[index] = size
     return found
 

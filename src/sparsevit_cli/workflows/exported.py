@@ -77,7 +77,7 @@ def find_exported(session: Session, name: str, typed: str | None) -> Exported:
         do = f"Give a file that ends in {' or '.join(chosen.suffixes)}, or the folder."
         raise ConfigError("--weights", f"{chosen.name} does not read {path.name}", do)
     hashes = content.verified(path)
-    chosen.check_activations(content.activations)
+    chosen.check_activations(content.activations_of(path))
     _check_settings(session, content)
     whole = folder / WEIGHTS
     hashes_of_weights = content.verified(whole)
@@ -95,10 +95,10 @@ def find_exported(session: Session, name: str, typed: str | None) -> Exported:
 def _folder(session: Session, typed: str | None) -> tuple[Path, Path | None]:
     """The export folder, and the file in it if one is named."""
     if typed is None:
-        folder = session.earlier("export")
-        if not is_export(folder.path):
-            raise missing_result(folder, "sparsevit evaluate --runtime")
-        return folder.path, None
+        own = session.earlier("export")
+        if not is_export(own.path):
+            raise missing_result(own, "sparsevit evaluate --runtime")
+        return own.path, None
     if typed in (*LEAVE_WEIGHTS, BEST):
         got = f"{typed} are trained weights, and --runtime runs an exported file"
         raise ConfigError("--weights", got, "Give the folder of an export, or leave --runtime out.")
@@ -154,7 +154,7 @@ def with_file(session: Session, exported: Exported, model: nn.Module, data: Data
     """
     content, task = exported.content, session.task
     like = _answers(content, task.exported_features(model) if content.scope == "features" else model)
-    program = exported.runtime.load(exported.path, activations=content.activations)
+    program = exported.runtime.load(exported.path, activations=content.activations_of(exported.path))
     module = ProgramModule(
         program, like, name=str(exported.path), shape=content.image_shape, one_image=not content.any_batch
     )
@@ -175,7 +175,7 @@ def with_file(session: Session, exported: Exported, model: nn.Module, data: Data
     return FileRun(
         runtime=program.runtime,
         version=program.version,
-        precision=content.label,
+        precision=content.label_of(exported.path),
         threads=program.threads,
         scope=content.scope,
         file=str(exported.path),

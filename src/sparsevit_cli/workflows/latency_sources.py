@@ -110,6 +110,9 @@ class ProgramSource:
         self.workload = session.workload(model, size, self.section.batch_size, scope=self.section.scope)
         if not isinstance(self.workload.inputs, Tensor):
             raise _untraceable(f"the model of task {session.task.name} takes more than one tensor of images")
+        if self.runtime.name == "openvino" and session.config.model.importance == "random":
+            got = "openvino, and no file is written for it where model.importance is random"
+            raise ConfigError("search.runtime", got, "Choose onnxruntime or torch, or another importance.")
         here = {"runtime_version": self.runtime.version(), "activations": self.activations}
         self.identity = _with_clock(session, program_identity(self.workload, {**_program(session), **here}))
         label = f"int8+{self.activations}" if self.section.precision == "int8" else self.activations

@@ -14,7 +14,8 @@ from sparsevit_cli.sizes import size_text
 
 from .profile_report import PartCost, PartCosts, ProfileReport, ProfileRow
 
-COLUMNS = ("model", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [95 %]", "speed-up [95 %]", "images/s",
+THROUGHPUT = "images/s"
+COLUMNS = ("model", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [95 %]", "speed-up [95 %]", THROUGHPUT,
            "peak MB")  # fmt: skip
 PART_COLUMNS = ("part", "dense ms", "sparse ms", "dense GMACs", "sparse GMACs")
 _GMACS = ("dense_gmacs", "sparse_gmacs")
@@ -27,7 +28,8 @@ td:first-child,th:first-child{text-align:left}tr.losing td{color:#b3261e}"""
 
 def columns(report: ProfileReport) -> tuple[str, ...]:
     """Heads of the columns of latencies; the scope is among them if there are several."""
-    return (COLUMNS[0], "scope", *COLUMNS[1:]) if len(report.scopes) > 1 else COLUMNS
+    heads = tuple(f"{report.per}s/s" if head == THROUGHPUT else head for head in COLUMNS)
+    return (heads[0], "scope", *heads[1:]) if len(report.scopes) > 1 else heads
 
 
 def rows_of(report: ProfileReport) -> list[tuple[Any, ...]]:
@@ -43,15 +45,23 @@ def _row_values(row: ProfileRow, scope: tuple[str, ...]) -> tuple[Any, ...]:
 
 
 def part_rows(parts: PartCosts) -> list[tuple[str, ...]]:
-    """Texts under PART_COLUMNS, with the share of each in the whole."""
-    columns = [[getattr(row, name) for row in parts.rows] for name in ("dense_ms", "sparse_ms", *_GMACS)]
-    texts = [_with_shares(values, digits) for values, digits in zip(columns, (2, 2, 3, 3), strict=True)]
-    return [(row.name, *values) for row, *values in zip(parts.rows, *texts, strict=True)]
+    """Texts under PART_COLUMNS, with the share of each in the whole; what follows the model comes on top (+5%)."""
+    names = ("dense_ms", "sparse_ms", *_GMACS)
+    columns = [[getattr(row, name) for row in parts.told_rows] for name in names]
+    texts = [
+        _with_shares(values, len(parts.rows), digits) for values, digits in zip(columns, (2, 2, 3, 3), strict=True)
+    ]
+    return [(row.name, *values) for row, *values in zip(parts.told_rows, *texts, strict=True)]
 
 
-def _with_shares(values: Sequence[float | None], digits: int) -> list[str]:
-    total = sum(value or 0.0 for value in values) or 1.0
-    return ["-" if value is None else f"{value:.{digits}f} ({value / total:.0%})" for value in values]
+def _with_shares(values: Sequence[float | None], count: int, digits: int) -> list[str]:
+    """Each value with its share in the sum of the first `count`."""
+    total = sum(value or 0.0 for value in values[:count]) or 1.0
+    signs = ["" if number < count else "+" for number in range(len(values))]
+    return [
+        "-" if value is None else f"{value:.{digits}f} ({sign}{value / total:.0%})"
+        for sign, value in zip(signs, values, strict=True)
+    ]
 
 
 def parts_title(parts: PartCosts) -> str:
@@ -77,7 +87,7 @@ def layers_csv(stages: Mapping[str, StageTimes]) -> str:
 
 def parts_csv(parts: PartCosts | None) -> str:
     """One row per part: milliseconds per batch, and multiply-adds per image in 10^9, dense and sparse."""
-    rows = [] if parts is None else [astuple(row) for row in parts.rows]
+    rows = [] if parts is None else [astuple(row) for row in parts.told_rows]
     return _csv([field.name for field in fields(PartCost)], rows)
 
 
@@ -102,6 +112,7 @@ def profile_page(report: ProfileReport) -> str:
         parts.append(f"<p>{html.escape(f'{name}: {values}')}</p>")
     losing = [number for number, row in enumerate(report.rows) if row.losing]
     parts.append(_table("Latency", columns(report), rows_of(report), losing))
+    parts += [f"<p>{html.escape(line)}.</p>" for line in report.image_lines()]
     if report.parts is not None:
         parts.append(_table(parts_title(report.parts), PART_COLUMNS, part_rows(report.parts)))
         parts.append(f"<p>{html.escape(report.parts.told())}.</p>")

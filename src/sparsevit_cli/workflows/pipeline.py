@@ -32,6 +32,7 @@ from .evaluate import evaluate_checkpoint
 from .export import check_exportable, export_settings, export_winner
 from .profile import profile_model, profile_settings
 from .ratios import ratios_to_finetune
+from .scopes import image_told, per_image
 from .search import budget_requests, is_searched, named_scope, search
 from .session import Session
 from .smaller import equal_size, open_rival, size_step
@@ -79,6 +80,8 @@ class PipelineRow(ScopeCost):
     score: float
     scores: Mapping[str, float]
     backbone: ScopeCost | None = None
+    per_image: float | None = 1.0
+    """How many of what costs are per an image takes (`Task.per_image`)."""
 
     def document(self) -> dict[str, Any]:
         """The row in JSON documents."""
@@ -103,6 +106,15 @@ class PipelineSummary:
     """Why latencies are missing; None where all are steady."""
     without_clock: bool
     """True where the search left a latency budget out, for the clock was not steady."""
+
+    def image_lines(self) -> list[str]:
+        """What a whole image costs; nothing if the model takes images whole."""
+        dense, winner = self.rows[0], self.rows[-1]
+        costs = {
+            name: (row.gmacs, None if row.latency_ms is None else row.latency_ms / self.batch)
+            for name, row in (("dense", dense), ("winner", winner))
+        }
+        return image_told(self.about.get("per", "image"), dense.per_image, dense.image_size, costs)
 
     def document(self) -> dict[str, Any]:
         """The JSON document of `sparsevit run --json`."""
@@ -284,6 +296,7 @@ def _summary(
             scores=contender.score.values,
             **asdict(measured["model"].costs[contender.label]),
             backbone=measured["backbone"].costs[contender.label] if "backbone" in measured else None,
+            per_image=per_image(session, contender.size, Scale(session.img_size, contender.size)),
         )
         for contender in contenders
     ]

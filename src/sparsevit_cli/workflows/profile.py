@@ -51,6 +51,7 @@ from .profile_report import (
     RowKind,
 )
 from .ratios import ratios_to_profile
+from .scopes import per_image
 from .session import Session
 
 FILES = ("profile.json", "profile.html", "samples.npz", "layers.csv", "parts.csv", "metrics.json")
@@ -115,9 +116,10 @@ def profile_model(
                 tell_of_timm(session, "profile")
                 macs_check = _macs_check(session, models[OURS_SPARSE], size, scopes[0])
             for batch in section.batch_sizes:
+                taken = per_image(session, size)
                 cells = {scope: _measured(session, models, size, batch, scope) for scope in scopes}
                 for scope, cell in cells.items():
-                    rows += _rows(session, cell, config)
+                    rows += _rows(session, cell, config, taken)
                     told = f"{scope}, " if len(scopes) > 1 else ""
                     samples |= {
                         f"{told}{LABELS[kind]} b{batch} {size_text(size)}": latency.samples_ms
@@ -288,7 +290,7 @@ def _check(session: Session) -> Callable[[], None]:
     return partial(session.stop.check, "profile", "nothing of this profile is saved")
 
 
-def _rows(session: Session, cell: _Cell, config: SparsityConfig) -> list[ProfileRow]:
+def _rows(session: Session, cell: _Cell, config: SparsityConfig, taken: float | None) -> list[ProfileRow]:
     section, rows = session.config.profile, []
     for kind, workload in cell.workloads.items():
         latency, size = cell.latencies[kind], workload.image_size
@@ -309,6 +311,7 @@ def _rows(session: Session, cell: _Cell, config: SparsityConfig) -> list[Profile
                 parameters=sum(parameter.numel() for parameter in workload.model.parameters()),
                 rounds=latency.rounds,
                 outliers=latency.outliers,
+                per_image=taken,
                 stable=latency.stable,
                 unsteady=latency.unsteady,
                 compares=latency.stable and cell.latencies[DENSE].stable,
@@ -362,10 +365,12 @@ def _stage_times(session: Session, cell: _Cell) -> dict[str, StageTimes]:
 
 
 def _part_costs(session: Session, cell: _Cell) -> PartCosts:
-    """Where the time and the multiply-adds of the whole model go."""
+    """Where the time and the multiply-adds of the whole model go, and the time of what follows it."""
+    size = cell.workloads[DENSE].image_size
+    after = (lambda outputs: session.task.finish(outputs, size)) if session.task.finishing else None
 
     def take(workload: Workload, ms: float) -> PartTimes:
-        return time_parts(workload, session.parts(workload.model), total_ms=ms)
+        return time_parts(workload, session.parts(workload.model), total_ms=ms, after=after)
 
     times = _dense_and_sparse(session, cell, take)
     macs = {}
@@ -385,8 +390,16 @@ def _part_costs(session: Session, cell: _Cell) -> PartCosts:
         )
         for name in macs[DENSE]
     ]
-    workload = cell.workloads[DENSE]
-    return PartCosts(workload.batch, workload.image_size, tuple(rows))
+    following = None
+    if after is not None:
+        following = PartCost(
+            f"after the model: {session.task.finishing}",
+            times[DENSE].after_ms if times else None,
+            times[OURS_SPARSE].after_ms if times else None,
+            0.0,
+            0.0,
+        )
+    return PartCosts(cell.workloads[DENSE].batch, size, tuple(rows), following)
 
 
 @contextmanager

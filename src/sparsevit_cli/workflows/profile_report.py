@@ -15,6 +15,7 @@ from sparsevit_cli.sizes import Size
 from sparsevit_cli.sparsity import SparsityConfig
 
 from .rows import MeasuredRow
+from .scopes import image_told
 
 RowKind = Literal["dense", "ours dense", "ours sparse"]
 DENSE: RowKind = "dense"
@@ -33,11 +34,13 @@ class ProfileRow(MeasuredRow):
 
     mode: str
     throughput: float
-    """Images per second."""
+    """Images per second, or windows where costs are per window."""
     peak_memory_mb: float
     parameters: int
     rounds: int
     outliers: int
+    per_image: float | None = 1.0
+    """How many of what costs are per an image takes (`Task.per_image`); None where it is not known without data."""
 
     @property
     def losing(self) -> bool:
@@ -61,19 +64,29 @@ class PartCost:
 
 @dataclass(frozen=True)
 class PartCosts:
-    """The parts of a model and the rest of it, in the order of its forward pass, at one batch and image size."""
+    """The parts of a model and the rest of it, in the order of its forward pass, at one batch and image size.
+
+    `after` is what follows the model (`Task.finish`), which is in no other row; None if nothing does.
+    """
 
     batch: int
     image_size: Size
     rows: tuple[PartCost, ...]
+    after: PartCost | None = None
+
+    @property
+    def told_rows(self) -> tuple[PartCost, ...]:
+        """All rows, what follows the model last."""
+        return self.rows if self.after is None else (*self.rows, self.after)
 
     def told(self) -> str:
-        """Which part of the sparse model costs most, in one sentence."""
-        by_time = all(row.sparse_ms is not None for row in self.rows)
-        costs = {row.name: (row.sparse_ms or 0.0) if by_time else row.sparse_gmacs for row in self.rows}
+        """Which part of the sparse model, or what follows it, costs most, in one sentence."""
+        by_time = all(row.sparse_ms is not None for row in self.told_rows)
+        costs = {row.name: (row.sparse_ms or 0.0) if by_time else row.sparse_gmacs for row in self.told_rows}
         name = max(costs, key=lambda each: costs[each])
+        name_after = "" if self.after is None else self.after.name
         share = costs[name] / (sum(costs.values()) or 1)
-        what = "What runs in no part" if name == REST else f"The {name}"
+        what = {REST: "What runs in no part", name_after: "What follows the model"}.get(name, f"The {name}")
         return f"{what} now costs most: {share:.0%} of the {'time' if by_time else 'multiply-adds'}"
 
 
@@ -99,6 +112,23 @@ class ProfileReport:
     def refuse_unsteady(self) -> None:
         """As the function of that name."""
         refuse_unsteady({f"{row.label}, batch {row.batch}": row.unsteady for row in self.rows})
+
+    @property
+    def per(self) -> str:
+        """What costs are per."""
+        return self.about.get("per", "image")
+
+    def image_lines(self) -> list[str]:
+        """What whole images cost, a line per size of windows, times at the last batch; none without windows."""
+        lines = []
+        for size in dict.fromkeys(row.image_size for row in self.rows):
+            rows = {row.kind: row for row in self.rows if row.image_size == size and row.scope == self.scopes[-1]}
+            costs = {
+                name: (row.gmacs, row.latency_ms / row.batch if row.stable else None)
+                for name, row in (("dense", rows[DENSE]), ("sparse", rows[OURS_SPARSE]))
+            }
+            lines += image_told(self.per, rows[DENSE].per_image, size, costs)
+        return lines
 
     @property
     def scopes(self) -> tuple[Scope, ...]:

@@ -63,7 +63,8 @@ def equal_size(
         return kept
     workloads = {"winner": _workload(session, model, session.img_size)}
     step = size_step(session, model)
-    sizes = sorted(rival_sizes(session.img_size, step, max(window_sizes(model)[0]) * patch_size(model)[0]))
+    known = rival_sizes(session.img_size, step, max(window_sizes(model)[0]) * patch_size(model)[0])
+    sizes = sorted(size for size in known if session.task.takes(model, size))
     if not sizes:
         session.reporter.warn(f"run: no dense rival at a lower resolution: sides must be multiples of {step} pixels")
         return None

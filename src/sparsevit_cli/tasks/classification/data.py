@@ -12,10 +12,11 @@ from sparsevit_cli.config.classification import DigitsData, FolderData, Labelled
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.data.chosen import refuse_unreadable
 from sparsevit_cli.data.digits import DigitsDataset, DigitsSpec
-from sparsevit_cli.data.source import BadImages, Categories, Data, Source, shorten
+from sparsevit_cli.data.drawn import DrawnSource
+from sparsevit_cli.data.source import BadImages, Categories, Data, shorten
 from sparsevit_cli.data.splits import carve
 from sparsevit_cli.errors import DataError
-from sparsevit_cli.sizes import ImageSize, Size, as_pair
+from sparsevit_cli.sizes import ImageSize
 
 from .folder import FolderRecords, read_folder
 from .records import Records, RecordSource, check_names, relabelled
@@ -23,38 +24,16 @@ from .timm_source import read_timm
 from .transforms import TransformSpec
 
 
-class DigitsSource(Source):
+class DigitsSource(DrawnSource[DigitsDataset]):
     """The embedded digits with their labels."""
-
-    def __init__(self, dataset: DigitsDataset) -> None:
-        self.dataset = dataset
-
-    @property
-    def image_size(self) -> Size:
-        return as_pair(self.dataset.spec.canvas)
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names in the order of the labels."""
-        return self.dataset.names
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        return self.drawn.names
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.dataset[index]
-
-    def set_epoch(self, epoch: int) -> None:
-        self.dataset.set_epoch(epoch)
-
-    def resized(self, size: ImageSize) -> DigitsSource:
-        return DigitsSource(self.dataset.with_canvas(size))
-
-    def sample_name(self, index: int) -> str:
-        return self.dataset.sample_name(index)
-
-    def fingerprint(self) -> str:
-        return self.dataset.fingerprint()
+        return self.drawn[index]
 
 
 def build_data(

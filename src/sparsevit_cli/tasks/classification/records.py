@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import re
-import stat
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from sparsevit_cli.data.chosen import ChosenSource
+from sparsevit_cli.data.files import NOT_A_FILE, file_bytes, file_fault
 from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.data.source import BadImages, shorten
 from sparsevit_cli.data.splits import Indices
@@ -30,9 +30,6 @@ from sparsevit_cli.seeding import derive_seed, seeded
 from sparsevit_cli.sizes import ImageSize
 
 from .transforms import TransformSpec, failed_step
-
-NOT_A_FILE = -1
-"""Size of what cannot be opened as a file: a link that leads nowhere, a pipe, a device."""
 
 FileFacts = tuple[int, int, int]
 """Inode, device and time of change of a file, the same under all its names; the inode is 0 where none is known."""
@@ -85,8 +82,7 @@ class Records(ABC):
 
     def known_fault(self, index: int) -> str | None:
         """Why an image is unreadable, as far as the listing tells."""
-        size = None if self.sizes is None else self.sizes[index]
-        return {0: "empty file", NOT_A_FILE: "cannot be opened as a file"}.get(size)  # type: ignore[arg-type]
+        return None if self.sizes is None else file_fault(self.sizes[index])
 
     def known_faults(self) -> dict[int, str]:
         """Unreadable images as far as the listing tells: index to reason."""
@@ -95,11 +91,12 @@ class Records(ABC):
 
 
 def file_facts(status: os.stat_result | None) -> tuple[int, FileFacts]:
-    """Bytes of a file, and which file it is. NOT_A_FILE for a pipe named cat.jpg: opening it would wait for ever."""
-    if status is None or not stat.S_ISREG(status.st_mode):
-        return NOT_A_FILE, (0, 0, 0)
+    """Bytes of a file, and which file it is; NOT_A_FILE and zeros for what is none."""
+    size = file_bytes(status)
+    if status is None or size == NOT_A_FILE:
+        return size, (0, 0, 0)
     # Modulo: times before 1970 are negative, inodes of Windows have 128 bits.
-    return status.st_size, (status.st_ino % 2**64, status.st_dev % 2**64, status.st_mtime_ns % 2**64)
+    return size, (status.st_ino % 2**64, status.st_dev % 2**64, status.st_mtime_ns % 2**64)
 
 
 def facts_array(facts: Iterable[FileFacts]) -> NDArray[np.uint64]:

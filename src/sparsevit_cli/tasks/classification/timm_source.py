@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 
+from sparsevit_cli.data.files import file_status
 from sparsevit_cli.data.images import (
     UnreadableImageError,
     decode_image,
@@ -233,11 +234,7 @@ def _common_folder(root: str, files: list[_File]) -> str:
 
 
 def _file(path: str, root: str) -> _File:
-    try:
-        facts = file_facts(os.stat(path))
-    except OSError:
-        facts = file_facts(None)
-    return (Path(os.path.relpath(path, root)).as_posix(), *facts)
+    return (Path(os.path.relpath(path, root)).as_posix(), *file_facts(file_status(path)))
 
 
 def _refuse_system_files(where: str, files: list[_File]) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +13,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from sparsevit_cli.data.files import file_bytes, file_fault, file_status
 from sparsevit_cli.data.source import Categories, Finding, shorten
 from sparsevit_cli.errors import DataError
 from sparsevit_cli.sizes import Size, size_text
 
 from .masks import Polygons, RunLengths, Shape, outlines_of, unpacked
 from .source import Images
-from .truth import Instance, Truth
+from .truth import Instance, Truth, Truths
 
 _EXAMPLES = 5
 _ROUNDING = 1.0
@@ -33,12 +34,12 @@ _Listed = Mapping[int, tuple[str, Size]]
 
 @dataclass(frozen=True)
 class CocoSplit:
-    """One annotation file and its images; `with_object` are the numbers of those that hold one to learn from."""
+    """One annotation file and its images; `with_object` (images,) is true for those that hold one to learn from."""
 
     images: Images
     categories: Categories
     findings: tuple[Finding, ...]
-    with_object: frozenset[int]
+    with_object: NDArray[np.bool_]
 
 
 def read_coco(file: Path, folder: Path, split: str, *, masks: bool, max_megapixels: float) -> CocoSplit:
@@ -64,17 +65,15 @@ def read_coco(file: Path, folder: Path, split: str, *, masks: bool, max_megapixe
             note(str(error))
         else:
             instances[row["image_id"]].append(instance)
-    truths = tuple(Truth(key, size, tuple(instances[key])) for key, (_, size) in listed.items())
-    with_object = frozenset(
-        number for number, truth in enumerate(truths) if any(not instance.crowd for instance in truth.instances)
-    )
-    if not with_object:
+    truths = Truths(Truth(key, size, tuple(instances[key])) for key, (_, size) in listed.items())
+    with_object = truths.learned() > 0
+    if not with_object.any():
         lost = "; ".join(f"{finding.count} {finding.what}" for finding in found.told())
         do = "Correct them; without masks, set task.masks: false." if "mask" in lost else "Correct the annotations."
         got = f"none of {len(document['annotations'])} annotations is an object to learn from"
         raise DataError(str(file), got + (f": {lost}" if lost else ""), do)
     names = tuple(name for name, _ in listed.values())
-    sizes, faults = _files(folder, names, [truth.size for truth in truths], max_megapixels)
+    sizes, faults = _files(folder, names, [size for _, size in listed.values()], max_megapixels)
     digest = hashlib.sha256(hashlib.sha256(content).digest() + repr(sizes).encode()).hexdigest()
     images = Images(split, folder, names, truths, faults, digest, max_megapixels)
     return CocoSplit(images, categories, found.told(), with_object)
@@ -292,15 +291,9 @@ def _files(
         raise DataError(str(folder), "there is no such folder", "Set data.root, data.train_images and data.val_images.")
     found, faults = [], {}
     for number, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        try:
-            status = os.stat(folder / name)
-        except OSError as error:
-            found.append(-1)
-            faults[number] = f"cannot be opened ({error.strerror})"
-            continue
-        found.append(status.st_size)
-        if not stat.S_ISREG(status.st_mode) or not status.st_size:
-            faults[number] = "is an empty file" if stat.S_ISREG(status.st_mode) else "is no file"
+        found.append(file_bytes(file_status(folder / name)))
+        if reason := file_fault(found[-1]):
+            faults[number] = reason
         elif math.prod(size) > max_megapixels * 1e6:
             faults[number] = f"has {size_text(size)} pixels, more than data.max_megapixels {max_megapixels:g}"
     return found, faults

@@ -77,7 +77,7 @@ def _coco(data: CocoData, spec: PlacingSpec, seed: int, masks: bool) -> Data:
         FileSource(val.images, everything, held_spec, masks=masks, seed=seed, bad_images=None),
     )
     names = train.categories.names
-    empty = len(train.images.names) - len(train.with_object)
+    empty = int((~train.with_object).sum())
     rows = [
         ("data", f"COCO annotations in {data.root}"),
         ("categories", f"{len(names)}: {shorten(names)}"),
@@ -93,7 +93,7 @@ def _coco(data: CocoData, spec: PlacingSpec, seed: int, masks: bool) -> Data:
 def _split(data: CocoData, train: CocoSplit) -> tuple[Indices, Indices]:
     """Numbers of the training and of the search images."""
     numbers = np.arange(len(train.images.names))
-    usable = np.array([number in train.with_object for number in numbers.tolist()])
+    usable = train.with_object
     chosen = numbers if data.keep_empty else numbers[usable]
     readable = np.array([number not in train.images.faults for number in chosen.tolist()])
     keys = [train.images.names[number] for number in chosen.tolist()]
@@ -102,7 +102,7 @@ def _split(data: CocoData, train: CocoSplit) -> tuple[Indices, Indices]:
 
 
 def _counted(split: CocoSplit, numbers: Indices) -> str:
-    objects = sum(len(split.images.truths[number].instances) for number in numbers.tolist())
+    objects = split.images.truths.objects()[numbers].sum()
     return f"{len(numbers)} with {objects} objects"
 
 

@@ -50,11 +50,27 @@ class Proposals(RegionProposalNetwork):
         return torch.where((positive | negative).bool(), labels, -1.0)
 
 
+class Suppression(nn.Module):
+    """torchvision's choice of detections, as a module: a profile sees what runs inside modules."""
+
+    def forward(self, heads: RoIHeads, *answers: Any) -> Any:
+        """Boxes, scores and labels of each image, from the answers of the box head; see `RoIHeads`."""
+        return RoIHeads.postprocess_detections(heads, *answers)
+
+
 class Regions(RoIHeads):
     """torchvision's, with regions drawn by the seed of their image, and losses that are means over images.
 
     torchvision's loss of masks is a mean over regions with an object, of which images have different numbers.
     """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.suppression = Suppression()
+
+    def postprocess_detections(self, *answers: Any) -> Any:
+        """As torchvision's, inside `suppression`."""
+        return self.suppression(self, *answers)
 
     def select_training_samples(self, proposals: list[Tensor], targets: Targets) -> tuple[list[Tensor], ...]:
         """Regions, numbers of their objects, labels and what to regress, a tensor per image each."""

@@ -16,15 +16,15 @@ from torchvision import tv_tensors
 
 from sparsevit_cli.data.chosen import ChosenSource
 from sparsevit_cli.data.digit_scenes import DigitScenes, Scene
+from sparsevit_cli.data.drawn import DrawnSource
 from sparsevit_cli.data.images import UnreadableImageError, decode_image
 from sparsevit_cli.data.source import BadImages, Source
 from sparsevit_cli.data.splits import Indices
 from sparsevit_cli.seeding import derive_seed
-from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
 from .masks import run_lengths
 from .placing import PlacingSpec, Target, frame_of, placed_image, placed_objects, shown_size, stretched
-from .truth import Instance, Truth
+from .truth import Instance, Truth, Truths
 
 Sample = tuple[Tensor, Target]
 """Image (3, H, W) float32, and `boxes`, `labels`, `masks` to learn from, or `truth` and `frame` to be judged by."""
@@ -52,46 +52,30 @@ def _plain(value: object) -> object:
     return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
 
 
-class SceneSource(InstanceSource):
+class SceneSource(DrawnSource[DigitScenes], InstanceSource):
     """The embedded scenes of digits."""
 
     def __init__(self, scenes: DigitScenes, *, masks: bool) -> None:
-        self.scenes, self.masks = scenes, masks
-        self.held_out = scenes.split != "train"
-
-    @property
-    def image_size(self) -> Size:
-        return as_pair(self.scenes.spec.canvas)
-
-    def __len__(self) -> int:
-        return len(self.scenes)
+        super().__init__(scenes)
+        self.masks, self.held_out = masks, scenes.split != "train"
 
     def __getitem__(self, index: int) -> Sample:
         if not self.held_out:
             return self.objects(index)
-        scene, placement = self.scenes[index], stretched(self.image_size, self.image_size)
+        scene, placement = self.drawn[index], stretched(self.image_size, self.image_size)
         target: Target = {"truth": scene_truth(scene, index), "frame": frame_of(placement)}
         return tv_tensors.Image(scene.image), target
 
     def objects(self, index: int) -> Sample:
-        scene = self.scenes[index]
+        scene = self.drawn[index]
         boxes = tv_tensors.BoundingBoxes(scene.boxes, format="XYXY", canvas_size=self.image_size)
         target: Target = {"boxes": boxes, "labels": scene.labels + 1}
         if self.masks:
             target["masks"] = tv_tensors.Mask(scene.masks.to(torch.uint8))
         return tv_tensors.Image(scene.image), target
 
-    def set_epoch(self, epoch: int) -> None:
-        self.scenes.set_epoch(epoch)
-
-    def resized(self, size: ImageSize) -> SceneSource:
-        return SceneSource(self.scenes.with_canvas(size), masks=self.masks)
-
-    def sample_name(self, index: int) -> str:
-        return self.scenes.sample_name(index)
-
     def fingerprint(self) -> str:
-        return f"{self.scenes.fingerprint()}{'' if self.masks else ', boxes'}"
+        return f"{super().fingerprint()}{'' if self.masks else ', boxes'}"
 
 
 def scene_truth(scene: Scene, number: int) -> Truth:
@@ -109,14 +93,14 @@ def scene_truth(scene: Scene, number: int) -> Truth:
 class Images:
     """The images of one split, listed and not decoded.
 
-    `truths` holds one Truth per image, `names` the files below `folder`, `faults` why an image cannot be read, as far
+    `truths` holds one for each image, `names` the files below `folder`, `faults` why an image cannot be read, as far
     as the listing tells, `digest` what tells one state of the annotations and files from another.
     """
 
     split: str
     folder: Path
     names: tuple[str, ...]
-    truths: tuple[Truth, ...]
+    truths: Truths
     faults: dict[int, str]
     digest: str
     max_megapixels: float
@@ -177,7 +161,7 @@ class FileSource(ChosenSource, InstanceSource):
         if number in self.images.faults:
             raise UnreadableImageError(name, self.images.faults[number], "Replace or remove it.")
         image = decode_image(self.images.folder / self.images.names[number], name, self.images.max_megapixels)
-        height, width = self.images.truths[number].size
+        height, width = self.images.truths.size(number)
         if (image.height, image.width) != (height, width):
             got = f"it has {image.height} x {image.width} pixels, its annotations {height} x {width}"
             turned = (

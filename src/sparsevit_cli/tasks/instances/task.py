@@ -21,11 +21,11 @@ from sparsevit_cli.data.preprocessing import Preprocessing
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import DataError
 from sparsevit_cli.sizes import Size
-from sparsevit_cli.tasks.task import BuildOptions, Metric, Scorer, Task
+from sparsevit_cli.tasks.task import POSTPROCESSING, BuildOptions, Metric, Scorer, Task
 
 from .data import build_data
-from .masks import mask_api
-from .model import Detector, build_detector, categories_of
+from .masks import Pixels, mask_api, pasted
+from .model import MASK_SHIFT, Detections, Detector, build_detector, categories_of
 from .placing import PlacingSpec
 from .scorer import AveragePrecision
 from .source import InstanceSource
@@ -42,6 +42,7 @@ class Instances(Task):
     name = "instances"
     metric = Metric("mask_ap", "mask AP")
     counted = "objects"
+    finishing = "masks pasted"
     around = ("rpn.", "roi_heads.")
     classifiers = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
@@ -49,6 +50,7 @@ class Instances(Task):
         super().__init__(config)
         if not self.masks:
             self.metric = Metric("box_ap", "box AP")
+            self.finishing = ""
 
     def data(self, *, seed: int, categories: Categories | None) -> Data:
         """Images with objects; see `build_data`. Raises ConfigError if the extra `detect` is not installed."""
@@ -112,7 +114,7 @@ class Instances(Task):
         return super().images_in(inputs["images"] if isinstance(inputs, Mapping) else inputs)
 
     def parts(self, model: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
-        """Overlapping proposals are suppressed in `proposals`, overlapping detections in the rest."""
+        """Overlapping proposals are suppressed in `proposals`, overlapping detections in `post-processing`."""
         assert isinstance(model, Detector)
         heads = model.roi_heads
         found: dict[str, Sequence[nn.Module]] = {
@@ -120,10 +122,23 @@ class Instances(Task):
             "neck": [model.backbone.fpn],
             "proposals": [model.rpn],
             "box head": [heads.box_roi_pool, heads.box_head, heads.box_predictor],
+            POSTPROCESSING: [heads.suppression],
         }
         if self.masks:
             found["mask head"] = [heads.mask_roi_pool, heads.mask_head, heads.mask_predictor]
         return found
+
+    def finish(self, outputs: Detections, size: Size) -> list[list[Pixels]]:
+        """The masks of each image's detections, pasted into an image of `size`."""
+        if not self.masks:
+            return []
+        return [
+            [
+                pasted(mask[0], box, size)
+                for mask, box in zip(found["masks"].float().cpu(), (found["boxes"] + MASK_SHIFT).tolist(), strict=True)
+            ]
+            for found in outputs
+        ]
 
     @contextmanager
     def at_full_load(self, model: nn.Module) -> Iterator[None]:

@@ -6,6 +6,7 @@ transformers is loaded when a model is built (extra `segment`). Nothing is downl
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,14 @@ from sparsevit_cli.backbones import SwinBackbone
 from sparsevit_cli.config.semantic import Mask2FormerSection
 from sparsevit_cli.documents import read_json, understood
 from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.sizes import Size
 
 from .labels import IGNORED
 from .segmenter import Segmenter
 
 _LEAST_LEVELS = 3
+_GROUPS = 32
+"""Of the pixel decoder's group norms, in transformers."""
 _NO_MASK = -20.0
 """Score of a mask where the truth is ignored: its sigmoid is 0 to eight digits, and so is its gradient."""
 
@@ -56,6 +60,21 @@ class PixelFeatures(nn.Module):
         return (found.decoder_last_hidden_state, *found.decoder_hidden_states)
 
 
+class MaskWeighing(nn.Module):
+    """Masks and their classes as scores of pixels: a module, since a profile sees what runs inside modules."""
+
+    def forward(self, classes: Tensor, masks: Tensor, size: Size) -> Tensor:
+        """Classes (B, queries, classes + 1) and masks (B, queries, h, w) to scores (B, classes, *size).
+
+        Each class's share of all masks at a pixel. Masks are brought to `size` before their sigmoid, as in
+        Mask2Former's own code; transformers' `post_process_semantic_segmentation` brings them to 384 x 384 pixels,
+        which is the same for such images.
+        """
+        masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)
+        shares = classes.softmax(-1)[..., :-1]  # the last one is "no object"
+        return torch.einsum("bqc,bqhw->bchw", shares, masks.sigmoid())
+
+
 class Mask2FormerSegmenter(Segmenter):
     """Masks and their classes, found by queries (Cheng et al. 2022), as semantic segmentation.
 
@@ -69,6 +88,7 @@ class Mask2FormerSegmenter(Segmenter):
         self.class_predictor: nn.Module = net.class_predictor
         self.criterion: nn.Module = net.criterion
         self.loss_weights: dict[str, float] = net.weight_dict
+        self.weighing = MaskWeighing()
 
     @property
     def swin(self) -> SwinBackbone:
@@ -81,11 +101,16 @@ class Mask2FormerSegmenter(Segmenter):
 
         def forward(pixel_values: Tensor, **_: Any) -> Any:
             masks, *coarser = run(pixel_values)
-            return Mask2FormerPixelLevelModuleOutput(
-                decoder_last_hidden_state=masks, decoder_hidden_states=tuple(coarser)
-            )
+            maps: Any = tuple(coarser)
+            return Mask2FormerPixelLevelModuleOutput(decoder_last_hidden_state=masks, decoder_hidden_states=maps)
 
         self.model.pixel_level_module.forward = forward
+
+    def takes(self, size: Size) -> bool:
+        """False if a group of a norm of the pixel decoder is one number, for images of `size`: torch refuses that."""
+        coarsest: int = math.prod(-(-side // self.swin.strides[-1]) for side in size)
+        channels: int = self.model.config.feature_size
+        return coarsest * channels // _GROUPS > 1
 
     def queries(self, images: Tensor, *, last: bool = True) -> list[tuple[Tensor, Tensor]]:
         """Classes (B, queries, classes + 1) and masks (B, queries, H/4, W/4), both before any sigmoid, of each layer.
@@ -98,15 +123,10 @@ class Mask2FormerSegmenter(Segmenter):
         return [(self.class_predictor(states[layer].transpose(0, 1)), masks[layer]) for layer in order]
 
     def scores(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to scores (B, classes, H, W): each class's share of all masks at a pixel.
-
-        Masks are brought to the size of the image before their sigmoid, as in Mask2Former's own code; transformers'
-        `post_process_semantic_segmentation` brings them to 384 x 384 pixels, which is the same for such images.
-        """
+        """Images (B, 3, H, W) to scores (B, classes, H, W), weighed as in `MaskWeighing`."""
         classes, masks = self.queries(images)[0]
-        masks = F.interpolate(masks, images.shape[2:], mode="bilinear", align_corners=False)
-        shares = classes.softmax(-1)[..., :-1]  # the last one is "no object"
-        return torch.einsum("bqc,bqhw->bchw", shares, masks.sigmoid())
+        found: Tensor = self.weighing(classes, masks, images.shape[2:])
+        return found
 
     def losses(self, images: Tensor, truth: Tensor) -> dict[str, Tensor]:
         """Mask2Former's own losses by name, each a mean over the images that have a class anywhere.

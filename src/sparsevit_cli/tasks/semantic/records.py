@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,11 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as V
 
 from sparsevit_cli.data.chosen import ChosenSource
-from sparsevit_cli.data.images import UnreadableImageError, decode_image
+from sparsevit_cli.data.files import file_bytes, file_fault, file_status
+from sparsevit_cli.data.images import UnreadableImageError, decode_image, upright_size
 from sparsevit_cli.data.source import BadImages
 from sparsevit_cli.data.splits import Indices
+from sparsevit_cli.sizes import Size
 
 from .labels import LabelMap, read_numbers
 from .transforms import TransformSpec
@@ -45,7 +45,7 @@ class Pairs:
     split: str
     pairs: tuple[Pair, ...]
     sizes: tuple[tuple[int, int], ...]
-    """Bytes of image and mask."""
+    """Bytes of image and mask, or NOT_A_FILE."""
     labels: LabelMap
     max_megapixels: float
     ignored: int = 0
@@ -55,7 +55,7 @@ class Pairs:
         cls, root: Path, split: str, pairs: Sequence[Pair], labels: LabelMap, max_megapixels: float, ignored: int = 0
     ) -> Pairs:
         """With the sizes of the files, looked up now."""
-        sizes = tuple((file_bytes(root / pair.image), file_bytes(root / pair.mask)) for pair in pairs)
+        sizes = tuple((_bytes(root / pair.image), _bytes(root / pair.mask)) for pair in pairs)
         return cls(root, split, tuple(pairs), sizes, labels, max_megapixels, ignored)
 
     def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
@@ -87,18 +87,13 @@ class Pairs:
     def fault(self, index: int) -> str | None:
         """Why a pair is unreadable, as far as the listing tells."""
         for name, size in zip(("its image", "its mask"), self.sizes[index], strict=True):
-            if size <= 0:
-                return f"{name} is an empty file" if size == 0 else f"{name} cannot be opened as a file"
+            if reason := file_fault(size):
+                return f"{name} {reason}"
         return None
 
 
-def file_bytes(path: Path) -> int:
-    """Bytes of a file; -1 for a link that leads nowhere, a pipe, a device: opening one might wait for ever."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return -1
-    return status.st_size if stat.S_ISREG(status.st_mode) else -1
+def _bytes(path: Path) -> int:
+    return file_bytes(file_status(path))
 
 
 class PairSource(ChosenSource):
@@ -123,6 +118,16 @@ class PairSource(ChosenSource):
         if self.spec.augment is None:
             return self.spec.evaluated(pixels, self.sample_name(index)), truth
         return self.spec.drawn(pixels, tv_tensors.Mask(truth), self.seed, self.epoch, index)
+
+    def slid_sizes(self) -> list[Size]:
+        """Height and width at which sliding windows go over each image, from the headers.
+
+        Raises UnreadableImageError.
+        """
+        pairs = self.pairs
+        names = [pairs.pairs[record].image for record in self.indices.tolist()]
+        own = [upright_size(pairs.root / name, name, pairs.max_megapixels) for name in names]
+        return [self.spec.slid_size(size, name) for size, name in zip(own, names, strict=True)]
 
     def collate(self, samples: Sequence[Any], seed: int | None) -> tuple[Any, Any]:
         """One tensor of images and of masks in training; masks, and images of sliding windows, as lists elsewhere."""

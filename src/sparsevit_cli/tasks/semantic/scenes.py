@@ -12,47 +12,24 @@ from torchvision import tv_tensors
 from sparsevit_cli.config.images import DigitsSection
 from sparsevit_cli.data.digit_scenes import DigitScenes
 from sparsevit_cli.data.digits import DigitsSpec
-from sparsevit_cli.data.source import Source
-from sparsevit_cli.sizes import ImageSize, Size, as_pair
+from sparsevit_cli.data.drawn import DrawnSource
 
 
-class SceneSource(Source):
+class SceneSource(DrawnSource[DigitScenes]):
     """One split of the scenes: (image (3, H, W) float32, mask (H, W) uint8).
 
     Masks of the training split are tv_tensors, which `Shrunk` shrinks with their image. Those of the others are plain
     tensors: a smaller model is scored at the full size of the truth.
     """
 
-    def __init__(self, scenes: DigitScenes) -> None:
-        self.scenes = scenes
-
-    @property
-    def image_size(self) -> Size:
-        return as_pair(self.scenes.spec.canvas)
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        scene = self.scenes[index]
+        scene = self.drawn[index]
         mask = scene.class_map.to(torch.uint8)
-        return tv_tensors.Image(scene.image), tv_tensors.Mask(mask) if self.scenes.split == "train" else mask
+        return tv_tensors.Image(scene.image), tv_tensors.Mask(mask) if self.drawn.split == "train" else mask
 
     def collate(self, samples: Sequence[Any], seed: int | None) -> tuple[Any, Any]:
         images, masks = zip(*samples, strict=True)
         return torch.stack(images), torch.stack(masks)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.scenes.set_epoch(epoch)
-
-    def resized(self, size: ImageSize) -> SceneSource:
-        return SceneSource(self.scenes.with_canvas(size))
-
-    def sample_name(self, index: int) -> str:
-        return self.scenes.sample_name(index)
-
-    def fingerprint(self) -> str:
-        return self.scenes.fingerprint()
 
 
 def example_scenes(section: DigitsSection, canvas: int, count: int, seed: int) -> Tensor:

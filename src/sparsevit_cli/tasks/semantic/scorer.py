@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from sparsevit_cli.data.source import Batch
 from sparsevit_cli.errors import DataError
 
 from .labels import IGNORED
+from .segmenter import at_size
 
 
 class ConfusionScorer:
@@ -27,9 +27,9 @@ class ConfusionScorer:
         """Scores (classes, h, w) and truth (H, W) of each image; the scores are brought to the size of the truth."""
         for scores, truth in zip(outputs, batch.targets, strict=True):
             self.is_finite &= scores.isfinite().all()
-            found = F.interpolate(scores[None].float(), tuple(truth.shape), mode="bilinear", align_corners=False)
+            found = at_size(scores, (truth.shape[0], truth.shape[1])).argmax(0)
             labelled = truth != IGNORED
-            number = truth[labelled].long() * len(self.names) + found[0].argmax(0)[labelled]
+            number = truth[labelled].long() * len(self.names) + found[labelled]
             self.pixels += torch.bincount(number, minlength=self.pixels.numel()).view_as(self.pixels)
 
     def add(self, other: ConfusionScorer) -> None:

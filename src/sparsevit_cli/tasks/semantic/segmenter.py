@@ -46,7 +46,7 @@ class Segmenter(nn.Module, ABC):
         height, width = size
         image_height, image_width = image.shape[1:]
         padded = F.pad(image, (0, max(0, width - image_width), 0, max(0, height - image_height)))
-        places = window_places((padded.shape[1], padded.shape[2]), (height, width), self.overlap)
+        places = window_places((image_height, image_width), (height, width), self.overlap)
         total = count = None
         for first in range(0, len(places), _WINDOWS_AT_ONCE):
             some = places[first : first + _WINDOWS_AT_ONCE]
@@ -63,13 +63,18 @@ class Segmenter(nn.Module, ABC):
         return (total / count)[:, :image_height, :image_width]
 
 
+def at_size(scores: Tensor, size: Size) -> Tensor:
+    """Scores (classes, h, w) as float32 at another size: (classes, H, W), bilinear."""
+    return F.interpolate(scores[None].float(), size, mode="bilinear", align_corners=False)[0]
+
+
 def window_places(image: Size, window: Size, overlap: float) -> list[Size]:
-    """Top and left of the windows that cover an image at least as large as one.
+    """Top and left of the windows that cover an image; one that is smaller than a window is padded.
 
     As few as give an overlap of at least `overlap`, evenly spread: the first at the top left, the last at the bottom
     right.
     """
-    tops, lefts = (_starts(side, part, overlap) for side, part in zip(image, window, strict=True))
+    tops, lefts = (_starts(max(side, part), part, overlap) for side, part in zip(image, window, strict=True))
     return [(top, left) for top in tops for left in lefts]
 
 

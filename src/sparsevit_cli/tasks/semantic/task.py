@@ -19,10 +19,11 @@ from sparsevit_cli.config.semantic import BACKGROUND, MaskFiles, SemanticModel, 
 from sparsevit_cli.data.digits import MEAN, STD
 from sparsevit_cli.data.pictures import captioned
 from sparsevit_cli.data.preprocessing import Preprocessing
+from sparsevit_cli.data.shrunk import Scale
 from sparsevit_cli.data.source import Batch, Categories, Data, Source
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.sizes import Size
-from sparsevit_cli.tasks.task import BuildOptions, Metric, Scorer, Task
+from sparsevit_cli.sizes import ImageSize, Size, size_text
+from sparsevit_cli.tasks.task import POSTPROCESSING, BuildOptions, Metric, Scorer, Task
 from sparsevit_cli.weights import WeightsFile
 
 from .data import build_data, class_names
@@ -30,9 +31,10 @@ from .fpn_head import FpnSegmenter
 from .labels import IGNORED
 from .mask2former import Mask2FormerSegmenter, PixelFeatures, check_settings
 from .picture import blended
+from .records import PairSource
 from .scenes import example_scenes
 from .scorer import ConfusionScorer
-from .segmenter import Segmenter
+from .segmenter import Segmenter, at_size, window_places
 from .transforms import TransformSpec
 
 
@@ -42,6 +44,7 @@ class SemanticSegmentation(Task):
     name = "semantic"
     metric = Metric("miou", "mIoU")
     counted = "pixels"
+    finishing = "a class for every pixel"
     around = ("pyramid.neck.", "model.transformer_module.")
     classifiers = ("head.6.", "class_predictor.", "criterion.empty_weight")
 
@@ -53,7 +56,9 @@ class SemanticSegmentation(Task):
     def data(self, *, seed: int, categories: Categories | None) -> Data:
         """Sources of (image, mask); see `build_data`. The order of the classes is the configuration's, or fixed."""
         model = self.config.model
-        return build_data(self._data, img_size=model.img_size, in_chans=model.in_chans, seed=seed)
+        found = build_data(self._data, img_size=model.img_size, in_chans=model.in_chans, seed=seed)
+        self.__dict__["_validation"] = found.val  # listed once
+        return found
 
     def build(self, categories: Categories | None, options: BuildOptions) -> nn.Module:
         """A `Segmenter` with a score per class; see `on_backbone` for its weights."""
@@ -62,8 +67,18 @@ class SemanticSegmentation(Task):
             do = "Remove task.class_weights and task.background_weight; see model.mask2former.no_object."
             raise ConfigError("task", "weights of classes, and Mask2Former's loss has none", do)
         model = self.on_backbone(options, functools.partial(self._standing_on, classes=len(names)))
-        crop = {"data.crop": self._data.crop} if isinstance(self._data, MaskFiles) and self._data.crop else {}
+        crop: dict[str, ImageSize] = {}
+        if isinstance(self._data, MaskFiles) and self._data.crop:
+            crop["data.crop"] = self._data.crop
         self.check_sizes(model.swin.divisor, crop)
+        if options.img_size is not None:
+            crop["image size"] = options.img_size
+        for what, size in self.image_sizes(crop).items():
+            if not self.takes(model, size):
+                channels = self._model.mask2former.channels
+                got = f"{size_text(size)} pixels, whose coarsest map is 1x1: a group of one number cannot be normalised"
+                do = f"Set larger images, or model.mask2former.channels, now {channels}, to {2 * channels}."
+                raise ConfigError(what, got, do)
         return model
 
     def _standing_on(self, backbone: SwinBackbone, classes: int) -> Segmenter:
@@ -147,15 +162,31 @@ class SemanticSegmentation(Task):
             super().replace_features_(model, run)
 
     def parts(self, model: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
-        """Backbone, neck and head; or backbone and both decoders of Mask2Former."""
+        """Backbone, neck and head; or backbone, both decoders of Mask2Former, and what its masks become."""
         if isinstance(model, Mask2FormerSegmenter):
             return {
                 "backbone": [model.swin],
                 "pixel decoder": [model.model.pixel_level_module.decoder],
                 "transformer decoder": [model.model.transformer_module, model.class_predictor],
+                POSTPROCESSING: [model.weighing],
             }
         assert isinstance(model, FpnSegmenter)
         return {"backbone": [model.swin], "neck": [model.pyramid.neck], "head": [model.head]}
+
+    def per_image(self, size: Size, scale: Scale | None = None) -> float:
+        """Windows of `size` that cover a validation image, 1 unless they slide; sizes are those in the headers."""
+        if not isinstance(self._data, MaskFiles) or self._data.evaluation != "sliding":
+            return 1.0
+        sizes = [own if scale is None else scale(own) for own in self._slid_sizes]
+        return sum(len(window_places(each, size, self._data.overlap)) for each in sizes) / len(sizes)
+
+    def takes(self, model: nn.Module, size: Size) -> bool:
+        """See `Mask2FormerSegmenter.takes`."""
+        return not isinstance(model, Mask2FormerSegmenter) or model.takes(size)
+
+    def finish(self, outputs: Any, size: Size) -> list[Tensor]:
+        """The class of every pixel of each image, (H, W): scores brought to `size`, the largest one taken."""
+        return [at_size(scores, size).argmax(0) for scores in outputs]
 
     # -- images -------------------------------------------------------------------------------------------------
 
@@ -194,6 +225,17 @@ class SemanticSegmentation(Task):
             return Preprocessing(size, (MEAN,) * 3, (STD,) * 3)
         spec = TransformSpec.from_config(data, size, self.config.model.in_chans)
         return spec.evaluation(size).preprocessing(data.overlap)
+
+    @functools.cached_property
+    def _validation(self) -> Source:
+        return self.data(seed=self.config.seed, categories=None).val
+
+    @functools.cached_property
+    def _slid_sizes(self) -> list[Size]:
+        """Height and width at which windows slide over each validation image."""
+        source = self._validation
+        assert isinstance(source, PairSource)
+        return source.slid_sizes()
 
     @functools.cached_property
     def _names(self) -> tuple[str, ...]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -80,14 +80,20 @@ class TransformSpec:
         """
         if not self.is_sliding:
             return self._normalised(V.resize(image, list(self.size), antialias=True))
-        factor = self._base_factor(image)
-        if factor != 1:
-            size = [max(1, round(side * factor)) for side in image.shape[1:]]
-            if math.prod(size) > self.max_megapixels * 1e6:
-                got = f"{size[0]} x {size[1]} pixels at data.short_side {self.short_side}"
-                raise UnreadableImageError(name, got, "Cut it, or raise data.max_megapixels.")
-            image = V.resize(image, size, antialias=True)
-        return self._normalised(image)
+        own = (int(image.shape[1]), int(image.shape[2]))
+        size = self.slid_size(own, name)
+        return self._normalised(image if size == own else V.resize(image, list(size), antialias=True))
+
+    def slid_size(self, own: Size, name: str) -> Size:
+        """Height and width at which sliding windows go over an image of `own` size. Raises UnreadableImageError."""
+        factor = self._base_factor(own)
+        if factor == 1:
+            return own
+        height, width = (max(1, round(side * factor)) for side in own)
+        if height * width > self.max_megapixels * 1e6:
+            got = f"{height} x {width} pixels at data.short_side {self.short_side}"
+            raise UnreadableImageError(name, got, "Cut it, or raise data.max_megapixels.")
+        return height, width
 
     def drawn(self, image: Tensor, mask: Tensor, seed: int, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """A crop of `size` of image (3, h, w) uint8 and mask (h, w), a function of (seed, epoch, index).
@@ -97,7 +103,7 @@ class TransformSpec:
         """
         assert self.augment is not None
         rng = random.Random(derive_seed(seed, "augment", epoch, index))
-        scale = rng.uniform(self.augment.scale_min, self.augment.scale_max) * self._base_factor(image)
+        scale = rng.uniform(self.augment.scale_min, self.augment.scale_max) * self._base_factor(image.shape[1:])
         sides = zip(image.shape[1:], self.size, strict=True)
         tops, seen = zip(*[_cut(rng, whole, side / scale) for whole, side in sides], strict=True)
         flips = rng.random() < self.augment.hflip
@@ -117,8 +123,8 @@ class TransformSpec:
             image, mask = V.horizontal_flip(image), V.horizontal_flip(mask)
         return image, mask
 
-    def _base_factor(self, image: Tensor) -> float:
-        return 1.0 if self.short_side is None else self.short_side / min(image.shape[1:])
+    def _base_factor(self, size: Sequence[int]) -> float:
+        return 1.0 if self.short_side is None else self.short_side / min(size)
 
     def _normalised(self, image: Tensor) -> Tensor:
         scaled = V.to_dtype(image, torch.float32, scale=True)
