@@ -34,13 +34,12 @@ from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.runtimes import RUNTIMES, Program
 from sparsevit_cli.search.budget import Budget, check_reachable, parse_budgets
-from sparsevit_cli.search.ledger import Ledger, LedgerScope
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparsify_
 from sparsevit_cli.tasks.task import Metric, Score, Task, load_task
 from sparsevit_cli.workflows import in_runtimes
 from sparsevit_cli.workflows.evaluate import EvaluateSummary
-from sparsevit_cli.workflows.latencies import SearchLatencies
+from sparsevit_cli.workflows.latency_sources import TorchSource
 from sparsevit_cli.workflows.pages import part_rows, parts_csv
 from sparsevit_cli.workflows.plan import plan_of
 from sparsevit_cli.workflows.profile import _check_mode, profile_model
@@ -530,16 +529,14 @@ def test_latencies_of_a_search_are_of_its_scope(tmp_path: Path, task_file: Path)
         session = session_of(task_file, tmp_path, f"search.scope={scope}")
         model: Any = session.model(Categories()).eval()
         assert named_scope(session, model) == scope
-        with Ledger.open(tmp_path / f"{scope}.sqlite", LedgerScope("a", "b", "c")) as ledger:
-            space = session.space(model, 0.8)
-            latencies = SearchLatencies(session, RunFolder(tmp_path, "search"), model, space, ledger)
+        latencies = TorchSource(session, model)
         assert latencies.workload.model is (model if scope == "model" else model.backbone)
-        identities[scope] = latencies._identity
+        identities[scope] = latencies.identity
     assert {name for name, value in identities["model"].items() if value != identities["backbone"][name]} == {
         "scope", "parameters",
     }  # fmt: skip
     table = measure_latency_table(latencies.workload, seconds=1e-6, rounds=2, max_spread=1e9, patience=UNWATCHED)
-    assert table.predict(space.dense) > 0
+    assert table.predict(session.space(model, 0.8).dense) > 0
     latencies.workload.run()
     whole = session.workload(model)
     whole.run()

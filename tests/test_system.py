@@ -48,6 +48,8 @@ from sparsevit_cli.tasks.classification.timm_source import TimmRecords
 from sparsevit_cli.tasks.classification.transforms import TransformSpec
 from sparsevit_cli.weights import read_weights
 from sparsevit_cli.winner import parse_ratios, write_winner
+from sparsevit_cli.workflows.latencies import InMemory, MeasuredLatencies
+from sparsevit_cli.workflows.latency_sources import TorchSource
 from sparsevit_cli.workflows.plots import plot_training
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.weights import chosen_weights
@@ -384,17 +386,14 @@ def test_a_damaged_result_of_ours_is_told(content: bytes | None, tmp_path: Path)
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, None], ids=["bytes", "deep", "folder"])
 def test_a_damaged_latency_table_is_told(content: bytes | None, tmp_path: Path) -> None:
-    from sparsevit_cli.workflows.latencies import SearchLatencies
-
     session = Session(tiny_config(output=str(tmp_path)), SilentReporter())
     model = session.model(["a", "b"])
     path = tmp_path / "latency_table.json"
     path.mkdir() if content is None else path.write_bytes(content)
-    space = session.space(model, 0.8)
-    with Ledger.open(tmp_path / "l.sqlite", LedgerScope("a", "b", "c")) as ledger:
-        latencies = SearchLatencies(session, RunFolder(tmp_path, "search"), model, space, ledger)
-        with pytest.raises(CheckpointError, match="latency_table"):
-            latencies._measured_table()
+    folder, space = RunFolder(tmp_path, "search"), session.space(model, 0.8)
+    latencies = MeasuredLatencies(session, TorchSource(session, model), space, InMemory(), folder)
+    with pytest.raises(CheckpointError, match="latency_table"):
+        latencies._measured_table()
 
 
 @pytest.mark.parametrize("change", ["metric = 'abc'", "metric = x'00ff'", "candidate = '[['", "seconds = 9e999"])

@@ -23,14 +23,13 @@ from sparsevit_cli.exporting import load_exported
 from sparsevit_cli.profiling import device
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder, RunLocks, next_command
-from sparsevit_cli.search.ledger import Ledger, LedgerScope
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.winner import write_winner
 from sparsevit_cli.workflows import search as search_workflow
 from sparsevit_cli.workflows.evaluate import evaluate_checkpoint
 from sparsevit_cli.workflows.export import export_winner
-from sparsevit_cli.workflows.latencies import SearchLatencies
+from sparsevit_cli.workflows.latency_sources import TorchSource
 from sparsevit_cli.workflows.pages import profile_page
 from sparsevit_cli.workflows.pipeline import run_pipeline
 from sparsevit_cli.workflows.plan import plan_of
@@ -487,10 +486,7 @@ def test_rivals_of_the_demo() -> None:
 def test_what_is_accepted_beside_a_latency_belongs_to_it(tmp_path: Path) -> None:
     def identity(**clock: float) -> dict[str, object]:
         session = session_in(tmp_path, clock=clock)
-        model = session.model(["a", "b"])
-        with Ledger.open(tmp_path / "ledger.sqlite", LedgerScope("a", "b", "c")) as ledger:
-            folder = RunFolder(tmp_path, "search")
-            return SearchLatencies(session, folder, model, session.space(model, 0.8), ledger)._identity
+        return dict(TorchSource(session, session.model(["a", "b"])).identity)
 
     assert identity() == identity() != identity(max_neighbour=4.0) != identity(max_spread=2.0)
     assert profile_settings(session_in(tmp_path)) != profile_settings(

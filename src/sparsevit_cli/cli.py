@@ -334,12 +334,16 @@ def profile(
         str | None,
         typer.Option("--runtime", help="Where models run: torch, onnxruntime, openvino, or several with commas."),
     ] = None,
+    latency_table: Annotated[
+        str | None,
+        typer.Option("--latency-table", help="Measure the search's latency table instead, and write it to this file."),
+    ] = None,
     config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
     seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Measure dense against sparse on this machine, interleaved: latency, multiply-adds, memory, time per stage."""
-    from .views import show_profile, show_rivals
+    from .views import show_profile, show_rivals, show_table
 
     runtimes = None if runtime is None else runtime.replace(" ", "").split(",")
     options = _options(
@@ -349,7 +353,11 @@ def profile(
     command, name, show = ("rivals", "measure_rivals", show_rivals) if rivals else (
         "profile", "profile_model", show_profile
     )  # fmt: skip
-    what = {"model": model, "img_size": img_size, "ratios": ratios}
+    what: dict[str, Any] = {"model": model, "img_size": img_size, "ratios": ratios}
+    if latency_table is not None:
+        work = _workflow("table", "measure_table", path=latency_table, rivals=rivals, **what)
+        _run("profile", options, work, show_table, **{**what, "ratios": "0"})
+        return
     _run(command, options, _workflow(command, name, **what), show, refuse=methodcaller("refuse_unsteady"), **what)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .workflows.rivals import RivalReport
     from .workflows.search import SearchSummary
     from .workflows.sensitivity import SensitivitySummary
+    from .workflows.table import TableReport
     from .workflows.training import TrainingSummary
 
 VALUES_OF_A_CLASSIFIER = 2
@@ -104,11 +105,12 @@ def show_training(summary: TrainingSummary) -> None:
 def show_search(summary: SearchSummary) -> None:
     """Finalists, winner, errors of the table, and what to type next."""
     metric = summary.metric
+    absent = "not here" if summary.not_measured_here else NOT_STEADY
     rows = [
         (
             str(f.config), metric.text(f.score), f"{f.gmacs:.3f}",
             "-" if f.predicted_ms is None else f"{f.predicted_ms:.2f}",
-            _told(f.latency_ms, f.latency_ms_low, f.latency_ms_high, ".2f", NOT_STEADY),
+            _told(f.latency_ms, f.latency_ms_low, f.latency_ms_high, ".2f", absent),
             "-" if f.speedup is None else f"{f.speedup:.2f}x",
             "winner" if f is summary.winner else ("yes" if f.within_budget else "no"),
         )
@@ -116,7 +118,7 @@ def show_search(summary: SearchSummary) -> None:
     ]  # fmt: skip
     columns = ("ratios", f"search {metric.column}", "GMACs", "predicted ms", "measured ms", "speed-up", "within budget")
     of = "" if summary.scope is None else f", GMACs and times of the {summary.scope}"
-    print_table(f"Finalists, measured{of}", columns, rows)
+    print_table(f"Finalists, {'predicted' if summary.not_measured_here else 'measured'}{of}", columns, rows)
     lines = [
         f"search: {summary.asked} candidates, {summary.evaluated} evaluated now, "
         f"{summary.asked - summary.evaluated} from the ledger, {summary.infeasible} infeasible"
@@ -132,6 +134,8 @@ def show_search(summary: SearchSummary) -> None:
         f"{other.evaluated} evaluated for it, in {other.path}"
         for other in summary.others
     ]
+    if summary.not_measured_here:
+        lines.append(f"Latencies are predictions for {summary.not_measured_here}: none was measured on this machine.")
     lines.append(f"winner: {summary.winner.config}, in {summary.folder.path / 'winner.yaml'}")
     print_lines(*lines, f"Next: {_following(summary.folder)}")
 
@@ -146,6 +150,17 @@ def show_sensitivity(summary: SensitivitySummary) -> None:
         f"sensitivity: {summary.evaluated} configurations evaluated now",
         f"in {summary.folder.path / 'sensitivity.csv'}",
     )
+
+
+def show_table(report: TableReport) -> None:
+    """What a latency table was measured with, how well it predicts, and how a search takes it."""
+    identity, error = report.table.identity, report.table.error
+    rows = [(str(config), f"{ms:.2f}") for config, ms in report.corners_ms]
+    print_table(f"Measured, batch {identity['batch']}", ("ratios", "ms per batch"), rows)
+    lines = [f"runtime: {identity.get('runtime', 'torch')}"]
+    if error is not None:
+        lines.append(f"latency table: mean error {error.mean:.1%}, largest {error.largest:.1%} on {error.n} held out")
+    print_lines(*lines, f"written: {report.path}", f"Elsewhere: --set search.latency_table={report.path.name}")
 
 
 def show_evaluation(summary: EvaluateSummary) -> None:

@@ -56,6 +56,12 @@ TimedPrecision = Literal["fp32", "bf16", "fp16", "int8"]
 RuntimeName = Literal["torch", "onnxruntime", "openvino"]
 Contestant = Literal["B0", "B1", "B2", "B2f", "B3", "ours", "O"]
 """Kinds of contestants of `profile --rivals`."""
+PRECISIONS_OF: dict[str, tuple[str, ...]] = {
+    "torch": ("fp32", "bf16", "fp16"),
+    "onnxruntime": ("fp32",),
+    "openvino": ("fp32", "bf16", "int8"),
+}
+"""What each runtime computes in."""
 Scope = Literal["model", "backbone"]
 """How much of a task's model a cost stands for: everything, or the backbone alone."""
 
@@ -279,7 +285,21 @@ class SearchSection(Section):
     samples: Count | None = Field(None, description="Fixed subset of the search split for candidates; null for all.")
     finalists: Count = Field(5, description="Best candidates that are scored on the whole split and measured.")
     batch_size: Count = Field(1, description="Images per batch in latency measurements.")
-    precision: Precision = Field("fp32", description="Precision of the model in latency measurements.")
+    runtime: Literal["torch", "onnxruntime", "openvino"] = Field(
+        "torch",
+        description="What runs the model in latency measurements: PyTorch on `device`, or on the CPU a runtime that "
+        "takes the exported program. A latency budget is kept there. Candidates are scored in PyTorch.",
+    )
+    precision: Literal["fp32", "bf16", "fp16", "int8"] = Field(
+        "fp32",
+        description="Precision of the model in latency measurements. openvino takes fp32, bf16 and int8; onnxruntime "
+        "fp32; torch fp32, bf16 and fp16.",
+    )
+    latency_table: PathText | None = Field(
+        None,
+        description="A latency table of another machine (`sparsevit profile --latency-table` there): the search keeps "
+        "its budget by this table alone, and measures nothing; null measures here.",
+    )
     margin: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         0.02, description="Share of a latency budget kept free for measurement error."
     )
@@ -292,6 +312,15 @@ class SearchSection(Section):
     def _parents_fit(self) -> SearchSection:
         if self.parents > self.population:
             raise ValueError(f"parents {self.parents} is above population {self.population}")
+        return self
+
+    @model_validator(mode="after")
+    def _runtime_computes(self) -> SearchSection:
+        if self.precision not in PRECISIONS_OF[self.runtime]:
+            raise ValueError(
+                f"precision {self.precision} is not for runtime {self.runtime}, which takes "
+                f"{' and '.join(PRECISIONS_OF[self.runtime])}"
+            )
         return self
 
 

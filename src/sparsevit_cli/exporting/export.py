@@ -116,7 +116,7 @@ def export_model(
     calibrated = partial(_quantised, images=calibration, check=before_step)
     check_info(info)
     shape = image_shape(model, input_size)
-    module = _inference_copy(model)
+    module = inference_copy(model)
     sparsity = get_sparsity(module)
     _check_scores(module, formats)
     info = _buildable(module, shape, info, reporter)
@@ -319,7 +319,7 @@ def _buildable(module: nn.Module, shape: tuple[int, int, int], info: ModelInfo, 
     return info
 
 
-def _inference_copy(model: nn.Module) -> nn.Module:
+def inference_copy(model: nn.Module) -> nn.Module:
     """A frozen copy on the CPU in evaluation mode. Raises ConfigError unless it is sparse and float32."""
     model = uncompiled(model)
     sparse_stages(model)

@@ -50,23 +50,23 @@ class UntraceableError(ConfigError):
     """A model that torch.export cannot trace; the operator is named if torch names it."""
 
 
-class OneImage(nn.Module):
-    """A model that answers each image of a batch by a dict of tensors, for one image: (1, C, H, W) to that dict."""
+class Around(nn.Module):
+    """A model as torch.export can take it; messages name the model itself."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.training = model, model.training
+
+
+class OneImage(Around):
+    """A model that answers each image of a batch by a dict of tensors, for one image: (1, C, H, W) to that dict."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return dict(self.model(images)[0])
 
 
-class PlainOutputs(nn.Module):
+class PlainOutputs(Around):
     """A model whose outputs are of a class of its own, as transformers' are: they become a dict of named tensors."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model, self.training = model, model.training
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {name.removeprefix("output_"): tensor for name, tensor in named_tensors(self.model(images))}
@@ -103,21 +103,25 @@ def trace(
     """
     batch = next(n for n in range(2, 100) if n not in avoid_batch_sizes)
     images = structured_images(shape, 1 if isinstance(model, OneImage) else batch, seed=0)
-    return _exported(model, images, None if isinstance(model, OneImage) else ({0: torch.export.Dim("batch")},))
+    dims: Any = None if isinstance(model, OneImage) else ({0: torch.export.Dim("batch")},)
+    return trace_inputs(model, (images,), dims)
 
 
 def trace_fixed(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
     """Trace for the shape of `images` (B, C, H, W) and no other. Raises UntraceableError."""
-    return _exported(model, images, None)
+    return trace_inputs(model, (images,), None)
 
 
-def _exported(model: nn.Module, images: Tensor, dims: Any) -> torch.export.ExportedProgram:
+def trace_inputs(model: nn.Module, inputs: tuple[Tensor, ...], dims: Any) -> torch.export.ExportedProgram:
+    """Trace a model of any number of inputs; `dims` are torch.export's `dynamic_shapes`. Raises UntraceableError."""
     try:
         with quiet(), torch.no_grad():
-            program = torch.export.export(model, (images,), dynamic_shapes=dims)
+            program = torch.export.export(model, inputs, dynamic_shapes=dims)
     except Exception as error:
         pass_on(error)
-        inner = model.model if isinstance(model, (OneImage, PlainOutputs)) else model
+        inner = model
+        while isinstance(inner, Around):
+            inner = inner.model
         got = f"torch.export cannot trace {type(inner).__name__} ({_named_operator(error)})"
         do = "Export backbone and neck alone: export.scope: features, or that module in Python."
         raise UntraceableError("export", got, do) from error
@@ -182,22 +186,25 @@ def save_onnx(
     contents: Mapping[str, object],
     *,
     dynamic_batch: bool = True,
+    lengths: Sequence[str] = (),
 ) -> None:
     """Write an ONNX file, with a free batch if the program has one. Raises ConfigError.
 
-    torch puts weights above 1.5 GiB beside it.
+    `lengths` are names of further inputs, vectors of a free length of the same name. torch puts weights above 1.5 GiB
+    beside the file.
     """
     import onnx
 
+    dims = ({0: "batch"} if dynamic_batch else None, *({0: name} for name in lengths))
     try:
         with quiet(), torch.no_grad():
             onnx_program = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
-                input_names=[INPUT],
+                input_names=[INPUT, *lengths],
                 output_names=output_names,
-                dynamic_shapes=({0: "batch"},) if dynamic_batch else None,
+                dynamic_shapes=dims if dynamic_batch or lengths else None,
                 verbose=False,
             )
     except Exception as error:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from sparsevit_cli.errors import ConfigError, MeasurementError, in_one_line, pas
 from sparsevit_cli.runtimes.openvino import compiled, load_openvino, without_telemetry
 
 from .openvino_ir import keep_ranking_exact, ranking_nodes
-from .programs import quiet
+from .programs import INPUT, quiet
 
 PACKAGES = ("nncf", "openvino")
 _PASSING = (
@@ -92,22 +93,29 @@ def quantize(
     images: Sequence[Tensor],
     *,
     in_float: Sequence[str] = (),
+    lengths: Mapping[str, int] | None = None,
     check: Callable[[], object] = lambda: None,
 ) -> None:
     """Write `source`, an OpenVINO file in float32, as `target` with weights and activations of eight bits.
 
     `images` (1, C, H, W) tell the ranges of activations. Nodes of the names `in_float`, and all that ranks windows,
-    stay as they are. `check` is called before each image, and may raise. Raises ConfigError (packages, no images),
-    MeasurementError if NNCF fails or puts eight bits into the ranking.
+    stay as they are. `lengths` are those of further inputs. `check` is called before each image, and may raise. Raises
+    ConfigError (packages, no images), MeasurementError if NNCF fails or puts eight bits into the ranking.
     """
     openvino = load_openvino()
-    model = _quantized(source, images, in_float, check, compress=True)
+    model = _quantized(source, images, in_float, check, lengths or {}, compress=True)
     openvino.save_model(model, target, compress_to_fp16=False)
     keep_ranking_exact(target)
 
 
 def _quantized(
-    source: Path, images: Sequence[Tensor], in_float: Sequence[str], check: Callable[[], object], *, compress: bool
+    source: Path,
+    images: Sequence[Tensor],
+    in_float: Sequence[str],
+    check: Callable[[], object],
+    lengths: Mapping[str, int],
+    *,
+    compress: bool,
 ) -> Any:
     """The quantised model; without `compress` its weights are float32 before their quantisers."""
     nncf = load_nncf()
@@ -121,7 +129,7 @@ def _quantized(
         with quiet():
             found = nncf.quantize(
                 model,
-                nncf.Dataset(_Supply(images, check)),
+                nncf.Dataset(_Supply(images, check, lengths)),
                 model_type=nncf.ModelType.TRANSFORMER,
                 preset=nncf.QuantizationPreset.MIXED,
                 subset_size=len(images),
@@ -163,15 +171,17 @@ def behind_means(model: Any) -> list[str]:
 class _Supply:
     """Images as NNCF reads them, several times; each asks first whether to stop."""
 
-    def __init__(self, images: Sequence[Tensor], check: Callable[[], object]) -> None:
+    def __init__(self, images: Sequence[Tensor], check: Callable[[], object], lengths: Mapping[str, int]) -> None:
         self.images, self.check = images, check
+        self.others = {name: np.zeros(length, np.uint8) for name, length in lengths.items()}
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Any:
         self.check()
-        return self.images[index].numpy()
+        image = self.images[index].numpy()
+        return {INPUT: image, **self.others} if self.others else image
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
@@ -191,7 +201,7 @@ def layer_errors(
     float model. Errors of single layers are small and add up: the sum of all is close to what the whole loses.
     """
     openvino = load_openvino()
-    model = _quantized(source, calibration, (), check, compress=False)
+    model = _quantized(source, calibration, (), check, {}, compress=False)
     reference = _outputs(openvino.Core().read_model(source), images, threads)
     for name, quantisers in quantised_layers(model).items():
         check()

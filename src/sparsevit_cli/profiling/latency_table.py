@@ -14,8 +14,12 @@ from functools import partial
 from random import Random
 from statistics import fmean, median
 
+import torch
+from torch import nn
+
 from sparsevit_cli import kernels
 from sparsevit_cli.search.latency_table import LatencyTable
+from sparsevit_cli.search.table_design import TableDesign
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparse_stages
 from sparsevit_cli.swin.geometry import images_seen, map_sizes, stage_channels, uses_fused_attention, window_sizes
@@ -89,7 +93,7 @@ def measure_latency_table(
                 )
         except Disturbed as neighbour:
             raise unsteady("latency table", str(neighbour)) from None
-        kept = _kept_windows(workload, max_tenths)
+        kept = _kept_windows(model, _maps(workload), max_tenths)
     return _scaled_to_whole(_table(taken, uniform, kept, table_identity(workload)), taken, uniform)
 
 
@@ -133,23 +137,36 @@ def measure_configs(
 
 def table_identity(workload: Workload) -> dict[str, object]:
     """What a latency table of the workload holds for: it is of no use elsewhere."""
-    model, x, versions = workload.model, workload.images, describe_versions()
+    model, x = workload.model, workload.images
     stages = sparse_stages(model)
     return {
+        **_model_identity(workload),
         "device": device_identity(x.device),
-        "scope": workload.scope,
-        "batch": workload.batch,
-        "image_size": list(workload.image_size),
         "dtype": str(x.dtype).removeprefix("torch."),
         "mode": "eager",
-        "protocol": PROTOCOL,
         "kernels": " ".join(
             (kernels.running(stages[0].kernels, x.device), type(kernels.linear_ops(x)).__name__, str(kernels.VERSION))
         ),
+        "fused_attention": uses_fused_attention(model),
+    }
+
+
+def program_identity(workload: Workload, program: Mapping[str, object]) -> dict[str, object]:
+    """The same for programs that run on the CPU; `program` says in what: runtime, its version, precision, opset."""
+    return {**_model_identity(workload), "device": device_identity(torch.device("cpu")), **program}
+
+
+def _model_identity(workload: Workload) -> dict[str, object]:
+    model, versions = workload.model, describe_versions()
+    stages = sparse_stages(model)
+    return {
+        "scope": workload.scope,
+        "batch": workload.batch,
+        "image_size": list(workload.image_size),
+        "protocol": PROTOCOL,
         "torch": versions["torch"],
         "timm": versions["timm"],
         "importance": stages[0].importance,
-        "fused_attention": uses_fused_attention(model),
         "depths": list(model_depths(model)),
         "channels": list(stage_channels(model)),
         "windows": [list(window) for window in window_sizes(model)],
@@ -248,14 +265,28 @@ def _scaled_to_whole(table: LatencyTable, taken: Sequence[_Round], uniform: list
     )
 
 
-def _kept_windows(workload: Workload, max_tenths: int) -> list[list[int]]:
-    """Windows computed per stage at 0 ... `max_tenths` tenths, on the maps of the first images that enter the Swin."""
+def program_design(workload: Workload, max_tenths: int = MAX_TENTHS, *, own_dense: bool = False) -> TableDesign:
+    """Which programs of a workload's model make a table, for ratios of 0 to `max_tenths` tenths."""
     model = workload.model
-    with images_seen(model) as seen:
+    with evaluating(model):
+        maps = _maps(workload)
+    kept = _kept_windows(model, maps, max_tenths)
+    moved = [h * w * channels for (h, w), channels in zip(maps, stage_channels(model), strict=True)]
+    return TableDesign(tuple(map(tuple, kept)), get_sparsity(model).pairs, tuple(map(float, moved)), own_dense)
+
+
+def _maps(workload: Workload) -> tuple[tuple[int, int], ...]:
+    """Height and width of every stage's map, of the first images that enter the Swin."""
+    with images_seen(workload.model) as seen:
         workload.run()
     _, _, *image = seen[0]
+    return map_sizes(workload.model, image)
+
+
+def _kept_windows(model: nn.Module, maps: Sequence[tuple[int, int]], max_tenths: int) -> list[list[int]]:
+    """Windows computed per stage at 0 ... `max_tenths` tenths, on maps of these sizes."""
     counts = []
-    for (height, width), window in zip(map_sizes(model, image), window_sizes(model), strict=True):
+    for (height, width), window in zip(maps, window_sizes(model), strict=True):
         rows, cols = window_grid(height, width, window)
         counts.append([num_keep(rows * cols, t) for t in range(max_tenths + 1)])
     return counts

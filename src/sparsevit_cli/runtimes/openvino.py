@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -65,20 +65,31 @@ class OpenVino(Runtime):
         capabilities = load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return ("fp32", "bf16") if "BF16" in capabilities else ("fp32",)
 
-    def _run(self, path: Path, activations: Activations, threads: int, shape: tuple[int, ...] | None) -> Run:
+    def _run(
+        self,
+        path: Path,
+        activations: Activations,
+        threads: int,
+        shape: tuple[int, ...] | None,
+        lengths: Mapping[str, int],
+    ) -> Run:
         openvino = load_openvino()
         model = openvino.Core().read_model(path)
+        shapes = {name: openvino.PartialShape([length]) for name, length in lengths.items()}
         if shape is not None:
-            model.reshape({model.inputs[0]: openvino.PartialShape(list(shape))})
+            shapes[model.inputs[0]] = openvino.PartialShape(list(shape))
+        if shapes:
+            model.reshape(shapes)
         return compiled(model, activations, threads)
 
 
 def compiled(model: object, activations: Activations, threads: int) -> Run:
     """An `openvino.Model` as a function, compiled as `compiled_model` says."""
     request = compiled_model(model, activations, threads).create_infer_request()
+    others = [np.zeros(tuple(each.shape), np.uint8) for each in request.model_inputs[1:]]
 
     def run(images: torch.Tensor) -> list[torch.Tensor]:
-        found = request.infer([np.ascontiguousarray(images.numpy())])
+        found = request.infer([np.ascontiguousarray(images.numpy()), *others])
         return [torch.from_numpy(np.array(output)) for output in found.values()]
 
     return run

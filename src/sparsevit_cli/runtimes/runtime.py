@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -30,7 +30,8 @@ Run = Callable[[Tensor], list[Tensor]]
 class Program:
     """A file as a runtime runs it, with the settings that its latency depends on.
 
-    `shape` is the one shape (B, C, H, W) that it was compiled for; None where any batch goes.
+    `shape` is the one shape (B, C, H, W) that it was compiled for; None where any batch goes. `lengths` are those of
+    the file's inputs besides the images, which were folded into the program.
     """
 
     runtime: str
@@ -39,6 +40,7 @@ class Program:
     threads: int
     shape: tuple[int, ...] | None
     run: Run
+    lengths: Mapping[str, int] = field(default_factory=dict)
 
 
 def precision_label(precision: Precision, activations: Activations) -> str:
@@ -64,7 +66,14 @@ class Runtime(ABC):
         """What this machine's CPU computes in by instructions of its own, the slowest first."""
 
     @abstractmethod
-    def _run(self, path: Path, activations: Activations, threads: int, shape: tuple[int, ...] | None) -> Run:
+    def _run(
+        self,
+        path: Path,
+        activations: Activations,
+        threads: int,
+        shape: tuple[int, ...] | None,
+        lengths: Mapping[str, int],
+    ) -> Run:
         """The loaded file. Raises whatever the runtime raises."""
 
     def load(
@@ -74,9 +83,11 @@ class Runtime(ABC):
         activations: Activations = "fp32",
         threads: int | None = None,
         shape: Sequence[int] | None = None,
+        lengths: Mapping[str, int] | None = None,
     ) -> Program:
         """Load a file on `threads` CPU threads, by default torch's number; `shape` (B, C, H, W) compiles for it alone.
 
+        `lengths` are those of all its inputs besides the images, by name: vectors whose values do not matter.
         The threads do not spin once a run has ended, so that a program that is measured next has all cores to itself.
         Raises ConfigError (packages, activations), CheckpointError (a file that is missing or cannot be loaded).
         """
@@ -90,12 +101,12 @@ class Runtime(ABC):
         threads = threads or torch.get_num_threads()
         fixed = None if shape is None else tuple(int(side) for side in shape)
         try:
-            run = self._run(path, activations, threads, fixed)
+            run = self._run(path, activations, threads, fixed, lengths or {})
         except Exception as error:
             pass_on(error)
             got = f"{self.name} {self.version()} cannot load it ({in_one_line(error)})"
             raise CheckpointError(str(path), got, "Export the model again.") from error
-        return Program(self.name, self.version(), activations, threads, fixed, run)
+        return Program(self.name, self.version(), activations, threads, fixed, run, dict(lengths or {}))
 
     def precisions(self) -> tuple[str, ...]:
         """Labels of all that it computes in on this CPU; see `precision_label`."""

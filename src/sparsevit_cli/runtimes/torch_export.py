@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,7 +25,14 @@ class TorchExport(Runtime):
         """float32 alone: a program holds its types."""
         return ("fp32",)
 
-    def _run(self, path: Path, activations: Activations, threads: int, shape: tuple[int, ...] | None) -> Run:
+    def _run(
+        self,
+        path: Path,
+        activations: Activations,
+        threads: int,
+        shape: tuple[int, ...] | None,
+        lengths: Mapping[str, int],
+    ) -> Run:
         if threads != torch.get_num_threads():
             got = f"{threads} threads, torch has {torch.get_num_threads()} for the whole process"
             raise ConfigError("runtime torch", got, "Set OMP_NUM_THREADS before Python starts.")
@@ -32,8 +40,10 @@ class TorchExport(Runtime):
             warnings.simplefilter("ignore")
             module = torch.export.load(path).module()
 
+        others = [torch.zeros(length, dtype=torch.uint8) for length in lengths.values()]
+
         def run(images: torch.Tensor) -> list[torch.Tensor]:
             with torch.no_grad():
-                return [leaf for leaf in tree_leaves(module(images)) if isinstance(leaf, torch.Tensor)]
+                return [leaf for leaf in tree_leaves(module(images, *others)) if isinstance(leaf, torch.Tensor)]
 
         return run

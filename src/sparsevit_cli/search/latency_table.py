@@ -20,6 +20,11 @@ Measured = Sequence[tuple[SparsityConfig, float]]
 """Configurations with their measured milliseconds per batch."""
 
 FORMAT = "sparsevit-latency-table-1"
+OF_THE_MACHINE = (
+    "activations", "clock", "device", "fused_attention", "kernels", "mode", "protocol", "runtime_version", "timm",
+    "torch",
+)  # fmt: skip
+"""Fields of an identity that may differ where a table is used for another machine than this one."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,15 @@ class LatencyTable:
     `base_ms`: everything outside the blocks. `pair_ms[stage][pair][tenths]`: both blocks of a pair at that ratio.
     `overhead_ms[stage]`: scoring and ranking, added once where any pair of the stage is pruned.
     `identity`: what the numbers hold for (device, batch, image size, dtype, versions ...), plain JSON values.
-    Raises ConfigError for shapes or numbers that cannot be.
+    `error`: that on held-out configurations, where they were measured. Raises ConfigError for shapes or numbers that
+    cannot be.
     """
 
     base_ms: float
     pair_ms: tuple[tuple[tuple[float, ...], ...], ...]
     overhead_ms: tuple[float, ...]
     identity: Mapping[str, Any] = field(hash=False)
+    error: TableError | None = None
 
     def __post_init__(self) -> None:
         pair_ms = tuple(tuple(tuple(float(ms) for ms in pair) for pair in stage) for stage in self.pair_ms)
@@ -112,12 +119,16 @@ class LatencyTable:
             overhead_ms=tuple(scale * ms for ms in self.overhead_ms),
         )
 
-    def check_identity(self, other: Mapping[str, Any]) -> None:
-        """Raise CheckpointError naming the differing fields where the table was measured under another identity."""
-        here = json.loads(json.dumps(dict(other)))
-        fields = sorted(name for name in {*self.identity, *here} if self.identity.get(name) != here.get(name))
+    def check_identity(self, other: Mapping[str, Any], *, any_machine: bool = False) -> None:
+        """Raise CheckpointError naming the differing fields where the table was measured under another identity.
+
+        With `any_machine` the fields `OF_THE_MACHINE` do not count.
+        """
+        there, here = ({"runtime": "torch", **one} for one in (self.identity, json.loads(json.dumps(dict(other)))))
+        names = {*there, *here} - set(OF_THE_MACHINE if any_machine else ())
+        fields = sorted(name for name in names if there.get(name) != here.get(name))
         if fields:
-            told = "; ".join(f"{name} {self.identity.get(name)!r} there, {here.get(name)!r} here" for name in fields)
+            told = "; ".join(f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in fields)
             raise CheckpointError("latency table", f"measured for something else: {told}", "Measure one here.")
 
     def to_json(self) -> str:
@@ -135,7 +146,8 @@ class LatencyTable:
             table = document["table"]
             if document["sha256"] != _checksum(table):
                 raise ValueError("the checksum does not match")
-            return cls(**table)
+            error = table.pop("error", None)  # tables of before have none
+            return cls(**table, error=None if error is None else TableError(**error))
 
 
 def _checksum(table: object) -> str:

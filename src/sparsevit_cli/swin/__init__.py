@@ -10,6 +10,9 @@ modules run between gather and scatter. At inference an engine of `kernels` runs
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 from torch import nn
 
 from sparsevit_cli import windows
@@ -38,6 +41,7 @@ __all__ = [
     "get_sparsity",
     "held_biases",
     "is_unwatched",
+    "keep_counts",
     "model_depths",
     "remembered_tensors",
     "set_sparsity",
@@ -127,6 +131,23 @@ def set_sparsity(model: nn.Module, ratios: Ratios, *, exact: bool = True) -> Non
         stage.as_timm = exact and config.is_dense
     for embed in embeddings_of(model):
         embed.as_timm = exact and config.is_dense
+
+
+@contextmanager
+def keep_counts(model: nn.Module, counts: Sequence[Sequence[int | None]]) -> Iterator[None]:
+    """Inside the block, each block pair of each stage keeps so many windows, and all of them for None.
+
+    For programs that are traced: symbolic numbers of torch.export may stand for counts, which `set_sparsity` does not
+    take. They never rise within a stage. The model must not be dense everywhere: then it runs timm's own code.
+    """
+    stages = sparse_stages(model)
+    try:
+        for stage, of_stage in zip(stages, counts, strict=True):
+            stage.counts_set = tuple(of_stage)
+        yield
+    finally:
+        for stage in stages:
+            stage.counts_set = None
 
 
 def get_sparsity(model: nn.Module) -> SparsityConfig:

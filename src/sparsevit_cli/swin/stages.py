@@ -25,6 +25,8 @@ class SparseStage(nn.Module):
     """
 
     sparsity_tenths: tuple[int, ...]
+    counts_set: tuple[int | None, ...] | None = None
+    """Windows that each block pair keeps, whatever its ratio is; None in it for all of them. See `keep_counts`."""
     importance: windows.Importance
     kernels: kernels.Kernels = "auto"
     blocks: Any
@@ -105,14 +107,14 @@ class _Ranking:
 
     def __init__(self, stage: SparseStage, height: int, width: int, engine: kernels.Engine) -> None:
         self.stage, self.height, self.width, self.engine = stage, height, width, engine
-        self.counts = [self._counts(number) for number in range(len(stage.blocks))]
+        self.counts = [self._count(number) for number in range(len(stage.blocks))]
         self.ranked: dict[_Partition, Kept] = {}
         self.all: dict[_Partition, Kept] = {}
 
     def keep(self, x: Tensor, number: int) -> Kept | None:
         """The windows that block `number` keeps of its map `x` (B, H, W, C); None when it keeps all."""
-        count, num_windows = self.counts[number]
-        if count == num_windows:
+        count = self.counts[number]
+        if count is None:
             return None
         if not self.ranked:
             self._rank(x, number)
@@ -133,10 +135,18 @@ class _Ranking:
     def _token_index(self, partition: _Partition, device: torch.device) -> Tensor:
         return held.token_index_of(self.height, self.width, *partition, device)  # n, N
 
-    def _counts(self, number: int) -> tuple[int, int]:
-        """Windows that block `number` keeps, and windows there are."""
+    def _num_windows(self, number: int) -> int:
+        """Windows that block `number` has."""
         rows, cols = windows.window_grid(self.height, self.width, self.stage.blocks[number].window_size)
-        return windows.num_keep(rows * cols, self.stage.sparsity_tenths[number // 2]), rows * cols
+        return rows * cols
+
+    def _count(self, number: int) -> int | None:
+        """Windows that block `number` keeps; None for all of them."""
+        if self.stage.counts_set is not None:
+            return self.stage.counts_set[number // 2]
+        num_windows = self._num_windows(number)
+        count = windows.num_keep(num_windows, self.stage.sparsity_tenths[number // 2])
+        return None if count == num_windows else count
 
     def _rank(self, x: Tensor, first: int) -> None:
         """Rank once for each partition that blocks from `first` on have: the first of them keeps most."""
@@ -145,8 +155,11 @@ class _Ranking:
             partitions.setdefault(self._partition(number), number)
         for window in dict.fromkeys(window for window, *_ in partitions):  # timm has one size in all blocks of a stage
             same = {partition: number for partition, number in partitions.items() if partition[0] == window}
-            count, num_windows = self.counts[min(same.values())]
-            ranked = self._ranked(x, [self._token_index(partition, x.device) for partition in same], count, num_windows)
+            most = min(same.values())
+            count = self.counts[most]
+            assert count is not None, "counts never rise within a stage"
+            indices = [self._token_index(partition, x.device) for partition in same]
+            ranked = self._ranked(x, indices, count, self._num_windows(most))
             self.ranked.update(zip(same, ranked, strict=True))
 
     def _ranked(self, x: Tensor, indices: list[Tensor], count: int, num_windows: int) -> list[Kept]:

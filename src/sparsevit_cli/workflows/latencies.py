@@ -1,41 +1,65 @@
-"""Latencies of a search: measured once, kept in the ledger; the latency table and its error."""
+"""Latencies of a search: measured once and kept in the ledger, with a table and its error; or predicted by one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 from random import Random
+from typing import Protocol
 
 from torch import nn
 
 from sparsevit_cli.atomic import write_atomic
+from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.documents import read_bytes
 from sparsevit_cli.errors import CheckpointError, MeasurementError, UnsteadyError
 from sparsevit_cli.profiling.latency import Latency
-from sparsevit_cli.profiling.latency_table import measure_configs, measure_latency_table, table_identity
 from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.runs import RunFolder
-from sparsevit_cli.search.latency_table import LatencyTable, TableError
-from sparsevit_cli.search.ledger import LatencyRecord, Ledger
-from sparsevit_cli.sparsity import MAX_TENTHS, SearchSpace, SparsityConfig
+from sparsevit_cli.search.latency_table import LatencyTable
+from sparsevit_cli.search.ledger import LatencyRecord
+from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 
+from .latency_sources import LatencySource, expected_identity, latency_source, swin_parameters
 from .session import Session
 
+TABLE_FIELD = "search.latency_table"
 
-class SearchLatencies:
-    """What the clock of this device says of the model of a search. An unsteady measurement says nothing."""
+
+class Kept(Protocol):
+    """Where measured latencies are kept: a ledger, or `InMemory`."""
+
+    def get_latency(self, device: Mapping[str, object], config: SparsityConfig, /) -> LatencyRecord | None:
+        """What was measured under this identity."""
+
+    def put_latency(self, device: Mapping[str, object], config: SparsityConfig, record: LatencyRecord, /) -> None:
+        """Keep a measurement."""
+
+
+class InMemory:
+    """Keeps nothing beyond what `MeasuredLatencies` remembers itself."""
+
+    def get_latency(self, device: Mapping[str, object], config: SparsityConfig) -> LatencyRecord | None:
+        """None."""
+        return None
+
+    def put_latency(self, device: Mapping[str, object], config: SparsityConfig, record: LatencyRecord) -> None:
+        """Nothing."""
+
+
+class MeasuredLatencies:
+    """What the clock of this machine says of the model of a search. An unsteady measurement says nothing."""
+
+    elsewhere = ""
+    """The machine that they are of, unless that is this one."""
 
     def __init__(
-        self, session: Session, folder: RunFolder, model: nn.Module, space: SearchSpace, ledger: Ledger
+        self, session: Session, source: LatencySource, space: SearchSpace, kept: Kept, folder: RunFolder | None = None
     ) -> None:
-        self.session, self.folder, self.space, self.ledger = session, folder, space, ledger
+        self.session, self.source, self.space, self.kept, self.folder = session, source, space, kept, folder
         self.section = session.config.search
-        self.workload = session.workload(
-            model, batch_size=self.section.batch_size, precision=self.section.precision, scope=self.section.scope
-        )
-        clock = session.config.clock
-        self._identity = {**table_identity(self.workload), "clock": [clock.max_neighbour, clock.max_spread]}
         self._measured: dict[SparsityConfig, LatencyRecord] = {}
 
     @property
@@ -61,20 +85,14 @@ class SearchLatencies:
             return {}
 
     def _measure(self, configs: Sequence[SparsityConfig], patience: Patience) -> dict[SparsityConfig, LatencyRecord]:
-        wanted = list(dict.fromkeys((self.space.dense, *configs)))
+        wanted, identity = list(dict.fromkeys((self.space.dense, *configs))), self.source.identity
         for config in wanted:
-            if config not in self._measured and (record := self.ledger.get_latency(self._identity, config)) is not None:
+            if config not in self._measured and (record := self.kept.get_latency(identity, config)) is not None:
                 self._measured[config] = record
         missing = [config for config in wanted if config not in self._measured]
         if missing:
-            self.session.reporter.say(f"search: measuring {len(missing)} configurations on {self.session.device}")
-            latencies = measure_configs(
-                self.workload, list(dict.fromkeys((self.space.dense, *missing))),
-                seconds=self.section.seconds, seed=self.session.config.seed, retries=self.session.config.clock.retries,
-                max_spread=self.session.config.clock.max_spread, strict=True, patience=patience,
-                before_round=partial(self.session.stop.check, "search", "every evaluation so far is in the ledger"),
-            )  # fmt: skip
-            self._remember(latencies)
+            self.session.reporter.say(f"search: measuring {len(missing)} configurations in {self.source.told}")
+            self._remember(self.source.measure(list(dict.fromkeys((self.space.dense, *missing))), patience))
         return {config: self._measured[config] for config in wanted}
 
     def _remember(self, latencies: Mapping[SparsityConfig, Latency]) -> None:
@@ -86,10 +104,10 @@ class SearchLatencies:
                 self._measured[config] = LatencyRecord(
                     dense_ms / latency.speedup, dense_ms / latency.speedup_high, dense_ms / latency.speedup_low
                 )
-            self.ledger.put_latency(self._identity, config, self._measured[config])
+            self.kept.put_latency(self.source.identity, config, self._measured[config])
 
-    def table(self, known: Sequence[tuple[SparsityConfig, float]]) -> tuple[LatencyTable, TableError]:
-        """The table of this very device and model, its scale set by `known`, and its error on held-out configs."""
+    def table(self, known: Sequence[tuple[SparsityConfig, float]]) -> LatencyTable:
+        """The table of this very device and model, its scale set by `known`, with its error on held-out configs."""
         table = self._measured_table()
         try:
             table = table.calibrated(known)
@@ -103,15 +121,16 @@ class SearchLatencies:
             f"search: latency table against {error.n} held-out configurations: "
             f"mean error {error.mean:.1%}, largest {error.largest:.1%}"
         )
-        return table, error
+        return replace(table, error=error)
 
     def _measured_table(self) -> LatencyTable:
-        """Read from the folder where it was measured under the same identity, else measured now."""
-        path, reporter = self.folder.path / "latency_table.json", self.session.reporter
-        if path.exists():
+        """Read from the folder where it was measured under the same identity, else measured now and kept there."""
+        reporter = self.session.reporter
+        path = None if self.folder is None else self.folder.path / "latency_table.json"
+        if self.folder is not None and path is not None and path.exists():
             table = LatencyTable.from_json(read_bytes(path), str(path))
             try:
-                table.check_identity(self._identity)
+                table.check_identity(self.source.identity)
                 reporter.say(f"search: using the latency table {path}")
                 return table
             except CheckpointError as error:
@@ -120,18 +139,76 @@ class SearchLatencies:
         with reporter.progress("latency table", 100) as bar:
             told = 0
 
-            def on_round(share: float) -> None:
+            def on_share(share: float) -> None:
                 nonlocal told
                 bar.advance(max(0, round(100 * share) - told))
                 told = max(told, round(100 * share))
 
-            table = measure_latency_table(
-                self.workload, max_tenths=MAX_TENTHS, seconds=self.section.seconds,
-                seed=self.session.config.seed, patience=self.session.patience,
-                retries=self.session.config.clock.retries, max_spread=self.session.config.clock.max_spread,
-                check=partial(self.session.stop.check, "search", "the latency table is not saved yet"),
-                on_round=on_round,
-            )  # fmt: skip
-            table = replace(table, identity=self._identity)
-        write_atomic(path, table.to_json())
+            table = self.source.table(on_share)
+        if path is not None:
+            write_atomic(path, table.to_json())
         return table
+
+
+class GivenLatencies:
+    """What a latency table says that was measured on another machine. Nothing is measured here."""
+
+    def __init__(self, path: Path, table: LatencyTable, space: SearchSpace) -> None:
+        self.path, self._table, self.space = path, table, space
+
+    @classmethod
+    def read(cls, session: Session, model: nn.Module, space: SearchSpace) -> GivenLatencies:
+        """The table in `search.latency_table`.
+
+        Raises CheckpointError for a file that is missing or damaged, and for one of another model, image size, batch,
+        runtime or precision.
+        """
+        path = as_path(session.config.search.latency_table or "", TABLE_FIELD)
+        table = LatencyTable.from_json(read_bytes(path, "Measure it: sparsevit profile --latency-table"), str(path))
+        expected = expected_identity(session, model)
+        if swin_parameters(model).keys() <= table.identity.keys():  # measured without weights, so without categories
+            expected |= {**swin_parameters(model), "parameters": table.identity.get("parameters")}
+        try:
+            table.check_identity(expected, any_machine=True)
+        except CheckpointError as error:
+            do = "Give the table of this model and these settings, or measure here: search.latency_table: null."
+            raise CheckpointError(TABLE_FIELD, f"{path} was {error.got}", do) from error
+        if table.max_tenths < space.max_tenths:
+            got = f"{path} holds ratios to {table.max_tenths / 10}, search.max_ratio is {space.max_ratio:g}"
+            raise CheckpointError(TABLE_FIELD, got, "Measure a table with more ratios, or lower search.max_ratio.")
+        return cls(path, table, space)
+
+    @property
+    def elsewhere(self) -> str:
+        """The device that the table was measured on."""
+        device = self._table.identity.get("device")
+        return str(device.get("name", "unknown") if isinstance(device, dict) else "unknown")
+
+    @property
+    def dense_ms(self) -> float | None:
+        """None: that of the dense model was not measured here."""
+        return None
+
+    def measure(self, configs: Sequence[SparsityConfig]) -> dict[SparsityConfig, LatencyRecord]:
+        """What the table predicts."""
+        return {config: LatencyRecord(*[self._table.predict(config)] * 3) for config in configs}
+
+    def look(self, configs: Sequence[SparsityConfig]) -> dict[SparsityConfig, LatencyRecord]:
+        """Nothing: nobody looks at this machine's clock."""
+        return {}
+
+    def table(self, known: Sequence[tuple[SparsityConfig, float]]) -> LatencyTable:
+        """The table as it is."""
+        return self._table
+
+
+Latencies = MeasuredLatencies | GivenLatencies
+
+
+def latencies_of_search(
+    session: Session, model: nn.Module, space: SearchSpace, kept: Kept, folder: RunFolder, resources: ExitStack
+) -> Latencies:
+    """Measured on this machine, or those of `search.latency_table`. What is opened is closed with `resources`."""
+    if session.config.search.latency_table is not None:
+        return GivenLatencies.read(session, model, space)
+    return MeasuredLatencies(session, latency_source(session, model, resources), space, kept, folder)

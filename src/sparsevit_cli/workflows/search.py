@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -46,7 +46,8 @@ from sparsevit_cli.swin import set_sparsity
 from sparsevit_cli.tasks.task import Metric
 from sparsevit_cli.winner import read_winner, write_winner
 
-from .latencies import SearchLatencies
+from .latencies import Latencies, latencies_of_search
+from .latency_sources import tell_of_export
 from .plots import plot_pareto
 from .session import Session, Weights
 from .training import score
@@ -109,6 +110,8 @@ class SearchSummary:
     infeasible: int
     proxy_correlation: float | None
     note: str
+    not_measured_here: str = ""
+    """The machine that predicted latencies are of, if nothing was measured here."""
     others: tuple[FurtherWinner, ...] = ()
 
     @property
@@ -124,7 +127,6 @@ class _Costs:
     constraints: tuple[tuple[Cost, Budget], ...]
     feasibility: tuple[Feasibility, ...]
     table: LatencyTable | None
-    table_error: TableError | None
 
 
 def search(
@@ -176,14 +178,18 @@ def opened_search(session: Session, *, without_clock: bool = False) -> Iterator[
             f"search.max_ratio {session.config.search.max_ratio:g} is above adapt.max_ratio "
             f"{session.config.adapt.max_ratio:g}: weights were not adapted to all that is searched"
         )
+    tell_of_export(session)
     model = session.model(weights.categories, weights).eval()
     scope = named_scope(session, model)
     subset = _subset(session, len(data.search))
     folder = session.folder("search")
     samples = "all" if subset is None else f"{len(subset)} of seed {session.config.seed}"
     valid_for = LedgerScope(weights.sha256, data.fingerprint, _ledger_settings(session, samples))
-    with Ledger.open(folder.path / "ledger.sqlite", valid_for) as ledger:
-        yield Search(session, folder, data, model, weights, subset, ledger, without_clock, scope)
+    space = session.space(model, session.config.search.max_ratio)
+    with ExitStack() as resources:
+        ledger = resources.enter_context(Ledger.open(folder.path / "ledger.sqlite", valid_for))
+        latencies = latencies_of_search(session, model, space, ledger, folder, resources)
+        yield Search(session, folder, data, model, weights, subset, ledger, latencies, without_clock, scope)
 
 
 def winner_name(budget: str) -> str:
@@ -254,6 +260,7 @@ class Search:
         weights: Weights,
         subset: tuple[int, ...] | None,
         ledger: Ledger,
+        latencies: Latencies,
         without_clock: bool,
         scope: Scope | None,
     ) -> None:
@@ -261,9 +268,8 @@ class Search:
         self.session, self.folder, self.data, self.model, self.weights = session, folder, data, model, weights
         self.subset, self.ledger = subset, ledger
         self.section = session.config.search
-        self.space = session.space(model, self.section.max_ratio)
+        self.space, self.latencies = latencies.space, latencies
         self.macs = macs_cost(session.workload(model, scope=self.section.scope))
-        self.latencies = SearchLatencies(session, folder, model, self.space, ledger)
 
     def score(self, config: SparsityConfig, subset: Sequence[int] | None) -> float:
         """The metric on the search split, with the adapted weights as they are."""
@@ -284,7 +290,7 @@ class Search:
         corners = [self.space.dense, self.space.middle, self.space.sparsest]
         constraints: list[tuple[Cost, Budget]] = []
         feasibility: list[Feasibility] = []
-        table, error = None, None
+        table: LatencyTable | None = None
         measured: dict[SparsityConfig, float] = {}
 
         def row_of(request: BudgetRequest, cost: Cost) -> Feasibility:
@@ -305,9 +311,9 @@ class Search:
             if row.metric == "macs":
                 constraints.append((self.macs, budget))
                 continue
-            table, error = self.latencies.table(list(measured.items()))
+            table = self.latencies.table(list(measured.items()))
             constraints.append((table.cost, self._with_margin(budget, table, row)))
-        return _Costs(tuple(constraints), tuple(feasibility), table, error)
+        return _Costs(tuple(constraints), tuple(feasibility), table)
 
     def _refuse_unreachable(self, feasibility: Sequence[Feasibility], requests: Sequence[BudgetRequest]) -> None:
         """Tell the table and raise BudgetError where a budget is out of reach."""
@@ -413,7 +419,8 @@ class Search:
 
     def _judge(self, costs: _Costs, candidates: Sequence[Evaluation]) -> list[Finalist]:
         limits = [row.limit for row in costs.feasibility if row.metric == "latency_ms"]
-        clock = self.latencies.measure if limits else self.latencies.look
+        elsewhere = self.latencies.elsewhere
+        clock = self.latencies.measure if limits and not elsewhere else self.latencies.look
         records = clock([candidate.config for candidate in candidates])
         dense_ms = self.latencies.dense_ms or math.inf
         finalists = []
@@ -421,6 +428,8 @@ class Search:
         with self.session.reporter.progress("finalists", len(candidates)) as bar:
             for candidate in candidates:
                 config, record = candidate.config, records.get(candidate.config)
+                predicted_ms = costs.table.predict(config) if costs.table else None
+                judged_ms = record.latency_ms if record else (predicted_ms if elsewhere else None)
                 finalists.append(
                     Finalist(
                         config=config,
@@ -428,12 +437,12 @@ class Search:
                         proxy_score=candidate.metric,
                         cost=candidate.cost,
                         gmacs=self.macs(config) / 1e9,
-                        predicted_ms=costs.table.predict(config) if costs.table else None,
+                        predicted_ms=predicted_ms,
                         latency_ms=record.latency_ms if record else None,
                         latency_ms_low=record.low_ms if record else None,
                         latency_ms_high=record.high_ms if record else None,
                         speedup=dense_ms / record.latency_ms if record else None,
-                        within_budget=all(record and min(record.latency_ms, dense_ms) <= limit for limit in limits),
+                        within_budget=all(judged_ms and min(judged_ms, dense_ms) <= limit for limit in limits),
                     )
                 )
                 bar.advance()
@@ -471,7 +480,8 @@ class Search:
             correlation = found if math.isfinite(found) else None  # all equal: there is no order to compare
         return SearchSummary(
             self.folder, self.session.task.metric, winner, tuple(finalists), self.latencies.dense_ms, costs.feasibility,
-            costs.table_error, len(result.history), result.evaluations, result.infeasible, correlation, result.note,
+            costs.table.error if costs.table else None, len(result.history), result.evaluations, result.infeasible,
+            correlation, result.note, self.latencies.elsewhere,
         )  # fmt: skip
 
     def write_evaluations(self, summary: SearchSummary, costs: _Costs, results: Sequence[SearchResult]) -> None:
@@ -522,7 +532,8 @@ class Search:
             "budget": budgets,
             **({"without_clock": True} if self.without_clock else {}),
             "measured_with": {"batch_size": self.section.batch_size, "image_size": list(self.session.img_size),
-                              "precision": self.section.precision, "device": str(self.session.device)},
+                              "precision": self.section.precision, **self._place()},
+            **self._not_of_here(winner),
             "checkpoint_sha256": self.weights.sha256,
         }  # fmt: skip
         if name == WINNER:
@@ -533,6 +544,8 @@ class Search:
                     "ratios": winner.config.ratios,
                     "budget": budgets,
                     "without_clock": self.without_clock,
+                    "measured_in": self._place(),
+                    **self._not_of_here(winner),
                     "strategy": self.section.strategy,
                     "settings": section_hash(self.session.config, "search", "seed"),
                     "checkpoint_sha256": self.weights.sha256,
@@ -547,3 +560,19 @@ class Search:
                 }
             )
         write_winner(self.folder.path / name, winner.config, about)  # last: it says that the search is done
+
+    def _place(self) -> dict[str, object]:
+        """Where latencies were measured."""
+        if self.section.runtime == "torch":
+            return {"device": str(self.session.device)}
+        return {"device": "cpu", "runtime": self.section.runtime}
+
+    def _not_of_here(self, winner: Finalist) -> dict[str, object]:
+        """What stands in for a latency that was not measured on this machine."""
+        if not self.latencies.elsewhere or winner.predicted_ms is None:
+            return {}
+        return {
+            "latency_measured_here": False,
+            "predicted_latency_ms": round(winner.predicted_ms, 4),
+            "latency_table": {"path": self.section.latency_table, "device": self.latencies.elsewhere},
+        }

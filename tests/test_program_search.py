@@ -1,0 +1,268 @@
+"""A search that spends its latency budget in another runtime, on exported programs, or by a table of elsewhere."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from sparsevit_cli import views
+from sparsevit_cli.errors import BudgetError, CheckpointError, ConfigError
+from sparsevit_cli.profiling import program_table
+from sparsevit_cli.profiling.latency import Latency, measure_interleaved
+from sparsevit_cli.reporting import SilentReporter
+from sparsevit_cli.runtimes import RUNTIMES
+from sparsevit_cli.runtimes.openvino import OpenVino
+from sparsevit_cli.search.latency_table import LatencyTable
+from sparsevit_cli.winner import read_winner
+from sparsevit_cli.workflows.export import export_winner
+from sparsevit_cli.workflows.search import SearchSummary, search
+from sparsevit_cli.workflows.session import Session
+from sparsevit_cli.workflows.table import measure_table
+from sparsevit_cli.workflows.training import adapt, pretrain
+from tiny import tiny_config
+
+pytest.importorskip("openvino")
+
+LATENCY = {"budget_macs": None, "budget_latency": "75%", "runtime": "openvino", "population": 8, "samples": None}
+SIDE = 64
+"""Maps of 16 and 8 tokens a side, in windows of 2: 64 and 16 of them."""
+
+
+def session_in(runs: Path, search: Mapping[str, Any] = LATENCY, **sections: Any) -> Session:
+    model = {"img_size": SIDE}
+    return Session(tiny_config(output=str(runs), search=dict(search), model=model, **sections), SilentReporter())
+
+
+class Meter:
+    """A clock that OpenVINO's programs move: a multiply-add of a loaded graph takes a nanosecond."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+
+    def clock(self) -> int:
+        return self.now_ns
+
+    def loaded(
+        self, path: Path, activations: str, threads: int, shape: tuple[int, ...] | None, lengths: Mapping[str, int]
+    ) -> Callable[[Tensor], list[Tensor]]:
+        from sparsevit_cli.runtimes.openvino import load_openvino
+
+        openvino = load_openvino()
+
+        model = openvino.Core().read_model(path)
+        shapes: dict[Any, Any] = {name: openvino.PartialShape([length]) for name, length in lengths.items()}
+        model.reshape({**shapes, model.inputs[0]: openvino.PartialShape(list(shape or ()))})
+        macs = sum(_macs(node) for node in model.get_ops() if node.get_type_name() == "MatMul")
+
+        def run(images: Tensor) -> list[Tensor]:
+            self.now_ns += macs
+            return []
+
+        return run
+
+
+def _macs(node: Any) -> int:
+    inner = node.input(0).get_shape()[-2 if node.get_attributes()["transpose_a"] else -1]
+    return int(math.prod(node.output(0).get_shape()) * inner)
+
+
+@pytest.fixture(scope="module")
+def meter() -> Iterator[Meter]:
+    found = Meter()
+
+    def measured(candidates: Any, **settings: Any) -> dict[str, Latency]:
+        return measure_interleaved(candidates, **{**settings, "clock": found.clock})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OpenVino, "_run", lambda self, *given: found.loaded(*given))
+        patch.setattr(program_table, "measure_interleaved", measured)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, meter: Meter) -> tuple[Path, SearchSummary]:
+    """Folder of runs in which adapt is done, and a search in OpenVINO."""
+    runs = tmp_path_factory.mktemp("runs")
+    for step in (pretrain, adapt):
+        session = session_in(runs)
+        step(session)
+        session.locks.close()
+    return runs, searched(session_in(runs))
+
+
+@pytest.fixture
+def runs(done: tuple[Path, SearchSummary], tmp_path: Path) -> Path:
+    """A copy of the folder, to change."""
+    return shutil.copytree(done[0], tmp_path / "runs")
+
+
+@pytest.fixture
+def table(done: tuple[Path, SearchSummary], tmp_path: Path) -> Path:
+    """A copy of its latency table."""
+    return Path(shutil.copy(done[0] / "tiny" / "search" / "latency_table.json", tmp_path / "table.json"))
+
+
+def searched(session: Session) -> SearchSummary:
+    try:
+        return search(session)
+    finally:
+        session.locks.close()
+
+
+def test_the_exported_file_of_the_winner_keeps_the_budget(done: tuple[Path, SearchSummary], meter: Meter) -> None:
+    """Table, corners and finalists are of one graph, which is that of the file."""
+    runs, summary = done
+    (row,) = summary.feasibility
+    assert row.limit == pytest.approx(0.75 * row.dense)
+    assert summary.table_error is not None
+    assert summary.table_error.largest < 0.02
+    winner = summary.winner
+    assert winner.latency_ms is not None
+    assert winner.latency_ms <= row.limit
+    about = read_winner(summary.folder.path / "winner.yaml")[1]
+    assert about["measured_with"] == {
+        "batch_size": 1, "image_size": [SIDE, SIDE], "precision": "fp32", "device": "cpu", "runtime": "openvino",
+    }  # fmt: skip
+    session = session_in(runs, export={"formats": ["onnx"], "latency": False})
+    report = export_winner(session, weights="adapt").report
+    session.locks.close()
+    program = RUNTIMES["openvino"].load(report.directory / "model.onnx", shape=(1, 3, SIDE, SIDE))
+    before = meter.now_ns
+    program.run(Tensor())
+    assert (meter.now_ns - before) / 1e6 == pytest.approx(winner.latency_ms, rel=1e-3)
+
+
+def test_a_second_search_reads_table_and_latencies_again(
+    runs: Path, done: tuple[Path, SearchSummary], meter: Meter
+) -> None:
+    spent = meter.now_ns
+    again = searched(session_in(runs))
+    assert meter.now_ns == spent, "nothing was measured"
+    assert again.winner == done[1].winner
+
+
+def test_a_table_of_another_machine_decides_without_a_clock(
+    runs: Path, table: Path, meter: Meter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = LatencyTable.from_json(table.read_text())
+    there = {"device": {"name": "a Xeon"}, "runtime_version": "2020.1"}
+    table.write_text(replace(elsewhere, identity={**elsewhere.identity, **there}).to_json())
+    spent = meter.now_ns
+    summary = searched(session_in(runs, {**LATENCY, "latency_table": str(table)}))
+    assert meter.now_ns == spent, "nothing was measured"
+    winner = summary.winner
+    assert (winner.latency_ms, winner.speedup, winner.within_budget) == (None, None, True)
+    assert winner.predicted_ms is not None
+    assert winner.predicted_ms <= summary.feasibility[0].limit
+    about = read_winner(summary.folder.path / "winner.yaml")[1]
+    assert about["latency_measured_here"] is False
+    assert about["predicted_latency_ms"] == pytest.approx(winner.predicted_ms, abs=1e-3)
+    assert about["latency_table"] == {"path": str(table), "device": "a Xeon"}
+    views.show_search(summary)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Latencies are predictions for a Xeon: none was measured on this machine" in told
+
+
+def test_a_table_is_measured_without_weights_and_a_search_reads_it(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, torch_alone = tmp_path / "new.json", {"runtime": "torch", "budget_latency": "120%"}
+    report = measure_table(session_in(tmp_path / "elsewhere", {**LATENCY, **torch_alone}), path=str(path))
+    views.show_table(report)
+    assert "runtime: torch" in capsys.readouterr().out
+    assert report.table.error is not None
+    assert report.table.error.n == 2
+    summary = searched(session_in(runs, {**LATENCY, **torch_alone, "latency_table": str(path)}))
+    assert summary.table_error == report.table.error
+    assert summary.winner.config.is_dense
+
+
+@pytest.mark.parametrize(
+    ("setting", "field"),
+    [
+        ({"batch_size": 2}, "batch 1 there, 2 here"),
+        ({"runtime": "torch"}, "runtime 'openvino' there, 'torch' here"),
+        ({"precision": "bf16"}, "precision 'fp32' there, 'bf16' here"),
+    ],
+)
+def test_a_table_of_other_settings_is_refused(runs: Path, table: Path, setting: dict[str, Any], field: str) -> None:
+    before = (runs / "tiny" / "search" / "winner.yaml").read_bytes()
+    with pytest.raises(CheckpointError, match=rf"search\.latency_table: .*{field}") as caught:
+        searched(session_in(runs, {**LATENCY, "latency_table": str(table), **setting}))
+    assert caught.value.exit_code == 4
+    assert (runs / "tiny" / "search" / "winner.yaml").read_bytes() == before
+
+
+def test_a_table_of_another_model_or_size_is_refused(runs: Path, table: Path) -> None:
+    found = LatencyTable.from_json(table.read_text())
+    for change in ({"depths": [2, 4]}, {"image_size": [32, 32]}, {"parameters": 1}):
+        table.write_text(replace(found, identity={**found.identity, **change}).to_json())
+        with pytest.raises(CheckpointError, match=next(iter(change))):
+            searched(session_in(runs, {**LATENCY, "latency_table": str(table)}))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b'{"format": "sparsevit-latency-table-1"}', b"\xff"])
+def test_a_damaged_table_is_refused(runs: Path, tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "table.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"table\.json"):
+        searched(session_in(runs, {**LATENCY, "latency_table": str(path)}))
+
+
+def test_a_table_is_not_written_over_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    session = session_in(tmp_path)
+    for given, message in (
+        ({"path": str(path)}, "no latency table"),
+        ({"path": str(tmp_path / "none" / "table.json")}, "no folder"),
+        ({"path": str(tmp_path / "new.json"), "ratios": "0.6"}, "--ratios"),
+        ({"path": str(tmp_path / "new.json"), "rivals": True}, "--rivals"),
+        ({"path": str(tmp_path / "new.json"), "img_size": "64,32"}, "--img-size"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            measure_table(session, **given)  # type: ignore[arg-type]
+    assert path.read_text() == "mine"
+
+
+def test_a_budget_that_no_program_meets_is_refused_with_the_range(runs: Path) -> None:
+    with pytest.raises(BudgetError, match="reachable is"):
+        searched(session_in(runs, {**LATENCY, "budget_latency": "1%"}))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision"),
+    [("torch", "int8"), ("onnxruntime", "bf16"), ("onnxruntime", "int8"), ("openvino", "fp16")],
+)
+def test_precisions_that_a_runtime_does_not_compute_are_refused(runtime: str, precision: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"precision {precision} is not for runtime {runtime}"):
+        session_in(tmp_path, {**LATENCY, "runtime": runtime, "precision": precision})
+
+
+def test_a_runtime_that_is_not_installed_names_the_extra(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenVino, "packages", ("no_such_package",))
+    with pytest.raises(ConfigError, match=r"sparsevit-cli\[openvino\]") as caught:
+        searched(session_in(runs))
+    assert caught.value.exit_code == 2
+
+
+def test_an_export_of_another_precision_than_the_budget_is_told(runs: Path) -> None:
+    for export, told in (({"formats": ["pt2"]}, True), ({"formats": ["onnx", "pt2"]}, False)):
+        session = session_in(runs, export={**export, "latency": False})
+        searched(session)
+        assert isinstance(session.reporter, SilentReporter)
+        assert any("the budget is of a file in fp32 for openvino" in w for w in session.reporter.warnings) is told
+
+
+def test_bf16_on_a_cpu_without_it_is_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenVino, "activations", lambda self: ("fp32",))
+    with pytest.raises(ConfigError, match="computes in fp32"):
+        searched(session_in(runs, {**LATENCY, "precision": "bf16"}))
