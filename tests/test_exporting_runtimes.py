@@ -31,14 +31,15 @@ from sparsevit_cli.exporting import (
     ExportReport,
     ModelInfo,
     checks,
+    export,
     export_model,
     load_exported,
-    precision_label,
     structured_images,
 )
 from sparsevit_cli.exporting import folder as export_folder
 from sparsevit_cli.exporting import openvino_ir as ir
 from sparsevit_cli.exporting.programs import openvino_runner, save_onnx, trace
+from sparsevit_cli.exporting.writing import Writer
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runtimes import runtime
 from sparsevit_cli.sizes import Size
@@ -77,6 +78,20 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, ExportR
     return model, report
 
 
+@pytest.fixture
+def already_written(served: tuple[nn.Module, ExportReport], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of the served model are copied, not made anew: tracing and translating take seconds."""
+
+    def write(self: Writer, name: str, folder: Path) -> Path:
+        path = folder / self.file_name(name)
+        for suffix in (path.suffix, ".bin"):
+            shutil.copy(served[1].directory / path.with_suffix(suffix).name, folder)
+        return path
+
+    monkeypatch.setattr(Writer, "write", write)
+    monkeypatch.setattr(export, "traced", lambda *_arguments: None)
+
+
 # -- OpenVINO's files -----------------------------------------------------------------------------------------------
 
 
@@ -113,6 +128,7 @@ def test_openvino_alone_and_then_without_it(tmp_path: Path) -> None:
 
 
 @needs_openvino
+@pytest.mark.usefixtures("already_written")
 def test_killed_while_a_pair_is_put_into_place(
     served: tuple[nn.Module, ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +152,7 @@ def test_killed_while_a_pair_is_put_into_place(
 
 
 @needs_openvino
+@pytest.mark.usefixtures("already_written")
 def test_a_file_of_openvino_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(path: Path, activations: Any = "fp32") -> Any:
         run = openvino_runner(path, activations)
@@ -143,7 +160,7 @@ def test_a_file_of_openvino_that_disagrees_is_not_kept(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(checks, "openvino_runner", wrong)
     with pytest.raises(MeasurementError, match=r"model\.xml: differs from eager"):
-        export_model(tiny(), tmp_path / "new", input_size=SIDE, formats=("openvino",), measure_ms=False)
+        export_model(tiny([[0.6], [0.5]]), tmp_path / "new", input_size=SIDE, formats=("openvino",), measure_ms=False)
     assert names(tmp_path) == set()
 
 
@@ -267,6 +284,7 @@ def test_other_scores(tmp_path: Path) -> None:
 
 
 @needs_openvino
+@pytest.mark.usefixtures("already_written")
 def test_an_export_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not in_bf16():
         pytest.skip("needs a CPU with bfloat16")
@@ -325,10 +343,6 @@ def test_a_cpu_without_bfloat16_and_a_runtime_that_is_not_there(
     with pytest.raises(ConfigError, match=r"openvino not installed.*sparsevit-cli\[openvino\]"):
         export_model(tiny(), tmp_path / "new", **settings)
     assert names(tmp_path) == set()
-
-
-def test_labels_of_precisions() -> None:
-    assert [precision_label("bf16", "bf16"), precision_label("int8", "fp32")] == ["bf16", "int8+fp32"]
 
 
 # -- latency --------------------------------------------------------------------------------------------------------
