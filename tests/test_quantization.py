@@ -26,7 +26,7 @@ from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.data.source import Batch, Categories, Source
 from sparsevit_cli.errors import ConfigError, DataError, MeasurementError, StoppedError
 from sparsevit_cli.exporting import export_model, quantization, structured_images
-from sparsevit_cli.exporting.openvino_ir import changed_windows, ranking_nodes
+from sparsevit_cli.exporting.openvino_ir import changed_windows, ranking_nodes, rankings
 from sparsevit_cli.exporting.quantization import LayerError, layer_errors, quantised_layers, quantize
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runtimes import runtime
@@ -105,17 +105,21 @@ def test_it_computes_what_the_float_file_does_at_any_batch(float_file: Path, int
 
 
 @needs_nncf
+@pytest.mark.parametrize("place", ["score", "map"])
 def test_eight_bits_in_the_ranking_are_refused(
-    float_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, float_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if a product of matrices ranked windows, of which NNCF is not told."""
+    """As if NNCF rounded the scores of a stage, or the map that is scored."""
+    from openvino import opset13 as ops
 
-    def wrong(model: Any) -> list[Any]:
-        is_quantised = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
-        return [node for node in model.get_ops() if is_quantised and node.get_type_name() == "MatMul"]
-
-    monkeypatch.setattr(quantization, "ranking_nodes", wrong)
-    with pytest.raises(MeasurementError, match="eight bits in the ranking of windows"):
+    model = read(float_file)
+    ranking = rankings(model)[0]
+    node = ranking.top if place == "score" else ranking.scoring[-1]
+    low, high = ops.constant(np.float32(0)), ops.constant(np.float32(9))
+    rounded = ops.fake_quantize(node.input_value(0), low, high, low, high, 256)
+    node.input(0).replace_source_output(rounded.output(0))
+    monkeypatch.setattr(quantization, "_by_nncf", lambda *args, **kwargs: model)
+    with pytest.raises(MeasurementError, match="eight bits in 1 of 3 rankings of windows"):
         quantize(float_file, tmp_path / "int8.xml", images(2))
     assert not list(tmp_path.iterdir())
 
@@ -322,6 +326,7 @@ def test_a_scorer_that_cannot_add_gives_no_error() -> None:
 # -- the command --------------------------------------------------------------------------------------------------
 
 INT8 = {"formats": ["openvino"], "precision": "int8", "activations": "fp32", "latency": False, "calibration_images": 6}
+RATIOS_TYPED = "[[.5],[.5]]"
 
 
 def session_in(folder: Path, **export: Any) -> Session:
@@ -340,56 +345,63 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @needs_nncf
 def test_the_command_tells_the_score_before_and_after(weights: str, tmp_path: Path) -> None:
-    session = session_in(tmp_path, max_loss=100.0)
-    summary = export_winner(session, weights=weights, ratios="[[.5],[.5]]")
-    found = summary.eight_bits
-    assert found is not None
-    assert (found.calibration_images, found.in_float, found.window_images) == (6, (), WINDOW_IMAGES)
-    assert found.change.method == "paired over 350 images"
-    assert 0 < (found.change.standard_error or 0) < 10
-    assert 0 < found.changed < 0.3 * found.kept
+    """Of both formats, each in its runtime."""
+    session = session_in(tmp_path, max_loss=100.0, formats=["onnx", "openvino"])
+    summary = export_winner(session, weights=weights, ratios=RATIOS_TYPED)
+    assert list(summary.eight_bits) == ["model.onnx", "model.xml"]
     manifest = summary.document()
     assert (manifest["precision"], manifest["activations"]) == ("int8", "fp32")
-    assert manifest["int8"] == json.loads(json.dumps(found.document()))
-    told = "\n".join(found.lines())
-    assert re.search(
-        r"int8: top-1 [\d.]+ % in fp32, [\d.]+ % in int8: [+-][\d.]+, standard error [\d.]+ \(paired", told
-    )
-    assert f"{found.changed} of {found.kept} kept windows are others in int8" in told
-    # what was scored is what is deployed
-    assert quantised_layers(read(summary.folder.path / "model.xml"))
-    scored = evaluate_export(session_in(tmp_path), "openvino", export=str(summary.folder.path))
-    assert scored.score.value == found.change.after.value
+    for runtime_name, (name, found) in zip(("onnxruntime", "openvino"), summary.eight_bits.items(), strict=True):
+        assert (found.calibration_images, found.in_float, found.window_images) == (6, (), WINDOW_IMAGES)
+        assert found.change.method == "paired over 350 images"
+        assert 0 < (found.change.standard_error or 0) < 10
+        assert 0 < found.changed < 0.3 * found.kept
+        assert manifest["int8"][{"model.onnx": "onnx", "model.xml": "openvino"}[name]] == found.document()
+        told = "\n".join(found.lines(name))
+        number = r"[+-]?[\d.]+"
+        words = (
+            f"{name} in int8: top-1 {number} % in fp32, {number} % in int8: {number}, standard error {number} .paired"
+        )
+        assert re.match(words, told), told
+        assert f"{found.changed} of {found.kept} kept windows are others in int8" in told
+        # what was scored is what is deployed
+        assert quantised_layers(read(summary.folder.path / name))
+        scored = evaluate_export(session_in(tmp_path), runtime_name, export=str(summary.folder.path))
+        assert scored.score.value == found.change.after.value
+        assert scored.runtime is not None
+        assert scored.runtime.precision == "int8+fp32"
 
 
 @needs_nncf
 def test_layers_that_cost_most_stay_in_float_if_too_much_is_lost(
     weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file with fewer than three layers in float loses too much; the worst ones are taken, in twos."""
-    real = Deployed.score
+    """A file with fewer than two layers in float loses too much: one is tried, then two."""
+    real, layers = Deployed.score, dict[str, object]()
 
     def score(self: Deployed, path: Path, *others: Any) -> Any:
         found, scorer = real(self, path, *others)
-        if path.parent.name == "int8" and len(quantised_layers(read(path))) > layers - 3:
-            found = dataclasses.replace(found, value=found.value - 50)
+        if path.parent.name == "int8":
+            quantised = quantised_layers(read(path))
+            layers.update({} if layers else quantised)
+            if len(quantised) > len(layers) - 2:
+                found = dataclasses.replace(found, value=found.value - 50)
         return found, scorer
 
-    layers = 4 * 5 + 2
+    def ranked(self: Quantiser, source: Path) -> tuple[LayerError, ...]:
+        return tuple(LayerError(name, 1 / number) for number, name in enumerate(layers, 1))
+
     monkeypatch.setattr(Deployed, "score", score)
-    session = session_in(tmp_path)
-    found = export_winner(session, weights=weights, ratios="[[.5],[.5]]").eight_bits
-    assert found is not None
-    assert len(found.in_float) == 4
-    errors = [layer.error for layer in found.in_float]
-    assert errors == sorted(errors, reverse=True)
+    monkeypatch.setattr(Quantiser, "_ranked", ranked)
+    session = session_in(tmp_path, max_loss=40.0, calibration_images=2)
+    (found,) = export_winner(session, weights=weights, ratios=RATIOS_TYPED).eight_bits.values()
+    assert [layer.name for layer in found.in_float] == list(layers)[:2]
     assert found.without is not None
-    assert found.without.difference < -40
-    assert found.change.difference > -40
-    model = read(tmp_path / "tiny" / "export" / "model.xml")
-    assert len(quantised_layers(model)) == layers - 4
-    manifest = json.loads((tmp_path / "tiny" / "export" / "manifest.json").read_text())
-    assert manifest["int8"]["in_float"] == [layer.name for layer in found.in_float]
+    assert found.without.difference < -40 < found.change.difference
+    folder = tmp_path / "tiny" / "export"
+    assert set(quantised_layers(read(folder / "model.xml"))) == set(list(layers)[2:])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["int8"]["openvino"]["in_float"] == list(layers)[:2]
 
 
 @needs_nncf
@@ -420,7 +432,7 @@ def test_what_cannot_be_quantised_leaves_the_earlier_export(
         monkeypatch.setattr(type(data.search), "__len__", lambda self: 0)
         expected = pytest.raises(DataError, match=r"the search split, .* is empty")
     with expected:
-        export_winner(session, weights=weights, ratios="[[.5],[.5]]")
+        export_winner(session, weights=weights, ratios=RATIOS_TYPED)
     assert (folder / "manifest.json").read_text() == "earlier"
     assert not [path for path in folder.rglob("*") if path.suffix in (".xml", ".bin") or path.name.startswith(".tmp")]
 
@@ -437,8 +449,7 @@ def test_backbone_and_neck_of_a_dense_task(task: str, tmp_path: Path) -> None:
     section = config.export.model_copy(update={**INT8, "max_loss": 100.0})
     session = Session(config.model_copy(update={"export": section}), SilentReporter())
     summary = export_winner(session, weights=with_weights(session, tmp_path), ratios="[[.3],[.5]]")
-    found = summary.eight_bits
-    assert found is not None
+    (found,) = summary.eight_bits.values()
     assert summary.report.scope == "features"
     assert quantised_layers(read(summary.folder.path / "features.xml"))
     assert 0 <= found.change.after.value <= 100

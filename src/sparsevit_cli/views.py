@@ -242,6 +242,7 @@ def show_rivals(report: RivalReport) -> None:
 def show_export(summary: ExportSummary) -> None:
     """Files, their checks, and onnxruntime's latency."""
     from .exporting import WEIGHTS
+    from .runtimes import precision_label
 
     parts = {"model": "the whole model", "features": "backbone and neck"}
     report = summary.report
@@ -258,15 +259,15 @@ def show_export(summary: ExportSummary) -> None:
         dense, sparse = latency.dense, latency.sparse
         shaky = dense.unsteady or sparse.unsteady
         print_lines(
-            f"{latency.runtime} {latency.activations}, batch 1: "
+            f"{latency.runtime} {precision_label(report.precision, latency.activations)}, batch 1: "
             + (
                 f"not steady ({shaky})"
                 if shaky
                 else f"dense {dense.median_ms:.2f} ms, sparse {sparse.median_ms:.2f} ms, speed-up {sparse.speedup:.2f}x"
             )
         )
-    if summary.eight_bits is not None:
-        print_lines(*summary.eight_bits.lines())
+    for name, eight_bits in summary.eight_bits.items():
+        print_lines(*eight_bits.lines(name))
     print_lines(
         "Window pruning skips computation: weights and file sizes do not shrink.",
         f"written: {report.manifest}",

@@ -57,7 +57,7 @@ from .folder import (
 )
 from .images import structured_images
 from .latency import RUNTIME_OF, measured_latency
-from .precision import LOWERING, ActivationsAsked, resolved_activations
+from .precision import IN_EIGHT_BITS, LOWERING, ActivationsAsked, resolved_activations
 from .programs import OPSETS, OneImage, check_packages, describe_onnx, with_fixed_outputs
 from .quantization import Quantise, quantize
 from .report import ExportedFile, ExportReport, RuntimeLatency, manifest_json, serving_json
@@ -143,7 +143,8 @@ def export_model(
         before_step()
         eight_bits = None
         if precision == "int8":
-            eight_bits = _replaced(staging / writer.file_name(LOWERING), quantise or calibrated)
+            rounded = [file for file in files if file.format in IN_EIGHT_BITS]
+            eight_bits = {file.format: _replaced(file.path, quantise or calibrated) for file in rounded}
         files = [replace(_sized(file), path=directory / file.path.name) for file in files]
         before_step()
         latencies: tuple[RuntimeLatency, ...] = ()
@@ -229,13 +230,14 @@ def _quantised(source: Path, target: Path, *, images: Sequence[Tensor], check: C
 
 
 def _replaced(path: Path, quantise: Quantise) -> Mapping[str, Any]:
-    """Put a file of eight bits in the place of an .xml file and its .bin."""
-    target = path.parent / "int8" / path.name
-    target.parent.mkdir()
-    told = quantise(path, target)
-    for suffix in (".xml", ".bin"):
-        target.with_suffix(suffix).replace(path.with_suffix(suffix))
-    target.parent.rmdir()
+    """Put a file of eight bits, and all that belongs to it, in the place of a file and what belonged to that."""
+    folder = path.parent / "int8"
+    folder.mkdir()
+    told = quantise(path, folder / path.name)
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # weights of a large ONNX file
+    for made in folder.iterdir():
+        made.replace(path.parent / made.name)
+    folder.rmdir()
     return told
 
 
@@ -266,9 +268,10 @@ def _latencies(
         folder.mkdir()
         writer = writer.dense()
         dense = {name: writer.write(name, folder) for name in measured}
-        if lower is not None and LOWERING in dense:
+        if lower is not None:
             reporter.say("export: the dense model is quantised too, to be measured")
-            _replaced(dense[LOWERING], lower)
+            for path in dense.values():
+                _replaced(path, lower)
     found = tuple(
         measured_latency(
             RUNTIME_OF[name], sparse[name], dense.get(name), image,

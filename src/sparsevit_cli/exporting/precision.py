@@ -12,7 +12,9 @@ from .quantization import check_installed
 
 ActivationsAsked = Literal["auto", "fp32", "bf16"]
 LOWERING = "openvino"
-"""The format, and the runtime of that name, that computes in less than 32 bits on a CPU."""
+"""The format, and the runtime of that name, that computes in 16 bits on a CPU."""
+IN_EIGHT_BITS = ("onnx", "openvino")
+"""The formats whose files have eight bits with precision int8."""
 
 
 def resolved_activations(precision: str, asked: str, formats: Sequence[str]) -> Activations:
@@ -31,13 +33,19 @@ def resolved_activations(precision: str, asked: str, formats: Sequence[str]) -> 
         raise ConfigError("export.activations", got, f"Set export.precision: {asked}, or export.activations: auto.")
     if precision == "fp32":
         return "fp32"
-    if LOWERING not in formats:
-        got = f"{precision}, and of all formats only {LOWERING} computes in less than 32 bits on a CPU"
-        raise ConfigError("export.precision", got, f"Add {LOWERING} to export.formats, or set export.precision: fp32.")
-    runs_in = runtime(LOWERING)
-    runs_in.check_installed()
+    do = f"Add {LOWERING} to export.formats, or set export.precision: fp32."
+    if precision == "int8" and not set(IN_EIGHT_BITS) & set(formats):
+        got = f"int8, and of all formats only {' and '.join(IN_EIGHT_BITS)} have eight bits"
+        raise ConfigError("export.precision", got, do)
     if precision == "int8":
         check_installed()
+        if LOWERING not in formats and asked != "bf16":
+            return "fp32"
+    if LOWERING not in formats:
+        got = f"bf16, and of all formats only {LOWERING} computes in less than 32 bits on a CPU"
+        raise ConfigError(f"export.{'precision' if precision == 'bf16' else 'activations'}", got, do)
+    runs_in = runtime(LOWERING)
+    runs_in.check_installed()
     if precision == "int8" and asked == "auto":
         return "bf16" if "bf16" in runs_in.activations() else "fp32"
     activations: Activations = "fp32" if asked == "fp32" else "bf16"

@@ -21,10 +21,11 @@ from torch import Tensor
 from sparsevit_cli.errors import ConfigError, MeasurementError, in_one_line, pass_on
 from sparsevit_cli.runtimes.openvino import compiled, load_openvino, without_telemetry
 
-from .openvino_ir import keep_ranking_exact, ranking_nodes
-from .programs import INPUT, quiet
+from .openvino_ir import keep_ranking_exact, ranking_nodes, rankings
+from .programs import quiet
 
 PACKAGES = ("nncf", "openvino")
+_REPORT = "Export in fp32 or bf16, and report it with your versions."
 _PASSING = (
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit", "Slice", "StridedSlice", "Gather",
     "GatherND", "Concat", "Pad", "Convert",
@@ -33,7 +34,7 @@ _PASSING = (
 
 
 Quantise = Callable[[Path, Path], Mapping[str, Any]]
-"""Writes the first file, OpenVINO's in float32, as the second, in eight bits, and tells what manifest.json says of it.
+"""Writes the first file, in float32, as the second, in eight bits, and tells what manifest.json says of it.
 
 It raises MeasurementError for a result that is no good.
 """
@@ -96,57 +97,78 @@ def quantize(
     lengths: Mapping[str, int] | None = None,
     check: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write `source`, an OpenVINO file in float32, as `target` with weights and activations of eight bits.
+    """Write `source`, an .xml or .onnx file in float32, as `target` with weights and activations of eight bits.
 
     `images` (1, C, H, W) tell the ranges of activations. Nodes of the names `in_float`, and all that ranks windows,
     stay as they are. `lengths` are those of further inputs. `check` is called before each image, and may raise. Raises
     ConfigError (packages, no images), MeasurementError if NNCF fails or puts eight bits into the ranking.
     """
     openvino = load_openvino()
-    model = _quantized(source, images, in_float, check, lengths or {}, compress=True)
-    openvino.save_model(model, target, compress_to_fp16=False)
-    keep_ranking_exact(target)
+    if source.suffix == ".onnx":
+        import onnx
+
+        model = _by_nncf(source, onnx.load(source), images, in_float, check, lengths or {})
+        onnx.save(model, target)
+    else:
+        model = _by_nncf(source, openvino.Core().read_model(source), images, in_float, check, lengths or {})
+        openvino.save_model(model, target, compress_to_fp16=False)
+        keep_ranking_exact(target)
+    try:
+        _check_ranking(openvino.Core().read_model(source), openvino.Core().read_model(target))
+    except MeasurementError:
+        for path in (target, target.with_suffix(".bin")):
+            path.unlink(missing_ok=True)
+        raise
 
 
-def _quantized(
+def _by_nncf(
     source: Path,
+    model: Any,
     images: Sequence[Tensor],
     in_float: Sequence[str],
     check: Callable[[], object],
     lengths: Mapping[str, int],
-    *,
-    compress: bool,
+    **backend: object,
 ) -> Any:
-    """The quantised model; without `compress` its weights are float32 before their quantisers."""
+    """The quantised model of that of a file, `openvino.Model` or ONNX; `backend` are parameters of NNCF's backend."""
     nncf = load_nncf()
-    openvino = load_openvino()
     if not images:
         raise ConfigError("export.precision int8", "there is no image to calibrate on", "Add images to the data.")
-    model = openvino.Core().read_model(source)
-    ignored = [*(node.get_friendly_name() for node in ranking_nodes(model)), *behind_means(model), *in_float]
-
+    graph = load_openvino().Core().read_model(source)
+    ignored = [*(node.get_friendly_name() for node in ranking_nodes(graph)), *behind_means(graph), *in_float]
+    if source.suffix == ".onnx":  # OpenVINO splits a layer in two and names both after it
+        ignored = [name.removesuffix("/WithoutBiases") for name in ignored]
     try:
         with quiet():
-            found = nncf.quantize(
+            return nncf.quantize(
                 model,
-                nncf.Dataset(_Supply(images, check, lengths)),
+                nncf.Dataset(_Supply(images, check, graph.inputs[0].get_any_name(), lengths)),
                 model_type=nncf.ModelType.TRANSFORMER,
                 preset=nncf.QuantizationPreset.MIXED,
                 subset_size=len(images),
                 ignored_scope=nncf.IgnoredScope(names=ignored, validate=False),
-                advanced_parameters=nncf.AdvancedQuantizationParameters(backend_params={"compress_weights": compress}),
+                advanced_parameters=nncf.AdvancedQuantizationParameters(backend_params=backend),
             )
     except Exception as error:
         pass_on(error)
         got = f"NNCF cannot quantise it ({in_one_line(error)})"
-        raise MeasurementError(source.name, got, "Export in fp32 or bf16, and report it with your versions.") from error
-    ranking = list(ranking_nodes(found))
-    entering = [value.get_node() for node in ranking for value in node.input_values()]
-    rounded = {n.get_friendly_name() for n in (*ranking, *entering) if n.get_type_name() == "FakeQuantize"}
-    if rounded:
-        got = f"eight bits in the ranking of windows: {', '.join(sorted(rounded))}"
-        raise MeasurementError(source.name, got, "Export in fp32 or bf16, and report it with your versions.")
-    return found
+        raise MeasurementError(source.name, got, _REPORT) from error
+
+
+def _check_ranking(before: Any, after: Any) -> None:
+    """Raises MeasurementError unless two `openvino.Model` rank alike, and the second one has no eight bits in it."""
+    ranking = rankings(after)
+    total = len(rankings(before))
+    exact = sum(not _is_rounded(each.scoring[-1].input_value(0).get_node()) for each in ranking)
+    if exact < total:
+        got = f"eight bits in {total - exact} of {total} rankings of windows"
+        raise MeasurementError("export.precision int8", got, _REPORT)
+
+
+def _is_rounded(node: Any) -> bool:
+    while node.get_type_name() in _PASSING:
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "FakeQuantize")
 
 
 def behind_means(model: Any) -> list[str]:
@@ -171,17 +193,18 @@ def behind_means(model: Any) -> list[str]:
 class _Supply:
     """Images as NNCF reads them, several times; each asks first whether to stop."""
 
-    def __init__(self, images: Sequence[Tensor], check: Callable[[], object], lengths: Mapping[str, int]) -> None:
-        self.images, self.check = images, check
-        self.others = {name: np.zeros(length, np.uint8) for name, length in lengths.items()}
+    def __init__(
+        self, images: Sequence[Tensor], check: Callable[[], object], name: str, lengths: Mapping[str, int]
+    ) -> None:
+        self.images, self.check, self.name = images, check, name
+        self.others = {other: np.zeros(length, np.uint8) for other, length in lengths.items()}
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Any:
         self.check()
-        image = self.images[index].numpy()
-        return {INPUT: image, **self.others} if self.others else image
+        return {self.name: self.images[index].numpy(), **self.others}
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
@@ -201,7 +224,7 @@ def layer_errors(
     float model. Errors of single layers are small and add up: the sum of all is close to what the whole loses.
     """
     openvino = load_openvino()
-    model = _quantized(source, calibration, (), check, {}, compress=False)
+    model = _by_nncf(source, openvino.Core().read_model(source), calibration, (), check, {}, compress_weights=False)
     reference = _outputs(openvino.Core().read_model(source), images, threads)
     for name, quantisers in quantised_layers(model).items():
         check()

@@ -24,7 +24,7 @@ from .folder import (
 )
 
 LOWERED = ".xml"
-"""Files that may hold eight bits, or be computed in bfloat16; all others are in float32."""
+"""Files that may be computed in bfloat16. They and ONNX files may have eight bits; all others are in float32."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class ExportFolder:
 
     def label_of(self, path: Path) -> str:
         """Precision of a file as tables have it: `int8+bf16`."""
-        return precision_label(self.precision, self.activations) if path.suffix == LOWERED else "fp32"
+        if path.suffix == LOWERED or (path.suffix == ".onnx" and self.precision == "int8"):
+            return precision_label(self.precision, self.activations_of(path))
+        return "fp32"
 
     @property
     def prefix(self) -> str:

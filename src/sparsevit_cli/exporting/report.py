@@ -73,9 +73,9 @@ class RuntimeLatency:
 class ExportReport:
     """What `export_model` wrote. Shapes hold `batch` where any batch size goes, and `answers` for how many there are.
 
-    `latencies` has one entry for each runtime that was measured. `eight_bits` tells of precision int8: calibration,
-    score before and after, windows that change, layers that stay in float. `onnx` tells opset and operators of the ONNX
-    file.
+    `latencies` has one entry for each runtime that was measured. `eight_bits` tells of each format that has them:
+    calibration, score before and after, windows that change, layers that stay in float. `onnx` tells opset and
+    operators of the ONNX file.
     """
 
     directory: Path

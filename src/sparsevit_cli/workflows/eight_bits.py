@@ -35,6 +35,7 @@ RANKING_IMAGES = 8
 """Calibration images on which the layers are ranked by their errors."""
 WINDOW_IMAGES = 128
 """Validation images on which changed windows are counted, at most."""
+RUNTIME_OF = {".xml": "openvino", ".onnx": "onnxruntime"}
 AS_BEFORE = "an earlier export is as it was"
 
 
@@ -67,9 +68,9 @@ class EightBits:
             "before_accuracy_control": None if self.without is None else self.without.document(),
         }
 
-    def lines(self) -> list[str]:
-        """For people."""
-        found = [f"int8: {told(self.change, self.metric)}"]
+    def lines(self, name: str) -> list[str]:
+        """For people; `name` is that of the file."""
+        found = [f"{name} in int8: {told(self.change, self.metric)}"]
         if self.without is not None:
             names = ", ".join(layer.name for layer in self.in_float)
             found.append(f"with all layers in eight bits: {told(self.without, self.metric)}")
@@ -123,7 +124,7 @@ class Deployed:
 
     def load(self, path: Path, activations: Activations) -> None:
         """Run this file from now on."""
-        program = runtime("openvino").load(path, activations=activations)
+        program = runtime(RUNTIME_OF[path.suffix]).load(path, activations=activations)
         self._module = ProgramModule(program, self._like, name=path.name, shape=self._shape)
 
     def _run(self, images: Tensor) -> Any:
@@ -174,10 +175,10 @@ class Deployed:
 
 
 class Quantiser:
-    """Writes an exported file in eight bits, and judges it by the score of the whole model in the runtime.
+    """Writes exported files in eight bits, and judges each by the score of the whole model in its runtime.
 
-    `images` are the calibration images. `found` tells what eight bits did, once a file was written. What `scope`
-    exports of `model` is what the files hold; what has no eight bits is computed in `activations`.
+    `images` are the calibration images. `found` tells what eight bits did to each file that was written, by its name.
+    What `scope` exports of `model` is what the files hold. OpenVINO computes in `activations` what has no eight bits.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class Quantiser:
         self.deployed = Deployed(session, model, scope)
         chosen = fixed_subset(len(data.search), count, session.config.seed)
         self.images = self.deployed.inputs(data.search, chosen, "calibration images")
-        self.found: EightBits | None = None
+        self.found: dict[str, EightBits] = {}
 
     def __call__(self, source: Path, target: Path) -> dict[str, Any]:
         """Write `source`, in float32, as `target`, and tell what manifest.json says.
@@ -200,7 +201,8 @@ class Quantiser:
         Raises MeasurementError if more than `export.max_loss` is lost whatever stays in float.
         """
         metric, say = self.session.task.metric, self.session.reporter.say
-        before = self.deployed.score(source, "fp32", self.data.val, "file in fp32")
+        before = self.deployed.score(source, "fp32", self.data.val, f"{source.name} in fp32")
+        without: Change | None
         without = found = self._tried(source, target, (), before)
         in_float: tuple[LayerError, ...] = ()
         if self._lost_too_much(found):
@@ -217,14 +219,17 @@ class Quantiser:
                 found = self._tried(source, target, in_float, before)
                 say(f"export: {len(in_float)} layers in float: {told(found, metric)}")
         kept, changed, counted = self._windows(source, target)
-        self.found = EightBits(
-            metric, len(self.images), found, kept, changed, counted, in_float, without if in_float else None
-        )
-        return self.found.document()
+        without = without if in_float else None
+        told_of = EightBits(metric, len(self.images), found, kept, changed, counted, in_float, without)
+        self.found[source.name] = told_of
+        return told_of.document()
 
     @property
     def _allowed(self) -> str:
         return f"{self.session.config.export.max_loss:g} may be lost (export.max_loss)"
+
+    def _computed_in(self, path: Path) -> Activations:
+        return self.activations if path.suffix == ".xml" else "fp32"
 
     def _lost_too_much(self, found: Change) -> bool:
         return -found.difference > self.session.config.export.max_loss
@@ -238,7 +243,7 @@ class Quantiser:
         self.session.reporter.say(f"export: NNCF quantises {source.name} on {len(self.images)} images")
         names = [layer.name for layer in in_float]
         quantize(source, target, self.images, in_float=names, check=self._check)
-        after = self.deployed.score(target, self.activations, self.data.val, "file in int8")
+        after = self.deployed.score(target, self._computed_in(target), self.data.val, f"{target.name} in int8")
         return change(self.session.task, before, after)
 
     def _ranked(self, source: Path) -> tuple[LayerError, ...]:
@@ -247,8 +252,11 @@ class Quantiser:
         return tuple(sorted(errors, key=lambda layer: -layer.error))
 
     def _windows(self, source: Path, target: Path) -> tuple[int, int, int]:
-        """Windows that the float file keeps, how many the other one does not, and over how many images."""
+        """Windows that the float file keeps, how many the other one does not, and over how many images.
+
+        OpenVINO ranks those of both formats: it reads ONNX files too.
+        """
         samples = fixed_subset(len(self.data.val), min(WINDOW_IMAGES, len(self.data.val)), self.session.config.seed)
         images = self.deployed.inputs(self.data.val, samples, "kept windows")
-        kept, changed = changed_windows(source, images, self.activations, target)
+        kept, changed = changed_windows(source, images, self._computed_in(target), target)
         return kept, changed, len(images)

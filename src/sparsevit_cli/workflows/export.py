@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,8 @@ class ExportSummary:
     weights: str
     config: SparsityConfig
     report: ExportReport
-    eight_bits: EightBits | None = None
+    eight_bits: Mapping[str, EightBits] = field(default_factory=dict)
+    """What eight bits did to each file that has them, by its name."""
 
     def document(self) -> dict[str, Any]:
         """The JSON document of `sparsevit export --json`."""
@@ -174,7 +176,7 @@ def _export(
     trained: Weights,
     data: Data | None,
     activations: Activations,
-) -> tuple[ExportReport, EightBits | None]:
+) -> tuple[ExportReport, Mapping[str, EightBits]]:
     """The files; with `data`, which precision int8 needs, also what eight bits did."""
     section = session.config.export
     quantiser = None
@@ -203,7 +205,7 @@ def _export(
         patience=session.patience,
         before_step=partial(session.stop.check, "export", AS_BEFORE),
     )
-    return report, None if quantiser is None else quantiser.found
+    return report, {} if quantiser is None else quantiser.found
 
 
 def _info(session: Session, part: Part, trained: Weights) -> ModelInfo:
