@@ -1,4 +1,4 @@
-"""Write the tables of the embedded experiments in docs/benchmarks.md, and two sentences in the README.
+"""Write the tables of the embedded experiments in docs/benchmarks.md, and a short part of them in the README.
 
 They come from docs/results: `runs/<experiment>/run/metrics.json`, kept as `<experiment>_seed<n>_cpu.json`.
 
@@ -102,6 +102,29 @@ def dense_tables(documents: dict[str, dict[str, Any]], shown: dict[str, str]) ->
     return "\n".join(lines[1:])
 
 
+def dense_summary() -> str:
+    """What the winners of dense tasks reach, one line per experiment and seed."""
+    lines = [
+        "| scenes of digits, 192 x 192 | seed | dense | dense, trained as long | winner | backbone's multiply-adds gone "
+        "| backbone, speed-up | whole, speed-up |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for experiment, shown in DENSE_TASKS.items():
+        for seed, document in documents(experiment).items():
+            rows = {row["label"]: row for row in document["rows"]}
+            dense, winner = rows["dense (timm)"], rows["winner, finetuned"]
+            scores = [
+                " / ".join(f"{row['scores'][name]:.1f}" for name in shown)
+                for row in (dense, rows["dense, trained as long"], winner)
+            ]
+            gone = 1 - winner["backbone"]["gmacs"] / dense["backbone"]["gmacs"]
+            lines.append(
+                f"| {' / '.join(shown.values())} | {seed} | {' | '.join(scores)} | {gone:.0%} "
+                f"| {_gain(winner['backbone'])} | {_gain(winner)} |"
+            )
+    return "\n".join(lines)
+
+
 def _ratios(row: dict[str, Any]) -> str:
     found = row["label"].startswith("winner, f")
     return f" `{json.dumps(row['ratios'])}`" if found else ""
@@ -135,5 +158,6 @@ if __name__ == "__main__":
     demo = documents("digits")
     write(PAGE, "demo", tables(demo))
     write(README, "demo", sentences(demo))
+    write(README, "dense", dense_summary())
     for experiment, shown in DENSE_TASKS.items():
         write(PAGE, experiment, dense_tables(documents(experiment), shown))

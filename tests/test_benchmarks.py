@@ -232,6 +232,7 @@ def test_the_pages_hold_what_the_kept_runs_say() -> None:
     assert "best rival" in front
     assert between("docs/benchmarks.md", *results.marks("demo")) == results.tables(demo)
     assert between("README.md", *results.marks("demo")) == results.sentences(demo)
+    assert between("README.md", *results.marks("dense")) == results.dense_summary()
     for experiment, shown in results.DENSE_TASKS.items():
         told = results.dense_tables(results.documents(experiment), shown)
         assert between("docs/benchmarks.md", *results.marks(experiment)) == told
