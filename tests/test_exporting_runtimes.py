@@ -335,7 +335,7 @@ def test_a_cpu_without_bfloat16_and_a_runtime_that_is_not_there(
     settings: dict[str, Any] = {"input_size": SIDE, "formats": ("openvino",), "precision": "bf16"}
     with monkeypatch.context() as patch:
         patch.setattr(type(runtime("openvino")), "activations", lambda _self: ("fp32",))
-        with pytest.raises(ConfigError, match=r"bf16: openvino on this CPU computes in fp32.*Choose fp32") as refused:
+        with pytest.raises(ConfigError, match=r"bf16: openvino on this CPU computes in fp32.*Take fp32") as refused:
             export_model(tiny(), tmp_path / "new", **settings)
     assert refused.value.exit_code == 2
     find = importlib.util.find_spec

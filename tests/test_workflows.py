@@ -210,7 +210,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_winner(session_in(runs), weights="pretrain", ratios=RATIOS).folder.path
 
 
-@pytest.mark.parametrize("stop_at", range(6))
+@pytest.mark.parametrize("stop_at", range(7))
 def test_an_export_killed_while_it_is_published_is_not_done(
     stop_at: int, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +230,7 @@ def test_an_export_killed_while_it_is_published_is_not_done(
     monkeypatch.setattr(exporting_folder, "sync_folder", killed)
     with contextlib.suppress(KilledError):
         exporting_folder.publish(staging, folder.path, SilentReporter())
-    assert next(calls) == min(stop_at + 1, 5)
+    assert next(calls) == min(stop_at + 1, 6)
     assert bool(folder.done("manifest.json")) == (stop_at == 0)
     if stop_at == 0:
         load_exported(folder.path)
@@ -362,7 +362,7 @@ def test_pictures_and_pages_that_cannot_be_written_cost_a_warning_each_and_no_re
 def test_plans_name_what_each_command_costs_and_write_nothing(tmp_path: Path) -> None:
     session = session_in(tmp_path / "runs")
     told = "\n".join(plan_of(session, "run").lines)
-    for words in ("pretrain: ", "adapt: ", "finetune: ", "search: 81 candidates", "evaluate: 350 images"):
+    for words in ("pretrain: ", "adapt: ", "finetune: ", "search: 8 candidates", "evaluate: 350 images"):
         assert words in told
     sizes = "\n".join(plan_of(session, "profile", img_size="32,64x48", ratios="0.5").lines)
     assert "cells: 4" in sizes
