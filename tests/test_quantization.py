@@ -25,7 +25,7 @@ from sparsevit_cli.checkpoints import save_checkpoint
 from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.data.source import Batch, Categories, Source
 from sparsevit_cli.errors import ConfigError, DataError, MeasurementError, StoppedError
-from sparsevit_cli.exporting import export_model, quantization, structured_images
+from sparsevit_cli.exporting import export_model, quantization, resolved_activations, structured_images
 from sparsevit_cli.exporting.openvino_ir import changed_windows, ranking_nodes, rankings
 from sparsevit_cli.exporting.quantization import LayerError, layer_errors, quantised_layers, quantize
 from sparsevit_cli.reporting import SilentReporter
@@ -402,6 +402,17 @@ def test_layers_that_cost_most_stay_in_float_if_too_much_is_lost(
     assert set(quantised_layers(read(folder / "model.xml"))) == set(list(layers)[2:])
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["int8"]["openvino"]["in_float"] == list(layers)[:2]
+
+
+@needs_nncf
+def test_settings_that_contradict_int8_are_refused() -> None:
+    assert resolved_activations("int8", "auto", ("onnx",)) == "fp32"
+    assert resolved_activations("int8", "fp32", ("openvino",)) == "fp32"
+    assert resolved_activations("int8", "auto", ("onnx", "openvino")) == runtime("openvino").activations()[-1]
+    with pytest.raises(ConfigError, match="of all formats only onnx and openvino have eight bits"):
+        resolved_activations("int8", "auto", ("pt2",))
+    with pytest.raises(ConfigError, match=r"export.activations: bf16, and of all formats only openvino"):
+        resolved_activations("int8", "bf16", ("onnx",))
 
 
 @needs_nncf

@@ -115,10 +115,21 @@ def _answers_each_image(session: Session, model: nn.Module) -> bool:
 
 def check_exportable(session: Session, model: nn.Module) -> None:
     """Raise ConfigError for what `export_winner` would refuse, as far as that is known without tracing."""
-    if exported_part(session, model).one_image and "pt2" in session.config.export.formats:
+    _checked_activations(session, exported_part(session, model))
+
+
+def _checked_activations(session: Session, part: Part) -> Activations:
+    """What the files of `part` are computed in. Raises ConfigError for settings that do not go with it."""
+    section = session.config.export
+    activations = resolved_activations(section.precision, section.activations, section.formats)
+    if part.one_image and section.precision != "fp32":
+        got = f"{section.precision}, but the model answers each image: rounding changes how many answers there are"
+        raise ConfigError("export.precision", got, "Export backbone and neck (export.scope: features), or fp32.")
+    if part.one_image and "pt2" in section.formats:
         got = f"pt2, but the model of task {session.task.name} gives as many answers as it finds: .pt2 cannot hold that"
         do = "Set export.formats: [onnx] for one image at a time, or export.scope: features for backbone and neck."
         raise ConfigError("export.formats", got, do)
+    return activations
 
 
 def export_settings(session: Session) -> str:
@@ -136,9 +147,8 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
     model = session.model(trained.categories, trained).eval()
     part = exported_part(session, model)
     config = ratios_of_weights(session, model_depths(model), ratios, trained)
-    section = session.config.export
-    activations = resolved_activations(section.precision, section.activations, section.formats)
-    data = session.data(trained) if section.precision == "int8" else None
+    activations = _checked_activations(session, part)
+    data = session.data(trained) if session.config.export.precision == "int8" else None
     folder = session.folder("export")
     set_sparsity(model, config)
     # A copy: the export replaces its files only once the new ones are good.
@@ -180,7 +190,7 @@ def _export(
     """The files; with `data`, which precision int8 needs, also what eight bits did."""
     section = session.config.export
     quantiser = None
-    if data is not None and not part.one_image:  # export_model refuses those
+    if data is not None:
         quantiser = Quantiser(session, model, data, part.scope, activations)
     report = export_model(
         part.module,
