@@ -8,7 +8,7 @@ Optuna and pymoo are run if they are installed. They see genes, repaired by sort
 beyond the budget costs no evaluation: they are told by how much. Nor does what was evaluated before.
 
 usage: python benchmarks/search.py [--depths 2 2 18 2] [--noise 0.2] [--strategies surrogate ...]
-           adds to benchmarks/results/search.json
+           adds to benchmarks/results/search/worlds.json
        python benchmarks/search.py --table
            writes the tables of docs/search.md from it
 """
@@ -34,7 +34,7 @@ from sparsevit_cli.search.surrogate import Surrogate
 from sparsevit_cli.sparsity import SparsityConfig
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "search.json"
+RESULTS = HERE / "results" / "search" / "worlds.json"
 PAGE = HERE.parent / "docs" / "search.md"
 BEGIN, END = "<!-- search: begin -->", "<!-- search: end -->"
 SEEDS = range(1000, 1010)
