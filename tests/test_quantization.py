@@ -457,7 +457,7 @@ def test_backbone_and_neck_of_a_dense_task(task: str, tmp_path: Path) -> None:
 
     root = str(coco_tree(tmp_path / "tree")) if task == "instances" else ""
     config = instances(tmp_path, "features", root=root) if root else semantic(tmp_path, "features")
-    section = config.export.model_copy(update={**INT8, "max_loss": 100.0})
+    section = config.export.model_copy(update={**INT8, "formats": ("openvino",), "max_loss": 100.0})
     session = Session(config.model_copy(update={"export": section}), SilentReporter())
     summary = export_winner(session, weights=with_weights(session, tmp_path), ratios="[[.3],[.5]]")
     (found,) = summary.eight_bits.values()
