@@ -226,6 +226,7 @@ def test_a_table_is_not_written_over_something_else(tmp_path: Path) -> None:
         ({"path": str(tmp_path / "none" / "table.json")}, "no folder"),
         ({"path": str(tmp_path / "new.json"), "ratios": "0.6"}, "--ratios"),
         ({"path": str(tmp_path / "new.json"), "rivals": True}, "--rivals"),
+        ({"path": str(tmp_path / "new.json"), "runtime": "openvino"}, "--set search.runtime=openvino"),
         ({"path": str(tmp_path / "new.json"), "img_size": "64,32"}, "--img-size"),
     ):
         with pytest.raises(ConfigError, match=message):

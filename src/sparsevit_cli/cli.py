@@ -355,7 +355,7 @@ def profile(
     )  # fmt: skip
     what: dict[str, Any] = {"model": model, "img_size": img_size, "ratios": ratios}
     if latency_table is not None:
-        work = _workflow("table", "measure_table", path=latency_table, rivals=rivals, **what)
+        work = _workflow("table", "measure_table", path=latency_table, rivals=rivals, runtime=runtime, **what)
         _run("profile", options, work, show_table, **{**what, "ratios": "0"})
         return
     _run(command, options, _workflow(command, name, **what), show, refuse=methodcaller("refuse_unsteady"), **what)

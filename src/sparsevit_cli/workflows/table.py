@@ -49,6 +49,7 @@ def measure_table(
     img_size: str | None = None,
     ratios: str | None = None,
     rivals: bool = False,
+    runtime: str | None = None,
 ) -> TableReport:
     """Measure the table of the configuration's model, or timm's `model`, with the settings of its `search` section.
 
@@ -58,6 +59,9 @@ def measure_table(
     if rivals or ratios is not None:
         what = "--rivals" if rivals else "--ratios"
         raise ConfigError(what, f"{FLAG} measures one model at all ratios", f"Leave {what} out.")
+    if runtime is not None:
+        got = f"{runtime}, and {FLAG} measures in search.runtime ({session.config.search.runtime})"
+        raise ConfigError("--runtime", got, f"Type instead: --set search.runtime={runtime.partition(',')[0]}")
     if session.config.search.latency_table is not None:
         got = f"it names a table to read, and {FLAG} measures one"
         raise ConfigError("search.latency_table", got, "Set it to null here.")
