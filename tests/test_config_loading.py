@@ -87,7 +87,7 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     "adapt: {check_ratios: [0.3, 0.35]}": ("adapt.check_ratios[1]", ("0.35", "0, 0.1 ... 0.8", "nearest tenth")),
     "export: {opset: 99}": ("export.opset", ("99", "from 18 to 25")),
     "train: {precision: fp8}": ("train.precision", ('"fp8"', "`fp32`, `bf16` or `fp16`")),
-    "export: {formats: [onnx, tflite]}": ("export.formats[1]", ('"tflite"', "`onnx` or `pt2`")),
+    "export: {formats: [onnx, tflite]}": ("export.formats[1]", ('"tflite"', "`onnx`, `pt2` or `openvino`")),
     "profile: {batch_sizes: []}": ("profile.batch_sizes", ("[]", "non-empty list")),
     "seed: -1": ("seed", ("-1", "of at least 0")),
     "seed: 99999999999999999999": ("seed", ("99999999999999999999", "below 2147483648")),

@@ -45,6 +45,7 @@ from sparsevit_cli.runtimes import RUNTIMES
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.workflows.evaluate import PREDICTIONS, EvaluateSummary, evaluate, evaluate_checkpoint
 from sparsevit_cli.workflows.export import export_winner
+from sparsevit_cli.workflows.rows import threads_text
 from sparsevit_cli.workflows.session import Session
 from test_exporting import needs_onnx
 from test_exporting_dense import session_of as dense_session
@@ -189,7 +190,8 @@ def test_the_file_is_named_by_its_folder_or_by_itself(
     assert document["config"] == [[0.3], [0.5]]
     if typed == "file":
         said = " ".join(CliRunner().invoke(app, words, prog_name="sparsevit", env={"COLUMNS": "400"}).stdout.split())
-        assert f"there/model.onnx (fp32, onnxruntime {RUNTIMES['onnxruntime'].version()}, 1 thread" in said
+        threads = threads_text(torch.get_num_threads())
+        assert f"there/model.onnx (fp32, onnxruntime {RUNTIMES['onnxruntime'].version()}, {threads}" in said
         assert f"SHA-256 of model.onnx: {document['runtime']['sha256']}" in said
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.metadata
 import importlib.util
 import statistics
+import sys
 import time
 from collections import OrderedDict
 from dataclasses import replace
@@ -19,6 +22,7 @@ from sparsevit_cli import runtimes
 from sparsevit_cli.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedError
 from sparsevit_cli.exporting import export_model, structured_images
 from sparsevit_cli.runtimes import RUNTIMES, Program, ProgramModule, precision_label, runtime
+from sparsevit_cli.runtimes.openvino import SignalStack, same_signal_stack
 from sparsevit_cli.runtimes.runtime import Runtime
 from sparsevit_cli.swin import set_sparsity, sparsify_
 from sparsevit_cli.workflows.doctor import examine
@@ -203,6 +207,31 @@ def test_files_that_are_none_are_refused(name: str, file: str, folder: Path, tmp
     damaged.write_bytes((folder / file).read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match=f"{name} .* cannot load it"):
         chosen.load(damaged)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("name", "file"), EACH)
+def test_signals_have_a_stack_once_programs_are_dropped(name: str, file: str, folder: Path) -> None:
+    """OpenVINO's CPU plug-in left a freed one behind, and Ctrl-C was a segmentation fault."""
+    programs = [runtime(name).load(folder / file) for _ in range(2)]
+    while programs:
+        programs.pop(0)
+        gc.collect()
+    with same_signal_stack() as stack:
+        assert has_memory(stack)
+    lost = SignalStack(16, 0, 1 << 16)
+    with same_signal_stack() as before:
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(lost), None)
+        with same_signal_stack() as within:
+            assert not has_memory(within)
+    with same_signal_stack() as after:
+        assert (after.base, after.size) == (before.base, before.size)
+
+
+def has_memory(stack: SignalStack) -> bool:
+    """True if no stack is set too: then signals take the thread's own."""
+    ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+    return stack.base is None or any(int(low, 16) <= stack.base < int(high, 16) for low, high in ranges)
 
 
 def test_a_signal_inside_a_runtime_is_no_damaged_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

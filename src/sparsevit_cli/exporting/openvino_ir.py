@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsevit_cli.errors import ConfigError, first_line, in_one_line, pass_on
 from sparsevit_cli.runtimes import Activations
-from sparsevit_cli.runtimes.openvino import compiled_model, load_openvino
+from sparsevit_cli.runtimes.openvino import compiled_model, core, load_openvino
 
 from .folder import SPARSITY
 
@@ -72,7 +72,7 @@ def save_openvino(source: Path, path: Path, contents: Mapping[str, object]) -> N
     """Write an ONNX file as `path` (.xml) and the .bin beside it, weights in float32. Raises ConfigError."""
     openvino = load_openvino()
     try:
-        model = openvino.Core().read_model(source)
+        model = core().read_model(source)
         model.set_rt_info(json.dumps(contents), ["sparsevit_cli", SPARSITY])
         openvino.save_model(model, path, compress_to_fp16=False)
         keep_ranking_exact(path)
@@ -89,7 +89,7 @@ def keep_ranking_exact(path: Path) -> None:
     The file is changed in place: it is one that is being made. Python cannot set such a mark on a model in memory.
     """
     openvino = load_openvino()
-    marked = {node.get_friendly_name() for node in ranking_nodes(openvino.Core().read_model(path))}
+    marked = {node.get_friendly_name() for node in ranking_nodes(core().read_model(path))}
     tree = ElementTree.parse(path)
     for layer in tree.iter("layer"):
         if layer.get("name") not in marked:
@@ -126,7 +126,7 @@ def _kept_windows(path: Path, batches: Sequence[Tensor], activations: Activation
     """The windows that each ranking keeps of each image."""
     openvino = load_openvino()
     opset13 = openvino.opset13
-    model = openvino.Core().read_model(path)
+    model = core().read_model(path)
     outputs = len(model.outputs)
     base = opset13.constant(np.int32(_DIGIT))
     for ranking in rankings(model):

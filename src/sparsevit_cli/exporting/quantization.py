@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsevit_cli.errors import ConfigError, MeasurementError, in_one_line, pass_on
-from sparsevit_cli.runtimes.openvino import compiled, load_openvino, without_telemetry
+from sparsevit_cli.runtimes.openvino import compiled, core, load_openvino, same_signal_stack, without_telemetry
 
 from .openvino_ir import keep_ranking_exact, ranking_nodes, rankings
 from .programs import quiet
@@ -103,18 +103,17 @@ def quantize(
     stay as they are. `lengths` are those of further inputs. `check` is called before each image, and may raise. Raises
     ConfigError (packages, no images), MeasurementError if NNCF fails or puts eight bits into the ranking.
     """
-    openvino = load_openvino()
     if source.suffix == ".onnx":
         import onnx
 
         model = _by_nncf(source, onnx.load(source), images, in_float, check, lengths or {})
         onnx.save(model, target)
     else:
-        model = _by_nncf(source, openvino.Core().read_model(source), images, in_float, check, lengths or {})
-        openvino.save_model(model, target, compress_to_fp16=False)
+        model = _by_nncf(source, core().read_model(source), images, in_float, check, lengths or {})
+        load_openvino().save_model(model, target, compress_to_fp16=False)
         keep_ranking_exact(target)
     try:
-        _check_ranking(openvino.Core().read_model(source), openvino.Core().read_model(target))
+        _check_ranking(core().read_model(source), core().read_model(target))
     except MeasurementError:
         for path in (target, target.with_suffix(".bin")):
             path.unlink(missing_ok=True)
@@ -134,12 +133,12 @@ def _by_nncf(
     nncf = load_nncf()
     if not images:
         raise ConfigError("export.precision int8", "there is no image to calibrate on", "Add images to the data.")
-    graph = load_openvino().Core().read_model(source)
+    graph = core().read_model(source)
     ignored = [*(node.get_friendly_name() for node in ranking_nodes(graph)), *behind_means(graph), *in_float]
     if source.suffix == ".onnx":  # OpenVINO splits a layer in two and names both after it
         ignored = [name.removesuffix("/WithoutBiases") for name in ignored]
     try:
-        with quiet():
+        with quiet(), same_signal_stack():
             return nncf.quantize(
                 model,
                 nncf.Dataset(_Supply(images, check, graph.inputs[0].get_any_name(), lengths)),
@@ -223,9 +222,8 @@ def layer_errors(
     One quantised model is made; all its quantisers but those of one layer are taken out, and that is run against the
     float model. Errors of single layers are small and add up: the sum of all is close to what the whole loses.
     """
-    openvino = load_openvino()
-    model = _by_nncf(source, openvino.Core().read_model(source), calibration, (), check, {}, compress_weights=False)
-    reference = _outputs(openvino.Core().read_model(source), images, threads)
+    model = _by_nncf(source, core().read_model(source), calibration, (), check, {}, compress_weights=False)
+    reference = _outputs(core().read_model(source), images, threads)
     for name, quantisers in quantised_layers(model).items():
         check()
         alone = model.clone()

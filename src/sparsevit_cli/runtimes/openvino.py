@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
 from collections.abc import Iterator, Mapping
@@ -50,6 +51,38 @@ def without_telemetry() -> Iterator[None]:
             sys.modules[TELEMETRY] = before
 
 
+@functools.cache
+def core() -> Any:
+    """The one `openvino.Core` of this process. It is never destroyed, and all of this package uses it.
+
+    OpenVINO's CPU plug-in gives the thread that loads it a signal stack of its own. Where several were loaded, the last
+    one puts back a stack that is freed, and the next Ctrl-C is a segmentation fault (2026.4, class SigAltStackSetup of
+    src/plugins/intel_cpu/src/plugin.cpp).
+    """
+    return load_openvino().Core()
+
+
+class SignalStack(ctypes.Structure):
+    """The C type `stack_t` of Linux."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def same_signal_stack() -> Iterator[SignalStack]:
+    """After the block this thread has the signal stack that it had before, whatever cores others made and dropped."""
+    stack = SignalStack()
+    if sys.platform != "linux":
+        yield stack
+        return
+    libc = ctypes.CDLL(None)
+    libc.sigaltstack(None, ctypes.byref(stack))
+    try:
+        yield stack
+    finally:
+        libc.sigaltstack(ctypes.byref(stack), None)
+
+
 class OpenVino(Runtime):
     """Runs OpenVINO's own files (`.xml`, with the `.bin` beside it) and `.onnx` files."""
 
@@ -62,7 +95,7 @@ class OpenVino(Runtime):
     @functools.cache  # noqa: B019 - runtimes live as long as the process
     def activations(self) -> tuple[Activations, ...]:
         """float32, and bfloat16 where the CPU has it: emulated bfloat16 is slower than float32."""
-        capabilities = load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return ("fp32", "bf16") if "BF16" in capabilities else ("fp32",)
 
     def _run(
@@ -74,7 +107,7 @@ class OpenVino(Runtime):
         lengths: Mapping[str, int],
     ) -> Run:
         openvino = load_openvino()
-        model = openvino.Core().read_model(path)
+        model = core().read_model(path)
         shapes = {name: openvino.PartialShape([length]) for name, length in lengths.items()}
         if shape is not None:
             shapes[model.inputs[0]] = openvino.PartialShape(list(shape))
@@ -107,4 +140,4 @@ def compiled_model(model: object, activations: Activations, threads: int | None)
         properties.num_streams: 1,
         properties.inference_num_threads: threads or torch.get_num_threads(),
     }
-    return openvino.Core().compile_model(model, "CPU", settings)
+    return core().compile_model(model, "CPU", settings)
