@@ -115,13 +115,9 @@ def test_a_profile_measures_dense_and_sparse_of_each_runtime_in_the_same_rounds(
     assert {row.version for row in rows} == {torch.__version__, *(RUNTIMES[name].version() for name in ALL[1:])}
     by_label = {row.label: row for row in rows}
     for row in rows:
-        dense = by_label["dense (timm)" if row.runtime == "torch" else f"dense (timm), {row.runtime}"]
         assert row.gmacs == by_label["dense (timm)" if row.kind != OURS_SPARSE else "ours sparse"].gmacs
         assert row.kind != DENSE or row.speedup == 1
-        assert row.speedup == pytest.approx(dense.latency_ms / row.latency_ms, rel=0.5)
         assert (row.peak_memory_mb is None) == (row.runtime != "torch") == (row.mode == "exported")
-    dense_rows = [row for row in rows if row.kind == DENSE]
-    assert min(dense_rows, key=lambda row: row.latency_ms).gain == 1
     document = json.loads((profiled.folder.path / "profile.json").read_text())
     assert document["settings"]["runtimes"] == list(ALL)
     assert {row["runtime"] for row in document["rows"]} == set(ALL)

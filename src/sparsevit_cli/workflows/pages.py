@@ -18,7 +18,7 @@ from .rows import TORCH, threads_text
 THROUGHPUT = "images/s"
 COLUMNS = ("model", "scope", "runtime", "precision", "size", "batch", "GMACs (1 MAC = 2 FLOPs)", "ms per batch [95 %]",
            "speed-up [95 %]", "best dense / this [95 %]", THROUGHPUT, "peak MB")  # fmt: skip
-OF_SCOPES, OF_RUNTIMES = {"scope"}, {"runtime", "precision", "best dense / this [95 %]"}
+OF_SCOPES, OF_RUNTIMES = frozenset({"scope"}), frozenset({"runtime", "precision", "best dense / this [95 %]"})
 """Columns that are there if rows differ in scope, or are not of torch alone."""
 PART_COLUMNS = ("part", "dense ms", "sparse ms", "dense GMACs", "sparse GMACs")
 _GMACS = ("dense_gmacs", "sparse_gmacs")
@@ -35,7 +35,7 @@ def columns(report: ProfileReport) -> tuple[str, ...]:
 
 
 def _columns(report: ProfileReport) -> tuple[str, ...]:
-    absent = set() if len(report.scopes) > 1 else OF_SCOPES
+    absent = frozenset() if len(report.scopes) > 1 else OF_SCOPES
     absent |= OF_RUNTIMES if report.runtimes == (TORCH,) else set()
     return tuple(head for head in COLUMNS if head not in absent)
 
