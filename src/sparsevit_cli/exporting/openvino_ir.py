@@ -88,7 +88,6 @@ def keep_ranking_exact(path: Path) -> None:
 
     The file is changed in place: it is one that is being made. Python cannot set such a mark on a model in memory.
     """
-    openvino = load_openvino()
     marked = {node.get_friendly_name() for node in ranking_nodes(core().read_model(path))}
     tree = ElementTree.parse(path)
     for layer in tree.iter("layer"):
