@@ -15,7 +15,7 @@ import sparsevit_cli
 
 PACKAGE = Path(sparsevit_cli.__file__).parent
 ORDER = (  # noqa: SIM905
-    "__init__ errors atomic documents sizes seeding sparsity schedule windows kernels config reporting stopping "
+    "__init__ errors atomic documents sizes seeding sparsity schedule windows kernels config reporting stopping ranks "
     "commands runs winner search swin acceleration checkpoints torch_files weights models backbones data tasks "
     "evaluation profiling runtimes training exporting workflows console views cli"
 ).split()

@@ -146,10 +146,34 @@ def _run(
             print_json({"plan": plan.lines}) if options.json else print_lines(*plan.lines)
             plan.refuse_incomplete()
             return
-        with closing(session.locks):
-            result = work(session)
-        print_json(as_document(result)) if options.json else show(result)
-        refuse(result)
+        with _together(session, command, reporter) as ours, closing(ours.locks):
+            result = work(ours)
+        if ours.ranks.is_first:
+            print_json(as_document(result)) if options.json else show(result)
+            refuse(result)
+
+
+@contextmanager
+def _together(session: Session, command: str, reporter: ConsoleReporter) -> Iterator[Session]:
+    """The session among the processes that torchrun started; all but the first one talk of their errors alone.
+
+    Raises ConfigError for a command that one process does.
+    """
+    from .errors import ConfigError
+    from .profiling.device import resolve_device
+    from .ranks import joined, started_together
+
+    if started_together() > 1 and command not in SHARED:
+        got = f"{started_together()} processes were started, and only {', '.join(SHARED)} share their work"
+        raise ConfigError(f"sparsevit {command}", got, "Start it once, without torchrun.")
+    with joined(lambda: resolve_device(session.config.device)) as ranks:
+        if not ranks.is_first:
+            reporter.quiet = True
+        yield session.replaced(ranks=ranks)
+
+
+SHARED = ("pretrain", "adapt", "finetune")
+"""Commands that several processes do together."""
 
 
 def _task_typed(typed: str | None, overrides: Sequence[str | Override]) -> tuple[Override, ...]:
@@ -477,7 +501,8 @@ def _tell(error: BaseException, reporter: ConsoleReporter, verbose: bool) -> int
         kind, _, text = in_one_line(error).partition(": ")
         do = f"Please report it with {where} and what `sparsevit doctor` prints. What was saved is whole."
         told = ThreePartError(f"unexpected {kind}", text or "without a text", do)
-    reporter.error(told)
+    if not told.is_told:
+        reporter.error(told)
     if verbose:
         reporter.console.print_exception()
     return told.exit_code
@@ -519,7 +544,10 @@ def _library_talk(reporter: ConsoleReporter, verbose: bool) -> Iterator[None]:
 
     class Forward(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            (reporter.warn if record.levelno >= logging.WARNING else reporter.say)(record.getMessage())
+            if record.levelno >= logging.WARNING:
+                reporter.warn(record.getMessage(), always=True)
+            else:
+                reporter.say(record.getMessage())
 
     log, handler = logging.getLogger(__package__), Forward()
     before = log.level, log.propagate

@@ -130,6 +130,8 @@ class ConsoleReporter:
     def __init__(self, *, verbose: bool = False, stream: TextIO | None = None) -> None:
         self.console = _console(_Stream("stderr", stream), soft_wrap=True)
         self.verbose = verbose
+        self.quiet = False
+        """True where another process of the same training talks: errors are told all the same."""
         self._logs: tuple[Path, ...] = ()
         self._unlogged: list[str] = []
         self._in_progress = False
@@ -150,10 +152,14 @@ class ConsoleReporter:
 
     def say(self, message: str) -> None:
         """One line."""
+        if self.quiet:
+            return
         self._write(Text(printable(message)), message)
 
-    def warn(self, message: str) -> None:
-        """One line, marked."""
+    def warn(self, message: str, *, always: bool = False) -> None:
+        """One line, marked; `always` for what this process alone has met."""
+        if self.quiet and not always:
+            return
         self._write(Text.assemble(("warning: ", "yellow"), printable(message)), f"warning: {message}")
 
     def error(self, error: ThreePartError) -> None:
@@ -165,6 +171,8 @@ class ConsoleReporter:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table among the talk."""
+        if self.quiet:
+            return
         _print_table(self.console, _table(title, columns, rows))
 
     def _write(self, text: Text, plain: str) -> None:
@@ -183,7 +191,7 @@ class ConsoleReporter:
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Progress]:
         """A bar with the time left on a terminal, a line every 30 s elsewhere; inner bars are left out."""
-        if self._in_progress:
+        if self._in_progress or self.quiet:
             yield _PlainProgress(self, title, total, quiet=True)
             return
         self._in_progress = True

@@ -16,6 +16,8 @@ class ThreePartError(BaseException):
     exit_code = 1
     others: tuple[str, ...] = ()
     """Further faults of the same kind, told with this one, a line each."""
+    is_told = False
+    """True if another process of the same training tells it."""
 
     def __init__(self, what: str, got: str, do: str) -> None:
         super().__init__(what, got, do)
@@ -75,6 +77,10 @@ class UnsteadyError(MeasurementError):
     """A clock that cannot be trusted now: something else runs, or the samples spread. It decides nothing."""
 
 
+class PeerError(SparseViTError):
+    """Another process of the same training ended. It has the exit code that matters, so this one's is the lowest."""
+
+
 class StoppedError(ThreePartError):
     """SIGTERM, SIGHUP (75) or Ctrl-C (130) arrived; what could be saved was saved.
 
@@ -82,7 +88,7 @@ class StoppedError(ThreePartError):
     `except Exception` there or here may take it for a failure of its own work.
     """
 
-    def __init__(self, what: str, got: str, do: str, *, interrupted: bool) -> None:
+    def __init__(self, what: str, got: str, do: str, *, interrupted: bool = False) -> None:
         super().__init__(what, got, do)
         self.exit_code = 130 if interrupted else 75
 

@@ -19,6 +19,8 @@ class StopRequest:
 
     def __init__(self, to_go_on: str = "Type the same command to go on.") -> None:
         self.signal_number: int | None = None
+        self.elsewhere: int | None = None
+        """The signal that another process of the same training got; one that arrives here is still the first one."""
         self.ends_at_once = False
         self.to_go_on = to_go_on
 
@@ -31,12 +33,17 @@ class StopRequest:
         """
         if self.ends_at_once:
             raise self._at_once()
-        return self.signal_number is not None
+        return self.number != 0
+
+    @property
+    def number(self) -> int:
+        """Of the signal that arrived here or elsewhere; 0 while there is none."""
+        return self.signal_number or self.elsewhere or 0
 
     def error(self, what: str, done: str) -> StoppedError:
         """The error to end with, once `done` (what was saved) is true."""
-        name = signal.Signals(self.signal_number or signal.SIGTERM).name
-        interrupted = self.signal_number == signal.SIGINT
+        name = signal.Signals(self.number or signal.SIGTERM).name
+        interrupted = self.number == signal.SIGINT
         return StoppedError(what, f"{name} arrived; {done}", self.to_go_on, interrupted=interrupted)
 
     def check(self, what: str, done: str) -> None:

@@ -41,6 +41,7 @@ from .documents import number, understood
 from .errors import CheckpointError, NonFiniteError, ResourceError, StoppedError, is_out_of_memory
 from .profiling.device import describe_versions
 from .profiling.inputs import TORCH_DTYPE, trained_in
+from .ranks import Ranks
 from .reporting import Progress, Reporter
 from .schedule import SparsitySchedule
 from .seeding import step_seed
@@ -143,6 +144,8 @@ class TrainingJob:
     settings: Mapping[str, object] = field(default_factory=dict)
     """The values behind the hashes in `identity`, to name those that differ."""
     validation_fingerprint: str = ""
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that share every batch."""
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,15 @@ def train(
 ) -> TrainingResult:
     """Train to the end of the plan, from the newest whole checkpoint where there is one.
 
+    Several ranks take every step together, each with its part of the batch. They stop, refuse a step and run out of
+    memory together. The first one validates and saves; `on_row` is called there alone.
+
     Raises NonFiniteError (saved are the weights before the bad step), ResourceError, CheckpointError for a checkpoint
-    of another run, StoppedError after a signal once a checkpoint is saved.
+    of another run, StoppedError after a signal once a checkpoint is saved, ConfigError for a batch that the ranks
+    cannot share, PeerError if another rank ended.
     """
     began = time.monotonic()
+    ranks = job.ranks
     run = _Run(job, reporter)
     resumed_from = run.resume()
     earlier_seconds = run.seconds
@@ -179,17 +187,19 @@ def train(
             if not run.owes_validation:
                 run.saved_on(lambda: run.train_until_event(stop, progress), NonFiniteError)
                 run.seconds = earlier_seconds + time.monotonic() - began
-            if run.owes_validation and not stop.requested:
+            if run.owes_validation and not ranks.stops(stop):
                 done = f"step {run.step} of {total} is saved"
                 validate = partial(run.validate, partial(stop.check, job.kind, done))
                 run.saved_on(validate, Exception, StoppedError)  # the steps are good; the validation is made up for
-                on_row(tuple(run.history))
+                if ranks.is_first:
+                    on_row(tuple(run.history))
                 best = run.is_best()
-            if best or stop.requested or job.plan.is_due(run.step, job.section.save_every):
+            stops = ranks.stops(stop)
+            if best or stops or job.plan.is_due(run.step, job.section.save_every):
                 run.save(best=best)
-            if stop.requested:
-                raise stop.error(job.kind, f"step {run.step} of {total} is saved")
-    newest = latest_checkpoint(job.checkpoints, reporter.warn)
+            if stops:
+                raise ranks.shared(stop.error(job.kind, f"step {run.step} of {total} is saved"))
+    newest = ranks.on_first(lambda: latest_checkpoint(job.checkpoints, reporter.warn))
     assert newest is not None, "the last step always saves"
     return TrainingResult(newest, tuple(run.history), resumed_from, run.seconds)
 
@@ -207,8 +217,10 @@ class _Run:
     """The mutable state of one training: step, optimizer, scaler, EMA and the rows so far."""
 
     def __init__(self, job: TrainingJob, reporter: Reporter) -> None:
-        self.job, self.reporter = job, reporter
+        self.job, self.reporter, self.ranks = job, reporter, job.ranks
         section = job.section
+        self.batch_size = min(section.batch_size, len(job.source))
+        self.ranks.share(self.batch_size, f"{job.kind}.batch_size")
         self.model = job.model.to(job.device)
         self.optimizer = create_optimizer_v2(
             self.model,
@@ -265,12 +277,12 @@ class _Run:
         phase = plan.phase(self.step)
         source = self.job.source.resized(phase.img_size)
         self._set_size(source.image_size)
-        for batch in self._batches(source, stop):
-            self._step(batch, phase)
+        for batch, whole in self._together(source, stop):
+            self._step(batch, phase, whole)
             self.step += 1
             progress.advance(1, loss=f"{self.losses[-1]:.3f}" if self.losses else "-", size=source.image_size[0])
             if (
-                stop.requested
+                self.ranks.stops(stop)
                 or plan.is_due(self.step, section.eval_every)
                 or plan.is_due(self.step, section.save_every)
             ):
@@ -284,27 +296,41 @@ class _Run:
             if model is not None:
                 set_image_size_in_training(model, img_size, f"{self.job.kind}.curriculum")
 
+    def _together(self, source: Source, stop: StopRequest) -> Iterator[tuple[Batch, float]]:
+        """This rank's batches and the weight of the batch of all ranks, as long as every rank has one."""
+        batches = self._batches(source, stop)
+        while True:
+            batch = next(batches, None)
+            rows = self.ranks.gathered(batch is None, 0.0 if batch is None else self.job.task.weight(batch))
+            if batch is None or any(is_missing for is_missing, _ in rows):
+                return
+            yield batch, sum(weight for _, weight in rows)
+
     def _batches(self, source: Source, stop: StopRequest) -> Iterator[Batch]:
         """Batches from the current step to the end of its epoch; a signal ends the waiting for one."""
         epoch, start = divmod(self.step, self.job.plan.steps_per_epoch)
         return train_batches(
             source,
-            batch_size=min(self.job.section.batch_size, len(source)),
+            batch_size=self.batch_size,
             seed=self.job.seed,
             epoch=epoch,
             start=start,
             workers=self.job.workers,
             max_wait_seconds=self.job.max_wait_seconds,
             check=lambda: stop.requested,
+            part=self.ranks.rank,
+            parts=self.ranks.size,
         )
 
-    def _step(self, batch: Batch, phase: PhasePlan) -> None:
+    def _step(self, batch: Batch, phase: PhasePlan, whole: float) -> None:
+        """A step on this rank's `batch`, of which the batch of all ranks weighs `whole`."""
         job, section = self.job, self.job.section
         set_sparsity(self.model, job.schedule.at(self.step))
         self.lr_of_phase[phase].step_update(self.step - phase.first_step)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward_with_retries(batch)
+        loss = self._backward_with_retries(batch, whole)
+        self.ranks.sum_gradients_(list(self.model.parameters()))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), section.clip_grad or math.inf)
         numbers = f"loss {loss} and gradient norm {float(norm)}"
@@ -319,32 +345,38 @@ class _Run:
         if math.isfinite(loss):  # a step that fp16 skipped has no loss to average
             self.losses.append(loss)
 
-    def _backward_with_retries(self, batch: Batch) -> float:
-        """Forward and backward of a step; out of memory halves the micro-batch, the step stays the same."""
+    def _backward_with_retries(self, batch: Batch, whole: float) -> float:
+        """Forward and backward of a step; out of memory on any rank halves the micro-batch, the step stays the same."""
         for _ in range(MAX_MEMORY_RETRIES + 1):
+            loss, ran_out = 0.0, False
             try:
-                return self._backward(batch)
+                loss = self._backward(batch, whole)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self.optimizer.zero_grad(set_to_none=True)
-                micro = math.ceil(len(batch) / self.accumulation)
-                if micro == 1:
-                    break
-                self.accumulation *= 2
-                self.reporter.warn(f"out of memory at micro-batch {micro}: going on with {math.ceil(micro / 2)}")
-                if self.job.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                ran_out = True
+            rows = self.ranks.gathered(ran_out, loss)
+            if not any(row[0] for row in rows):
+                return sum(row[1] for row in rows)
+            self.optimizer.zero_grad(set_to_none=True)
+            micro = math.ceil(len(batch) / self.accumulation)
+            if micro == 1:
+                break
+            self.accumulation *= 2
+            self.reporter.warn(f"out of memory at micro-batch {micro}: going on with {math.ceil(micro / 2)}")
+            if self.job.device.type == "cuda":
+                torch.cuda.empty_cache()
         got = f"step {self.step} runs out of memory at micro-batch {math.ceil(len(batch) / self.accumulation)}"
-        raise ResourceError(f"{self.job.kind}.batch_size", got, "Lower batch_size, or turn grad_checkpointing on.")
+        do = "Lower batch_size, or turn grad_checkpointing on."
+        raise self.ranks.shared(ResourceError(f"{self.job.kind}.batch_size", got, do))
 
-    def _backward(self, batch: Batch) -> float:
-        job, task = self.job, self.job.task
-        torch.manual_seed(step_seed(job.seed, "step", self.step))  # dropout and stochastic depth of this step
-        batch = batch.to(job.device)
-        whole, total = task.weight(batch), 0.0
+    def _backward(self, batch: Batch, whole: float) -> float:
+        job, task, rank = self.job, self.job.task, self.ranks.rank
+        drawn = f"step of rank {rank}" if rank else "step"  # dropout and stochastic depth
+        torch.manual_seed(step_seed(job.seed, drawn, self.step))
+        batch, total = batch.to(job.device), 0.0
         for part in batch.parts(math.ceil(len(batch) / self.accumulation)):
-            share = task.weight(part) / whole if whole else len(part) / len(batch)
+            share = task.weight(part) / whole if whole else len(part) / (len(batch) * self.ranks.size)
             if not share:  # a mean over nothing
                 continue
             with self._autocast():
@@ -391,13 +423,14 @@ class _Run:
 
     def _end_training(self, batch: Batch, why: str) -> None:
         """Raise NonFiniteError with all that tells of the present step."""
-        is_bad = ~batch.is_finite()  # the culprits, if it was the images
-        indices = batch.indices[is_bad] if is_bad.any() else batch.indices
+        found = self.ranks.listed((batch.indices, ~batch.is_finite()))  # the culprits, if it was the images
+        indices, is_bad = (torch.cat(each) for each in zip(*found, strict=True))
+        indices = indices[is_bad] if is_bad.any() else indices
         names = ", ".join(self.job.source.sample_name(int(i)) for i in indices[:5])
         lr = self.optimizer.param_groups[0]["lr"]
         got = f"{why} at step {self.step}, lr {lr:.3g}, sparsity {self.job.schedule.at(self.step)}, files {names}"
         do = f"The weights before it are saved. Lower {self.job.kind}.lr or train in fp32, with --fresh."
-        raise NonFiniteError(self.job.kind, got, do)
+        raise self.ranks.shared(NonFiniteError(self.job.kind, got, do))
 
     # -- validation and checkpoints -----------------------------------------------------------------------------
 
@@ -413,7 +446,8 @@ class _Run:
         img_size = self.job.plan.phase(self.step - 1).img_size
         seen = self.job.source.resized(img_size).image_size
         self._set_size(seen)
-        score, metric = self.job.validate(model, img_size, before_batch), self.job.task.metric
+        score = self.ranks.on_first(lambda: self.job.validate(model, img_size, before_batch))
+        metric = self.job.task.metric
         others = {f"val_{name}": value for name, value in score.values.items() if name != metric.key}
         row: dict[str, float] = {
             "step": self.step,
@@ -446,7 +480,10 @@ class _Run:
         return newest[key] >= max(rivals)
 
     def save(self, *, best: bool) -> None:
-        """Write a whole checkpoint of the current step."""
+        """Write a whole checkpoint of the current step, on the first rank."""
+        self.ranks.on_first(lambda: self._save(best))
+
+    def _save(self, best: bool) -> None:
         optimizer_tensors, optimizer_state = pack_optimizer(self.optimizer.state_dict())
         tensors: dict[str, Mapping[str, Tensor]] = {
             "model": self.model.state_dict(), "optimizer": optimizer_tensors,
@@ -477,11 +514,16 @@ class _Run:
 
     def resume(self) -> int | None:
         """Take over the newest whole checkpoint; returns its step, None where there is none."""
-        remove_leftovers(self.job.checkpoints)
-        newest = latest_checkpoint(self.job.checkpoints, self.reporter.warn)
-        if newest is None:
+
+        def find() -> Path | None:
+            remove_leftovers(self.job.checkpoints)
+            return latest_checkpoint(self.job.checkpoints, self.reporter.warn)
+
+        newest = self.ranks.on_first(find)
+        saved = None if newest is None else load_checkpoint(newest, device="cpu")
+        self.ranks.refuse_differing(self.job.kind, {"seed": self.job.seed, **self.job.identity})
+        if newest is None or saved is None:
             return None
-        saved = load_checkpoint(newest, device="cpu")
         with understood(newest / STATE, "Move it away, or give --fresh to start anew."):
             self._refuse_another_run(newest, saved.state)
             self._take_over(saved)

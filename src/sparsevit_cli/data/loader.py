@@ -59,12 +59,15 @@ def train_batches(
     drop_last: bool = True,
     max_wait_seconds: float = MAX_WAIT_SECONDS,
     check: Check = lambda: False,
+    part: int = 0,
+    parts: int = 1,
 ) -> Iterator[Batch]:
     """Batches `start`, `start + 1` ... of an epoch, none before `start` decoded.
 
     Batch k starts at position k * batch_size of `epoch_order` and takes the next `batch_size` readable samples,
     wrapping around: a place left by an unreadable image goes to the sample that would open the next batch (and
     still does). So every batch is full, and is a function of (seed, epoch, k) whatever was read before it.
+    Of `parts` processes that share each batch, number `part` gets its part as if that were a batch of its own.
     Unreadable images are counted in `source.bad_images`. Raises DataError: too many of them, fewer samples than
     one batch, a loader process that died or delivers nothing.
     """
@@ -74,8 +77,9 @@ def train_batches(
         raise DataError("data: training images", got, "Lower batch_size or add images.")
     assert 0 <= start <= total, f"batch {start} of {total}"
     order = epoch_order(len(source), seed, epoch)
-    fetch = _TrainFetch(source, order, batch_size, seed, epoch)
-    return _train_batches(fetch, range(start, total), workers, max_wait_seconds, check)
+    fetch = _TrainFetch(source, order, batch_size // parts, seed, epoch)
+    numbers = range(start * parts + part, total * parts, parts)
+    return _train_batches(fetch, numbers, workers, max_wait_seconds, check)
 
 
 def eval_batches(

@@ -20,6 +20,7 @@ from sparsevit_cli.profiling.inputs import TORCH_DTYPE, model_device, model_dtyp
 from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.profiling.parts import Parts
 from sparsevit_cli.profiling.workload import Workload, image_workload
+from sparsevit_cli.ranks import Ranks
 from sparsevit_cli.reporting import Reporter
 from sparsevit_cli.runs import RunFolder, RunLocks, folder_of, open_run
 from sparsevit_cli.sizes import Size
@@ -67,6 +68,8 @@ class Session:
     argv: Sequence[str] = ()
     fresh: bool = False
     locks: RunLocks = field(default_factory=RunLocks)
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that train together."""
 
     @cached_property
     def patience(self) -> Patience:
@@ -80,8 +83,8 @@ class Session:
 
     @cached_property
     def device(self) -> torch.device:
-        """The device that `config.device` names."""
-        return resolve_device(self.config.device)
+        """The device that `config.device` names, or that of this rank."""
+        return self.ranks.device or resolve_device(self.config.device)
 
     @cached_property
     def environment(self) -> dict[str, object]:
@@ -94,7 +97,10 @@ class Session:
         return self.task.image_size
 
     def folder(self, command: str) -> RunFolder:
-        """Open the folder of `command`, and log into it."""
+        """Open the folder of `command`, and log into it: the first rank does, which holds its lock."""
+        return self.ranks.on_first(lambda: self._open(command))
+
+    def _open(self, command: str) -> RunFolder:
         folder = open_run(
             self.config, command, argv=self.argv, environment=self.environment, fresh=self.fresh,
             reporter=self.reporter, locks=self.locks,

@@ -32,7 +32,7 @@ from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.swin.geometry import check_image_size, patch_size, recompute_blocks
 from sparsevit_cli.tasks.task import Metric, Score
-from sparsevit_cli.training import TrainingJob, TrainingPlan, plan_training, train
+from sparsevit_cli.training import TrainingJob, TrainingPlan, TrainingResult, plan_training, train
 
 from .plots import plot_training
 from .ratios import ratios_to_finetune
@@ -108,9 +108,13 @@ def adapt(session: Session) -> TrainingSummary:
         teacher=_teacher(session, section, data, weights),
     )  # fmt: skip
     summary = _train(session, folder, data, model, kind)
-    model.load_state_dict(trained_weights(session, "adapt", "sparsevit adapt").state_dict)  # the averaged ones, if any
-    rows = _check_rows(session, folder, data, model, space)
-    return replace(summary, rows=rows)
+
+    def check() -> tuple[CheckRow, ...]:
+        averaged = trained_weights(session, "adapt", "sparsevit adapt").state_dict  # if they were averaged
+        model.load_state_dict(averaged)
+        return _check_rows(session, folder, data, model, space)
+
+    return replace(summary, rows=session.ranks.on_first(check))
 
 
 def finetune(session: Session) -> TrainingSummary:
@@ -190,11 +194,17 @@ def _train(session: Session, folder: RunFolder, data: Data, model: nn.Module, ki
         },
         settings=settings_of(config, "task", "model", "data", *settings),
         validation_fingerprint=data.val_fingerprint,
+        ranks=session.ranks,
     )
     if section.grad_checkpointing:
         recompute_blocks(model)
     result = train(job, session.reporter, session.stop, on_row=lambda rows: _write_rows(folder, rows, session.reporter))
     set_sparsity(model, kind.validate_at)
+    return session.ranks.on_first(lambda: _finished(session, folder, data, kind, result))
+
+
+def _finished(session: Session, folder: RunFolder, data: Data, kind: _Kind, result: TrainingResult) -> TrainingSummary:
+    """Write what a training came to."""
     last: Mapping[str, Any] = result.history[-1]
     metric = session.task.metric
     checkpoint = str(result.checkpoint.relative_to(folder.path))
