@@ -294,6 +294,10 @@ def search(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Score block pairs one by one instead; a table and a plot.")
     ] = False,
+    workers: Annotated[
+        str | None,
+        typer.Option("--workers", help="Score candidates elsewhere: local:4, or tcp://HOST:PORT of a Dask scheduler."),
+    ] = None,
     config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
     seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
@@ -302,6 +306,8 @@ def search(
     from .views import show_search, show_sensitivity
 
     typed = budget_latency is not None or budget_macs is not None
+    if sensitivity and workers is not None:
+        raise typer.BadParameter("--sensitivity and --workers exclude each other")
     if sum((budgets is not None, pareto, sensitivity)) > 1 or (budgets is not None and typed):
         raise typer.BadParameter("--budgets, --pareto and --sensitivity, or --budgets and a budget, exclude each other")
     cleared = ("search.budget_latency=null", "search.budget_macs=null") if typed else ()  # typed replace the file's
@@ -312,9 +318,9 @@ def search(
     if sensitivity:
         _run("search", options, _workflow("sensitivity", "measure_sensitivity"), show_sensitivity)
     elif pareto or budgets is not None:
-        _run("search", options, _workflow("front", "search_front", budgets=budgets), show_search)
+        _run("search", options, _workflow("front", "search_front", budgets=budgets, workers=workers), show_search)
     else:
-        _run("search", options, _workflow("search", "search"), show_search)
+        _run("search", options, _workflow("search", "search", workers=workers), show_search)
 
 
 @app.command()

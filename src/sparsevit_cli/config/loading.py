@@ -36,6 +36,11 @@ def load_config(
     return validate(apply_overrides(document, overrides))
 
 
+def read_config(text: str) -> ExperimentConfig:
+    """The experiment that `dump_config` wrote. Raises ConfigError."""
+    return validate(parse_yaml(text.encode(), "it"))
+
+
 def packaged_config_path(name: str = DEFAULT_CONFIG) -> Path:
     """Path of an experiment shipped with the package. Raises ConfigError that lists where it was looked for."""
     package = Path(__file__).resolve().parents[1]
@@ -55,7 +60,7 @@ def dump_config(config: ExperimentConfig) -> str:
     """
     text = dump_yaml(_data(config))
     try:
-        is_equal = validate(parse_yaml(text.encode(), "it")) == config
+        is_equal = read_config(text) == config
     except ConfigError as fault:
         got = f"it could be saved but not read again ({fault.what}: {fault.got})"
         raise ConfigError("configuration", got, fault.do) from fault

@@ -414,6 +414,12 @@ def load_task(text: str) -> str:
     return task.name
 
 
+def typed_task(kind: type[Task]) -> str | None:
+    """What `load_task` takes to find a task again that came out of a user's file; None for others."""
+    path = _files.get(kind.__module__)
+    return None if path is None else f"{path}:{kind.__name__}"
+
+
 _files: dict[str, Path] = {}
 """Files that `load_task` ran, by the name of their module."""
 

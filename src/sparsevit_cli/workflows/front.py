@@ -12,7 +12,7 @@ SHARES = ("90%", "80%", "70%", "60%", "50%")
 """Of dense: the budgets of --pareto."""
 
 
-def search_front(session: Session, *, budgets: str | None = None) -> SearchSummary:
+def search_front(session: Session, *, budgets: str | None = None, workers: str | None = None) -> SearchSummary:
     """One winner for each of `budgets` (`40ms,35ms`, `3G,2G` or shares of dense), or for all shares that are reachable.
 
     The first one typed is the winner that other commands take; without `budgets` it is that of the configuration.
@@ -34,4 +34,4 @@ def search_front(session: Session, *, budgets: str | None = None) -> SearchSumma
         field = "budget_macs" if kinds == {"macs"} else "budget_latency"
         section = section.model_copy(update={"budget_latency": None, "budget_macs": None, field: first})
         session = session.replaced(config=session.config.model_copy(update={"search": section}))
-    return search(session, further=requests, leave_out_unreachable=budgets is None)
+    return search(session, further=requests, leave_out_unreachable=budgets is None, workers=workers)

@@ -7,8 +7,9 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -52,6 +53,7 @@ from .plots import plot_pareto
 from .session import Session, Weights
 from .training import score
 from .weights import trained_weights
+from .workers import Workers
 
 WINNER = "winner.yaml"
 RESULTS = (WINNER, "pareto.csv", "pareto.png", "history.csv", "metrics.json")
@@ -131,20 +133,21 @@ class _Costs:
 
 def search(
     session: Session, *, without_clock: bool = False, further: Mapping[str, BudgetRequest] = _NONE,
-    leave_out_unreachable: bool = False,
+    leave_out_unreachable: bool = False, workers: str | None = None,
 ) -> SearchSummary:  # fmt: skip
     """Find the configuration with the best score on the search split within the budgets.
 
     `without_clock` leaves a latency budget out, if there is one of multiply-adds too. Each of the `further` budgets, by
     the name of its winner's file, is searched alone afterwards, and informed by what was paid before. Those out of
-    reach are refused, or left out with a warning.
+    reach are refused, or left out with a warning. `workers` (`local:4`, `tcp://...`) score the candidates; the winner
+    is the same without them.
 
     Raises BudgetError with the reachable range, before anything is evaluated. Raises UnsteadyError for a latency budget
     if the clock cannot be trusted, MeasurementError if no finalist meets the budget once measured, and CheckpointError
     if there is nothing to search with.
     """
     requests = budget_requests(session)
-    with opened_search(session, without_clock=without_clock) as work:
+    with opened_search(session, without_clock=without_clock, workers=workers) as work:
         requests = tuple(
             replace(request, scope=work.scope) for request in requests if request.metric == "macs" or not without_clock
         )
@@ -166,7 +169,7 @@ def search(
 
 
 @contextmanager
-def opened_search(session: Session, *, without_clock: bool = False) -> Iterator[Search]:
+def opened_search(session: Session, *, without_clock: bool = False, workers: str | None = None) -> Iterator[Search]:
     """The adapted model, the search split and the ledger of a search. Raises CheckpointError, ConfigError."""
     weights = trained_weights(session, "adapt", "sparsevit search")
     data = session.data(weights)
@@ -189,7 +192,7 @@ def opened_search(session: Session, *, without_clock: bool = False) -> Iterator[
     with ExitStack() as resources:
         ledger = resources.enter_context(Ledger.open(folder.path / "ledger.sqlite", valid_for))
         latencies = latencies_of_search(session, model, space, ledger, folder, resources)
-        yield Search(session, folder, data, model, weights, subset, ledger, latencies, without_clock, scope)
+        yield Search(session, folder, data, model, weights, subset, ledger, latencies, without_clock, scope, workers)
 
 
 def winner_name(budget: str) -> str:
@@ -263,7 +266,9 @@ class Search:
         latencies: Latencies,
         without_clock: bool,
         scope: Scope | None,
+        workers: str | None,
     ) -> None:
+        self.join = partial(Workers, workers, session, ledger, data.fingerprint, subset) if workers else nullcontext
         self.without_clock, self.scope = without_clock, scope
         self.session, self.folder, self.data, self.model, self.weights = session, folder, data, model, weights
         self.subset, self.ledger = subset, ledger
@@ -351,7 +356,7 @@ class Search:
         (cost, budget), *further = costs.constraints
         total = most_evaluations(section.strategy, section.population, section.generations, section.max_evaluations)
         informed = self._informed(costs) if section.strategy == "surrogate" else None
-        with self.session.reporter.progress("search", total) as bar:
+        with self.session.reporter.progress("search", total) as bar, self.join() as workers:
 
             def on_progress(progress: Progress) -> None:
                 bar.advance(
@@ -377,6 +382,7 @@ class Search:
                 constraints=tuple(further),
                 known=self.ledger,
                 informed=informed,
+                evaluate_all=workers.of_all if workers else None,
                 on_progress=on_progress,
             )
 
