@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from sparsevit_cli.config import tasks as kinds
 from sparsevit_cli.profiling import neighbours
+from sparsevit_cli.workflows import doctor
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anybody imports Triton
@@ -30,6 +31,7 @@ def _unwatched() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "machine_watch", lambda device: neighbours.UNWATCHED.watch)
         patch.setattr(neighbours, "GLANCE_SECONDS", 0.0)
+        patch.setattr(doctor, "TWICE_SECONDS", 0.01)
         yield
 
 

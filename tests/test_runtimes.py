@@ -18,14 +18,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from noise import beside
 from sparsevit_cli import runtimes
 from sparsevit_cli.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedError
 from sparsevit_cli.exporting import export_model, structured_images
+from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.runtimes import RUNTIMES, Program, ProgramModule, precision_label, runtime
 from sparsevit_cli.runtimes.openvino import SignalStack, same_signal_stack
 from sparsevit_cli.runtimes.runtime import Runtime
 from sparsevit_cli.swin import set_sparsity, sparsify_
-from sparsevit_cli.workflows.doctor import examine
+from sparsevit_cli.workflows.doctor import examine, measured_twice, told_of_clock
 from test_exporting import needs_onnx
 from tiny import tiny_swin
 
@@ -343,10 +345,31 @@ def test_doctor_lists_every_runtime_and_what_it_computes_in() -> None:
     found = examine()
     assert {f"runtime {name}" for name in RUNTIMES} <= set(found)
     assert found["runtime torch"] == f"{importlib.metadata.version('torch')}, runs .pt2 files in fp32"
+    assert str(found["clock"]).startswith(("steady, the same model twice: ", "not steady, the same model twice: "))
     for name, chosen in RUNTIMES.items():
         if chosen.is_installed():
             assert chosen.version() in str(found[f"runtime {name}"])
             assert ", ".join(chosen.precisions()) in str(found[f"runtime {name}"])
+
+
+def test_doctor_tells_whether_a_model_is_as_fast_as_itself() -> None:
+    first = Latency.from_samples([10.0, 10.1, 9.9, 10.0, 10.0, 10.1])
+    same = Latency.from_samples([10.1, 10.2, 10.0, 10.1, 10.1, 10.2], first.samples_ms)
+    other = Latency.from_samples([11.0, 11.1, 10.9, 11.0, 11.0, 11.1], first.samples_ms)
+    assert told_of_clock(first, same) == "steady, the same model twice: 10 and 10.1 ms, 1.0% apart"
+    assert told_of_clock(first, other) == (
+        "not steady, the same model twice: 10 and 11 ms, 9.1% apart: they should be equal"
+    )
+    beside = replace(same, unsteady="other processes take 1.00 of 2 cores")
+    assert told_of_clock(first, beside).endswith("1.0% apart: other processes take 1.00 of 2 cores")
+
+
+@pytest.mark.usefixtures("watched")
+def test_doctor_does_not_wait_for_a_neighbour() -> None:
+    with beside("all cores"):
+        first, second = measured_twice(torch.device("cpu"))
+    assert first.unsteady
+    assert told_of_clock(first, second).startswith("not steady")
 
 
 def test_a_runtime_that_is_broken_does_not_end_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
