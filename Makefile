@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 SOURCES := src tests docs benchmarks examples
 
-.PHONY: demo install test test-slow test-gpu test-lowest bench bench-gpu quality style docs clean
+.PHONY: demo install test test-slow test-all test-gpu test-lowest bench bench-gpu quality style docs clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,export,openvino,detect,segment,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,export,openvino,detect,segment,cluster,dev]"
 	touch $@
 
 demo: install
@@ -23,13 +23,16 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+test-all: install
+	$(BIN)/python -m pytest -m "not gpu"
+
 # All tests, or TESTS, at the lowest versions that pyproject.toml allows; PYTHON=python3.11 takes the lowest Python too.
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(TESTS)
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[demo,export,openvino,detect,segment,dev]"
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[demo,export,openvino,detect,segment,cluster,dev]"
 	touch $@
 
 test-gpu: install

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -116,6 +116,24 @@ def test_a_loss_that_is_no_number_on_one_rank_is_refused_by_all(play: Play) -> N
 def test_a_batch_that_cannot_be_shared_is_refused(play: Play) -> None:
     assert play("odd", fields={"batch_size": 33}) == [2, 2]
     assert "33 images, which 2 processes cannot share. Set it to a multiple of 2, such as 32" in told(play, "odd", 0)
+
+
+EPOCHS: dict[str, Any] = {"batch_size": 128, "epochs": 1.5, "save_every": 0.1, "eval_every": 0.5}
+"""Nine steps per epoch, thirteen in all, each of them saved."""
+
+
+@pytest.mark.parametrize("steps", [(1, 5, 9), pytest.param(range(1, 13), marks=pytest.mark.slow)])
+def test_a_killed_training_of_one_process_leaves_the_same_bytes(play: Play, steps: Sequence[int]) -> None:
+    """SIGKILL at the first step, inside an epoch and at its end; the same run goes on each time."""
+    name = f"killed-{len(steps)}"
+    assert play(f"straight-{name}", 1, EPOCHS) == [0]
+    for step in steps:
+        assert play(name, 1, EPOCHS, kill=[0, step]) == [-9]
+        assert saved_step(play, name) == step
+    assert play(name, 1, EPOCHS) == [0]
+    ours, theirs = (play.root / each / "checkpoints" / "step-00000013" for each in (name, f"straight-{name}"))  # type: ignore[attr-defined]
+    for file in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes(), file
 
 
 @pytest.mark.slow
