@@ -184,7 +184,7 @@ def joined(resolve: Callable[[], torch.device]) -> Iterator[Ranks]:
         raise ConfigError("device", f"{device} cannot be shared by {size} processes", "Start one, or take cpu or cuda.")
     with _peers("the other processes did not appear"):
         _start()
-        data = dist.new_group(backend="nccl") if device.type == "cuda" else None
+        data = dist.new_group(backend="nccl", timeout=WAIT) if device.type == "cuda" else None
     try:
         yield Ranks(dist.get_rank(), size, device, data)
     finally:
