@@ -123,6 +123,7 @@ def show_search(summary: SearchSummary) -> None:
         f"search: {summary.asked} candidates, {summary.evaluated} evaluated now, "
         f"{summary.asked - summary.evaluated} from the ledger, {summary.infeasible} infeasible"
     ]
+    lines.append(f"images: {summary.images:,} behind these scores, {summary.forwarded:,} of them forwarded now")
     if summary.table_error is not None:
         error = summary.table_error
         lines.append(f"latency table: mean error {error.mean:.1%}, largest {error.largest:.1%} on {error.n} held out")

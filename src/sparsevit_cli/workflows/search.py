@@ -40,6 +40,7 @@ from sparsevit_cli.search.engine import most_evaluations, search_sparsity
 from sparsevit_cli.search.latency_table import LatencyTable, TableError
 from sparsevit_cli.search.ledger import Ledger, LedgerScope, committed
 from sparsevit_cli.search.pareto import pareto_front
+from sparsevit_cli.search.race import race
 from sparsevit_cli.search.results import Evaluation, Progress, SearchResult
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import set_sparsity
@@ -109,6 +110,10 @@ class SearchSummary:
     evaluated: int
     infeasible: int
     proxy_correlation: float | None
+    images: int
+    """Images behind all scores, each counted once for every candidate that was scored on it."""
+    forwarded: int
+    """Those of `images` that went through the model now; the scores on the others were in the ledger."""
     note: str
     not_measured_here: str = ""
     """The machine that predicted latencies are of, if nothing was measured here."""
@@ -267,6 +272,8 @@ class Search:
         self.without_clock, self.scope = without_clock, scope
         self.session, self.folder, self.data, self.model, self.weights = session, folder, data, model, weights
         self.subset, self.ledger = subset, ledger
+        self.forwarded, self.images = 0, dict[tuple[SparsityConfig, str], int]()
+        """Images that went through the model now, and those behind each score that was asked for."""
         self.section = session.config.search
         self.space, self.latencies = latencies.space, latencies
         self.macs = macs_cost(session.workload(model, scope=self.section.scope))
@@ -274,11 +281,42 @@ class Search:
     def score(self, config: SparsityConfig, subset: Sequence[int] | None) -> float:
         """The metric on the search split, with the adapted weights as they are."""
         set_sparsity(self.model, config)
-        return score(self.session, self.model, self.data.search, subset=subset, before_batch=self._check).value
+        found = score(self.session, self.model, self.data.search, subset=subset, before_batch=self._check)
+        self.forwarded += found.count
+        return found.value
 
     def evaluate(self, config: SparsityConfig) -> float:
         """The metric of a candidate, on the images that candidates are scored on; it is in the ledger afterwards."""
         return committed(lambda each: self.score(each, self.subset), self.ledger)(config)
+
+    def lap(self, config: SparsityConfig, number: int) -> float:
+        """The metric on as many images as candidates are scored on, but other ones in each lap; paid once."""
+        assert self.subset is not None
+        samples, seed = len(self.subset), self.session.config.seed
+        images = f"{samples} of seed {seed}, lap {number}"
+        self.images[config, images] = samples
+        ledger = self.ledger.scoped(_ledger_settings(self.session, images))
+        subset = fixed_subset(len(self.data.search), samples, seed, number * samples)
+        known = ledger.get(config)
+        return committed(lambda each: self.score(each, subset), ledger)(config) if known is None else known
+
+    def whole(self, config: SparsityConfig, laps: Sequence[float]) -> float:
+        """The metric on the whole search split, paid once. `laps` are the scores of the images seen already."""
+        ledger, total = self.ledger.scoped(_ledger_settings(self.session, "all")), len(self.data.search)
+        is_mean = self.session.task.metric.mean_over_images
+        samples = len(self.subset or ())
+        seen = samples * len(laps) if is_mean else 0
+        self.images[config, "all"] = total - seen
+
+        def evaluate(config: SparsityConfig) -> float:
+            if not is_mean:
+                return self.score(config, None)
+            rest = fixed_subset(total, total - seen, self.session.config.seed, seen)
+            value = (samples * sum(laps) + self.score(config, rest) * len(rest)) / total
+            return round(value, 9)  # as many right answers are as high a score, however they add up
+
+        known = ledger.get(config)
+        return committed(evaluate, ledger)(config) if known is None else known
 
     def _check(self) -> None:
         self.session.stop.check("search", "every evaluation so far is in the ledger")
@@ -362,7 +400,7 @@ class Search:
                     best=f"{progress.best.metric:.2f}",
                 )
 
-            return search_sparsity(
+            result = search_sparsity(
                 self.space,
                 self.evaluate,
                 cost,
@@ -379,6 +417,9 @@ class Search:
                 informed=informed,
                 on_progress=on_progress,
             )
+        samples = len(self.data.search) if self.subset is None else len(self.subset)
+        self.images |= {(evaluation.config, "first"): samples for evaluation in result.history}
+        return result
 
     def _informed(self, costs: _Costs) -> dict[SparsityConfig, float]:
         """What the ledger held when this very search began; read back, so that a stopped search goes on as it was."""
@@ -399,11 +440,11 @@ class Search:
 
     def finalists(self, costs: _Costs, result: SearchResult) -> tuple[Finalist, ...]:
         """The best candidates on the whole split and on the clock, until one of them meets the budget."""
-        ranked = result.judged
+        ranked, laps = self._raced(result.judged)
         count = min(self.section.finalists, len(ranked))
         chosen: list[Finalist] = []
         for first in range(0, len(ranked), count):
-            chosen += self._judge(costs, ranked[first : first + count])
+            chosen += self._judge(costs, ranked[first : first + count], laps)
             if any(finalist.within_budget for finalist in chosen):
                 return tuple(chosen)
             if first >= 2 * count:
@@ -417,14 +458,38 @@ class Search:
         )
         raise MeasurementError("search", got, "Search again on an idle machine, or raise search.margin.")
 
-    def _judge(self, costs: _Costs, candidates: Sequence[Evaluation]) -> list[Finalist]:
+    def _raced(self, judged: Sequence[Evaluation]) -> tuple[list[Evaluation], Mapping[SparsityConfig, Sequence[float]]]:
+        """The same candidates, the best ones in the order in which a race on more images left them; scores by lap.
+
+        The race ends when half of the search split was seen: finalists take all of it.
+        """
+        if self.subset is None:
+            return list(judged), {}
+        laps = len(self.data.search) // (2 * len(self.subset))
+        entrants = {candidate.config: candidate.metric for candidate in judged[: self.section.racers]}
+        with self.session.reporter.progress("race", max(0, laps - 1) * len(entrants)) as bar:
+
+            def run_lap(configs: Sequence[SparsityConfig], number: int) -> list[float]:
+                scores = []
+                for config in configs:
+                    scores.append(self.lap(config, number))
+                    bar.advance(1, lap=f"{number}/{laps - 1}", left=len(configs))
+                return scores
+
+            found = race(entrants, run_lap, laps=laps, keep=self.section.finalists)
+        of = {candidate.config: candidate for candidate in judged}
+        scores = {candidate.config: found.scores.get(candidate.config, (candidate.metric,)) for candidate in judged}
+        return [*(of[config] for config in found.order), *judged[len(found.order) :]], scores
+
+    def _judge(
+        self, costs: _Costs, candidates: Sequence[Evaluation], laps: Mapping[SparsityConfig, Sequence[float]]
+    ) -> list[Finalist]:
         limits = [row.limit for row in costs.feasibility if row.metric == "latency_ms"]
         elsewhere = self.latencies.elsewhere
         clock = self.latencies.measure if limits and not elsewhere else self.latencies.look
         records = clock([candidate.config for candidate in candidates])
         dense_ms = self.latencies.dense_ms or math.inf
         finalists = []
-        whole = self.ledger.scoped(_ledger_settings(self.session, "all"))
         with self.session.reporter.progress("finalists", len(candidates)) as bar:
             for candidate in candidates:
                 config, record = candidate.config, records.get(candidate.config)
@@ -433,7 +498,7 @@ class Search:
                 finalists.append(
                     Finalist(
                         config=config,
-                        score=candidate.metric if self.subset is None else self._whole_score(config, whole),
+                        score=candidate.metric if self.subset is None else self.whole(config, laps[config]),
                         proxy_score=candidate.metric,
                         cost=candidate.cost,
                         gmacs=self.macs(config) / 1e9,
@@ -447,11 +512,6 @@ class Search:
                 )
                 bar.advance()
         return finalists
-
-    def _whole_score(self, config: SparsityConfig, ledger: Ledger) -> float:
-        """The metric on the whole search split, paid once."""
-        known = ledger.get(config)
-        return committed(lambda c: self.score(c, None), ledger)(config) if known is None else known
 
     # -- results ------------------------------------------------------------------------------------------------
 
@@ -481,7 +541,7 @@ class Search:
         return SearchSummary(
             self.folder, self.session.task.metric, winner, tuple(finalists), self.latencies.dense_ms, costs.feasibility,
             costs.table.error if costs.table else None, len(result.history), result.evaluations, result.infeasible,
-            correlation, result.note, self.latencies.elsewhere,
+            correlation, sum(self.images.values()), self.forwarded, result.note, self.latencies.elsewhere,
         )  # fmt: skip
 
     def write_evaluations(self, summary: SearchSummary, costs: _Costs, results: Sequence[SearchResult]) -> None:
@@ -554,6 +614,8 @@ class Search:
                     "infeasible": summary.infeasible,
                     "latency_table_error": asdict(summary.table_error) if summary.table_error else None,
                     "proxy_correlation": summary.proxy_correlation,
+                    "images": summary.images,
+                    "images_forwarded_now": summary.forwarded,
                     "finalists": [asdict(f) | {"config": f.config.ratios} for f in summary.finalists],
                     "note": summary.note,
                     **self.session.environment,
