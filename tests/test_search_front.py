@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from sparsevit_cli.errors import BudgetError, ConfigError
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.winner import read_winner
-from sparsevit_cli.workflows import search as search_workflow
 from sparsevit_cli.workflows.front import search_front
+from sparsevit_cli.workflows.scores import Images, Scores
 from sparsevit_cli.workflows.search import search
 from sparsevit_cli.workflows.sensitivity import measure_sensitivity
 from sparsevit_cli.workflows.session import Session
@@ -41,10 +42,13 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the adapted folder; its model scores at once, by its ratios."""
 
-    def score(self: search_workflow.Search, config: SparsityConfig, subset: object) -> float:
+    def metric(config: SparsityConfig) -> float:
         return 90 - sum((3 + stage) * ratio**2 for stage, ratios in enumerate(config.ratios) for ratio in ratios)
 
-    monkeypatch.setattr(search_workflow.Search, "score", score)
+    def score(self: Scores, configs: Sequence[SparsityConfig], images: Images) -> dict[SparsityConfig, float]:
+        return {config: metric(config) for config in configs}
+
+    monkeypatch.setattr(Scores, "score", score)
     return shutil.copytree(adapted, tmp_path / "runs")
 
 
@@ -88,7 +92,7 @@ def test_pareto_takes_shares_of_dense_and_leaves_out_what_cannot_be_reached(runs
 def test_budgets_that_make_no_front_are_refused_before_anything_is_evaluated(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_workflow.Search, "evaluate", pytest.fail)
+    monkeypatch.setattr(Scores, "score", pytest.fail)
     for budgets, error in (("30ms,3G", ConfigError), ("50 apples", ConfigError), ("80%,1%", BudgetError)):
         session = session_in(runs)
         with pytest.raises(error):
@@ -113,23 +117,23 @@ def test_a_killed_front_goes_on_with_what_it_was_informed_by(
     session = session_in(straight)
     summary = search_front(session, budgets="80%,60%")
     session.locks.close()
-    evaluate, done = search_workflow.Search.evaluate, 0
+    score, done = Scores.score, 0
     stopped_after = summary.evaluated + summary.others[0].evaluated - left
     assert stopped_after > 0
 
-    def stopping(self: search_workflow.Search, config: SparsityConfig) -> float:
+    def stopping(self: Scores, configs: Sequence[SparsityConfig], images: Images) -> dict[SparsityConfig, float]:
         nonlocal done
-        if done == stopped_after:
+        if done >= stopped_after:
             raise KeyboardInterrupt
-        done += 1
-        return evaluate(self, config)
+        done += len(configs)
+        return score(self, configs, images)
 
-    monkeypatch.setattr(search_workflow.Search, "evaluate", stopping)
+    monkeypatch.setattr(Scores, "score", stopping)
     session = session_in(runs)
     with pytest.raises(KeyboardInterrupt):
         search_front(session, budgets="80%,60%")
     session.locks.close()
-    monkeypatch.setattr(search_workflow.Search, "evaluate", evaluate)
+    monkeypatch.setattr(Scores, "score", score)
     session = session_in(runs)
     search_front(session, budgets="80%,60%")
     session.locks.close()

@@ -81,5 +81,5 @@ def test_a_difference_that_chance_explains_is_none() -> None:
 
 def test_laps_hold_no_image_twice() -> None:
     seen = [fixed_subset(50, 16, 3, lap * 16) for lap in range(4)]
-    assert sorted(sum(seen, [])) == list(range(50))
+    assert sorted(number for lap in seen for number in lap) == list(range(50))
     assert seen[0] == fixed_subset(50, 16, 3)

@@ -285,8 +285,8 @@ class SearchSection(Section):
     samples: Count | None = Field(None, description="Fixed subset of the search split for candidates; null for all.")
     racers: Count = Field(
         16,
-        description="With `samples`: the best candidates, which are compared on more and more images, until `finalists` "
-        "are left or half of the split was seen. No more than `finalists` for no such race.",
+        description="With `samples`: the best candidates, which race on more and more images until `finalists` are "
+        "left or half of the split was seen. No more than `finalists` for no race.",
     )
     finalists: Count = Field(5, description="Best candidates that are scored on the whole split and measured.")
     batch_size: Count = Field(1, description="Images per batch in latency measurements.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, Protocol, get_args
 
 from sparsevit_cli.errors import BudgetError, ConfigError, NonFiniteError
@@ -18,6 +18,7 @@ from .results import Evaluation, Progress, SearchResult, best_first, rank
 
 StrategyName = Literal["surrogate", "evolution", "random"]
 Evaluate = Callable[[SparsityConfig], float]
+EvaluateAll = Callable[[Sequence[SparsityConfig]], Iterable[float]]
 
 POPULATION, GENERATIONS, MUTATION = 100, 20, 0.1
 """The authors' settings; their 25 parents are a quarter of the population."""
@@ -59,6 +60,7 @@ def search_sparsity(
     constraints: Sequence[tuple[Cost, Budget]] = (),
     known: Known | None = None,
     informed: Mapping[SparsityConfig, float] | None = None,
+    evaluate_all: EvaluateAll | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> SearchResult:
     """The configuration of `space` with the best `evaluate` (higher is better) whose `cost` is within `budget`.
@@ -67,6 +69,8 @@ def search_sparsity(
 
     Both are functions: the same configuration gets the same answer (hand in a latency table, not a stopwatch).
     `constraints` are further (cost, budget) pairs that must hold too. `known` is asked before `evaluate`.
+    `evaluate_all`, if given, takes its place: it gets what is new of a generation, and gives the metrics in that order,
+    each as soon as it likes.
 
     `evolution` and `random` ask for population * (generations + 1) configurations at most, or `max_evaluations` if that
     is less; known ones count, so that a search that was stopped and resumed equals the straight one. Defaults:
@@ -104,10 +108,14 @@ def search_sparsity(
         history += [Evaluation(config, (informed or {})[config], feasible.cost(config), 0, True) for config in fitting]
         total += len(history)
     for generation in range(generations + 1):
-        candidates = [space.dense] if dense_fits else chosen.propose(feasible, generation, best_first(history))
-        for config in candidates[: total - len(history)]:
-            metric, cached = _metric(config, evaluate, known)
-            history.append(Evaluation(config, metric, feasible.cost(config), generation, cached))
+        proposed = [space.dense] if dense_fits else chosen.propose(feasible, generation, best_first(history))
+        candidates = proposed[: total - len(history)]
+        had = {} if known is None else {config: known.get(config) for config in candidates}
+        new = [config for config in candidates if had.get(config) is None]
+        found = iter(evaluate_all(new) if evaluate_all is not None else map(evaluate, new))
+        for config in candidates:
+            metric = _finite(config, next(found) if config in new else had[config])
+            history.append(Evaluation(config, metric, feasible.cost(config), generation, config not in new))
             if on_progress is not None:
                 on_progress(_progress(history, feasible.infeasible, generations, total))
         if not candidates or len(history) == total:
@@ -136,13 +144,13 @@ def most_evaluations(strategy: str, population: int, generations: int, max_evalu
     return min(population * (generations + 1), max_evaluations or sys.maxsize)
 
 
-def _metric(config: SparsityConfig, evaluate: Evaluate, known: Known | None) -> tuple[float, bool]:
-    paid = known.get(config) if known is not None else None
-    metric = float(evaluate(config)) if paid is None else float(paid)
+def _finite(config: SparsityConfig, value: float | None) -> float:
+    assert value is not None
+    metric = float(value)
     if not math.isfinite(metric):
         got = f"the metric is {metric}"
         raise NonFiniteError(f"candidate {config}", got, "Check the weights and the data, or search with fp32.")
-    return metric, paid is not None
+    return metric
 
 
 def _progress(history: Sequence[Evaluation], infeasible: int, generations: int, total: int) -> Progress:

@@ -36,13 +36,13 @@ def race(
     laps: int,
     keep: int,
 ) -> Race:
-    """Run laps 1 ... `laps` - 1 with the `entrants`, given best first with their scores of lap 0, until `keep` are left.
+    """Run laps 1 to `laps` - 1 with the `entrants`, given best first with their scores of lap 0, until `keep` are left.
 
     `run_lap(configs, lap)` gives a score per configuration, higher is better. After a lap a candidate is dropped if it
     is worse than the leader by a paired t-test over the laps. Each time the images have doubled, the better half
     stays, or `keep`. Ties go to the one that entered first. A function of its arguments alone.
     """
-    scores = {config: (score,) for config, score in entrants.items()}
+    scores: dict[SparsityConfig, tuple[float, ...]] = {config: (score,) for config, score in entrants.items()}
     racing, dropped = list(scores), list[SparsityConfig]()
     for lap in range(1, laps):
         if len(racing) <= keep:
