@@ -163,19 +163,19 @@ class ImageByImage:
     def mean(self, config: SparsityConfig, images: Sequence[int]) -> float:
         return 100 * sum(self.is_right(config, image) for image in images) / len(images)
 
-    def __call__(self, scores: Scores, configs: Sequence[SparsityConfig], images: Images) -> dict[SparsityConfig, float]:
+    def score(self, configs: Sequence[SparsityConfig], images: Images) -> dict[SparsityConfig, float]:
         if self.left < len(configs):
             raise KeyboardInterrupt
         self.left -= len(configs)
         self.images += len(configs) * images.count
         self.asked += [(config, images.name) for config in configs]
-        numbers = range(len(scores.source)) if images.numbers is None else images.numbers
+        numbers = range(250) if images.numbers is None else images.numbers
         assert len(set(numbers)) == images.count
         return {config: self.mean(config, numbers) for config in configs}
 
 
 def raced(runs: Path, monkeypatch: pytest.MonkeyPatch, fake: ImageByImage, **section: object) -> SearchSummary:
-    monkeypatch.setattr(Scores, "score", lambda *arguments: fake(*arguments))
+    monkeypatch.setattr(Scores, "score", lambda _, configs, images: fake.score(configs, images))
     session = session_in(runs, search=RACE | section)
     try:
         return search(session)

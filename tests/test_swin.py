@@ -381,9 +381,7 @@ def test_blocks_of_one_stage_may_have_other_windows() -> None:
 
 
 @pytest.mark.parametrize("name", OF_EACH)
-def test_common_first_stages_are_computed_once_and_equal_to_the_bit(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_common_first_stages_are_computed_once_and_equal_to_the_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = sparsify_(small_swin(name, img_size=(size := window_of(name) * 16)))
     batches = [torch.randn(2, 3, size, size) for _ in range(2)]
     configs = [[[0], [0], [0, 0, 0], [0]], [[0.2], [0], [0, 0, 0.3], [0]], [[0.2], [0], [0, 0, 0.3], [0.5]],
