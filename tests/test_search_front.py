@@ -146,7 +146,10 @@ def test_a_killed_front_goes_on_with_what_it_was_informed_by(
 
 # -- the race ---------------------------------------------------------------------------------------------------
 
-RACE = {"samples": 20, "racers": 8, "finalists": 2, "population": 8, "budget_macs": "80%"}
+RACE = {
+    "strategy": "evolution", "population": 8, "parents": 4, "generations": 1, "max_evaluations": 16,
+    "samples": 20, "racers": 8, "finalists": 2, "budget_macs": "80%",
+}  # fmt: skip
 
 
 class ImageByImage:
