@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 from typer.testing import CliRunner
@@ -13,10 +17,11 @@ from sparsevit_cli.cli import app
 from sparsevit_cli.errors import BudgetError, ConfigError
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.sparsity import SparsityConfig
+from sparsevit_cli.tasks.classification.task import Classification
 from sparsevit_cli.winner import read_winner
-from sparsevit_cli.workflows import search as search_workflow
 from sparsevit_cli.workflows.front import search_front
-from sparsevit_cli.workflows.search import search
+from sparsevit_cli.workflows.scores import Images, Scores
+from sparsevit_cli.workflows.search import SearchSummary, search
 from sparsevit_cli.workflows.sensitivity import measure_sensitivity
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.training import adapt, pretrain
@@ -41,10 +46,13 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the adapted folder; its model scores at once, by its ratios."""
 
-    def score(self: search_workflow.Search, config: SparsityConfig, subset: object) -> float:
+    def metric(config: SparsityConfig) -> float:
         return 90 - sum((3 + stage) * ratio**2 for stage, ratios in enumerate(config.ratios) for ratio in ratios)
 
-    monkeypatch.setattr(search_workflow.Search, "score", score)
+    def score(self: Scores, configs: Sequence[SparsityConfig], images: Images) -> dict[SparsityConfig, float]:
+        return {config: metric(config) for config in configs}
+
+    monkeypatch.setattr(Scores, "score", score)
     return shutil.copytree(adapted, tmp_path / "runs")
 
 
@@ -88,7 +96,7 @@ def test_pareto_takes_shares_of_dense_and_leaves_out_what_cannot_be_reached(runs
 def test_budgets_that_make_no_front_are_refused_before_anything_is_evaluated(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_workflow.Search, "evaluate", pytest.fail)
+    monkeypatch.setattr(Scores, "score", pytest.fail)
     for budgets, error in (("30ms,3G", ConfigError), ("50 apples", ConfigError), ("80%,1%", BudgetError)):
         session = session_in(runs)
         with pytest.raises(error):
@@ -113,27 +121,114 @@ def test_a_killed_front_goes_on_with_what_it_was_informed_by(
     session = session_in(straight)
     summary = search_front(session, budgets="80%,60%")
     session.locks.close()
-    evaluate, done = search_workflow.Search.evaluate, 0
+    score, done = Scores.score, 0
     stopped_after = summary.evaluated + summary.others[0].evaluated - left
     assert stopped_after > 0
 
-    def stopping(self: search_workflow.Search, config: SparsityConfig) -> float:
+    def stopping(self: Scores, configs: Sequence[SparsityConfig], images: Images) -> dict[SparsityConfig, float]:
         nonlocal done
-        if done == stopped_after:
+        if done >= stopped_after:
             raise KeyboardInterrupt
-        done += 1
-        return evaluate(self, config)
+        done += len(configs)
+        return score(self, configs, images)
 
-    monkeypatch.setattr(search_workflow.Search, "evaluate", stopping)
+    monkeypatch.setattr(Scores, "score", stopping)
     session = session_in(runs)
     with pytest.raises(KeyboardInterrupt):
         search_front(session, budgets="80%,60%")
     session.locks.close()
-    monkeypatch.setattr(search_workflow.Search, "evaluate", evaluate)
+    monkeypatch.setattr(Scores, "score", score)
     session = session_in(runs)
     search_front(session, budgets="80%,60%")
     session.locks.close()
     assert told(runs) == told(straight)
+
+
+# -- the race ---------------------------------------------------------------------------------------------------
+
+RACE = {
+    "strategy": "evolution", "population": 8, "parents": 4, "generations": 1, "max_evaluations": 16,
+    "samples": 20, "racers": 8, "finalists": 2, "budget_macs": "80%",
+}  # fmt: skip
+
+
+class ImageByImage:
+    """In the place of `Scores.score`: whether a candidate is right about an image is drawn, worse ones less often."""
+
+    def __init__(self, left: int = 10**9) -> None:
+        self.left, self.images = left, 0
+        self.asked: list[tuple[SparsityConfig, str]] = []
+
+    def is_right(self, config: SparsityConfig, image: int) -> bool:
+        loss = sum((1 + stage) * tenths**2 for stage, genes in enumerate(config.tenths) for tenths in genes)
+        return Random(f"{image}").random() > 0.002 * loss + 0.1 * Random(f"{image} {config}").random()
+
+    def mean(self, config: SparsityConfig, images: Sequence[int]) -> float:
+        return 100 * sum(self.is_right(config, image) for image in images) / len(images)
+
+    def score(self, configs: Sequence[SparsityConfig], images: Images) -> dict[SparsityConfig, float]:
+        if self.left < len(configs):
+            raise KeyboardInterrupt
+        self.left -= len(configs)
+        self.images += len(configs) * images.count
+        self.asked += [(config, images.name) for config in configs]
+        numbers = range(250) if images.numbers is None else images.numbers
+        assert len(set(numbers)) == images.count
+        return {config: self.mean(config, numbers) for config in configs}
+
+
+def raced(runs: Path, monkeypatch: pytest.MonkeyPatch, fake: ImageByImage, **section: object) -> SearchSummary:
+    monkeypatch.setattr(Scores, "score", lambda _, configs, images: fake.score(configs, images))
+    session = session_in(runs, search=RACE | section)
+    try:
+        return search(session)
+    finally:
+        session.locks.close()
+
+
+def test_a_race_forwards_few_images_and_finalists_get_the_score_of_all(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = ImageByImage()
+    summary = raced(runs, monkeypatch, fake)
+    assert summary.asked == 16
+    assert [finalist.score for finalist in summary.finalists] == [
+        pytest.approx(fake.mean(finalist.config, range(250)), abs=1e-9) for finalist in summary.finalists
+    ]
+    raced_most = 8 * 20 + 4 * 2 * 20 + 2 * 2 * 20  # laps 1, 2 and 3, and 4 and 5
+    assert summary.images == fake.images <= 16 * 20 + raced_most + 2 * 250
+    assert summary.images < 16 * 20 + 8 * 250
+    record = json.loads((summary.folder.path / "metrics.json").read_text())
+    assert record["images"] == summary.images
+    again = raced(runs, monkeypatch, ImageByImage(left=0))  # all of it is in the ledger
+    assert (again.winner.config, again.images) == (summary.winner.config, summary.images)
+    assert again.forwarded == 0
+
+
+def test_a_metric_that_is_no_mean_over_images_is_computed_on_all_of_them(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Classification, "metric", replace(Classification.metric, mean_over_images=False))
+    fake = ImageByImage()
+    summary = raced(runs, monkeypatch, fake)
+    assert all(finalist.score == fake.mean(finalist.config, range(250)) for finalist in summary.finalists)
+    assert [config for config, name in fake.asked if name == "all"] == sorted(f.config for f in summary.finalists)
+
+
+@pytest.mark.parametrize("left", [14, 20, 30])
+def test_a_search_killed_in_its_race_names_the_same_winner(
+    runs: Path, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = shutil.copytree(runs, runs.with_name("straight"))
+    whole = raced(straight, monkeypatch, ImageByImage())
+    before = ImageByImage(left)
+    with pytest.raises(KeyboardInterrupt):
+        raced(runs, monkeypatch, before)
+    after = ImageByImage()
+    resumed = raced(runs, monkeypatch, after)
+    assert [(f.config, f.score) for f in resumed.finalists] == [(f.config, f.score) for f in whole.finalists]
+    assert before.images > 0
+    assert before.images + after.images == whole.images == resumed.images
 
 
 def test_sensitivity_scores_every_pair_once_and_informs_a_search(runs: Path) -> None:

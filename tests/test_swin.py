@@ -19,9 +19,11 @@ from sparsevit_cli.models import supported_models
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import (
     SparseBlock,
+    SparseStage,
     get_sparsity,
     model_depths,
     set_sparsity,
+    shared_prefixes,
     sparse_stages,
     sparsify_,
     without_kernels,
@@ -373,3 +375,38 @@ def test_blocks_of_one_stage_may_have_other_windows() -> None:
         with torch.no_grad(), way():
             model(torch.randn(1, 3, 112, 112))
     assert counts == [((7, 7), 8, 49), ((4, 4), 24, 16)] * 2
+
+
+# -- first stages that configurations have in common ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+def test_common_first_stages_are_computed_once_and_equal_to_the_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sparsify_(small_swin(name, img_size=(size := window_of(name) * 16)))
+    batches = [torch.randn(2, 3, size, size) for _ in range(2)]
+    configs = [[[0], [0], [0, 0, 0], [0]], [[0.2], [0], [0, 0, 0.3], [0]], [[0.2], [0], [0, 0, 0.3], [0.5]],
+               [[0.2], [0.4], [0.1, 0.1, 0.3], [0.5]]]  # fmt: skip
+    computed: list[int] = []
+    forward = SparseStage.forward
+
+    def counted(self: SparseStage, x: torch.Tensor) -> torch.Tensor:
+        computed.append(self.stage_number)
+        return forward(self, x)
+
+    monkeypatch.setattr(SparseStage, "forward", counted)
+    with torch.inference_mode():
+        wanted = []
+        for images in batches:
+            for ratios in configs:
+                set_sparsity(model, ratios)
+                wanted.append(model(images))
+        computed.clear()
+        with shared_prefixes(model):
+            for images in batches:
+                for ratios in configs:
+                    set_sparsity(model, ratios)
+                    assert torch.equal(model(images), wanted.pop(0))
+    assert computed == [*range(4), *range(4), 3, 1, 2, 3] * 2
+    computed.clear()
+    model(batches[0])
+    assert computed == [*range(4)]  # nothing is held any more

@@ -123,11 +123,15 @@ def show_search(summary: SearchSummary) -> None:
         f"search: {summary.asked} candidates, {summary.evaluated} evaluated now, "
         f"{summary.asked - summary.evaluated} from the ledger, {summary.infeasible} infeasible"
     ]
+    lines.append(f"images: {summary.images:,} behind these scores, {summary.forwarded:,} of them forwarded now")
     if summary.table_error is not None:
         error = summary.table_error
         lines.append(f"latency table: mean error {error.mean:.1%}, largest {error.largest:.1%} on {error.n} held out")
     if summary.proxy_correlation is not None:
-        lines.append(f"subset against whole search split: rank correlation {summary.proxy_correlation:.2f}")
+        lines.append(
+            f"{len(summary.finalists)} finalists, first images against the whole search split: "
+            f"rank correlation {summary.proxy_correlation:.2f}"
+        )
     lines += [summary.note] if summary.note else []
     lines += [
         f"winner for {other.budget}: {other.finalist.config}, {metric.told(other.finalist.score)}, "

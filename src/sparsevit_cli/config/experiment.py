@@ -283,6 +283,11 @@ class SearchSection(Section):
     )
     max_ratio: NonZeroRatio = Field(0.8, description="Largest sparsity ratio searched.")
     samples: Count | None = Field(None, description="Fixed subset of the search split for candidates; null for all.")
+    racers: Count = Field(
+        16,
+        description="With `samples`: the best candidates, which race on more and more images until `finalists` are "
+        "left or half of the split was seen. No more than `finalists` for no race.",
+    )
     finalists: Count = Field(5, description="Best candidates that are scored on the whole split and measured.")
     batch_size: Count = Field(1, description="Images per batch in latency measurements.")
     runtime: Literal["torch", "onnxruntime", "openvino"] = Field(

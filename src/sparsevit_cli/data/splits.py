@@ -35,9 +35,12 @@ def carve(keys: Sequence[str], labels: Indices, fraction: float, usable: NDArray
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def fixed_subset(length: int, samples: int, seed: int) -> list[int]:
-    """`samples` of `length` positions, ascending; the same for the same arguments. All where there are fewer."""
-    return sorted(shuffled(length, derive_seed(seed, "subset"))[:samples].tolist())
+def fixed_subset(length: int, samples: int, seed: int, start: int = 0) -> list[int]:
+    """`samples` of `length` positions, ascending; the same for the same arguments. All where there are fewer.
+
+    Those of another `start` follow in the same random order: from one that is `samples` higher, none comes twice.
+    """
+    return sorted(shuffled(length, derive_seed(seed, "subset"))[start : start + samples].tolist())
 
 
 def shuffled(length: int, seed: int) -> Indices:

@@ -24,6 +24,7 @@ from .bias import RememberedBias, are_current, held_biases, remembered_tensors
 from .blocks import SPARSE_BLOCKS, SPARSE_MERGINGS, SparseBlock, StockBlock
 from .embedding import SparsePatchEmbed, embeddings_of
 from .inference import is_unwatched, without_kernels
+from .sharing import shared_prefixes
 from .stages import SPARSE_STAGES, SparseStage, SparseSwinTransformerStage
 from .timm_swin import GENERATIONS, STAGES, Block, Stage
 
@@ -45,6 +46,7 @@ __all__ = [
     "model_depths",
     "remembered_tensors",
     "set_sparsity",
+    "shared_prefixes",
     "sparse_stages",
     "sparsify_",
     "without_kernels",

@@ -19,7 +19,6 @@ from sparsevit_cli.atomic import write_atomic, write_json
 from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.data.source import Data
-from sparsevit_cli.data.splits import fixed_subset
 from sparsevit_cli.documents import read_json, understood
 from sparsevit_cli.errors import BudgetError, CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.profiling.macs import macs_cost
@@ -39,19 +38,18 @@ from sparsevit_cli.search.budget import (
 from sparsevit_cli.search.correlation import spearman
 from sparsevit_cli.search.engine import most_evaluations, search_sparsity
 from sparsevit_cli.search.latency_table import LatencyTable, TableError
-from sparsevit_cli.search.ledger import Ledger, LedgerScope, committed
+from sparsevit_cli.search.ledger import Ledger, LedgerScope
 from sparsevit_cli.search.pareto import pareto_front
 from sparsevit_cli.search.results import Evaluation, Progress, SearchResult
 from sparsevit_cli.sparsity import SparsityConfig
-from sparsevit_cli.swin import set_sparsity
 from sparsevit_cli.tasks.task import Metric
 from sparsevit_cli.winner import read_winner, write_winner
 
 from .latencies import Latencies, latencies_of_search
 from .latency_sources import tell_of_export
 from .plots import plot_pareto
+from .scores import Scores, first_images, ledger_settings
 from .session import Session, Weights
-from .training import score
 from .weights import trained_weights
 from .workers import Workers
 
@@ -63,9 +61,6 @@ RESULTS = (WINNER, "pareto.csv", "pareto.png", "history.csv", "metrics.json")
 INFORMED = "informed.json"
 """What an unfinished search was informed by when it began."""
 _NONE: Mapping[str, BudgetRequest] = MappingProxyType({})
-
-OF_TRAINING = ("model.pretrained", "model.checkpoint", "model.reset_head", "model.drop_path_rate", "model.weight_init")
-"""Settings of a model that no trained weights depend on any more."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +106,10 @@ class SearchSummary:
     evaluated: int
     infeasible: int
     proxy_correlation: float | None
+    images: int
+    """Images behind all scores, each counted once for every candidate that was scored on it."""
+    forwarded: int
+    """Those of `images` that went through the model now; the scores on the others were in the ledger."""
     note: str
     not_measured_here: str = ""
     """The machine that predicted latencies are of, if nothing was measured here."""
@@ -165,7 +164,10 @@ def search(
         others = {name: work.further(name, costs) for name, costs in costs_of.items()}
         work.write_evaluations(summary, costs, [result, *(found for found, _ in others.values())])
         work.forget_informed()
-        return replace(summary, others=tuple(winner for _, winner in others.values()))
+        return replace(
+            summary, others=tuple(winner for _, winner in others.values()),
+            images=sum(work.scores.used.values()), forwarded=work.scores.forwarded,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -184,26 +186,19 @@ def opened_search(session: Session, *, without_clock: bool = False, workers: str
     tell_of_export(session)
     model = session.model(weights.categories, weights).eval()
     scope = named_scope(session, model)
-    subset = _subset(session, len(data.search))
     folder = session.folder("search")
-    samples = "all" if subset is None else f"{len(subset)} of seed {session.config.seed}"
-    valid_for = LedgerScope(weights.sha256, data.fingerprint, _ledger_settings(session, samples))
+    settings = ledger_settings(session, first_images(session, len(data.search)))
+    valid_for = LedgerScope(weights.sha256, data.fingerprint, settings)
     space = session.space(model, session.config.search.max_ratio)
     with ExitStack() as resources:
         ledger = resources.enter_context(Ledger.open(folder.path / "ledger.sqlite", valid_for))
         latencies = latencies_of_search(session, model, space, ledger, folder, resources)
-        yield Search(session, folder, data, model, weights, subset, ledger, latencies, without_clock, scope, workers)
+        yield Search(session, folder, data, model, weights, ledger, latencies, without_clock, scope, workers)
 
 
 def winner_name(budget: str) -> str:
     """The file of a further winner, such as `winner-35ms.yaml` or `winner-70percent.yaml`."""
     return f"winner-{budget.strip().replace('%', 'percent')}.yaml"
-
-
-def _ledger_settings(session: Session, samples: str) -> str:
-    """What a metric depends on besides weights and data: how the weights came about does not matter."""
-    task = session.task
-    return f"{task.metric.key}: {section_hash(session.config, 'task', 'model', ignore=OF_TRAINING)} on {samples}"
 
 
 def budget_requests(session: Session) -> tuple[BudgetRequest, ...]:
@@ -243,14 +238,6 @@ def is_searched(session: Session) -> bool:
     return (result.get("settings"), result.get("checkpoint_sha256")) == (settings, weights.sha256)
 
 
-def _subset(session: Session, total: int) -> tuple[int, ...] | None:
-    """Indices of the fixed subset of the search split that candidates are scored on, None for all of it."""
-    samples = session.config.search.samples
-    if samples is None or samples >= total:
-        return None
-    return tuple(fixed_subset(total, samples, session.config.seed))
-
-
 class Search:
     """One search: the model and data it looks at, and the steps from feasibility to the winner."""
 
@@ -261,32 +248,20 @@ class Search:
         data: Data,
         model: nn.Module,
         weights: Weights,
-        subset: tuple[int, ...] | None,
         ledger: Ledger,
         latencies: Latencies,
         without_clock: bool,
         scope: Scope | None,
         workers: str | None,
     ) -> None:
-        self.join = partial(Workers, workers, session, ledger, data.fingerprint, subset) if workers else nullcontext
         self.without_clock, self.scope = without_clock, scope
         self.session, self.folder, self.data, self.model, self.weights = session, folder, data, model, weights
-        self.subset, self.ledger = subset, ledger
+        self.ledger, self.scores = ledger, Scores(session, model, data.search, ledger)
+        first = self.scores.first.numbers
+        self.join = partial(Workers, workers, session, ledger, data.fingerprint, first) if workers else nullcontext
         self.section = session.config.search
         self.space, self.latencies = latencies.space, latencies
         self.macs = macs_cost(session.workload(model, scope=self.section.scope))
-
-    def score(self, config: SparsityConfig, subset: Sequence[int] | None) -> float:
-        """The metric on the search split, with the adapted weights as they are."""
-        set_sparsity(self.model, config)
-        return score(self.session, self.model, self.data.search, subset=subset, before_batch=self._check).value
-
-    def evaluate(self, config: SparsityConfig) -> float:
-        """The metric of a candidate, on the images that candidates are scored on; it is in the ledger afterwards."""
-        return committed(lambda each: self.score(each, self.subset), self.ledger)(config)
-
-    def _check(self) -> None:
-        self.session.stop.check("search", "every evaluation so far is in the ledger")
 
     # -- costs --------------------------------------------------------------------------------------------------
 
@@ -367,9 +342,9 @@ class Search:
                     best=f"{progress.best.metric:.2f}",
                 )
 
-            return search_sparsity(
+            result = search_sparsity(
                 self.space,
-                self.evaluate,
+                lambda config: next(self.scores.of_all([config])),
                 cost,
                 budget,
                 strategy=section.strategy,
@@ -382,9 +357,14 @@ class Search:
                 constraints=tuple(further),
                 known=self.ledger,
                 informed=informed,
-                evaluate_all=workers.of_all if workers else None,
+                evaluate_all=(workers or self.scores).of_all,
                 on_progress=on_progress,
             )
+            if workers:
+                self.scores.forwarded += self.scores.first.count * sum(not each.cached for each in result.history)
+        first = self.scores.first
+        self.scores.used |= {(evaluation.config, first.name): first.count for evaluation in result.history}
+        return result
 
     def _informed(self, costs: _Costs) -> dict[SparsityConfig, float]:
         """What the ledger held when this very search began; read back, so that a stopped search goes on as it was."""
@@ -405,11 +385,11 @@ class Search:
 
     def finalists(self, costs: _Costs, result: SearchResult) -> tuple[Finalist, ...]:
         """The best candidates on the whole split and on the clock, until one of them meets the budget."""
-        ranked = result.judged
+        ranked, laps = self.scores.raced(result.judged)
         count = min(self.section.finalists, len(ranked))
         chosen: list[Finalist] = []
         for first in range(0, len(ranked), count):
-            chosen += self._judge(costs, ranked[first : first + count])
+            chosen += self._judge(costs, ranked[first : first + count], laps)
             if any(finalist.within_budget for finalist in chosen):
                 return tuple(chosen)
             if first >= 2 * count:
@@ -423,41 +403,36 @@ class Search:
         )
         raise MeasurementError("search", got, "Search again on an idle machine, or raise search.margin.")
 
-    def _judge(self, costs: _Costs, candidates: Sequence[Evaluation]) -> list[Finalist]:
+    def _judge(
+        self, costs: _Costs, candidates: Sequence[Evaluation], laps: Mapping[SparsityConfig, Sequence[float]]
+    ) -> list[Finalist]:
         limits = [row.limit for row in costs.feasibility if row.metric == "latency_ms"]
         elsewhere = self.latencies.elsewhere
         clock = self.latencies.measure if limits and not elsewhere else self.latencies.look
         records = clock([candidate.config for candidate in candidates])
         dense_ms = self.latencies.dense_ms or math.inf
+        scores = self.scores.whole({candidate.config: laps[candidate.config] for candidate in candidates})
         finalists = []
-        whole = self.ledger.scoped(_ledger_settings(self.session, "all"))
-        with self.session.reporter.progress("finalists", len(candidates)) as bar:
-            for candidate in candidates:
-                config, record = candidate.config, records.get(candidate.config)
-                predicted_ms = costs.table.predict(config) if costs.table else None
-                judged_ms = record.latency_ms if record else (predicted_ms if elsewhere else None)
-                finalists.append(
-                    Finalist(
-                        config=config,
-                        score=candidate.metric if self.subset is None else self._whole_score(config, whole),
-                        proxy_score=candidate.metric,
-                        cost=candidate.cost,
-                        gmacs=self.macs(config) / 1e9,
-                        predicted_ms=predicted_ms,
-                        latency_ms=record.latency_ms if record else None,
-                        latency_ms_low=record.low_ms if record else None,
-                        latency_ms_high=record.high_ms if record else None,
-                        speedup=dense_ms / record.latency_ms if record else None,
-                        within_budget=all(judged_ms and min(judged_ms, dense_ms) <= limit for limit in limits),
-                    )
+        for candidate in candidates:
+            config, record = candidate.config, records.get(candidate.config)
+            predicted_ms = costs.table.predict(config) if costs.table else None
+            judged_ms = record.latency_ms if record else (predicted_ms if elsewhere else None)
+            finalists.append(
+                Finalist(
+                    config=config,
+                    score=scores[config],
+                    proxy_score=candidate.metric,
+                    cost=candidate.cost,
+                    gmacs=self.macs(config) / 1e9,
+                    predicted_ms=predicted_ms,
+                    latency_ms=record.latency_ms if record else None,
+                    latency_ms_low=record.low_ms if record else None,
+                    latency_ms_high=record.high_ms if record else None,
+                    speedup=dense_ms / record.latency_ms if record else None,
+                    within_budget=all(judged_ms and min(judged_ms, dense_ms) <= limit for limit in limits),
                 )
-                bar.advance()
+            )
         return finalists
-
-    def _whole_score(self, config: SparsityConfig, ledger: Ledger) -> float:
-        """The metric on the whole search split, paid once."""
-        known = ledger.get(config)
-        return committed(lambda c: self.score(c, None), ledger)(config) if known is None else known
 
     # -- results ------------------------------------------------------------------------------------------------
 
@@ -481,13 +456,13 @@ class Search:
         within = [finalist for finalist in finalists if finalist.within_budget]
         winner = min(within, key=lambda f: (-f.score, f.cost, f.config))  # not by the clock: noise must not decide
         correlation = None
-        if self.subset is not None and len(finalists) > 2:
+        if self.scores.is_subset and len(finalists) > 2:
             found = spearman([f.proxy_score for f in finalists], [f.score for f in finalists])
             correlation = found if math.isfinite(found) else None  # all equal: there is no order to compare
         return SearchSummary(
             self.folder, self.session.task.metric, winner, tuple(finalists), self.latencies.dense_ms, costs.feasibility,
             costs.table.error if costs.table else None, len(result.history), result.evaluations, result.infeasible,
-            correlation, result.note, self.latencies.elsewhere,
+            correlation, sum(self.scores.used.values()), self.scores.forwarded, result.note, self.latencies.elsewhere,
         )  # fmt: skip
 
     def write_evaluations(self, summary: SearchSummary, costs: _Costs, results: Sequence[SearchResult]) -> None:
@@ -560,6 +535,8 @@ class Search:
                     "infeasible": summary.infeasible,
                     "latency_table_error": asdict(summary.table_error) if summary.table_error else None,
                     "proxy_correlation": summary.proxy_correlation,
+                    "images": summary.images,
+                    "images_forwarded_now": summary.forwarded,
                     "finalists": [asdict(f) | {"config": f.config.ratios} for f in summary.finalists],
                     "note": summary.note,
                     **self.session.environment,

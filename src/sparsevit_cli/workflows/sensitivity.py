@@ -63,8 +63,7 @@ def measure_sensitivity(session: Session) -> SensitivitySummary:
         wanted = {(slot, t): slot.pruned(space, t) for slot in slots for t in tenths}
         missing = [config for config in dict.fromkeys(wanted.values()) if work.ledger.get(config) is None]
         with session.reporter.progress("sensitivity", len(missing)) as bar:
-            for config in missing:
-                work.evaluate(config)
+            for _ in work.scores.of_all(sorted(missing)):
                 bar.advance()
         known = work.ledger.known()
         summary = SensitivitySummary(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
@@ -23,7 +23,7 @@ from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.data.shrunk import Scale, Shrunk
 from sparsevit_cli.data.source import Data, Source
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.evaluation import evaluate
+from sparsevit_cli.evaluation import evaluate, evaluate_each
 from sparsevit_cli.reporting import Reporter, optional_output
 from sparsevit_cli.runs import HARMLESS, RunFolder
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
@@ -263,11 +263,20 @@ def _validator(session: Session, data: Data, kind: _Kind) -> Any:
 
 def score(session: Session, model: nn.Module, source: Source, **options: Any) -> Score:
     """Score at the model's current sparsity, with the configuration's batch size and workers."""
+    return evaluate(session.task, model, source, **_reading(session), **options)
+
+
+def score_each(
+    session: Session, model: nn.Module, source: Source, configs: Collection[SparsityConfig], **options: Any
+) -> dict[SparsityConfig, Score]:
+    """Score at each of `configs`, with the configuration's batch size and workers."""
+    return evaluate_each(session.task, model, source, configs, **_reading(session), **options)
+
+
+def _reading(session: Session) -> dict[str, Any]:
     data = session.config.data
-    return evaluate(
-        session.task, model, source, batch_size=data.eval_batch_size, device=session.device, workers=data.workers,
-        max_wait_seconds=data.max_wait_seconds, **options,
-    )  # fmt: skip
+    return {"batch_size": data.eval_batch_size, "device": session.device, "workers": data.workers,
+            "max_wait_seconds": data.max_wait_seconds}  # fmt: skip
 
 
 def _check_rows(
