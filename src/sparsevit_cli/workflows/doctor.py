@@ -17,6 +17,7 @@ EXTRAS = {
     "openvino": ("openvino", "nncf"),
     "detect": ("faster_coco_eval",),
     "segment": ("transformers", "scipy"),
+    "optuna": ("optuna",),
 }
 """Packages that an extra brings, by import name."""
 
