@@ -1,13 +1,17 @@
-"""How many evaluations a search needs, on problems whose optimum is known (search_worlds.py tells which).
+"""How many evaluations a search needs, on problems whose optimum is known.
+
+Problems are a trained model whose whole space was evaluated (search_table.py), with ten seeds for each of three
+budgets, and synthetic worlds (search_worlds.py) of ten seeds that nothing was designed on.
 
 Every strategy is asked for the best of what it evaluated after 1, 2, 3 ... evaluations; the regret is how much worse
-its true metric is than the optimum. `surrogate` names the best by its model, all others by the score. Ten worlds of
-seeds that nothing was designed on, a search of the same seed in each.
+its true metric is than the optimum. `surrogate` names the best by its model, all others by the score. Where a score
+holds noise, five are named, and the best of these by its true metric counts: `sparsevit search` scores five finalists
+on all images. These five are not among the evaluations.
 
 Optuna and pymoo are run if they are installed. They see genes, repaired by sorting as ours are. What they propose
 beyond the budget costs no evaluation: they are told by how much. Nor does what was evaluated before.
 
-usage: python benchmarks/search.py [--depths 2 2 18 2] [--noise 0.2] [--strategies surrogate ...]
+usage: python benchmarks/search.py [--trained [GROUPS] | --depths 2 2 18 2 --noise 0.2] [--strategies surrogate ...]
            adds to benchmarks/results/search/worlds.json
        python benchmarks/search.py --table
            writes the tables of docs/search.md from it
@@ -22,14 +26,16 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from heapq import nlargest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from search_table import GROUPS, SHARES, Tabulated
 from search_worlds import NOISE, World
 
 from sparsevit_cli.atomic import write_json
-from sparsevit_cli.search import SearchResult, best_first, search_sparsity
+from sparsevit_cli.search import Evaluation, best_first, search_sparsity
 from sparsevit_cli.search.surrogate import Surrogate
 from sparsevit_cli.sparsity import SparsityConfig
 
@@ -44,42 +50,41 @@ NEAR = 0.1
 PROPOSALS = 10
 """Most that an engine from outside may propose per evaluation."""
 
+Problem = Tabulated | World
 Curve = list[float]
 """Regret after each evaluation."""
 
 
-def ours(strategy: Any, most: int, **settings: int) -> Callable[[World], Curve]:
+def ours(strategy: Any, most: int, **settings: int) -> Callable[[Problem], Curve]:
     """One of our strategies."""
 
-    def run(world: World) -> Curve:
+    def run(world: Problem) -> Curve:
         result = search_sparsity(
             world.space, world.evaluate, world.cost, world.budget,
             strategy=strategy, seed=world.seed, max_evaluations=most, **settings,
         )  # fmt: skip
         judge = Surrogate(world.seed) if strategy == "surrogate" else None
-        return _curve(world, result, judge)
+        curve, leaders = Curve(), list[Evaluation]()
+        for count, evaluation in enumerate(result.history, 1):
+            if judge is not None:
+                leaders = judge.judged(best_first(result.history[:count]))[: world.finalists]
+            else:
+                leaders = best_first([*leaders, evaluation])[: world.finalists]
+            curve.append(regret(world, [leader.config for leader in leaders]))
+        return curve
 
     return run
 
 
-def _curve(world: World, result: SearchResult, judge: Surrogate | None) -> Curve:
-    curve, best = [], None
-    for count, evaluation in enumerate(result.history, 1):
-        if judge is not None:
-            best = judge.judged(best_first(result.history[:count]))[0]
-        elif best is None or evaluation.metric > best.metric:
-            best = evaluation
-        else:
-            curve.append(curve[-1])
-            continue
-        curve.append(world.optimum - world.true_metric(best.config))
-    return curve
+def regret(world: Problem, leaders: list[SparsityConfig]) -> float:
+    """How far the best one of the finalists is from the optimum."""
+    return world.optimum - max(map(world.true_metric, leaders))
 
 
 class _Told:
     """What an engine from outside may ask: the metric within the budget, the overrun beyond it."""
 
-    def __init__(self, world: World, most: int) -> None:
+    def __init__(self, world: Problem, most: int) -> None:
         self.world, self.most, self.scored, self.curve = world, most, dict[SparsityConfig, float](), Curve()
 
     def __call__(self, genes: list[int]) -> tuple[float, float]:
@@ -94,8 +99,7 @@ class _Told:
             return 0.0, over
         if config not in self.scored and not self.is_done:
             self.scored[config] = self.world.evaluate(config)
-            best = max(self.scored, key=self.scored.__getitem__)
-            self.curve.append(self.world.optimum - self.world.true_metric(best))
+            self.curve.append(regret(self.world, nlargest(self.world.finalists, self.scored, self.scored.__getitem__)))
         return self.scored.get(config, 0.0), over
 
     @property
@@ -104,40 +108,33 @@ class _Told:
         return len(self.curve) >= self.most
 
 
-def optuna_with(sampler: str, most: int) -> Callable[[World], Curve]:
+def optuna_with(sampler: str, most: int) -> Callable[[Problem], Curve]:
     """Optuna, ask and tell."""
 
-    def run(world: World) -> Curve:
+    def run(world: Problem) -> Curve:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         told, genes = _Told(world, most), sum(world.space.pairs)
-
-        def overrun(trial: Any) -> tuple[float]:
-            return (trial.user_attrs["over"],)
-
-        made = (
-            optuna.samplers.TPESampler(seed=world.seed, multivariate=True, constraints_func=overrun)
-            if sampler == "TPE"
-            else optuna.samplers.NSGAIISampler(seed=world.seed, constraints_func=overrun)
-        )
+        samplers = {"TPE": optuna.samplers.TPESampler, "NSGA-II": optuna.samplers.NSGAIISampler}
+        made = samplers[sampler](seed=world.seed)
         study = optuna.create_study(direction="maximize", sampler=made)
         for _ in range(PROPOSALS * most):
             if told.is_done:
                 break
             trial = study.ask()
             metric, over = told([trial.suggest_int(f"gene {gene}", 0, 8) for gene in range(genes)])
-            trial.set_user_attr("over", over)
+            trial.set_constraint("over", over)
             study.tell(trial, metric)
         return told.curve
 
     return run
 
 
-def pymoo_ga(most: int) -> Callable[[World], Curve]:
+def pymoo_ga(most: int) -> Callable[[Problem], Curve]:
     """pymoo's genetic algorithm on integers, its defaults else."""
 
-    def run(world: World) -> Curve:
+    def run(world: Problem) -> Curve:
         from pymoo.algorithms.soo.nonconvex.ga import GA
         from pymoo.core.problem import ElementwiseProblem
         from pymoo.operators.crossover.sbx import SBX
@@ -167,7 +164,7 @@ def pymoo_ga(most: int) -> Callable[[World], Curve]:
     return run
 
 
-STRATEGIES: dict[str, tuple[str, Callable[[World], Curve]]] = {
+STRATEGIES: dict[str, tuple[str, Callable[[Problem], Curve]]] = {
     "surrogate": ("", ours("surrogate", 100)),
     "evolution, the authors' population of 100": ("", ours("evolution", 1000, population=100, parents=25)),
     "evolution, population 50": ("", ours("evolution", 550, population=50, parents=12)),
@@ -178,18 +175,30 @@ STRATEGIES: dict[str, tuple[str, Callable[[World], Curve]]] = {
 }
 
 
-def measure(depths: tuple[int, ...], noise: float, names: list[str]) -> None:
+def synthetic(depths: tuple[int, ...], noise: float) -> tuple[str, dict[str, Problem]]:
+    """A world per seed."""
+    title = f"Synthetic worlds, depths {'-'.join(map(str, depths))}, noise of an evaluation {noise:g} points"
+    return title, {str(seed): World(seed, depths, noise) for seed in SEEDS}
+
+
+def trained(groups: int) -> tuple[str, dict[str, Problem]]:
+    """Ten seeds for each budget of the trained model, candidates scored on `groups` of ten groups of images."""
+    images = "all images" if groups == GROUPS else f"{groups} of {GROUPS} groups of images"
+    problems = {f"{share:.0%} {seed}": Tabulated(seed, share, groups) for share in SHARES for seed in SEEDS}
+    return f"Trained model, candidates scored on {images}", dict(problems)
+
+
+def measure(title: str, worlds: dict[str, Problem], names: list[str]) -> None:
     """Run strategies in every world, and keep their curves."""
     kept: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
-    worlds = [World(seed, depths, noise) for seed in SEEDS]
-    problem = kept.setdefault(f"{'-'.join(map(str, depths))}, noise {noise:g}", {})
+    problem = kept.setdefault(title, {})
     for name in names:
         package, run = STRATEGIES[name]
         if package and importlib.util.find_spec(package) is None:
             print(f"{name}: left out, {package} is not installed")
             continue
         began = time.perf_counter()
-        curves = {str(world.seed): _changes(run(world)) for world in worlds}
+        curves = {label: _changes(run(world)) for label, world in worlds.items()}
         problem[name] = {"curves": curves, "version": importlib.metadata.version(package) if package else ""}
         lengths = [changes[-1][0] for changes in curves.values()]
         print(f"{name}: {time.perf_counter() - began:.0f} s, evaluations {lengths}")
@@ -214,7 +223,7 @@ def near(curve: Curve) -> int | None:
 
 
 def table(problem: dict[str, Any]) -> list[str]:
-    """A line per strategy: median and worst of the ten worlds."""
+    """A line per strategy: median and worst of all runs."""
     heads = " | ".join(f"after {mark}" for mark in MARKS)
     lines = [f"| strategy | until within {NEAR} of the optimum | {heads} |", "|---|---|" + "---|" * len(MARKS)]
     for name, kept in problem.items():
@@ -222,7 +231,7 @@ def table(problem: dict[str, Any]) -> list[str]:
         longest = max(map(len, curves))
         until = [near(curve) or np.inf for curve in curves]
         cells = [
-            "" if mark > longest and mark != MARKS[2]
+            "" if mark > longest and mark not in MARKS[1:3]
             else _two([curve[min(mark, len(curve)) - 1] for curve in curves])
             for mark in MARKS
         ]  # fmt: skip
@@ -240,7 +249,7 @@ def against_random(problem: dict[str, Any]) -> str:
         for mark in MARKS[:3]
     ]
     told = ", ".join(f"{count} after {mark}" for mark, count in counts)
-    return f"Worlds of ten in which `surrogate` is behind `random` with as many evaluations: {told}."
+    return f"Runs of {len(here)} in which `surrogate` is behind `random` with as many evaluations: {told}."
 
 
 def _count(until: float, longest: int) -> str:
@@ -255,9 +264,8 @@ def write_tables() -> None:
     """Between the marks of the page."""
     kept = json.loads(RESULTS.read_text("utf-8"))
     told = []
-    for problem, strategies in kept.items():
-        depths, noise = problem.split(", noise ")
-        told += [f"Depths {depths}, noise of an evaluation {noise} points:", "", *table(strategies), ""]
+    for problem, strategies in sorted(kept.items(), key=lambda each: "Trained" not in each[0]):
+        told += [f"{problem}:", "", *table(strategies), ""]
         told += [against_random(strategies), ""]
     before, rest = PAGE.read_text("utf-8").split(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(told).rstrip() + f"\n{END}{rest.split(END)[1]}", "utf-8")
@@ -265,12 +273,14 @@ def write_tables() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trained", type=int, nargs="?", const=GROUPS, metavar="GROUPS", help="not synthetic worlds")
     parser.add_argument("--depths", type=int, nargs="+", default=(2, 2, 6, 2))
     parser.add_argument("--noise", type=float, default=NOISE)
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     parser.add_argument("--table", action="store_true", help="write the page's tables and measure nothing")
     typed = parser.parse_args()
     if not typed.table:
-        measure(tuple(typed.depths), typed.noise, typed.strategies)
+        problem = trained(typed.trained) if typed.trained else synthetic(tuple(typed.depths), typed.noise)
+        measure(*problem, typed.strategies)
     else:
         write_tables()

@@ -44,6 +44,11 @@ class World:
     depths: tuple[int, ...] = (2, 2, 6, 2)
     noise: float = NOISE
 
+    @property
+    def finalists(self) -> int:
+        """How many are scored again, without noise, in the end."""
+        return 5 if self.noise else 1
+
     @cached_property
     def space(self) -> SearchSpace:
         """All configurations."""

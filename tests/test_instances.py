@@ -64,7 +64,7 @@ TINY: dict[str, Any] = {
     "train": {"epochs": 2.0, "batch_size": 4, "eval_every": 1.0, "save_every": 1.0},
     "adapt": {"epochs": 1.0, "batch_size": 4, "check_ratios": [0.5], "check_random": 1},
     "finetune": {"epochs": 1.0, "batch_size": 4},
-    "search": {"budget_macs": "90%", "population": 3, "parents": 2, "generations": 1, "finalists": 1,
+    "search": {"budget_macs": "90%", "max_evaluations": 6, "finalists": 1,
                "seconds": 0.01, "holdout": 2},
     "profile": {"batch_sizes": [1], "seconds": 0.02, "rounds": 6, "max_spread": 100.0},
     "clock": {"wait": 0, "max_neighbour": 1000.0, "max_spread": 1000.0},

@@ -29,7 +29,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "own_segmenter.py"
 SHORT = [
     *("model.img_size=32", "train.curriculum=[{img_size: 32, epochs: 1}]", "finetune.epochs=1", "search.samples=5"),
     *("adapt.curriculum=[{img_size: 48, epochs: 1}, {img_size: 32, epochs: 1}]", "search.budget_macs=95%"),
-    *("search.population=3", "search.parents=2", "search.generations=1", "search.seconds=0.001"),
+    *("search.max_evaluations=6", "search.seconds=0.001"),
     *("search.finalists=1", "search.holdout=2", "adapt.check_random=1"),
     *("profile.seconds=0.001", "profile.rounds=6", "profile.max_spread=100.0", "profile.batch_sizes=[1]"),
     *('export.formats=["pt2"]', "export.check_batch_sizes=[1,2]"),

@@ -30,7 +30,7 @@ from tiny import tiny_config
 
 pytest.importorskip("openvino")
 
-LATENCY = {"budget_macs": None, "budget_latency": "75%", "runtime": "openvino", "population": 8, "samples": None}
+LATENCY = {"budget_macs": None, "budget_latency": "75%", "runtime": "openvino", "max_evaluations": 16, "samples": None}
 SIDE = 64
 """Maps of 16 and 8 tokens a side, in windows of 2: 64 and 16 of them."""
 

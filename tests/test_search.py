@@ -224,6 +224,35 @@ def test_a_stopped_search_goes_on_as_if_never_stopped(strategy, stopped_after):
     assert resumed.evaluations == 140 - stopped_after
 
 
+@pytest.mark.parametrize("stopped_after", [5, 24])
+def test_optuna_keeps_the_budget_and_a_stopped_search_goes_on(stopped_after):
+    pytest.importorskip("optuna")
+    straight = search(strategy="optuna", max_evaluations=24)
+    assert len({e.config for e in straight.history}) == len(straight.history) == straight.evaluations == 24
+    assert all(e.cost <= 20 and e.config in SWIN_T for e in straight.history)
+    known = {e.config: e.metric for e in straight.history[:stopped_after]}
+    resumed = search(strategy="optuna", max_evaluations=24, known=known)
+    assert found(resumed) == found(straight)
+    assert resumed.evaluations == 24 - stopped_after
+
+
+def test_optuna_learns_from_what_it_is_told():
+    """Better than a random search of as many evaluations, at the mean of a few seeds."""
+    pytest.importorskip("optuna")
+    gains = [
+        search(seed=seed, strategy="optuna", max_evaluations=40).best_metric
+        - search(seed=seed, strategy="random", max_evaluations=40).best_metric
+        for seed in range(3)
+    ]
+    assert sum(gains) > 0
+
+
+def test_without_optuna_its_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match=r"optuna is needed.*sparsevit-cli\[optuna\]"):
+        search(strategy="optuna")
+
+
 def test_a_second_budget_pays_only_for_what_is_new():
     first = search(20)
     known = {e.config: e.metric for e in first.history}

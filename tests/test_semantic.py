@@ -60,7 +60,7 @@ TINY: dict[str, Any] = {
     "adapt": {"epochs": 0.05, "batch_size": 32, "lr": 1e-4, "check_ratios": [0.5], "check_random": 1},
     "finetune": {"epochs": 0.05, "batch_size": 32, "lr": 1e-4},
     "search": {
-        "budget_macs": "80%", "population": 2, "parents": 1, "generations": 1, "samples": 16, "finalists": 1,
+        "budget_macs": "80%", "max_evaluations": 4, "samples": 16, "finalists": 1,
         "seconds": 0.01, "holdout": 2,
     },
     "profile": {"batch_sizes": [1], "seconds": 0.02, "rounds": 6, "max_spread": 100.0},

@@ -108,7 +108,7 @@ def settings(name: str, root: Path) -> list[str]:
     wanted: dict[str, Any] = {
         "device": "cpu", "model.pretrained": False, "model.img_size": shipped.pixels, "data.root": str(root),
         "data.workers": 0, "data.search_fraction": shipped.search_fraction, "data.eval_batch_size": 2, **shipped.small,
-        "search.population": 3, "search.parents": 2, "search.generations": 1, "search.finalists": 1,
+        "search.max_evaluations": 6, "search.finalists": 1,
         "search.budget_latency": None, "search.budget_macs": "95%", "search.samples": 2, "search.precision": "fp32",
     }  # fmt: skip
     for loop in LOOPS:

@@ -35,8 +35,8 @@ from tiny import tiny_config
 EXAMPLE = Path(__file__).parents[1] / "examples" / "blob_counting.py"
 SHORT = [
     *("experiment=blobs", "model.img_size=32", "model.embed_dim=8", "model.num_heads=[1,2]", "model.window_size=2"),
-    *("train.epochs=0.5", "adapt.epochs=0.2", "finetune.epochs=0.2", "search.population=4", "search.parents=2"),
-    *("search.generations=1", "profile.seconds=0.02", "profile.rounds=6", "profile.max_spread=100.0"),
+    *("train.epochs=0.5", "adapt.epochs=0.2", "finetune.epochs=0.2", "search.max_evaluations=8"),
+    *("profile.seconds=0.02", "profile.rounds=6", "profile.max_spread=100.0"),
     *("clock.wait=0", "clock.max_neighbour=1000.0", "clock.max_spread=1000.0", 'export.formats=["pt2"]'),
     "export.latency=false",
 ]

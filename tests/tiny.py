@@ -27,7 +27,7 @@ TINY: dict[str, Any] = {
     "adapt": {"epochs": 0.2, "batch_size": 32, "lr": 1e-4, "check_ratios": [0.5], "check_random": 1, "distill": 0.5},
     "finetune": {"epochs": 0.2, "batch_size": 32, "lr": 1e-4},
     "search": {
-        "budget_macs": "70%", "population": 4, "parents": 2, "generations": 1, "samples": 32, "finalists": 2,
+        "budget_macs": "70%", "max_evaluations": 8, "samples": 32, "finalists": 2,
         "seconds": 0.01, "holdout": 2,
     },
     "profile": {"batch_sizes": [1, 2], "seconds": 0.02, "rounds": 6, "max_spread": 100.0},

@@ -252,10 +252,10 @@ class FinetuneSection(LoopSection):
 class SearchSection(Section):
     """The search for the best sparsity configuration within a budget (`sparsevit search`)."""
 
-    strategy: Literal["surrogate", "evolution", "random"] = Field(
-        "evolution",
+    strategy: Literal["surrogate", "evolution", "random", "optuna"] = Field(
+        "surrogate",
         description="`surrogate`: a model of the metric over the ratios chooses candidates; `evolution`: the paper's "
-        "algorithm; `random`: its control.",
+        "algorithm; `random`: its control; `optuna`: Optuna's TPE sampler (extra `optuna`).",
     )
     scope: Scope = Field(
         "model",
@@ -278,8 +278,8 @@ class SearchSection(Section):
     mutation: Fraction = Field(0.1, description="Probability that a mutation redraws a gene, in `evolution`.")
     max_evaluations: Count | None = Field(
         None,
-        description="Candidates asked for at most; null for 100 with `surrogate`, which ends earlier where nothing "
-        "promises a gain, and for no limit with the others. Known ones that the search asks for count.",
+        description="Candidates asked for at most, known ones too; null for no limit with `evolution` and `random`, "
+        "and for 100 with the others, of which `surrogate` ends earlier where nothing promises a gain.",
     )
     max_ratio: NonZeroRatio = Field(0.8, description="Largest sparsity ratio searched.")
     samples: Count | None = Field(None, description="Fixed subset of the search split for candidates; null for all.")

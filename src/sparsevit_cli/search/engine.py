@@ -16,15 +16,17 @@ from .feasible import FeasibleSpace
 from .random_search import RandomSearch
 from .results import Evaluation, Progress, SearchResult, best_first, rank
 
-StrategyName = Literal["surrogate", "evolution", "random"]
+StrategyName = Literal["surrogate", "evolution", "random", "optuna"]
+WITH_MODEL = ("surrogate", "optuna")
+"""Strategies that take a few candidates at a time; `population` and `generations` are of the others."""
 Evaluate = Callable[[SparsityConfig], float]
 EvaluateAll = Callable[[Sequence[SparsityConfig]], Iterable[float]]
 
 POPULATION, GENERATIONS, MUTATION = 100, 20, 0.1
 """The authors' settings; their 25 parents are a quarter of the population."""
 
-SURROGATE_EVALUATIONS = 100
-"""At most, if `max_evaluations` is not given; the surrogate search ends where nothing promises a gain."""
+MODEL_EVALUATIONS = 100
+"""Of a search with a model, `surrogate` or `optuna`, at most, if `max_evaluations` is not given."""
 
 
 class Known(Protocol):
@@ -50,7 +52,7 @@ def search_sparsity(
     cost: Cost,
     budget: Budget,
     *,
-    strategy: StrategyName = "evolution",
+    strategy: StrategyName = "surrogate",
     seed: int = 0,
     max_evaluations: int | None = None,
     population: int | None = None,
@@ -80,7 +82,7 @@ def search_sparsity(
     `surrogate` asks for `max_evaluations` at most, 100 by default, and ends where nothing promises a gain. `informed`
     are metrics paid for before this search began, within its budget or not: its model starts from them, and those
     within budget compete, without counting. It asks what every configuration costs, so that a cost has to be fast. An
-    `AdditiveCost`, such as a latency table's, tells the costs of millions at once.
+    `AdditiveCost`, such as a latency table's, tells the costs of millions at once. `optuna` asks for as many.
 
     Deterministic in `seed`. Where dense is within budget it is evaluated alone and returned. Raises BudgetError
     where no configuration is within budget (before anything is evaluated), NonFiniteError for a metric or cost that
@@ -97,7 +99,7 @@ def search_sparsity(
     feasible.check_reachable()
     dense_fits = space.dense in feasible
     total = most_evaluations(strategy, population, generations, max_evaluations)
-    if strategy == "surrogate":
+    if strategy in WITH_MODEL:
         generations = total
     if dense_fits:
         generations, total = 0, 1
@@ -139,8 +141,8 @@ def search_sparsity(
 
 def most_evaluations(strategy: str, population: int, generations: int, max_evaluations: int | None) -> int:
     """How many configurations a search asks for at most."""
-    if strategy == "surrogate":
-        return max_evaluations or SURROGATE_EVALUATIONS
+    if strategy in WITH_MODEL:
+        return max_evaluations or MODEL_EVALUATIONS
     return min(population * (generations + 1), max_evaluations or sys.maxsize)
 
 
@@ -175,6 +177,10 @@ def _strategy(
         from .surrogate import Surrogate  # numpy, which the other strategies do without
 
         return Surrogate(seed, informed)
+    if name == "optuna":
+        from .optuna_search import OptunaSearch  # needs what an extra brings
+
+        return OptunaSearch(seed)
     if name == "random":
         return RandomSearch(seed, population)
     raise ConfigError("search.strategy", f"{name!r}; allowed are {' and '.join(get_args(StrategyName))}", "Choose one.")

@@ -49,6 +49,10 @@ class FeasibleSpace:
         """Cost under the leading constraint."""
         return self._constraints[0][0](config)
 
+    def overrun(self, config: SparsityConfig) -> float:
+        """Largest share by which a budget is exceeded; 0 or less where all are met."""
+        return max(cost(config) / budget.limit for cost, budget in self._constraints) - 1
+
     def __contains__(self, config: SparsityConfig) -> bool:
         if config not in self._verdicts:
             self._verdicts[config] = self._meets(config)

@@ -38,7 +38,7 @@ NEAR = 5
 """Best results near which a staircase of more than POOL members is looked at closely."""
 MOST = 300
 """Results that the model is fitted to: the best ones."""
-WORTH = 5e-4
+WORTH = 1e-4
 """The search ends where the expected improvement is below this share of what was gained over the median so far."""
 
 

@@ -25,6 +25,7 @@ EXTRAS = {
     "detect": ("faster_coco_eval",),
     "segment": ("transformers", "scipy"),
     "cluster": ("distributed",),
+    "optuna": ("optuna",),
 }
 """Packages that an extra brings, by import name."""
 

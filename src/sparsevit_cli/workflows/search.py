@@ -39,6 +39,7 @@ from sparsevit_cli.search.correlation import spearman
 from sparsevit_cli.search.engine import most_evaluations, search_sparsity
 from sparsevit_cli.search.latency_table import LatencyTable, TableError
 from sparsevit_cli.search.ledger import Ledger, LedgerScope
+from sparsevit_cli.search.optuna_search import loaded_optuna
 from sparsevit_cli.search.pareto import pareto_front
 from sparsevit_cli.search.results import Evaluation, Progress, SearchResult
 from sparsevit_cli.sparsity import SparsityConfig
@@ -183,6 +184,8 @@ def opened_search(session: Session, *, without_clock: bool = False, workers: str
             f"search.max_ratio {session.config.search.max_ratio:g} is above adapt.max_ratio "
             f"{session.config.adapt.max_ratio:g}: weights were not adapted to all that is searched"
         )
+    if session.config.search.strategy == "optuna":
+        loaded_optuna()  # refused before anything is measured
     tell_of_export(session)
     model = session.model(weights.categories, weights).eval()
     scope = named_scope(session, model)
