@@ -200,3 +200,16 @@ def test_a_configuration_of_another_model_has_no_cost() -> None:
     assert short(SparsityConfig(((1,),))) == 1
     with pytest.raises(ConfigError, match=r"ratios above 0\.1"):
         short(SparsityConfig(((2,),)))
+
+
+@pytest.mark.parametrize("limit", [5.5, 6.2, 6.9, 7.6])
+def test_no_candidate_comes_twice_from_a_small_staircase(limit: float) -> None:
+    """The first candidates of a small one came twice, and were paid twice."""
+    space = SearchSpace(depths=(2, 2))
+    for seed in range(5):
+        found = search_sparsity(
+            space, evaluate=lambda config: -sum(map(sum, config.ratios)), seed=seed, strategy="surrogate",
+            cost=lambda config: 8 - 4 * config.ratios[0][0] - 4 * config.ratios[1][0], budget=Budget(limit, "macs"),
+        )  # fmt: skip
+        asked = [evaluation.config for evaluation in found.history]
+        assert len(asked) == len(set(asked))

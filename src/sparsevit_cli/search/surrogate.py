@@ -265,7 +265,7 @@ def _explored(pool: Array, known: Array, count: int, rng: np.random.Generator) -
     points = Points(pool)
     unevenness = (points.ratios**2).sum(axis=1)
     chosen = [] if len(known) else [int(unevenness.argmin())]
-    even = np.flatnonzero(unevenness <= np.median(unevenness))
+    even = np.flatnonzero(unevenness <= (np.median(unevenness) if len(pool) >= 2 * count else np.inf))
     allowed = even if len(even) <= DRAWN else np.sort(rng.choice(even, DRAWN, replace=False))
     among, prior = points[allowed], Prior()
     while len(chosen) < count:
@@ -273,6 +273,7 @@ def _explored(pool: Array, known: Array, count: int, rng: np.random.Generator) -
         factor = np.linalg.cholesky(covariance(rows, rows, prior) + prior.noise**2 * np.eye(len(rows.tenths)))
         projected = np.linalg.solve(factor, covariance(rows, among, prior))
         unknown = own_variance(among, prior) - (projected**2).sum(axis=0)
+        unknown[np.isin(allowed, chosen)] = -1
         chosen.append(int(allowed[unknown.argmax()]))
     return chosen
 
