@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from sparsevit_cli.search import search_sparsity
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -260,3 +262,13 @@ def test_the_table_of_searches_is_made_of_what_is_kept(tmp_path: Path, monkeypat
     curve = [3.0, 3.0, 1.0, 1.0, 0.05]
     assert module._curve_of(module._changes(curve)) == curve
     assert module.near(curve) == 5
+
+
+def test_the_search_finds_what_is_best_in_the_tabulated_space_of_a_trained_model() -> None:
+    table = script("benchmarks/search_table.py")
+    for share in table.SHARES:
+        world = table.Tabulated(0, share)
+        feasible = [config for config in world.space if world.cost(config) <= world.budget.limit]
+        assert world.optimum == max(map(world.true_metric, feasible))
+        found = search_sparsity(world.space, world.evaluate, world.cost, world.budget, max_evaluations=40)
+        assert world.optimum - world.true_metric(found.best) <= 0.05
