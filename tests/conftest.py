@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anybody imports Triton
+
 from sparsevit_cli.config import tasks as kinds
 from sparsevit_cli.profiling import neighbours
 from sparsevit_cli.workflows import doctor
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anybody imports Triton
 
 settings.register_profile("sparsevit", deadline=None, derandomize=True)
 settings.load_profile("sparsevit")

@@ -75,7 +75,7 @@ def test_a_whole_experiment_leaves_what_it_promises(finished: Path) -> None:
         assert "sparsevit" in (runs / command / "command.txt").read_text()
     winner, about = read_winner(runs / "search" / "winner.yaml")
     assert winner.pairs == (1, 1)
-    assert about["gmacs"] * 1e9 <= about["budget"]["macs"]
+    assert about["gmacs"] <= round(about["budget"]["macs"] / 1e9, 4)  # as it is written
     with (runs / "search" / "pareto.csv").open() as file:
         front = list(csv.DictReader(file))
     assert [float(row["cost"]) for row in front] == sorted(float(row["cost"]) for row in front)

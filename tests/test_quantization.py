@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -27,7 +28,7 @@ from sparsevit_cli.data.source import Batch, Categories, Source
 from sparsevit_cli.errors import ConfigError, DataError, MeasurementError, StoppedError
 from sparsevit_cli.exporting import export_model, quantization, resolved_activations, structured_images
 from sparsevit_cli.exporting.openvino_ir import changed_windows, ranking_nodes, rankings
-from sparsevit_cli.exporting.quantization import LayerError, layer_errors, quantised_layers, quantize
+from sparsevit_cli.exporting.quantization import LayerError, layer_errors, load_nncf, quantised_layers, quantize
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runtimes import runtime
 from sparsevit_cli.swin import set_sparsity, sparsify_
@@ -468,3 +469,16 @@ def test_backbone_and_neck_of_a_dense_task(task: str, tmp_path: Path) -> None:
     if task == "semantic":
         assert found.change.standard_error is not None
         assert re.fullmatch(r"jackknife over \d+ groups of images", found.change.method)
+
+
+@needs_nncf
+def test_nncf_leaves_the_handlers_of_others_alone() -> None:
+    """It set the level of pytest's, and warnings of ours were lost from then on."""
+    theirs, log = logging.NullHandler(), logging.getLogger("nncf")
+    log.addHandler(theirs)
+    try:
+        load_nncf()
+    finally:
+        log.removeHandler(theirs)
+    assert theirs.level == logging.NOTSET
+    assert not log.isEnabledFor(logging.WARNING)

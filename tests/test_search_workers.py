@@ -67,7 +67,7 @@ def test_workers_find_what_one_process_finds(runs: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(distributed, "LocalCluster", partial(distributed.LocalCluster, processes=False, protocol="tcp"))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     found = searched(runs, "local:2")
-    assert len({line.split(",")[-6] for line in found[2].splitlines()[1:]}) > 2, "candidates score differently"
+    assert len({line.split(",")[-6] for line in found[2].splitlines()[1:]}) > 1, "candidates score differently"
     assert found == searched(runs, None)
 
 
@@ -156,10 +156,10 @@ def test_a_worker_that_sees_something_else_refuses(field: str, runs: Path, monke
     monkeypatch.setattr(os, "chdir", lambda folder: None)
     session = session_in(runs)
     with opened_search(session) as found:
-        scoring = Workers("local:2", session, found.ledger, found.data.fingerprint, found.subset).scoring
+        scoring = Workers("local:2", session, found.ledger, found.data.fingerprint, found.scores.first.numbers).scoring
         config = found.space.uniform(0.5)
         values = {**vars(scoring), "local": 0}
-        assert _scorer(Scoring(**values))(config) == found.evaluate(config)
+        assert _scorer(Scoring(**values))(config) == next(found.scores.of_all([config]))
         with pytest.raises(CheckpointError, match="--workers"):
             _scorer(Scoring(**{**values, field: "other"}))
     session.locks.close()

@@ -22,8 +22,8 @@ class Reporter(Protocol):
     def say(self, message: str) -> None:
         """One line of plain text; markup in it is shown literally."""
 
-    def warn(self, message: str) -> None:
-        """One line about something that was left out, skipped or is doubtful."""
+    def warn(self, message: str, *, always: bool = False) -> None:
+        """One line on what was left out or is doubtful; `always`, though another process of the same work talks."""
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A small table about what is going to happen; cells are shown literally."""
@@ -52,7 +52,7 @@ class SilentReporter:
     def say(self, message: str) -> None:
         """Nothing."""
 
-    def warn(self, message: str) -> None:
+    def warn(self, message: str, *, always: bool = False) -> None:
         """Keep the warning."""
         self.warnings.append(message)
 

@@ -84,7 +84,7 @@ def load_nncf() -> Any:
     sending: Any = import_module("nncf.telemetry.decorator")
     assert hasattr(sending, "telemetry"), "NNCF sends by another way"
     sending.telemetry = import_module("nncf.telemetry.wrapper").NNCFTelemetryStub()  # if somebody imported it before us
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function changes the handlers of others too
     return nncf
 
 
