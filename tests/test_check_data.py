@@ -134,6 +134,16 @@ def test_data_whose_lists_cannot_be_used_end_with_3(tmp_path: Path, images: Path
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_validation_split_that_cannot_be_read_at_all_ends_with_3(tmp_path: Path, images: Path) -> None:
+    """No category of it was counted, and the table shows so."""
+    for file in (images / "val").rglob("*.png"):
+        file.write_bytes(b"no image")
+    done = typed(tmp_path, data=folder_data(images), code=3)
+    assert "12 of 12 cannot be read" in done.stderr
+    (row,) = [line.split() for line in done.stdout.splitlines() if "owl" in line]
+    assert [word for word in row if word.isalnum() or word == "-"][-3:] == ["11", "1", "-"]
+
+
 def test_dry_run_reads_and_writes_nothing(tmp_path: Path, images: Path) -> None:
     (images / "train" / "cat" / "1.png").write_bytes(b"no image")
     done = typed(tmp_path, "--dry-run", data=folder_data(images))
