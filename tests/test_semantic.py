@@ -661,7 +661,7 @@ def test_commands_take_the_folder_that_transformers_saved(saved: Path, tmp_path:
     (tmp_path / "tiny.yaml").write_text(json.dumps(config))
     stop = StopRequest()
     stop.signal_number = 15
-    with pytest.raises(StoppedError, match="step 0"):
+    with pytest.raises(StoppedError, match="step 1 of 1 is saved"):
         adapt(Session(load_config(tmp_path / "tiny.yaml", [f"output={tmp_path}"]), SilentReporter(), stop))
     words = ["evaluate", "--weights", str(saved), "--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path)]
     done = CliRunner().invoke(app, words, prog_name="sparsevit")
