@@ -163,6 +163,9 @@ def _summary(cells: dict[Cell, list[dict[str, Any]]]) -> list[str]:
         ms = median(run["best"]["latency_ms"] for run in found)
         memory = _memory(found, SUMMED_UP[0])
         lines.append(f"| {' | '.join((_named(where), str(len(found)), f'{ms:.0f}', *gains, memory))} |")
+    told = "\n".join(lines)
+    if goals := told.count("(goal "):
+        lines += ["", f"Goals over {rival}: {goals - told.count(': missed)')} of {goals} reached."]
     return lines
 
 

@@ -188,11 +188,17 @@ def test_every_parameter_learns(name: str, levels: tuple[int, ...]) -> None:
 # -- batches of images of several sizes ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pyramid", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("ratios", [0.0, RATIOS])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_image_is_computed_as_if_it_were_alone(name: str, ratios: Any, training: bool) -> None:
-    model = sparsify_(small(name)).train(training)
+def test_an_image_is_computed_as_if_it_were_alone(name: str, ratios: Any, training: bool, pyramid: bool) -> None:
+    body = small(name)
+    model = sparsify_(SwinFPN(body, 8) if pyramid else body).train(training)
+    if pyramid:
+        with torch.no_grad():
+            for bias in (part for key, part in model.fpn.named_parameters() if key.endswith("bias")):
+                bias.normal_()  # new ones are zero
     set_sparsity(model, ratios)
     own = [(60, 90), (128, 160), (64, 96), (33, 160)]
     alone = [nn.functional.pad(images(1, 3, *size, seed=n), (0, -size[1] % 32, 0, -size[0] % 32))
@@ -210,7 +216,7 @@ def test_an_image_is_computed_as_if_it_were_alone(name: str, ratios: Any, traini
                 assert not together[level][number, :, :, width:].any()
         if training:
             together["3"][1].sum().backward()  # another image's loss reaches no pixel's parameters twice
-            assert all(p.grad is not None for p in model.swin.parameters())
+            assert all(p.grad is not None for p in body.swin.parameters())
 
 
 def test_windows_of_padding_are_neither_ranked_nor_counted() -> None:

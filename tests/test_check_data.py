@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,6 +133,16 @@ def test_data_whose_lists_cannot_be_used_end_with_3(tmp_path: Path, images: Path
     done = typed(tmp_path, data=folder_data(images), code=3)
     assert "1 classes of train are missing here: cat" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_validation_split_that_cannot_be_read_at_all_ends_with_3(tmp_path: Path, images: Path) -> None:
+    """No category of it was counted, and the table shows so."""
+    for file in (images / "val").rglob("*.png"):
+        file.write_bytes(b"no image")
+    done = typed(tmp_path, data=folder_data(images), code=3)
+    assert "12 of 12 cannot be read" in done.stderr
+    rows = [re.findall(r"[\w-]+", line) for line in done.stdout.splitlines()]
+    assert ["owl", "11", "1", "-"] in rows
 
 
 def test_dry_run_reads_and_writes_nothing(tmp_path: Path, images: Path) -> None:

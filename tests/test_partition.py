@@ -390,18 +390,20 @@ def test_weights_of_another_partition_are_told(tmp_path: Path) -> None:
     state = {"settings": {"model.partition": "pad_first"}}
     saved = save_checkpoint(tmp_path / "checkpoints", 1, {"model": model.state_dict()}, state)
     old = save_checkpoint(tmp_path / "old", 1, {"model": model.state_dict()}, {})
+    features = tmp_path / "export" / "features.safetensors"  # backbone and neck, for tasks whose models have both
+    features.write_bytes((tmp_path / "export" / "model.safetensors").read_bytes())
     plain = tmp_path / "plain.safetensors"
     plain.write_bytes((tmp_path / "export" / "model.safetensors").read_bytes())
     told: list[str] = []
-    for path in (tmp_path / "export" / "model.safetensors", saved, old, plain):
+    for path in (tmp_path / "export" / "model.safetensors", tmp_path / "export", features, saved, old, plain):
         for partition in windows.PARTITIONS:
             build_model(ModelSection(checkpoint=str(path), partition=partition, **sizes), 5, say=told.append)
     kept = "trained with model.partition {}, the model has {}"
     other = kept.format("pad_first", "roll_first")
     assert [
         line.count(part)
-        for line, part in zip(told, (other, other, kept.format("roll_first", "pad_first")), strict=True)
-    ] == [1, 1, 1]
+        for line, part in zip(told, (*[other] * 4, kept.format("roll_first", "pad_first")), strict=True)
+    ] == [1] * 5
 
 
 def test_a_profile_says_that_timm_rolls_first(tmp_path: Path) -> None:

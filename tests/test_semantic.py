@@ -32,8 +32,10 @@ from sparsevit_cli.errors import CheckpointError, ConfigError, DataError, Stoppe
 from sparsevit_cli.evaluation import evaluate
 from sparsevit_cli.profiling.macs import flopcounter_macs
 from sparsevit_cli.profiling.workload import Workload
+from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.schedule import RandomSchedule
 from sparsevit_cli.sparsity import SearchSpace
+from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.swin import model_depths, sparsify_
 from sparsevit_cli.tasks.semantic import SemanticSegmentation
 from sparsevit_cli.tasks.semantic.cityscapes import CITYSCAPES
@@ -44,6 +46,8 @@ from sparsevit_cli.tasks.semantic.segmenter import Segmenter, window_places
 from sparsevit_cli.tasks.semantic.transforms import TransformSpec
 from sparsevit_cli.tasks.task import BuildOptions, task_of
 from sparsevit_cli.training import TrainingJob, plan_training
+from sparsevit_cli.workflows.session import Session
+from sparsevit_cli.workflows.training import adapt
 from test_training import StopAt, run
 
 CPU = torch.device("cpu")
@@ -642,6 +646,29 @@ def test_a_model_of_transformers_needs_its_partition_where_windows_do_not_divide
             found = model.model.pixel_level_module(images).decoder_last_hidden_state
             assert (float((found - wanted).norm() / wanted.norm()) > 1e-3) == warned
             assert ("Set model.partition: pad_first" in caplog.text) == warned
+
+
+def test_commands_take_the_folder_that_transformers_saved(saved: Path, tmp_path: Path) -> None:
+    """`adapt` starts from it without a `pretrain`, and `evaluate --weights` scores it."""
+    tree = ade_tree(tmp_path / "tree", {"training": 6, "validation": 1})
+    (tree / "objectInfo150.txt").write_text("".join(f"class {number}\n" for number in range(11)))
+    config = {
+        **TINY,
+        "model": {**MASK2FORMER, "img_size": 64, "partition": "pad_first", "checkpoint": str(saved)},
+        "data": {**ADE, "root": str(tree), "classes_file": str(tree / ADE["classes_file"])},
+        "adapt": {**TINY["adapt"], "batch_size": 2},
+    }
+    (tmp_path / "tiny.yaml").write_text(json.dumps(config))
+    stop = StopRequest()
+    stop.signal_number = 15
+    with pytest.raises(StoppedError, match="step 1 of 1 is saved"):
+        adapt(Session(load_config(tmp_path / "tiny.yaml", [f"output={tmp_path}"]), SilentReporter(), stop))
+    words = ["evaluate", "--weights", str(saved), "--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path)]
+    done = CliRunner().invoke(app, words, prog_name="sparsevit")
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(app, [*words, "--set", "model.mask2former.heads=8"], prog_name="sparsevit")
+    assert done.exit_code == 4
+    assert "num_attention_heads 4, here 8" in done.output
 
 
 def test_the_loss_of_one_image_is_that_of_transformers(saved: Path) -> None:

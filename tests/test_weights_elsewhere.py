@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sparsevit_cli.atomic import sha256_file
 from sparsevit_cli.backbones import SwinBackbone, SwinFPN, swin_backbone, swin_fpn
 from sparsevit_cli.checkpoints import save_checkpoint
 from sparsevit_cli.config import tasks as kinds
@@ -539,7 +540,7 @@ def test_a_model_of_ours_comes_back_from_a_file(kind: str, wrap: str, tmp_path: 
     if wrap == "safetensors":
         saved(state, path := tmp_path / "w.safetensors")
     elif wrap == "folder":
-        path = save_checkpoint(tmp_path, 1, {"model": state}, {})
+        path = save_checkpoint(tmp_path, 1, {"model": {k: v + 1 for k, v in state.items()}, "ema": state}, {})
     elif wrap == "lightning":
         torch.save({"state_dict": {f"model.{k}": v for k, v in state.items()} | {"loss.w": torch.ones(1)}}, path)
     elif wrap == "ema":
@@ -656,7 +657,7 @@ def test_commands_load_a_whole_model_from_a_file(session: Callable[..., Session]
         session().model(Categories(), file_weights(path))
 
 
-@pytest.mark.parametrize("file", ["mmdet", "classifier", "ours"])
+@pytest.mark.parametrize("file", ["mmdet", "classifier", "ours", "folder of transformers"])
 def test_a_configurations_checkpoint_gives_the_backbone(
     file: str, session: Callable[..., Session], tmp_path: Path
 ) -> None:
@@ -665,6 +666,11 @@ def test_a_configurations_checkpoint_gives_the_backbone(
     if file == "mmdet":
         state = to_family(state, "mmdet", "backbone.") | {"rpn_head.rpn_cls.bias": torch.ones(3)}
     path = saved(state, tmp_path / "w.safetensors")
+    if file.startswith("folder"):
+        path = tmp_path / "theirs"
+        path.mkdir()
+        whole = saved(to_family(source.backbone.body.state_dict(), "transformers"), path / "model.safetensors")
+        assert file_weights(path).sha256 == sha256_file(whole)
     here, plain = session(checkpoint=str(path)), session()
     model, new = here.model(Categories()).state_dict(), plain.model(Categories()).state_dict()
     prefix = "" if file == "classifier" else "backbone.body.swin."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,8 @@ from .weights import Say, WeightsFile, load_weights, tell_log
 LEVELS = (0, 1, 2, 3)
 Sizes = Sequence[Size]
 """(height, width) in pixels of every image of a batch, without its padding."""
+Maps = OrderedDict[str, Tensor]
+"""A map (B, channels, H/stride, W/stride) per level, by the level's name."""
 
 
 class SwinBackbone(nn.Module):
@@ -54,7 +56,7 @@ class SwinBackbone(nn.Module):
         merged: int = 2 ** (len(stage_channels(self.swin)) - 1)
         return patch_size(self.swin)[0] * merged
 
-    def forward(self, images: Tensor, sizes: Sizes | None = None) -> OrderedDict[str, Tensor]:
+    def forward(self, images: Tensor, sizes: Sizes | None = None) -> Maps:
         """Images (B, C, H, W) to a map (B, channels, H/stride, W/stride) per level, by the level's number as text.
 
         Args:
@@ -65,29 +67,35 @@ class SwinBackbone(nn.Module):
 
         Raises ConfigError for other sides, or sizes that are not those of these images.
         """
+        return self.by_size(images, sizes, self._maps, self.strides)
+
+    def by_size(
+        self, images: Tensor, sizes: Sizes | None, maps_of: Callable[[Tensor], Maps], strides: Sequence[int]
+    ) -> Maps:
+        """`maps_of` the images of each size apart, joined; `strides` are those of its levels. See `forward`."""
         whole = (int(images.shape[2]), int(images.shape[3]))
         if any(side % self.divisor for side in whole):
             got = f"images of {size_text(whole)} pixels"
             raise ConfigError("backbone", got, f"Pad both sides to a multiple of {self.divisor}.")
         if sizes is None:
-            return self._maps(images)  # asked first: a trace must not learn how many images there are
+            return maps_of(images)  # asked first: a trace must not learn how many images there are
         own = [self._rounded(size) for size in sizes]
         if len(own) != len(images) or any(not (0 < y <= whole[0] and 0 < x <= whole[1]) for y, x in own):
             got = f"sizes {list(sizes)} of {len(images)} images of {size_text(whole)} pixels"
             raise ConfigError("backbone", got, "Give the height and width of every image, none above the batch's.")
         groups = {size: [number for number, other in enumerate(own) if other == size] for size in own}
         if set(groups) <= {whole}:
-            return self._maps(images)
-        parts = [self._maps(images[group, :, : size[0], : size[1]]) for size, group in groups.items()]
+            return maps_of(images)
+        parts = [maps_of(images[group, :, : size[0], : size[1]]) for size, group in groups.items()]
         places = torch.tensor([number for group in groups.values() for number in group], device=images.device).argsort()
-        maps: OrderedDict[str, Tensor] = OrderedDict()
-        for level, stride in zip(map(str, self.levels), self.strides, strict=True):
-            padded = [_padded(part[level], whole[0] // stride, whole[1] // stride) for part in parts]
+        maps: Maps = OrderedDict()
+        for level, stride in zip(parts[0], strides, strict=True):
+            padded = [_padded(part[level], -(-whole[0] // stride), -(-whole[1] // stride)) for part in parts]
             maps[level] = torch.cat(padded).index_select(0, places)
         return maps
 
-    def _maps(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        maps: OrderedDict[str, Tensor] = OrderedDict()
+    def _maps(self, images: Tensor) -> Maps:
+        maps: Maps = OrderedDict()
         for level, x in enumerate(stage_maps(self.swin, images)):
             if level in self.levels:
                 maps[str(level)] = self.norms[str(level)](x).permute(0, 3, 1, 2)
@@ -121,11 +129,11 @@ class SwinFPN(nn.Module):
             list(body.channels), out_channels, extra_blocks=LastLevelMaxPool() if pool else None
         )
         self.out_channels, self.pool = out_channels, pool
+        self.strides = (*body.strides, 2 * body.strides[-1]) if pool else body.strides
 
-    def forward(self, images: Tensor, sizes: Sizes | None = None) -> OrderedDict[str, Tensor]:
+    def forward(self, images: Tensor, sizes: Sizes | None = None) -> Maps:
         """Images (B, C, H, W) to maps (B, out_channels, H/stride, W/stride) by name; see `SwinBackbone.forward`."""
-        maps: OrderedDict[str, Tensor] = self.fpn(self.body(images, sizes))
-        return maps
+        return self.body.by_size(images, sizes, lambda some: self.fpn(self.body(some)), self.strides)
 
 
 def swin_backbone(

@@ -151,7 +151,7 @@ def load_checkpoint(
     missing or damaged; a `step-...` folder never falls back to another.
     """
     path = Path(path)
-    if _is_root(path):
+    if is_root(path):
         newest = latest_checkpoint(path, warn)
         if newest is None:
             raise CheckpointError(str(path), "holds no whole checkpoint", "Train first, or give another folder.")
@@ -316,7 +316,8 @@ class _Entry:
     sha256: str
 
 
-def _is_root(path: Path) -> bool:
+def is_root(path: Path) -> bool:
+    """True for a folder that is no checkpoint, whole or damaged, but may hold some."""
     return os.path.isdir(path) and not exists(path / MANIFEST) and _FOLDER.fullmatch(path.name) is None
 
 

@@ -70,7 +70,9 @@ Ratios = Annotated[
 ]
 WeightsOf = Annotated[
     str | None,
-    typer.Option("--weights", help="pretrain, adapt, finetune, best or a file; default: the last one done."),
+    typer.Option(
+        "--weights", help="pretrain, adapt, finetune, best, a file or a folder of weights; default: the last one done."
+    ),
 ]
 
 

@@ -19,7 +19,7 @@ from .documents import read_json
 from .errors import CheckpointError, ConfigError, in_one_line, pass_on
 from .swin import GENERATIONS, model_depths
 from .swin.geometry import check_image_size, patch_embedding
-from .weights import Say, load_weights, other_partition, tell_log
+from .weights import Say, load_weights, other_partition, tell_log, weights_in
 
 __all__ = [
     "SupportedModel",
@@ -33,6 +33,7 @@ __all__ = [
 
 _PATCH_SIZE = 4  # of every timm Swin
 _RESHAPING = ("embed_dim", "depths", "num_heads", "mlp_ratio")
+_OF_EXPORTS = ("model.safetensors", "features.safetensors")  # of the whole model, of backbone and neck
 _OVERRIDES = (*_RESHAPING, "window_size", "patch_size", "global_pool", "drop_path_rate", "always_partition")
 
 
@@ -140,15 +141,16 @@ def build_model(
 def tell_partition(path: Path, partition: str, say: Say) -> None:
     """Tell `say` if the weights in `path` were trained with another `partition`.
 
-    Known are checkpoint folders of ours, and `model.safetensors` of an export, by the sparsity.json beside it.
-    Raises CheckpointError for damaged ones.
+    Known are checkpoint folders of ours, and files of an export, by the sparsity.json beside them. Raises
+    CheckpointError for damaged ones.
     """
+    path = weights_in(path)
     if os.path.isdir(path):
         settings = load_checkpoint(path, only=()).state.get("settings", {})
         trained = settings.get("model.partition", "roll_first")  # there was no other before it was a setting
     else:
         beside = path.with_name("sparsity.json")
-        if path.name != "model.safetensors" or not beside.is_file():
+        if path.name not in _OF_EXPORTS or not beside.is_file():
             return
         trained = read_json(beside).get("partition", "roll_first")
     if trained != partition:

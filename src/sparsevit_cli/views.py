@@ -70,7 +70,7 @@ def show_data_check(found: DataCheck) -> None:
         )
         names = sorted(names, key=in_train.__getitem__)[:MOST_CATEGORIES]
     if names:
-        counts = [(name, *(split.categories[name] for split in found.splits)) for name in names]
+        counts = [(name, *(split.categories.get(name, "-") for split in found.splits)) for name in names]
         columns = ("category", *(split.name for split in found.splits))
         print_table(f"{found.counted.capitalize()} of each", columns, counts)
     for finding in found.findings:

@@ -101,9 +101,10 @@ class ModelSection(Section):
     pretrained: bool = Field(False, description="Start from timm's pretrained weights (downloads from the model hub).")
     checkpoint: PathText | None = Field(
         None,
-        description="Local weights to start from: safetensors, any file of torch.save, a `.pkl` of detectron2, or a "
-        "checkpoint folder of ours. Names are timm's, Microsoft's, transformers', mmdet's or detectron2's. A task with "
-        "a dense backbone takes a classifier, a backbone, or the backbone inside a detector.",
+        description="Local weights to start from: safetensors, any file of torch.save, a `.pkl` of detectron2, a "
+        "folder of transformers' `save_pretrained`, or a checkpoint folder of ours. Names are timm's, Microsoft's, "
+        "transformers', mmdet's or detectron2's. A task with a dense backbone takes a classifier, a backbone, or the "
+        "backbone inside a detector.",
     )
     reset_head: bool = Field(False, description="Start with a new classifier where the checkpoint's does not fit.")
     img_size: Side | tuple[Side, Side] = Field(224, description="Input size in pixels: one number or [height, width].")

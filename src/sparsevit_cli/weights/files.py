@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from sparsevit_cli.checkpoints import load_checkpoint
+from sparsevit_cli.checkpoints import is_root, load_checkpoint
 from sparsevit_cli.config.yaml_loader import printable
 from sparsevit_cli.documents import exists
 from sparsevit_cli.errors import CheckpointError, pass_on
@@ -62,7 +62,7 @@ def read_file(path: Path | str) -> WeightsFile:
     both. Wrapping dicts, other things beside the tensors, and the prefixes of DataParallel and torch.compile are taken
     off; all other names are the file's. Never runs code from the file: see `torch_files`. Raises CheckpointError.
     """
-    path = _saved_by_transformers(Path(path))
+    path = weights_in(Path(path))
     if os.path.isdir(path):
         tensors = load_checkpoint(path, only=("model", "ema")).tensors
         if not tensors:
@@ -85,8 +85,13 @@ def read_file(path: Path | str) -> WeightsFile:
         return _taken(path, found.content, found.unknown)
 
 
-def _saved_by_transformers(path: Path) -> Path:
-    """The file of weights in a folder of save_pretrained; `path` itself if it is none. Raises CheckpointError."""
+def weights_in(path: Path) -> Path:
+    """The file of weights in a folder of transformers' save_pretrained, or of an export; any other `path` as it is.
+
+    A checkpoint of ours stays the folder that it is, though one of its files has the same name. Raises CheckpointError.
+    """
+    if not is_root(path):
+        return path
     if os.path.isfile(path / f"{_IN_FOLDER[0]}.index.json"):
         do = "Join them: load it with transformers and save it with max_shard_size='100GB'."
         raise CheckpointError(str(path), "its weights lie in several files", do)

@@ -18,7 +18,7 @@ from sparsevit_cli.exporting import WEIGHTS, is_export
 from sparsevit_cli.models import tell_partition
 from sparsevit_cli.runs import RunFolder, missing_result
 from sparsevit_cli.runtimes import RUNTIMES
-from sparsevit_cli.weights import read_file
+from sparsevit_cli.weights import WeightsFile, read_file, weights_in
 
 from .session import Session, Weights
 
@@ -69,15 +69,17 @@ def chosen_weights(session: Session, typed: str | None, needed_by: str) -> Weigh
         do = f"Give its {WEIGHTS}; or score its files: sparsevit evaluate --runtime {'|'.join(RUNTIMES)}."
         raise ConfigError("--weights", f"{path} is the folder of an export", do)
     weights = file_weights(path, session.reporter.say)
+    session.task.check_checkpoint(WeightsFile(str(weights_in(path)), weights.state_dict))
     tell_partition(path, session.config.model.partition, session.reporter.say)
     return weights
 
 
 def file_weights(path: Path, say: Callable[[str], None] = lambda text: None) -> Weights:
-    """Weights of a safetensors or torch file, or of a checkpoint folder of ours, which knows its categories.
+    """Weights of a file, alone or in a folder of transformers; or of a checkpoint of ours, which knows its categories.
 
     `say` is told what was taken from a file. Raises CheckpointError.
     """
+    path = weights_in(path)
     if not os.path.isdir(path):
         file = read_file(path)
         file.tell(say)
