@@ -2,7 +2,7 @@
 image the winner of `make demo` computes, per stage.
 
 usage: python docs/make_pictures.py [CONFIG RUNS PICTURE]
-(the configuration of a finished run, its `output`, and the file to write; configs/digits.yaml runs docs/kept_windows.png)
+The configuration of a finished run, its `output` and the file to write: configs/digits.yaml runs docs/kept_windows.png.
 """
 
 from __future__ import annotations
