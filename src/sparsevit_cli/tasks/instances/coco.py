@@ -245,9 +245,9 @@ def _shape(segmentation: Any, size: Size, note: Callable[[str], None]) -> Shape:
 def _polygons(polygons: list[Any], size: Size, note: Callable[[str], None]) -> Polygons:
     outlines = outlines_of([polygon for polygon in polygons if _numbers(polygon) is not None])
     if not outlines:
-        raise _UnusableError("mask without a polygon of three points")
+        raise _UnusableError("mask without a polygon of three or more finite points")
     if len(outlines) < len(polygons):
-        note("polygon of fewer than three points, left out of its mask")
+        note("polygon that is not three or more finite points, left out of its mask")
     points = np.concatenate([outline.reshape(-1, 2) for outline in outlines])
     if (points.max(0) <= 0).any() or (points.min(0) >= (size[1], size[0])).any():
         raise _UnusableError("mask outside its image")
