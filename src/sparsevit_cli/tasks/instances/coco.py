@@ -20,7 +20,7 @@ from sparsevit_cli.data.source import Categories, Finding, shorten
 from sparsevit_cli.errors import DataError
 from sparsevit_cli.sizes import Size, size_text
 
-from .masks import Polygons, RunLengths, Shape, outlines_of, unpacked
+from .masks import Polygons, RunLengths, Shape, unpacked
 from .source import Images
 from .truth import Instance, Truth, Truths
 
@@ -243,7 +243,8 @@ def _shape(segmentation: Any, size: Size, note: Callable[[str], None]) -> Shape:
 
 
 def _polygons(polygons: list[Any], size: Size, note: Callable[[str], None]) -> Polygons:
-    outlines = outlines_of([polygon for polygon in polygons if _numbers(polygon) is not None])
+    numbers = [_numbers(polygon) or [] for polygon in polygons]
+    outlines = tuple(np.asarray(each) for each in numbers if len(each) >= 6 and len(each) % 2 == 0)
     if not outlines:
         raise _UnusableError("mask without a polygon of three or more finite points")
     if len(outlines) < len(polygons):
