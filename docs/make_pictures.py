@@ -1,7 +1,8 @@
 """Draw docs/dropped_window.png, how a block drops windows, and docs/kept_windows.png: which windows of a validation
 image the winner of `make demo` computes, per stage.
 
-usage: python docs/make_pictures.py [CONFIG OUTPUT]    (of a finished run; default: configs/digits.yaml runs)
+usage: python docs/make_pictures.py [CONFIG RUNS PICTURE]
+The configuration of a finished run, its `output` and the file to write: configs/digits.yaml runs docs/kept_windows.png.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.weights import trained_weights
 
 IMAGES = (3, 11)
-OUTPUT = Path(__file__).parent / "kept_windows.png"
+KEPT = Path(__file__).parent / "kept_windows.png"
 DRAWING = Path(__file__).parent / "dropped_window.png"
 SIDE, WINDOW, TENTHS = 16, 4, 5
 """The drawing's map of SIDE x SIDE tokens, its windows, and their sparsity ratio in tenths."""
@@ -86,14 +87,13 @@ def draw_dropped_window() -> None:
 
 def kept_pixels(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     """Per stage a map (B, H, W) in 0-1: the share of the stage's blocks that compute a token."""
-    maps: list[torch.Tensor] = []
 
     def record(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], stage: int) -> None:
         batch, height, width, _ = args[0].shape
-        kept = torch.ones(batch * height * width + 1)
-        if (rows := kwargs.get("rows")) is not None:
-            kept.zero_()[rows.flatten()] = 1.0  # of all images; padding is the last one
-        maps_of[stage].append(kept[:-1].view(batch, height, width))
+        computed = torch.ones(batch * height * width + 1)
+        if (kept := kwargs.get("kept")) is not None:
+            computed.zero_()[kept.rows.flatten()] = 1.0  # of all images; padding is the last one
+        maps_of[stage].append(computed[:-1].view(batch, height, width))
 
     stages = sparse_stages(model)
     maps_of: list[list[torch.Tensor]] = [[] for _ in stages]
@@ -106,13 +106,12 @@ def kept_pixels(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tens
         model(images)
     for hook in hooks:
         hook.remove()
-    maps += [torch.stack(of_stage).mean(0) for of_stage in maps_of]
-    return maps
+    return [torch.stack(of_stage).mean(0) for of_stage in maps_of]
 
 
-def main(config_path: str, output_folder: str) -> None:
-    """Draw from a finished run."""
-    config = load_config(Path(config_path), [f"output={output_folder}"])
+def main(config_path: str, runs: str, picture: str) -> None:
+    """Draw `picture` from a finished run."""
+    config = load_config(Path(config_path), [f"output={runs}"])
     session = Session(config, SilentReporter())
     weights = trained_weights(session, "finetune", "the picture")
     data = session.data(weights)
@@ -140,9 +139,9 @@ def main(config_path: str, output_folder: str) -> None:
         axes.set_title(title, fontsize=10)
     for axes in grid.flat:
         axes.set_axis_off()
-    FigureCanvasAgg(figure).print_png(str(OUTPUT))
+    FigureCanvasAgg(figure).print_png(picture)
 
 
 if __name__ == "__main__":
     draw_dropped_window()
-    main(*(sys.argv[1:] or ("configs/digits.yaml", "runs")))
+    main(*(sys.argv[1:] or ("configs/digits.yaml", "runs", str(KEPT))))

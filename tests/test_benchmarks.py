@@ -1,4 +1,4 @@
-"""benchmarks/collect.py and docs/make_results.py: runs are kept, never replaced, and all tables are made of them."""
+"""benchmarks/collect.py, docs/make_results.py and make_pictures.py: tables and pictures are made of runs, all kept."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from sparsevit_cli.search import search_sparsity
+from sparsevit_cli.swin import set_sparsity, sparsify_
+from tiny import tiny_swin
 
 ROOT = Path(__file__).parents[1]
 
@@ -273,3 +276,12 @@ def test_the_search_finds_what_is_best_in_the_tabulated_space_of_a_trained_model
         assert world.optimum == max(map(world.true_metric, feasible))
         found = search_sparsity(world.space, world.evaluate, world.cost, world.budget, max_evaluations=40)
         assert world.optimum - world.true_metric(found.best) <= 0.05
+
+
+@pytest.mark.parametrize(("ratio", "share"), [(0.0, 1.0), (0.5, 0.5)])
+def test_the_picture_shows_the_windows_that_are_kept(ratio: float, share: float) -> None:
+    """Of 4 x 4 windows in the first stage and 2 x 2 in the second."""
+    model = sparsify_(tiny_swin(img_size=64, window_size=4, depths=(2, 2)).eval())
+    set_sparsity(model, ratio)
+    maps = script("docs/make_pictures.py").kept_pixels(model, torch.randn(2, 3, 64, 64))
+    assert [(tuple(stage.shape), float(stage.mean())) for stage in maps] == [((2, 16, 16), share), ((2, 8, 8), share)]

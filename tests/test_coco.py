@@ -166,8 +166,8 @@ def of_second(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (of_first(bbox=[600, 4, 10, 5]), "box outside its image"),
         (of_first(image_id=1), "object of an image that is not listed"),
         (of_first(category_id=5), "object of a category that is not listed"),
-        (of_first(segmentation=[[1, 2, 3, 4]]), "mask without a polygon of three points"),
-        (of_first(segmentation=[[1, 2, math.nan, 4, 5, 6]]), "mask without a polygon of three points"),
+        (of_first(segmentation=[[1, 2, 3, 4]]), "mask without a polygon of three or more finite points"),
+        (of_first(segmentation=[[1, 2, math.nan, 4, 5, 6]]), "mask without a polygon of three or more finite points"),
         (of_first(segmentation=[]), "object without a mask"),
         (of_first(segmentation=[[700, 2, 710, 2, 710, 20]]), "mask outside its image"),
         (of_second(size=[10, 10]), "mask of another size than its image"),
@@ -189,10 +189,11 @@ def test_objects_that_cannot_be_used_are_left_out_and_told(
     assert len(source.images.truths[0].instances) == 2  # type: ignore[attr-defined]
 
 
-def test_a_polygon_of_two_points_beside_a_good_one_is_left_out_alone(tmp_path: Path) -> None:
-    polygons = [[2, 3, 12, 3, 12, 11, 2, 11], [1, 1, 5, 5]]
+@pytest.mark.parametrize("polygon", [[1, 1, 5, 5], [1, 1, 5, 1, 5, 5, 1], [1, 1, 5, math.nan, 5, 5]])
+def test_a_polygon_that_is_none_beside_a_good_one_is_left_out_alone(tmp_path: Path, polygon: list[float]) -> None:
+    polygons = [[2, 3, 12, 3, 12, 11, 2, 11], polygon]
     found = data(coco_tree(tmp_path, change={"train": of_first(segmentation=polygons)}))
-    assert found.findings[0].what.startswith("polygon of fewer than three points")
+    assert found.findings[0].what == "polygon that is not three or more finite points, left out of its mask"
     assert len(found.train.images.truths[0].instances) == 3  # type: ignore[attr-defined]
 
 

@@ -228,6 +228,7 @@ def test_the_limit_can_be_raised_above_pillows_own(monkeypatch):
     with pytest.raises(UnreadableImageError, match="megapixels"):
         decode(noise("PNG"), max_megapixels=0.001)
     assert decode(noise("PNG"), max_megapixels=1).size == (32, 32)
+    assert Image.MAX_IMAGE_PIXELS == 100
 
 
 @given(

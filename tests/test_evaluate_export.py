@@ -44,9 +44,10 @@ from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runtimes import RUNTIMES
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.workflows.evaluate import PREDICTIONS, EvaluateSummary, evaluate, evaluate_checkpoint
-from sparsevit_cli.workflows.export import export_winner
+from sparsevit_cli.workflows.export import _images, export_winner
 from sparsevit_cli.workflows.rows import threads_text
 from sparsevit_cli.workflows.session import Session
+from sparsevit_cli.workflows.weights import chosen_weights
 from test_exporting import needs_onnx
 from test_exporting_dense import session_of as dense_session
 from test_runtimes import needs_openvino
@@ -306,6 +307,16 @@ def test_what_a_file_computes_takes_its_place_in_the_model(
         return
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("letterbox", [False, True])
+def test_a_detector_is_checked_on_its_validation_images(letterbox: bool, tmp_path: Path) -> None:
+    session = session_of(instances(tmp_path, "model", root=tree_of(tmp_path, "instances"), letterbox=letterbox))
+    trained = chosen_weights(session, with_weights(session, tmp_path), "a test")
+    images = _images(session, trained)
+    assert images is not None
+    assert len(images) == 4
+    assert torch.equal(images[3], session.data(trained).val[3][0])
 
 
 @pytest.mark.usefixtures("known_kinds")

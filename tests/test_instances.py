@@ -386,6 +386,11 @@ def test_what_lies_in_the_padding_changes_nothing(tmp_path: Path) -> None:
     proposed, _ = model.rpn(ImageList(loud, batch.inputs["sizes"]), model.backbone(loud, batch.inputs["sizes"]))
     for boxes, (height, width) in zip(proposed, batch.inputs["sizes"], strict=True):
         assert (boxes[:, 2:] <= torch.tensor([width, height])).all()
+    model.roi_heads.box_predictor.bbox_pred.bias.data[0::4] = 10.0  # all boxes move right by their width
+    with torch.inference_mode():
+        moved = model(batch.inputs)
+    for found, (height, width) in zip(moved, batch.inputs["sizes"], strict=True):
+        assert (found["boxes"][:, 2:] <= torch.tensor([width, height])).all()
     part = next(iter(batch.parts(3)))
     assert part.inputs["sizes"] == batch.inputs["sizes"][:3]
     assert task.category_counts(batch, data.categories).tolist() == [4, 4, 0]

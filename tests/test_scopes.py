@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from sparsevit_cli import views
 from sparsevit_cli.backbones import SwinBackbone, SwinFPN
+from sparsevit_cli.checkpoints import load_checkpoint
 from sparsevit_cli.cli import app
 from sparsevit_cli.config import tasks as kinds
 from sparsevit_cli.config.loading import load_config
@@ -426,6 +427,14 @@ def test_the_dense_baseline_is_trained_as_long_and_costs_what_dense_does(done: t
     assert {name: longer[name] for name in costs} == {name: dense[name] for name in costs}
     assert read(folder / "dense_finetune" / "sparsity.json") == {"ratios": dense["ratios"]}
     assert longer["score"] == read(folder / "dense_finetune" / "metrics.json")["score"]
+
+
+def test_the_smaller_rival_goes_on_from_the_dense_baseline(done: tuple[Path, str], task_file: Path) -> None:
+    folder, _ = done
+    session = session_of(task_file, folder.parent)
+    longer = trained_weights(session, "dense_finetune", "a test").sha256
+    state = load_checkpoint(folder / "rival" / "checkpoints").state
+    assert state["identity"]["start"].startswith(f"{longer} at ")
 
 
 def session_of(task_file: Path, folder: Path, *sets: str) -> Session:

@@ -141,9 +141,16 @@ def test_masks_of_colours_of_damaged_bytes_or_too_large_are_refused(tmp_path: Pa
     save(tmp_path / "colour.png", np.zeros((4, 4, 3), dtype=np.uint8))
     save(tmp_path / "large.png", np.zeros((100, 100), dtype=np.uint8))
     (tmp_path / "damaged.png").write_bytes((tmp_path / "large.png").read_bytes()[:40])
-    for name, reason in (("colour", "mode RGB"), ("damaged", "cannot be decoded"), ("large", "more than 0.005 mega")):
+    for name, reason in (("colour", "mode RGB"), ("damaged", "not an image"), ("large", "more than 0.005 mega")):
         with pytest.raises(DataError, match=reason):
             read_numbers(tmp_path / f"{name}.png", name, 0.005)
+
+
+def test_a_mask_may_be_larger_than_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "large.png", np.zeros((100, 100), dtype=np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_numbers(tmp_path / "large.png", "large", 0.01).shape == (100, 100)
+    assert Image.MAX_IMAGE_PIXELS == 100
 
 
 # -- trees --------------------------------------------------------------------------------------------------------

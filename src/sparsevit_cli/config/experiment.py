@@ -411,7 +411,8 @@ class RunSection(Section):
     dense_baseline: bool = Field(
         False,
         description="Train the dense model on for as many steps as adaptation and finetuning took, on the same images, "
-        "and give it a row: without it the sparse model had the longer training.",
+        "and give it a row; the dense rival on smaller images goes on from it. Without it the sparse model had the "
+        "longer training.",
     )
 
 

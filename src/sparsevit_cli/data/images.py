@@ -58,27 +58,32 @@ class UnreadableImageError(DataError):
 
 def decode_image(file: Path | BinaryIO, name: str, max_megapixels: float) -> Image.Image:
     """Upright RGB image of a file or stream. Raises UnreadableImageError; where too large, from the header alone."""
-    with _opened(file, name, max_megapixels) as image:
+    with opened(file, name, max_megapixels) as image:
         image.load()
         return _upright(to_rgb(image), _orientation(image))
 
 
 def upright_size(file: Path | BinaryIO, name: str, max_megapixels: float) -> Size:
     """Height and width of the upright image, from its header. Raises UnreadableImageError."""
-    with _opened(file, name, max_megapixels) as image:
+    with opened(file, name, max_megapixels) as image:
         tags = getattr(image, "tag_v2", {})  # Pillow turns the size of a TIFF when it opens it
         width, height = int(tags.get(_TIFF_WIDTH, image.width)), int(tags.get(_TIFF_HEIGHT, image.height))
         return (width, height) if _UPRIGHT.get(_orientation(image)) in _TURNED else (height, width)
 
 
 @contextmanager
-def _opened(file: Path | BinaryIO, name: str, max_megapixels: float) -> Iterator[Image.Image]:
-    """The image by its header; what goes wrong with it inside the block ends in UnreadableImageError too."""
-    max_pixels = max_megapixels * 1e6
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = int(max_pixels)  # the user asked for images above Pillow's own limit
+def opened(
+    file: Path | BinaryIO, name: str, max_megapixels: float, formats: tuple[str, ...] = _FORMATS
+) -> Iterator[Image.Image]:
+    """The image by its header; what goes wrong with it inside the block ends in UnreadableImageError too.
+
+    Inside the block Pillow's own limit is at least `max_megapixels`.
+    """
+    max_pixels, pillows = max_megapixels * 1e6, Image.MAX_IMAGE_PIXELS
     try:
-        with Image.open(file, formats=_FORMATS) as image:
+        if pillows is not None:
+            Image.MAX_IMAGE_PIXELS = max(pillows, int(max_pixels))
+        with Image.open(file, formats=formats) as image:
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
             yield image
@@ -86,11 +91,15 @@ def _opened(file: Path | BinaryIO, name: str, max_megapixels: float) -> Iterator
         got = f"more than {max_megapixels:g} megapixels"
         raise UnreadableImageError(name, got, "Shrink or remove it, or raise data.max_megapixels.") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImageError(name, f"not an image ({', '.join(_FORMATS)})", "Replace or remove it.") from error
+        raise UnreadableImageError(name, f"not an image ({', '.join(formats)})", "Replace or remove it.") from error
+    except UnreadableImageError:
+        raise
     except Exception as error:  # decoders answer hostile bytes with almost any exception
         pass_on(error)
         got = f"cannot be decoded ({type(error).__name__}: {error})"
         raise UnreadableImageError(name, got, "Repair or remove it.") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = pillows
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -235,5 +235,8 @@ def _images(session: Session, trained: Weights) -> Tensor | None:
     except SparseViTError as error:
         session.reporter.say(f"export: checked on drawn images: {error.got}")
         return None
-    fits = isinstance(inputs, Tensor) and inputs.ndim == 4 and tuple(inputs.shape[2:]) == session.img_size
-    return inputs if fits else None
+    images = session.task.images_in(inputs)
+    if images is None or tuple(images.shape[2:]) != session.img_size:
+        session.reporter.say("export: checked on drawn images: those of validation have another size")
+        return None
+    return images

@@ -213,6 +213,7 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
     """The rows of the table, each scored on the validation data; two models at most are in memory."""
     adapted, tuned = (trained_weights(session, name, "sparsevit run") for name in ("adapt", "finetune"))
     dense, data = dense_weights(session, "run"), session.data(tuned)
+    longest = dense
     model = session.model(data.categories, dense).eval()
     winner = ratios_to_finetune(session, model_depths(model), "sparsevit run", adapted.sha256)
     space = session.space(model, session.config.search.max_ratio)
@@ -232,16 +233,16 @@ def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]
     add(timm, model, space.dense)
     add("dense, our kernels", model, space.dense, exact=False)
     if session.config.run.dense_baseline:
-        longer, seconds["dense baseline"] = train_dense_baseline(session)
-        load_state(model, longer.state_dict, "weights of the dense baseline")
+        longest, seconds["dense baseline"] = train_dense_baseline(session)
+        load_state(model, longest.state_dict, "weights of the dense baseline")
         add(TRAINED_AS_LONG, model, space.dense, timed_as=timm)
     folder = open_rival(session, winner)
     size = equal_size(session, folder, model, winner, partial(_measure, session, rounds=10))
     if size is not None:
-        rival = session.model(data.categories, dense)
+        rival = session.model(data.categories, longest)
         set_image_size(rival, size)
         scale = Scale(session.img_size, size, size_step(session, rival))
-        seconds["rival"] = train_smaller_rival(session, folder, rival, dense, scale).seconds
+        seconds["rival"] = train_smaller_rival(session, folder, rival, longest, scale).seconds
         add(f"dense at {size_text(size)}, our kernels", rival.eval(), space.dense, size, exact=False)
     load_state(model, adapted.state_dict, "weights of adapt")
     for config in _uniform_rivals(session, space, model, winner):

@@ -20,7 +20,7 @@ from sparsevit_cli.data.source import Categories, Finding, shorten
 from sparsevit_cli.errors import DataError
 from sparsevit_cli.sizes import Size, size_text
 
-from .masks import Polygons, RunLengths, Shape, outlines_of, unpacked
+from .masks import Polygons, RunLengths, Shape, unpacked
 from .source import Images
 from .truth import Instance, Truth, Truths
 
@@ -243,11 +243,12 @@ def _shape(segmentation: Any, size: Size, note: Callable[[str], None]) -> Shape:
 
 
 def _polygons(polygons: list[Any], size: Size, note: Callable[[str], None]) -> Polygons:
-    outlines = outlines_of([polygon for polygon in polygons if _numbers(polygon) is not None])
+    numbers = [_numbers(polygon) or [] for polygon in polygons]
+    outlines = tuple(np.asarray(each) for each in numbers if len(each) >= 6 and len(each) % 2 == 0)
     if not outlines:
-        raise _UnusableError("mask without a polygon of three points")
+        raise _UnusableError("mask without a polygon of three or more finite points")
     if len(outlines) < len(polygons):
-        note("polygon of fewer than three points, left out of its mask")
+        note("polygon that is not three or more finite points, left out of its mask")
     points = np.concatenate([outline.reshape(-1, 2) for outline in outlines])
     if (points.max(0) <= 0).any() or (points.min(0) >= (size[1], size[0])).any():
         raise _UnusableError("mask outside its image")

@@ -131,12 +131,3 @@ def pasted(mask: Tensor, box: Box, size: Size) -> Pixels:
     drawn = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
     whole[top:bottom, left:right] = (drawn >= 0.5).numpy()
     return whole
-
-
-def outlines_of(polygons: Sequence[Sequence[float]]) -> tuple[NDArray[np.float64], ...]:
-    """The polygons of an annotation that have three points at least and finite numbers."""
-    arrays = [np.asarray(polygon, dtype=np.float64) for polygon in polygons]
-    return tuple(
-        array for array in arrays if array.ndim == 1 and len(array) >= 6 and len(array) % 2 == 0
-        and np.isfinite(array).all()
-    )  # fmt: skip

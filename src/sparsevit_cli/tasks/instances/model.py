@@ -13,7 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_loss
+from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_inference, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -68,9 +68,21 @@ class Regions(RoIHeads):
         super().__init__(**settings)
         self.suppression = Suppression()
 
-    def postprocess_detections(self, *answers: Any) -> Any:
-        """As torchvision's, inside `suppression`."""
-        return self.suppression(self, *answers)
+    def forward(
+        self, features: Maps, proposals: list[Tensor], sizes: list[tuple[int, int]], own: list[tuple[int, int]]
+    ) -> Detections:
+        """torchvision's detections in inference. Differs: they are cut at the image's `own` size."""
+        found = self.box_head(self.box_roi_pool(features, proposals, sizes))
+        boxes, scores, labels = self.suppression(self, *self.box_predictor(found), proposals, own)
+        detections = [
+            {"boxes": box, "labels": label, "scores": score}
+            for box, label, score in zip(boxes, labels, scores, strict=True)
+        ]
+        if self.has_mask():
+            drawn = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, sizes)))
+            for detection, masks in zip(detections, maskrcnn_inference(drawn, labels), strict=True):
+                detection["masks"] = masks
+        return detections
 
     def select_training_samples(self, proposals: list[Tensor], targets: Targets) -> tuple[list[Tensor], ...]:
         """Regions, numbers of their objects, labels and what to regress, a tensor per image each."""
@@ -134,7 +146,7 @@ class Detector(nn.Module):
     def forward(self, inputs: Tensor | Padded, targets: Targets | None = None) -> Detections | dict[str, Tensor]:
         """Images (B, 3, H, W) to detections in evaluation mode, images and targets to losses in training mode.
 
-        Of images that are padded the padding is neither ranked nor counted, and no proposal lies in it.
+        Of images that are padded the padding is neither ranked nor counted, and no proposal or detection lies in it.
         """
         images, own = (inputs, None) if isinstance(inputs, Tensor) else (inputs["images"], list(inputs["sizes"]))
         sizes = [(int(images.shape[2]), int(images.shape[3]))] * len(images)  # what torchvision scales regions by
@@ -146,7 +158,7 @@ class Detector(nn.Module):
             if self.training:
                 assert targets is not None, "training needs targets"
                 return {**losses, **self.roi_heads.losses(features, proposals, sizes, targets)}
-            detections: Detections = self.roi_heads(features, proposals, sizes)[0]
+            detections: Detections = self.roi_heads(features, proposals, sizes, own or sizes)
             return detections
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Detector:

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from sparsevit_cli.data.images import UnreadableImageError
+from sparsevit_cli.data.images import UnreadableImageError, opened
 from sparsevit_cli.data.source import shorten
-from sparsevit_cli.errors import pass_on
 
 IGNORED = 255
 """A pixel without a class: neither learned nor scored."""
@@ -61,19 +59,9 @@ def read_numbers(file: Path, name: str, max_megapixels: float) -> NDArray[np.int
 
     A palette's colours say nothing: its indices are the numbers.
     """
-    try:
-        with Image.open(file, formats=_FORMATS) as image:
-            if image.width * image.height > max_megapixels * 1e6:
-                got = f"more than {max_megapixels:g} megapixels"
-                raise UnreadableImageError(name, got, "Shrink or remove it, or raise data.max_megapixels.")
-            if image.mode not in _MODES:
-                got = f"pixels of mode {image.mode}, not one number each"
-                raise UnreadableImageError(name, got, "Save it as a PNG of class numbers: palette, or grey.")
-            numbers = np.asarray(image)
-            return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
-    except UnreadableImageError:
-        raise
-    except Exception as error:  # decoders answer hostile bytes with almost any exception
-        pass_on(error)
-        got = f"cannot be decoded ({type(error).__name__}: {error})"
-        raise UnreadableImageError(name, got, "Repair or remove it.") from error
+    with opened(file, name, max_megapixels, _FORMATS) as image:
+        if image.mode not in _MODES:
+            got = f"pixels of mode {image.mode}, not one number each"
+            raise UnreadableImageError(name, got, "Save it as a PNG of class numbers: palette, or grey.")
+        numbers = np.asarray(image)
+    return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
