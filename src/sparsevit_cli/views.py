@@ -302,6 +302,7 @@ def show_pipeline(summary: PipelineSummary) -> None:
         f"winner {[list(stage) for stage in winner.ratios or ()]}: {_gone(winner, dense)}, "
         f"{_faster(winner, ours)}{_points(winner.score - dense.score, metric)} of {metric.label}",
         *(f"against dense trained as long: {_points(winner.score - row.score, metric)}" for row in longer),
+        *([] if summary.budget_of is None else [f"Latencies are PyTorch's, the budget's of {summary.budget_of}."]),
         *([] if not summary.without_clock else ["The search left its latency budget out: the clock was not steady."]),
         *([] if summary.clock is None else [f"not steady: {summary.clock}. Type the command again for latencies."]),
         "written:",
