@@ -251,7 +251,13 @@ def show_export(summary: ExportSummary) -> None:
     parts = {"model": "the whole model", "features": "backbone and neck"}
     report = summary.report
     rows = [
-        (file.path.name, f"{file.size_bytes / 1e6:.2f}", f"{max(d.relative for d in file.differences):.1e}", "ok")
+        (
+            file.path.name,
+            f"{file.size_bytes / 1e6:.2f}",
+            f"{max(d.relative for d in file.differences):.1e}"
+            + ("" if file.lowered is None else f", in {report.precision} {file.lowered.middle:.1e}"),
+            "ok",
+        )
         for file in report.files
     ]
     weights = dict.fromkeys((report.weights, report.weights.with_name(WEIGHTS)))
