@@ -136,7 +136,7 @@ class AdjustablePrograms:
         self.runtime, self.folder, self.activations, self.opset = runtime, Path(folder), activations, opset
         self.eight_bits, self.before_step, self.say = eight_bits, before_step, say
         if eight_bits:
-            check_installed()
+            check_installed("search.precision")
         self._files: dict[Pattern, Path] = {}
         copied = inference_copy(model)
         with runs_on(images.shape):

@@ -53,9 +53,9 @@ def check_timed(name: str, precision: str) -> None:
     found.check_installed()
     check_packages(("onnx",))
     if precision == "int8" and name == QUANTISED:
-        check_nncf()
+        check_nncf("profile.precision")
     elif precision in ("fp32", "bf16"):
-        found.check_activations("bf16" if precision == "bf16" else "fp32")
+        found.check_activations("bf16" if precision == "bf16" else "fp32", "profile.precision")
     else:
         got = f"{precision}: there are no programs of it for {name}"
         raise ConfigError(f"runtime {name}", got, "Choose fp32, or bf16 where the runtime has it.")
