@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import stdev
@@ -353,6 +354,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     model = session_in(folder).model(Categories(tuple("0123456789")))
     shaken_(model)
     return str(save_checkpoint(folder / "weights", 1, {"model": model.state_dict()}, {}))
+
+
+def test_images_for_eight_bits_are_read_when_they_are_asked_for(weights: str, tmp_path: Path) -> None:
+    """Not held: those of 1024 x 2048 pixels would take 3 GB."""
+    session = session_in(tmp_path)
+    data = session.data()
+    images = Quantiser(session, session.model(data.categories), data, "model", "fp32").images
+    held = weakref.ref(images[0])
+    assert held() is None
+    assert (len(images), tuple(images[0].shape)) == (6, (1, 3, *session.img_size))
+    assert torch.equal(images[5], images[3:][2])
+    assert len(list(images)) == 6
 
 
 @needs_nncf
