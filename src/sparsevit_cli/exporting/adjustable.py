@@ -83,9 +83,9 @@ class Adjustable(Around):
 
 
 def trace_adjustable(
-    model: nn.Module, shape: tuple[int, int, int], pattern: Pattern, counts: Counts, *, batch: int | None = None
+    model: nn.Module, shape: tuple[int, int, int], pattern: Pattern, counts: Counts
 ) -> torch.export.ExportedProgram:
-    """Trace a sparse model of images `shape` (C, H, W) with free counts, and a free batch or `batch` images.
+    """Trace a sparse model of images `shape` (C, H, W) with free counts and a free batch.
 
     The model's ratios are left as they were. Raises UntraceableError.
     """
@@ -96,8 +96,8 @@ def trace_adjustable(
         for pair in (pair for pair, skips in enumerate(sparse) if skips):
             keeps.append(torch.zeros(max(2, next(falling)), dtype=torch.uint8))
             dims.append({0: torch.export.Dim(keep_input(stage, pair), min=1, max=count)})
-    images = structured_images(shape, batch or 2, seed=0)
-    free = None if batch else {0: torch.export.Dim("batch")}
+    images = structured_images(shape, 2, seed=0)
+    free = {0: torch.export.Dim("batch")}
     set_sparsity(model, SparsityConfig(tuple(tuple(map(int, stage)) for stage in pattern)), exact=False)
     try:
         if not keeps:

@@ -18,6 +18,7 @@ from sparsevit_cli.runtimes import Activations, Precision, Program, precision_la
 
 from .images import structured_images
 from .openvino_ir import save_openvino
+from .precision import LOWERING
 from .programs import (
     OneImage,
     UntraceableError,
@@ -31,8 +32,6 @@ from .quantization import check_installed as check_nncf
 from .quantization import quantize
 
 OPSET = 20
-QUANTISED = "openvino"
-"""The runtime of the files that `quantize` writes."""
 CALIBRATION_BATCHES = 2
 """Random batches that an eight-bit program for the clock is calibrated on: its outputs mean nothing."""
 FARTHEST: Mapping[str, float] = {"fp32": 0.02, "bf16": 0.5}
@@ -52,7 +51,7 @@ def check_timed(name: str, precision: str) -> None:
     found = runtime(name)
     found.check_installed()
     check_packages(("onnx",))
-    if precision == "int8" and name == QUANTISED:
+    if precision == "int8" and name == LOWERING:
         check_nncf("profile.precision")
     elif precision in ("fp32", "bf16"):
         found.check_activations("bf16" if precision == "bf16" else "fp32", "profile.precision")
@@ -99,7 +98,7 @@ def _activations(name: str, precision: Precision) -> Activations:
 
 def _file_for(name: str, onnx: Path, precision: Precision, images: Tensor) -> Path:
     """The file that a runtime is served with: OpenVINO's own marks what ranks windows as float32."""
-    if name != QUANTISED:
+    if name != LOWERING:
         return onnx
     path = onnx.with_suffix(".xml")
     if not path.exists():
