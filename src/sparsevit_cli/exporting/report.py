@@ -107,10 +107,6 @@ class ExportReport:
         """True unless the programs take one image at a time."""
         return self.input_shape[0] == "batch"
 
-    def latency_in(self, runtime: str) -> RuntimeLatency | None:
-        """That of a runtime; None if it was not measured."""
-        return next((latency for latency in self.latencies if latency.runtime == runtime), None)
-
     def inputs_and_outputs(self) -> dict[str, object]:
         """Names and shapes, as JSON has them."""
         return {
@@ -122,7 +118,6 @@ class ExportReport:
 def manifest_json(report: ExportReport, files: Mapping[str, object]) -> dict[str, object]:
     """Content of manifest.json; `files` is of `describe_files`."""
     _, channels, height, width = report.input_shape
-    measured = report.latency_in("onnxruntime")
     manifest: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "scope": report.scope,
@@ -137,7 +132,6 @@ def manifest_json(report: ExportReport, files: Mapping[str, object]) -> dict[str
         "files": files,
         "tolerance": report.tolerance,
         "checked_against_eager": {file.path.name: _checks_json(file) for file in report.files},
-        "latency": None if measured is None else measured.document(),
         "latencies": [latency.document() for latency in report.latencies],
         "int8": report.eight_bits,
         "onnx": report.onnx,
