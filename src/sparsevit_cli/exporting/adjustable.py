@@ -25,7 +25,7 @@ from sparsevit_cli.windows import num_keep
 from .checks import runs_on
 from .export import inference_copy
 from .images import structured_images
-from .openvino_ir import save_openvino
+from .light import openvino_file
 from .programs import (
     Around,
     OneImage,
@@ -34,7 +34,7 @@ from .programs import (
     trace_inputs,
     with_fixed_outputs,
 )
-from .quantization import check_installed, quantize
+from .quantization import check_installed
 
 Pattern = tuple[tuple[bool, ...], ...]
 """Of each stage and block pair: true where windows are skipped."""
@@ -107,10 +107,6 @@ def trace_adjustable(
         set_sparsity(model, before)
 
 
-CALIBRATION_IMAGES = 4
-"""Drawn images that tell the ranges of activations: which ones they are changes no latency."""
-
-
 class AdjustablePrograms:
     """A sparse model in one runtime, at any ratios: one file per pattern, made in `folder` when it is first needed.
 
@@ -172,17 +168,13 @@ class AdjustablePrograms:
         save_onnx(program, path, self.output_names, self.opset, {}, lengths=names)
         if self.runtime.name == "onnxruntime":
             return path
-        converted = path.with_suffix(".xml")
-        save_openvino(path, converted, {})
+        counts = {keep_input(s, p): max(1, self.counts.windows[s] // 2) for s, p in _sparse(pattern)}
+        made = openvino_file(
+            path, (1, channels, height, width), eight_bits=self.eight_bits, lengths=counts, check=self.before_step
+        )
         for file in path.parent.glob(f"{path.name}*"):
             file.unlink()
-        if not self.eight_bits:
-            return converted
-        quantized = path.with_name(f"{path.stem}-int8.xml")
-        images = [structured_images((channels, height, width), 1, seed) for seed in range(CALIBRATION_IMAGES)]
-        counts = {keep_input(s, p): max(1, self.counts.windows[s] // 2) for s, p in _sparse(pattern)}
-        quantize(converted, quantized, images, lengths=counts, check=self.before_step)
-        return quantized
+        return made
 
 
 def _sparse(pattern: Pattern) -> list[tuple[int, int]]:

@@ -143,7 +143,7 @@ def export_model(
             lowered_to = computed_in if precision == "bf16" and name == LOWERING else "fp32"
             files.append(_checked_file(name, path, outputs, lowered_to, seed, tolerance, reporter))
         before_step()
-        eight_bits = None
+        eight_bits: Mapping[str, Any] | None = None
         if precision == "int8":
             look = partial(checked_lowered, outputs=outputs, seed=seed, reporter=reporter)
             files, eight_bits = _rounded(files, quantise or calibrated, computed_in, look)
@@ -235,7 +235,8 @@ def _rounded(
     files: Sequence[ExportedFile], quantise: Quantise, computed_in: Activations, look: Callable[..., Lowered]
 ) -> tuple[list[ExportedFile], dict[str, Mapping[str, Any]]]:
     """The files, those that can be in eight bits, and what `quantise` tells by format. `look` is `checked_lowered`."""
-    found, told = [], {}
+    found: list[ExportedFile] = []
+    told: dict[str, Mapping[str, Any]] = {}
     for file in files:
         if file.format not in IN_EIGHT_BITS:
             found.append(file)

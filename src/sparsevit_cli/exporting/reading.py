@@ -101,7 +101,7 @@ def open_export(directory: Path) -> ExportFolder:
     verify(directory, (SPARSITY,))
     saved = load_sparsity(directory)
     with understood(path, AGAIN):
-        serving = {}
+        serving: Any = {}
         if SERVING in manifest["files"]:
             verify(directory, (SERVING,))
             serving = read_json(directory / SERVING, AGAIN)

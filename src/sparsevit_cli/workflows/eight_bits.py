@@ -143,7 +143,7 @@ class Deployed:
         """
         session = self.session
         session.stop.check("export", AS_BEFORE)
-        self.taking = found = []
+        found = self.taking = []
         try:
             with suppress(_TakenError), torch.inference_mode():
                 self.model(next(eval_batches(source, 1, subset=[sample])).to(session.device).inputs)
