@@ -27,7 +27,7 @@ from sparsevit_cli.profiling.latency_table import (
 )
 from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.profiling.program_table import measure_program_table, measure_programs
-from sparsevit_cli.runtimes import Activations, Runtime, precision_label, runtime
+from sparsevit_cli.runtimes import Activations, Runtime, runtime
 from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.search.table_design import TableDesign
 from sparsevit_cli.sizes import Size
@@ -117,7 +117,7 @@ class ProgramSource:
             raise ConfigError("search.runtime", got, "Choose onnxruntime or torch, or another importance.")
         here = {"runtime_version": self.runtime.version(), "activations": self.activations}
         self.identity = _with_clock(session, program_identity(self.workload, {**_program(session), **here}))
-        label = precision_label(self.section.precision, self.activations)
+        label = f"int8+{self.activations}" if self.section.precision == "int8" else self.activations
         self.told = f"{self.runtime.name} {self.runtime.version()}, {label}"
 
     @cached_property
