@@ -1,7 +1,6 @@
 """Best categories of an image by an exported classifier in ONNX Runtime, with numpy and Pillow and nothing else.
 
-usage: python examples/serve_onnxruntime.py FOLDER IMAGE      FOLDER is what `sparsevit export` wrote
-"""
+usage: python examples/serve_onnxruntime.py FOLDER IMAGE      FOLDER is what `sparsevit export` wrote"""
 
 import json
 import sys
@@ -28,7 +27,8 @@ def model_input(file, steps):
 def scores(folder, file):
     """Names of the categories, and the score that an image gets for each (categories,)."""
     serving = json.loads((Path(folder) / "serving.json").read_text(encoding="utf-8"))
-    program, image = Path(folder) / serving["programs"]["onnx"], model_input(file, serving["preprocessing"])
+    assert serving["task"] == "classification", f"{folder} serves {serving['task']}, which has outputs of other kinds"
+    program, image = Path(folder) / serving["programs"]["onnx"]["file"], model_input(file, serving["preprocessing"])
     session = onnxruntime.InferenceSession(program, providers=["CPUExecutionProvider"])
     return serving["categories"], session.run(None, {serving["input"]["name"]: image})[0][0]
 

@@ -1,7 +1,6 @@
 """Best categories of an image by an exported classifier in OpenVINO, with numpy and Pillow and nothing else.
 
-usage: python examples/serve_openvino.py FOLDER IMAGE      FOLDER is what `sparsevit export` wrote
-"""
+usage: python examples/serve_openvino.py FOLDER IMAGE      FOLDER is what `sparsevit export` wrote"""
 
 import json
 import sys
@@ -28,8 +27,9 @@ def model_input(file, steps):
 def scores(folder, file):
     """Names of the categories, and the score that an image gets for each (categories,)."""
     serving = json.loads((Path(folder) / "serving.json").read_text(encoding="utf-8"))
-    hints = {"INFERENCE_PRECISION_HINT": "bf16" if serving["activations"] == "bf16" else "f32"}
-    model = openvino.Core().compile_model(Path(folder) / serving["programs"]["openvino"], "CPU", hints)
+    assert serving["task"] == "classification", f"{folder} serves {serving['task']}, which has outputs of other kinds"
+    hints = {"INFERENCE_PRECISION_HINT": serving["programs"]["openvino"]["activations"].replace("fp32", "f32")}
+    model = openvino.Core().compile_model(Path(folder) / serving["programs"]["openvino"]["file"], "CPU", hints)
     return serving["categories"], model(model_input(file, serving["preprocessing"]))[0][0]
 
 

@@ -39,7 +39,7 @@ from sparsevit_cli.errors import (
     SparseViTError,
     StoppedError,
 )
-from sparsevit_cli.exporting import MANIFEST, WEIGHTS
+from sparsevit_cli.exporting import MANIFEST, SERVING, WEIGHTS
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runtimes import RUNTIMES
 from sparsevit_cli.stopping import StopRequest
@@ -483,6 +483,17 @@ def test_a_manifest_that_is_no_manifest(change: Callable[[Any], object], runs: P
 )
 def test_an_export_of_another_configuration_is_refused(sections: Any, told: str, runs: Path) -> None:
     refuse(runs, CheckpointError, told, **sections)
+
+
+def test_images_that_are_prepared_in_another_way_are_refused(runs: Path) -> None:
+    """Or the score would not be that of what is served."""
+    changed(
+        runs / "tiny" / "export",
+        lambda told: told["preprocessing"].update(interpolation="bicubic", to=[36, 36]),
+        SERVING,
+    )
+    told = r"to \[36, 36\], the configuration has \[32, 32\]; interpolation bicubic, the configuration has bilinear"
+    refuse(runs, CheckpointError, told)
 
 
 def test_an_export_of_another_task_or_other_categories_is_refused(runs: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from sparsevit_cli.exporting import (
 from sparsevit_cli.exporting import folder as export_folder
 from sparsevit_cli.exporting import openvino_ir as ir
 from sparsevit_cli.exporting.programs import openvino_runner, save_onnx, trace
+from sparsevit_cli.exporting.report import ExportedFile, serving_json
 from sparsevit_cli.exporting.writing import Writer
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runtimes import runtime
@@ -300,9 +302,8 @@ def test_an_export_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(difference.relative < 1e-4 for difference in file.differences)
     assert 1e-4 < file.lowered.middle < 0.02
     assert any("kept windows are others" in line for line in said)
-    for name in (MANIFEST, SERVING):
-        told = json.loads((tmp_path / name).read_text())
-        assert (told["precision"], told["activations"]) == ("bf16", "bf16")
+    told = json.loads((tmp_path / MANIFEST).read_text())
+    assert (told["precision"], told["activations"]) == ("bf16", "bf16")
     lowered = json.loads(report.manifest.read_text())["checked_against_eager"]["model.xml"]["lowered"]
     assert lowered["kept"] == 8 * (6 + 2 + 2)
     dense = copy.deepcopy(model).eval()
@@ -335,7 +336,9 @@ def test_a_cpu_without_bfloat16_and_a_runtime_that_is_not_there(
     settings: dict[str, Any] = {"input_size": SIDE, "formats": ("openvino",), "precision": "bf16"}
     with monkeypatch.context() as patch:
         patch.setattr(type(runtime("openvino")), "activations", lambda _self: ("fp32",))
-        with pytest.raises(ConfigError, match=r"bf16: openvino on this CPU computes in fp32.*Take fp32") as refused:
+        with pytest.raises(
+            ConfigError, match=r"bf16: openvino on this CPU computes in fp32.*Set export.precision"
+        ) as refused:
             export_model(tiny(), tmp_path / "new", **settings)
     assert refused.value.exit_code == 2
     find = importlib.util.find_spec
@@ -373,7 +376,6 @@ def test_latency_in_both_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert not torch.allclose(outputs["dense"], outputs["sparse"], rtol=1e-2)
     assert torch.allclose(measured[0]["dense"], measured[1]["dense"], rtol=0.05, atol=0.01)
     manifest = json.loads(report.manifest.read_text())
-    assert manifest["latency"] == manifest["latencies"][0]
     assert [each["dense"]["median_ms"] for each in manifest["latencies"]] == [1.0, 1.0]
     assert not (tmp_path / "dense").exists()
 
@@ -385,12 +387,13 @@ def test_latency_in_both_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_serving_json_tells_all(served: tuple[nn.Module, ExportReport]) -> None:
     serving = json.loads(served[1].serving.read_text())
     assert serving == {
-        "format": 1,
+        "format": 2,
         "task": "classification",
         "scope": "model",
-        "precision": "fp32",
-        "activations": "fp32",
-        "programs": {"onnx": "model.onnx", "openvino": "model.xml"},
+        "programs": {
+            "onnx": {"file": "model.onnx", "precision": "fp32", "activations": "fp32"},
+            "openvino": {"file": "model.xml", "precision": "fp32", "activations": "fp32"},
+        },
         "input": {"name": "image", "shape": ["batch", 3, SIDE, SIDE], "dtype": "float32"},
         "outputs": [{"name": "output", "shape": ["batch", 10]}],
         "preprocessing": {
@@ -401,6 +404,24 @@ def test_serving_json_tells_all(served: tuple[nn.Module, ExportReport]) -> None:
         "categories": list(CATEGORIES),
         "category_ids": list(range(3, 13)),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("precision", "activations", "told"),
+    [
+        ("bf16", "bf16", {"onnx": ("fp32", "fp32"), "pt2": ("fp32", "fp32"), "openvino": ("bf16", "bf16")}),
+        ("int8", "bf16", {"onnx": ("int8", "fp32"), "pt2": ("fp32", "fp32"), "openvino": ("int8", "bf16")}),
+    ],
+)
+def test_serving_json_tells_what_each_file_is_computed_in(
+    precision: Any, activations: Any, told: dict[str, tuple[str, str]], tmp_path: Path
+) -> None:
+    """A .pt2 file beside eight bits is in float, and ONNX Runtime computes in float32 what is not in eight."""
+    report = export_model(tiny(), tmp_path, input_size=SIDE, formats=(), measure_ms=False)
+    files = tuple(ExportedFile(kind, tmp_path, "", 0, ()) for kind in told)
+    changed = replace(report, files=files, precision=precision, activations=activations)
+    programs: Any = serving_json(changed)["programs"]
+    assert {kind: (each["precision"], each["activations"]) for kind, each in programs.items()} == told
 
 
 def photograph(path: Path, size: tuple[int, int], seed: int = 0) -> Path:
@@ -449,14 +470,23 @@ def test_examples_serve_what_evaluation_computes(
     assert f"import {package}\n" in text
 
 
-def example_input(name: str) -> Any:
-    """`model_input` of an example."""
+def example_of(name: str) -> Any:
+    """The module of an example."""
     loaded = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert loaded is not None
     assert loaded.loader is not None
     module = importlib.util.module_from_spec(loaded)
     loaded.loader.exec_module(module)
-    return module.model_input
+    return module
+
+
+@pytest.mark.parametrize(("example", "package"), [("serve_onnxruntime", "onnxruntime"), ("serve_openvino", "openvino")])
+def test_examples_refuse_what_they_would_serve_wrong(example: str, package: str, tmp_path: Path) -> None:
+    """A detector's backbone gives maps, and its images are padded."""
+    pytest.importorskip(package)
+    (tmp_path / SERVING).write_text(json.dumps({"task": "instances"}))
+    with pytest.raises(AssertionError, match="serves instances, which has outputs of other kinds"):
+        example_of(example).scores(tmp_path, tmp_path / "none.png")
 
 
 @needs_onnx
@@ -468,7 +498,7 @@ def test_preprocessing_in_words_is_the_one_of_evaluation(
 ) -> None:
     """To the bit but for one rounding: Pillow resizes in both."""
     ours = spec(size, crop_pct=crop_pct, interpolation=interpolation)
-    model_input = example_input("serve_onnxruntime")
+    model_input = example_of("serve_onnxruntime").model_input
     for shape in ((333, 211), (90, 411), (40, 41), (224, 224)):
         file = photograph(tmp_path / "image.png", shape)
         expected = ours.build()(decode_image(file, "image", 64))
@@ -484,7 +514,7 @@ def test_a_canvas_of_digits_as_a_picture(tmp_path: Path) -> None:
     image = task.data(seed=0, categories=None).val[0][0]
     pixels = (image[0] * STD + MEAN).clamp(0, 1).mul(255).round().byte().numpy()
     Image.fromarray(pixels).save(tmp_path / "digit.png")
-    found = example_input("serve_onnxruntime")(tmp_path / "digit.png", told.document())
+    found = example_of("serve_onnxruntime").model_input(tmp_path / "digit.png", told.document())
     np.testing.assert_allclose(found[0], (image.clamp(-MEAN / STD, (1 - MEAN) / STD)).numpy(), atol=0.51 / 255 / STD)
 
 

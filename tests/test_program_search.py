@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import pytest
 from torch import Tensor
 
 from sparsevit_cli import views
-from sparsevit_cli.errors import BudgetError, CheckpointError, ConfigError
+from sparsevit_cli.data.source import Categories
+from sparsevit_cli.errors import BudgetError, CheckpointError, ConfigError, MeasurementError
+from sparsevit_cli.exporting import quantization
+from sparsevit_cli.exporting.adjustable import AdjustablePrograms
 from sparsevit_cli.profiling import program_table
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.reporting import SilentReporter
@@ -22,6 +26,7 @@ from sparsevit_cli.runtimes.openvino import OpenVino
 from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.winner import read_winner
 from sparsevit_cli.workflows.export import export_winner
+from sparsevit_cli.workflows.latency_sources import computed_in, latency_source
 from sparsevit_cli.workflows.search import SearchSummary, search
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.table import measure_table
@@ -265,5 +270,29 @@ def test_an_export_of_another_precision_than_the_budget_is_told(runs: Path) -> N
 
 def test_bf16_on_a_cpu_without_it_is_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OpenVino, "activations", lambda self: ("fp32",))
-    with pytest.raises(ConfigError, match="computes in fp32"):
+    with pytest.raises(ConfigError, match=r"computes in fp32. Set search.precision: fp32"):
         searched(session_in(runs, {**LATENCY, "precision": "bf16"}))
+
+
+def test_eight_bits_without_nncf_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "PACKAGES", ("no_such_package",))
+    session = session_in(tmp_path, {**LATENCY, "precision": "int8"})
+    with pytest.raises(ConfigError, match=r"search.precision int8: no_such_package .* or set search.precision: fp32"):
+        computed_in(session, RUNTIMES["openvino"])
+
+
+def test_a_program_that_does_not_load_is_told_by_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the name of a temporary file."""
+
+    def broken(self: OpenVino, *given: Any) -> Any:
+        raise RuntimeError("no such operator")
+
+    session, path = session_in(tmp_path), tmp_path / "pattern0.xml"
+    path.touch()
+    monkeypatch.setattr(OpenVino, "_run", broken)
+    monkeypatch.setattr(AdjustablePrograms, "file_of", lambda self, pattern: path)
+    with ExitStack() as resources:
+        model = session.model(Categories(tuple("0123456789")))
+        source = latency_source(session, model, resources)
+        with pytest.raises(MeasurementError, match=r"the program at .*no such operator.*another search.runtime"):
+            source.measure([session.space(model, 0.8).dense], session.patience)

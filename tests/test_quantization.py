@@ -9,9 +9,11 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import stdev
@@ -60,7 +62,7 @@ def float_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shaken_(model)
     set_sparsity(sparsify_(model), RATIOS)
     folder = tmp_path_factory.mktemp("float")
-    export_model(model, folder, input_size=SIDE, formats=("openvino",), measure_ms=False)
+    export_model(model, folder, input_size=SIDE, formats=("onnx", "openvino"), measure_ms=False)
     return folder / "model.xml"
 
 
@@ -161,6 +163,17 @@ def test_layers_can_stay_in_float(float_file: Path, tmp_path: Path) -> None:
     target = tmp_path / "int8.xml"
     quantize(float_file, target, images(4), in_float=worst)
     assert set(quantised_layers(read(target))) == set(errors) - set(worst)
+
+
+@needs_nncf
+def test_the_classifier_of_an_onnx_file_is_not_ranked(float_file: Path) -> None:
+    """It has 32 bits anyway. OpenVINO names its matrix after the layer, with a suffix that the ONNX file has not."""
+    source = float_file.with_suffix(".onnx")
+    classifier = quantization.behind_means(read(source))
+    assert classifier[0].endswith("/WithoutBiases")
+    layers = [layer.name for layer in layer_errors(source, images(1), images(1))]
+    assert len(layers) == 3 * 5 + 2
+    assert not set(classifier) & set(layers)
 
 
 @needs_nncf
@@ -344,6 +357,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_checkpoint(folder / "weights", 1, {"model": model.state_dict()}, {}))
 
 
+def test_images_for_eight_bits_are_read_when_they_are_asked_for(weights: str, tmp_path: Path) -> None:
+    """Not held: those of 1024 x 2048 pixels would take 3 GB."""
+    session = session_in(tmp_path)
+    data = session.data()
+    images = Quantiser(session, session.model(data.categories), data, "model", "fp32").images
+    held = weakref.ref(images[0])
+    assert held() is None
+    assert (len(images), tuple(images[0].shape)) == (6, (1, 3, *session.img_size))
+    assert torch.equal(images[5], images[3:][2])
+    assert len(list(images)) == 6
+
+
 @needs_nncf
 def test_the_command_tells_the_score_before_and_after(weights: str, tmp_path: Path) -> None:
     """Of both formats, each in its runtime."""
@@ -358,6 +383,9 @@ def test_the_command_tells_the_score_before_and_after(weights: str, tmp_path: Pa
         assert 0 < (found.change.standard_error or 0) < 10
         assert 0 < found.changed < 0.3 * found.kept
         assert manifest["int8"][{"model.onnx": "onnx", "model.xml": "openvino"}[name]] == found.document()
+        checked = manifest["checked_against_eager"][name]
+        assert checked["differences"][0]["rms"] < 1e-4
+        assert 1e-3 < checked["lowered"]["middle"] < 0.5
         told = "\n".join(found.lines(name))
         number = r"[+-]?[\d.]+"
         words = (
@@ -403,6 +431,24 @@ def test_layers_that_cost_most_stay_in_float_if_too_much_is_lost(
     assert set(quantised_layers(read(folder / "model.xml"))) == set(list(layers)[2:])
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["int8"]["openvino"]["in_float"] == list(layers)[:2]
+
+
+@needs_nncf
+def test_a_file_of_eight_bits_that_computes_something_else_is_not_kept(float_file: Path, tmp_path: Path) -> None:
+    """Here it is that of other weights."""
+
+    def quantise(source: Path, target: Path) -> dict[str, Any]:
+        for suffix in (".xml", ".bin"):
+            shutil.copyfile(float_file.with_suffix(suffix), target.with_suffix(suffix))
+        return {}
+
+    model = tiny_swin(img_size=SIDE, window_size=2, embed_dim=8, depths=(1, 2), always_partition=True, seed=1).eval()
+    shaken_(model)
+    set_sparsity(sparsify_(model), RATIOS)
+    settings: dict[str, Any] = {"formats": ("openvino",), "precision": "int8", "measure_ms": False}
+    with pytest.raises(MeasurementError, match=r"model.xml in int8: an image in the middle differs .* 0.5 is allowed"):
+        export_model(model, tmp_path / "e", input_size=SIDE, calibration=images(1), quantise=quantise, **settings)
+    assert not (tmp_path / "e").exists()
 
 
 @needs_nncf

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 
@@ -17,12 +18,15 @@ import torch
 
 from sparsevit_cli.checkpoints import best_checkpoint
 from sparsevit_cli.config.loading import section_hash
+from sparsevit_cli.data.source import Categories
 from sparsevit_cli.errors import CheckpointError, ConfigError, SparseViTError, StoppedError
 from sparsevit_cli.exporting import folder as exporting_folder
 from sparsevit_cli.exporting import load_exported
 from sparsevit_cli.profiling import device
+from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder, RunLocks, next_command
+from sparsevit_cli.runtimes.openvino import OpenVino
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.winner import write_winner
@@ -36,7 +40,7 @@ from sparsevit_cli.workflows.plan import plan_of
 from sparsevit_cli.workflows.profile import profile_model, profile_settings
 from sparsevit_cli.workflows.profile_target import profile_target, threads_set
 from sparsevit_cli.workflows.session import Session
-from sparsevit_cli.workflows.smaller import MOST_SIZES, rival_sizes
+from sparsevit_cli.workflows.smaller import MOST_SIZES, equal_size, rival_sizes
 from sparsevit_cli.workflows.training import adapt, pretrain
 from sparsevit_cli.workflows.weights import file_weights, trained_weights
 from tiny import tiny_config
@@ -385,6 +389,39 @@ def test_the_pipeline_refuses_at_once_what_a_later_step_would(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="block pairs"):
         run_pipeline(session)
     assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"search": {"latency_table": "/none.json"}}, "/none.json"),
+        ({"search": {"runtime": "openvino", "precision": "int8"}}, "no_such_package not installed"),
+        ({"profile": {"runtimes": ["openvino"]}}, "no_such_package not installed"),
+    ],
+)
+def test_the_pipeline_refuses_a_clock_that_it_cannot_read(
+    sections: dict[str, dict[str, object]], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OpenVino, "packages", ("no_such_package",))
+    with pytest.raises((ConfigError, CheckpointError), match=told):
+        run_pipeline(session_in(tmp_path, **sections))
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_a_winner_for_eight_bits_has_a_rival_of_equal_size(tmp_path: Path) -> None:
+    """PyTorch has no int8 Swin: the closing table measures float32, and so does the choice of the rival's size."""
+    session = session_in(tmp_path, search={"runtime": "openvino", "precision": "int8"}, model={"img_size": 64})
+    model = session.model(Categories(tuple("0123456789")))
+    folder = session.folder("rival")
+
+    def measured(calls: Mapping[str, Callable[[], object]]) -> dict[str, Latency]:
+        for call in calls.values():
+            call()
+        return {name: Latency(ms, ms, ms, 0, ms, 1, 0, (ms,)) for ms, name in enumerate(calls, 1)}
+
+    size = equal_size(session, folder, model, session.space(model, 0.8).uniform(0.5), measured)
+    assert size is not None
+    assert size[0] < 64
 
 
 def test_ratios_left_out_of_the_closing_table_are_told(runs: Path) -> None:

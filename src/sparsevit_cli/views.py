@@ -251,7 +251,13 @@ def show_export(summary: ExportSummary) -> None:
     parts = {"model": "the whole model", "features": "backbone and neck"}
     report = summary.report
     rows = [
-        (file.path.name, f"{file.size_bytes / 1e6:.2f}", f"{max(d.relative for d in file.differences):.1e}", "ok")
+        (
+            file.path.name,
+            f"{file.size_bytes / 1e6:.2f}",
+            f"{max(d.relative for d in file.differences):.1e}"
+            + ("" if file.lowered is None else f", in {report.precision} {file.lowered.middle:.1e}"),
+            "ok",
+        )
         for file in report.files
     ]
     weights = dict.fromkeys((report.weights, report.weights.with_name(WEIGHTS)))
@@ -302,6 +308,7 @@ def show_pipeline(summary: PipelineSummary) -> None:
         f"winner {[list(stage) for stage in winner.ratios or ()]}: {_gone(winner, dense)}, "
         f"{_faster(winner, ours)}{_points(winner.score - dense.score, metric)} of {metric.label}",
         *(f"against dense trained as long: {_points(winner.score - row.score, metric)}" for row in longer),
+        *([] if summary.budget_of is None else [f"Latencies are PyTorch's, the budget's of {summary.budget_of}."]),
         *([] if not summary.without_clock else ["The search left its latency budget out: the clock was not steady."]),
         *([] if summary.clock is None else [f"not steady: {summary.clock}. Type the command again for latencies."]),
         "written:",

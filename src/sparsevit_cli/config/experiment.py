@@ -432,8 +432,9 @@ class ExportSection(Section):
     precision: Literal["fp32", "bf16", "int8"] = Field(
         "fp32",
         description="What a runtime computes in. Files of bf16 hold float32, and OpenVINO is asked to compute in "
-        "bfloat16. OpenVINO's file of int8 is quantised by NNCF, and its score is told before and after. Windows are "
-        "scored and ranked in float32. Both need `openvino` among the formats, and bf16 a CPU with bfloat16.",
+        "bfloat16. Files of int8 are quantised by NNCF, and their score is told before and after. Windows are scored "
+        "and ranked in float32. bf16 needs `openvino` among the formats and a CPU with bfloat16, int8 `openvino` or "
+        "`onnx`.",
     )
     activations: Literal["auto", "fp32", "bf16"] = Field(
         "auto",

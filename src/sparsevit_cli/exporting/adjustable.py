@@ -25,7 +25,7 @@ from sparsevit_cli.windows import num_keep
 from .checks import runs_on
 from .export import inference_copy
 from .images import structured_images
-from .openvino_ir import save_openvino
+from .light import openvino_file
 from .programs import (
     Around,
     OneImage,
@@ -34,7 +34,7 @@ from .programs import (
     trace_inputs,
     with_fixed_outputs,
 )
-from .quantization import check_installed, quantize
+from .quantization import check_installed
 
 Pattern = tuple[tuple[bool, ...], ...]
 """Of each stage and block pair: true where windows are skipped."""
@@ -83,9 +83,9 @@ class Adjustable(Around):
 
 
 def trace_adjustable(
-    model: nn.Module, shape: tuple[int, int, int], pattern: Pattern, counts: Counts, *, batch: int | None = None
+    model: nn.Module, shape: tuple[int, int, int], pattern: Pattern, counts: Counts
 ) -> torch.export.ExportedProgram:
-    """Trace a sparse model of images `shape` (C, H, W) with free counts, and a free batch or `batch` images.
+    """Trace a sparse model of images `shape` (C, H, W) with free counts and a free batch.
 
     The model's ratios are left as they were. Raises UntraceableError.
     """
@@ -96,8 +96,8 @@ def trace_adjustable(
         for pair in (pair for pair, skips in enumerate(sparse) if skips):
             keeps.append(torch.zeros(max(2, next(falling)), dtype=torch.uint8))
             dims.append({0: torch.export.Dim(keep_input(stage, pair), min=1, max=count)})
-    images = structured_images(shape, batch or 2, seed=0)
-    free = None if batch else {0: torch.export.Dim("batch")}
+    images = structured_images(shape, 2, seed=0)
+    free = {0: torch.export.Dim("batch")}
     set_sparsity(model, SparsityConfig(tuple(tuple(map(int, stage)) for stage in pattern)), exact=False)
     try:
         if not keeps:
@@ -105,10 +105,6 @@ def trace_adjustable(
         return trace_inputs(Adjustable(model, pattern), (images, *keeps), {"images": free, "keeps": tuple(dims)})
     finally:
         set_sparsity(model, before)
-
-
-CALIBRATION_IMAGES = 4
-"""Drawn images that tell the ranges of activations: which ones they are changes no latency."""
 
 
 class AdjustablePrograms:
@@ -136,7 +132,7 @@ class AdjustablePrograms:
         self.runtime, self.folder, self.activations, self.opset = runtime, Path(folder), activations, opset
         self.eight_bits, self.before_step, self.say = eight_bits, before_step, say
         if eight_bits:
-            check_installed()
+            check_installed("search.precision")
         self._files: dict[Pattern, Path] = {}
         copied = inference_copy(model)
         with runs_on(images.shape):
@@ -172,17 +168,13 @@ class AdjustablePrograms:
         save_onnx(program, path, self.output_names, self.opset, {}, lengths=names)
         if self.runtime.name == "onnxruntime":
             return path
-        converted = path.with_suffix(".xml")
-        save_openvino(path, converted, {})
+        counts = {keep_input(s, p): max(1, self.counts.windows[s] // 2) for s, p in _sparse(pattern)}
+        made = openvino_file(
+            path, (1, channels, height, width), eight_bits=self.eight_bits, lengths=counts, check=self.before_step
+        )
         for file in path.parent.glob(f"{path.name}*"):
             file.unlink()
-        if not self.eight_bits:
-            return converted
-        quantized = path.with_name(f"{path.stem}-int8.xml")
-        images = [structured_images((channels, height, width), 1, seed) for seed in range(CALIBRATION_IMAGES)]
-        counts = {keep_input(s, p): max(1, self.counts.windows[s] // 2) for s, p in _sparse(pattern)}
-        quantize(converted, quantized, images, lengths=counts, check=self.before_step)
-        return quantized
+        return made
 
 
 def _sparse(pattern: Pattern) -> list[tuple[int, int]]:

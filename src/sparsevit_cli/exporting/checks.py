@@ -35,6 +35,8 @@ bfloat16 rounds by up to 2**-9 = 0.002 each time. Measured medians are 0.002 to 
 and V2, random weights; a trained tiny one). An image in which two windows swap ranks differs by up to 0.2, one that is
 scored in bfloat16 by 0.13 in the median of Swin-T: the median forgives single images, and the bound no wrong ranking.
 """
+ROUNDED_TOLERANCE = 0.5
+"""The same in eight bits. It finds a file that computes something else; what rounding costs is told by the score."""
 _NOT_KEPT = "The file was not kept. Try another opset or format; if all fail, report it with your versions."
 
 
@@ -56,8 +58,8 @@ class Difference:
 class Lowered:
     """How a file that a runtime computes in less than 32 bits differs from eager in float32.
 
-    Of `kept` windows on the check images, all rankings and images counted, `changed` are not those that the same file
-    keeps in float32.
+    Of `kept` windows on the check images, all rankings and images counted, `changed` are not those that the file in
+    float32 keeps.
     """
 
     activations: Activations
@@ -185,19 +187,29 @@ def checked(
     raise MeasurementError(path.name, got, _NOT_KEPT)
 
 
-def _runner(path: Path) -> Run:
-    """The file, as it is served."""
-    return {".onnx": onnx_runner, ".pt2": pt2_runner, ".xml": openvino_runner}[path.suffix](path)
+def _runner(path: Path, activations: Activations = "fp32") -> Run:
+    """The file, as it is served; `activations` are OpenVINO's."""
+    if path.suffix == ".xml":
+        return openvino_runner(path, activations)
+    return {".onnx": onnx_runner, ".pt2": pt2_runner}[path.suffix](path)
 
 
 def checked_lowered(
-    path: Path, outputs: Reference, *, seed: int, activations: Activations, reporter: Reporter
+    path: Path,
+    outputs: Reference,
+    *,
+    seed: int,
+    activations: Activations,
+    reporter: Reporter,
+    exact: Path | None = None,
 ) -> Lowered:
-    """How a file of OpenVINO, which is right in float32, does in `activations`, on the images of two seeds.
+    """How a file does as it is served, on the images of two seeds: one of eight bits, made of the file `exact`.
 
-    Raises MeasurementError where the image in the middle differs by more than LOWERED_TOLERANCE.
+    Without `exact` it is one of OpenVINO that is right in float32, in `activations`. Raises MeasurementError where the
+    image in the middle differs by more than LOWERED_TOLERANCE, of eight bits ROUNDED_TOLERANCE.
     """
-    run = openvino_runner(path, activations)
+    run = _runner(path, activations)
+    label, tolerance = (activations, LOWERED_TOLERANCE) if exact is None else ("int8", ROUNDED_TOLERANCE)
     pairs = [*outputs(seed), *outputs(seed + 1)]
     differences: list[Difference] = []
     for images, named in pairs:
@@ -206,11 +218,11 @@ def checked_lowered(
             ours, eager = ([tensor[number : number + 1] for tensor in each] for each in (found, named.values()))
             differences.append(_difference(ours, eager, 1))
     middle = sorted(math.inf if math.isnan(d.rms) else d.rms for d in differences)[len(differences) // 2]
-    told = f"{path.name} in {activations}: an image in the middle differs from eager by {middle:.1e} (root mean square)"
-    if middle > LOWERED_TOLERANCE:
-        got = f"{told}; {LOWERED_TOLERANCE:g} is allowed"
+    told = f"{path.name} in {label}: an image in the middle differs from eager by {middle:.1e} (root mean square)"
+    if middle > tolerance:
+        got = f"{told}; {tolerance:g} is allowed"
         raise MeasurementError(path.name, got, "The file was not kept. Set export.precision: fp32.")
-    kept, changed = changed_windows(path, [images for images, _ in pairs], activations)
+    kept, changed = changed_windows(exact or path, [images for images, _ in pairs], activations, path)
     reporter.say(f"export: {told}; {changed} of {kept} kept windows are others")
     return Lowered(activations, tuple(differences), middle, kept, changed)
 

@@ -27,6 +27,7 @@ from sparsevit_cli.runtimes import Activations, Precision
 from sparsevit_cli.swin import get_sparsity, sparse_stages
 
 from .checks import (
+    Lowered,
     Reference,
     batches,
     checked,
@@ -100,8 +101,9 @@ def export_model(
     Files for one image are compared on two images, the ones with most and fewest answers among some; `check_images`
     (N, C, H, W) replaces the drawn ones. `precision` and `activations` say what OpenVINO computes in; such a file is
     compared in float32 first, and then in what it will be served in (`checked_lowered`). With int8 it is replaced by
-    one in eight bits then: `calibration` images (1, C, H, W) tell the ranges of activations. `quantise` does that, and
-    judges the result; what it returns stands in the manifest. By default `quantization.quantize` does.
+    one in eight bits then, which is compared with eager too: `calibration` images (1, C, H, W) tell the ranges of
+    activations. `quantise` does that, and judges the result; what it returns stands in the manifest. By default
+    `quantization.quantize` does.
     `measure_ms` measures the files in ONNX Runtime and OpenVINO, in turns with the same weights at ratio 0.
     `preprocessing` goes into serving.json.
     Files of an earlier export are replaced once all new ones are good, and not before; `before_step` may raise, to
@@ -141,10 +143,10 @@ def export_model(
             lowered_to = computed_in if precision == "bf16" and name == LOWERING else "fp32"
             files.append(_checked_file(name, path, outputs, lowered_to, seed, tolerance, reporter))
         before_step()
-        eight_bits = None
+        eight_bits: Mapping[str, Any] | None = None
         if precision == "int8":
-            rounded = [file for file in files if file.format in IN_EIGHT_BITS]
-            eight_bits = {file.format: _replaced(file.path, quantise or calibrated) for file in rounded}
+            look = partial(checked_lowered, outputs=outputs, seed=seed, reporter=reporter)
+            files, eight_bits = _rounded(files, quantise or calibrated, computed_in, look)
         files = [replace(_sized(file), path=directory / file.path.name) for file in files]
         before_step()
         latencies: tuple[RuntimeLatency, ...] = ()
@@ -229,16 +231,39 @@ def _quantised(source: Path, target: Path, *, images: Sequence[Tensor], check: C
     return {"calibration_images": len(images)}
 
 
-def _replaced(path: Path, quantise: Quantise) -> Mapping[str, Any]:
-    """Put a file of eight bits, and all that belongs to it, in the place of a file and what belonged to that."""
+def _rounded(
+    files: Sequence[ExportedFile], quantise: Quantise, computed_in: Activations, look: Callable[..., Lowered]
+) -> tuple[list[ExportedFile], dict[str, Mapping[str, Any]]]:
+    """The files, those that can be in eight bits, and what `quantise` tells by format. `look` is `checked_lowered`."""
+    found: list[ExportedFile] = []
+    told: dict[str, Mapping[str, Any]] = {}
+    for file in files:
+        if file.format not in IN_EIGHT_BITS:
+            found.append(file)
+            continue
+        activations = computed_in if file.format == LOWERING else "fp32"
+        seen = partial(look, exact=file.path, activations=activations)
+        told[file.format], lowered = _replaced(file.path, quantise, seen)
+        found.append(replace(file, lowered=lowered))
+    return found, told
+
+
+def _replaced(
+    path: Path, quantise: Quantise, look: Callable[[Path], Lowered] | None = None
+) -> tuple[Mapping[str, Any], Lowered | None]:
+    """Put a file of eight bits, and all that belongs to it, in the place of a file and what belonged to that.
+
+    Returns what `quantise` tells, and what `look` sees in the new file while the old one is there.
+    """
     folder = path.parent / "int8"
     folder.mkdir()
     told = quantise(path, folder / path.name)
+    lowered = None if look is None else look(folder / path.name)
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # weights of a large ONNX file
     for made in folder.iterdir():
         made.replace(path.parent / made.name)
     folder.rmdir()
-    return told
+    return told, lowered
 
 
 def _latencies(

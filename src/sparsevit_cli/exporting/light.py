@@ -6,7 +6,7 @@ What `export_model` writes is for users: any batch, all checks. This is for a cl
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsevit_cli.errors import ConfigError, MeasurementError
-from sparsevit_cli.runtimes import Activations, Precision, Program, precision_label, runtime
+from sparsevit_cli.runtimes import Precision, Program, precision_label, runtime
 
 from .images import structured_images
 from .openvino_ir import save_openvino
+from .precision import LOWERING, resolved_activations
 from .programs import (
     OneImage,
     UntraceableError,
@@ -31,8 +32,6 @@ from .quantization import check_installed as check_nncf
 from .quantization import quantize
 
 OPSET = 20
-QUANTISED = "openvino"
-"""The runtime of the files that `quantize` writes."""
 CALIBRATION_BATCHES = 2
 """Random batches that an eight-bit program for the clock is calibrated on: its outputs mean nothing."""
 FARTHEST: Mapping[str, float] = {"fp32": 0.02, "bf16": 0.5}
@@ -52,10 +51,10 @@ def check_timed(name: str, precision: str) -> None:
     found = runtime(name)
     found.check_installed()
     check_packages(("onnx",))
-    if precision == "int8" and name == QUANTISED:
-        check_nncf()
+    if precision == "int8" and name == LOWERING:
+        check_nncf("profile.precision")
     elif precision in ("fp32", "bf16"):
-        found.check_activations("bf16" if precision == "bf16" else "fp32")
+        found.check_activations("bf16" if precision == "bf16" else "fp32", "profile.precision")
     else:
         got = f"{precision}: there are no programs of it for {name}"
         raise ConfigError(f"runtime {name}", got, "Choose fp32, or bf16 where the runtime has it.")
@@ -82,8 +81,8 @@ def timed_programs(
         path = Path(folder) / "model.onnx"
         save_onnx(trace_fixed(plain, seen), path, list(expected), OPSET, {}, dynamic_batch=False)
         for name in runtimes:
-            activations: Activations = _activations(name, precision)
-            file = _file_for(name, path, precision, seen)
+            activations = resolved_activations(precision, "auto", (name,), "profile.precision")
+            file = path if name != LOWERING else openvino_file(path, (batch, *shape), eight_bits=precision == "int8")
             program = runtime(name).load(file, activations=activations, threads=threads, shape=images.shape)
             label = precision_label(precision, activations)
             _look_at(program.run(seen), list(expected.values()), name, label)
@@ -91,24 +90,25 @@ def timed_programs(
     return programs
 
 
-def _activations(name: str, precision: Precision) -> Activations:
-    """What is not eight bits is computed in bf16 if the CPU has it, as `export` does."""
-    known = runtime(name).activations()
-    return "bf16" if precision == "bf16" or (precision == "int8" and "bf16" in known) else "fp32"
+def openvino_file(
+    onnx: Path,
+    shape: tuple[int, int, int, int],
+    *,
+    eight_bits: bool,
+    lengths: Mapping[str, int] | None = None,
+    check: Callable[[], object] = lambda: None,
+) -> Path:
+    """An ONNX file as OpenVINO is served with it, written beside it: the .xml marks what ranks windows as float32.
 
-
-def _file_for(name: str, onnx: Path, precision: Precision, images: Tensor) -> Path:
-    """The file that a runtime is served with: OpenVINO's own marks what ranks windows as float32."""
-    if name != QUANTISED:
-        return onnx
-    path = onnx.with_suffix(".xml")
-    if not path.exists():
-        save_openvino(onnx, path, {})
-    if precision != "int8":
+    For eight bits random images of `shape` (B, C, H, W) tell the ranges; `lengths` are those of further inputs.
+    """
+    path, quantised = onnx.with_suffix(".xml"), onnx.with_name(f"{onnx.stem}-int8.xml")
+    save_openvino(onnx, path, {})
+    if not eight_bits:
         return path
-    quantised, shape = onnx.with_name("int8.xml"), (images.shape[1], images.shape[2], images.shape[3])
-    draws = range(1, 1 + CALIBRATION_BATCHES)
-    quantize(path, quantised, [structured_images(shape, len(images), seed) for seed in draws])
+    batch, *sides = shape
+    images = [structured_images((sides[0], sides[1], sides[2]), batch, seed) for seed in range(CALIBRATION_BATCHES)]
+    quantize(path, quantised, images, lengths=lengths, check=check)
     return quantised
 
 

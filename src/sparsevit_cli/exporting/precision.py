@@ -17,8 +17,10 @@ IN_EIGHT_BITS = ("onnx", "openvino")
 """The formats whose files have eight bits with precision int8."""
 
 
-def resolved_activations(precision: str, asked: str, formats: Sequence[str]) -> Activations:
-    """What the runtime of `LOWERING` is asked to compute in.
+def resolved_activations(
+    precision: str, asked: str, formats: Sequence[str], setting: str = "export.precision"
+) -> Activations:
+    """What the runtime of `LOWERING` is asked to compute in; `setting` is where `precision` stands.
 
     Raises ConfigError for settings that contradict each other, for a precision that no file of `formats` has, for a
     runtime that is not installed, and for a CPU that would emulate bfloat16, slower than float32.
@@ -38,7 +40,7 @@ def resolved_activations(precision: str, asked: str, formats: Sequence[str]) -> 
         got = f"int8, and of all formats only {' and '.join(IN_EIGHT_BITS)} have eight bits"
         raise ConfigError("export.precision", got, do)
     if precision == "int8":
-        check_installed()
+        check_installed(setting)
         if LOWERING not in formats and asked != "bf16":
             return "fp32"
     if LOWERING not in formats:
@@ -49,5 +51,5 @@ def resolved_activations(precision: str, asked: str, formats: Sequence[str]) -> 
     if precision == "int8" and asked == "auto":
         return "bf16" if "bf16" in runs_in.activations() else "fp32"
     activations: Activations = "fp32" if asked == "fp32" else "bf16"
-    runs_in.check_activations(activations)
+    runs_in.check_activations(activations, "export.activations" if precision == "int8" else setting)
     return activations

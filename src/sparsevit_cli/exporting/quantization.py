@@ -25,7 +25,7 @@ from .openvino_ir import keep_ranking_exact, ranking_nodes, rankings
 from .programs import quiet
 
 PACKAGES = ("nncf", "openvino")
-_REPORT = "Export in fp32 or bf16, and report it with your versions."
+_REPORT = "Take fp32 or bf16, and report it with your versions."
 _PASSING = (
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit", "Slice", "StridedSlice", "Gather",
     "GatherND", "Concat", "Pad", "Convert",
@@ -48,14 +48,17 @@ class LayerError:
     error: float
 
 
-def check_installed() -> None:
-    """Raise ConfigError that names the extra if NNCF or OpenVINO is missing; none is imported."""
+def check_installed(setting: str = "export.precision") -> None:
+    """Raise ConfigError that names the extra if NNCF or OpenVINO is missing; none is imported.
+
+    `setting` is the one of int8, as users write it.
+    """
     import importlib.util
 
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        do = 'Type: pip install "sparsevit-cli[openvino]", or set export.precision: fp32.'
-        raise ConfigError("export.precision int8", f"{', '.join(missing)} not installed", do)
+        do = f'Type: pip install "sparsevit-cli[openvino]", or set {setting}: fp32.'
+        raise ConfigError(f"{setting} int8", f"{', '.join(missing)} not installed", do)
 
 
 def load_nncf() -> Any:
@@ -135,7 +138,7 @@ def _by_nncf(
         raise ConfigError("export.precision int8", "there is no image to calibrate on", "Add images to the data.")
     graph = core().read_model(source)
     ignored = [*(node.get_friendly_name() for node in ranking_nodes(graph)), *behind_means(graph), *in_float]
-    if source.suffix == ".onnx":  # OpenVINO splits a layer in two and names both after it
+    if not isinstance(model, type(graph)):  # of ONNX; OpenVINO splits a layer in two and names both after it
         ignored = [name.removesuffix("/WithoutBiases") for name in ignored]
     try:
         with quiet(), same_signal_stack():
@@ -161,7 +164,7 @@ def _check_ranking(before: Any, after: Any) -> None:
     exact = sum(not _is_rounded(each.scoring[-1].input_value(0).get_node()) for each in ranking)
     if exact < total:
         got = f"eight bits in {total - exact} of {total} rankings of windows"
-        raise MeasurementError("export.precision int8", got, _REPORT)
+        raise MeasurementError("int8", got, _REPORT)
 
 
 def _is_rounded(node: Any) -> bool:

@@ -14,6 +14,7 @@ from sparsevit_cli.runtimes import Activations, Precision, Runtime, precision_la
 from .folder import (
     AGAIN,
     MANIFEST,
+    SERVING,
     SPARSITY,
     ExportScope,
     SparsityFile,
@@ -29,7 +30,7 @@ LOWERED = ".xml"
 
 @dataclass(frozen=True)
 class ExportFolder:
-    """What a folder's manifest.json and sparsity.json say.
+    """What a folder's manifest.json, sparsity.json and serving.json say.
 
     `input_shape` is (B, C, H, W), `outputs` are the shapes by name in the files' order; their first dimension is text
     where it is free. `any_batch` is false if the files take one image at a time. `hashes` are SHA-256 by file name.
@@ -44,6 +45,8 @@ class ExportFolder:
     input_shape: tuple[int | str, ...]
     outputs: Mapping[str, tuple[int | str, ...]]
     hashes: Mapping[str, str]
+    preprocessing: Mapping[str, object] | None = None
+    """That of serving.json (`Preprocessing.document`); None if the folder is older, or nobody said it."""
 
     def activations_of(self, path: Path) -> Activations:
         """What a runtime is asked to compute in for a file: `precision` and `activations` are those of the `.xml`."""
@@ -92,12 +95,16 @@ def is_export(path: Path) -> bool:
 
 
 def open_export(directory: Path) -> ExportFolder:
-    """Read a folder's manifest.json and sparsity.json. Raises CheckpointError."""
+    """Read a folder's manifest.json, sparsity.json and serving.json. Raises CheckpointError."""
     path = directory / MANIFEST
     manifest = read_json(path, AGAIN)
     verify(directory, (SPARSITY,))
     saved = load_sparsity(directory)
     with understood(path, AGAIN):
+        serving: Any = {}
+        if SERVING in manifest["files"]:
+            verify(directory, (SERVING,))
+            serving = read_json(directory / SERVING, AGAIN)
         precision: Any = manifest.get("precision", "fp32")
         activations: Any = manifest.get("activations", "fp32")
         if precision not in get_args(Precision) or activations not in get_args(Activations):
@@ -112,6 +119,7 @@ def open_export(directory: Path) -> ExportFolder:
             input_shape=tuple(manifest["input"]["shape"]),
             outputs={str(output["name"]): tuple(output["shape"]) for output in manifest["outputs"]},
             hashes={str(name): str(entry["sha256"]) for name, entry in manifest["files"].items()},
+            preprocessing=serving.get("preprocessing"),
         )
         _ = found.image_shape
     return found

@@ -18,13 +18,15 @@ from sparsevit_cli.windows import Partition
 
 from .checks import Difference, Lowered
 from .folder import FORMAT_VERSION, SUFFIXES, ExportScope, ModelInfo, export_versions, file_name
+from .precision import IN_EIGHT_BITS, LOWERING
 from .programs import INPUT
 
 SIZE_NOTE = (
     "Window pruning skips computation at run time. The weights are those of the dense model: "
     "neither they nor the files get smaller."
 )
-SERVING_VERSION = 1
+SERVING_VERSION = 2
+"""Version 1 has the files of `programs` without their precision."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class ExportedFile:
     """One exported and checked program.
 
     `first_differences` is empty, or what a first set of images gave before a second one agreed: two windows of
-    almost equal score may swap ranks between runtimes. `lowered` is None for what is computed in float32.
+    almost equal score may swap ranks between runtimes. Both are of float32. `lowered` is of the file as it is served
+    if that is in less, else None.
     """
 
     format: str
@@ -104,10 +107,6 @@ class ExportReport:
         """True unless the programs take one image at a time."""
         return self.input_shape[0] == "batch"
 
-    def latency_in(self, runtime: str) -> RuntimeLatency | None:
-        """That of a runtime; None if it was not measured."""
-        return next((latency for latency in self.latencies if latency.runtime == runtime), None)
-
     def inputs_and_outputs(self) -> dict[str, object]:
         """Names and shapes, as JSON has them."""
         return {
@@ -119,7 +118,6 @@ class ExportReport:
 def manifest_json(report: ExportReport, files: Mapping[str, object]) -> dict[str, object]:
     """Content of manifest.json; `files` is of `describe_files`."""
     _, channels, height, width = report.input_shape
-    measured = report.latency_in("onnxruntime")
     manifest: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "scope": report.scope,
@@ -134,7 +132,6 @@ def manifest_json(report: ExportReport, files: Mapping[str, object]) -> dict[str
         "files": files,
         "tolerance": report.tolerance,
         "checked_against_eager": {file.path.name: _checks_json(file) for file in report.files},
-        "latency": None if measured is None else measured.document(),
         "latencies": [latency.document() for latency in report.latencies],
         "int8": report.eight_bits,
         "onnx": report.onnx,
@@ -171,11 +168,19 @@ def serving_json(report: ExportReport) -> dict[str, object]:
         "format": SERVING_VERSION,
         "task": info.task,
         "scope": report.scope,
-        "precision": report.precision,
-        "activations": report.activations,
-        "programs": {file.format: file_name(report.scope, SUFFIXES[file.format]) for file in report.files},
+        "programs": {file.format: _program(report, file.format) for file in report.files},
         **report.inputs_and_outputs(),
         "preprocessing": None if report.preprocessing is None else report.preprocessing.document(),
         "categories": info.categories,
         "category_ids": info.category_ids,
+    }
+
+
+def _program(report: ExportReport, kind: str) -> dict[str, str]:
+    """The file of a format, and what it is computed in: of an export in less than float32 not all files are."""
+    lowered = kind == LOWERING or (report.precision == "int8" and kind in IN_EIGHT_BITS)
+    return {
+        "file": file_name(report.scope, SUFFIXES[kind]),
+        "precision": report.precision if lowered else "fp32",
+        "activations": report.activations if kind == LOWERING else "fp32",
     }

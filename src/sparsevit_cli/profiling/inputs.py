@@ -18,6 +18,11 @@ TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 """Precisions of the configuration, as torch names them."""
 
 
+def torch_dtype(precision: str) -> torch.dtype:
+    """What torch computes in, where a runtime computes in `precision`: float32 for int8, which torch has not."""
+    return TORCH_DTYPE.get(precision, torch.float32)
+
+
 def trained_in(precision: str, device: torch.device) -> str:
     """The precision that a training takes on `device`: fp32 for bf16 on a CPU that emulates it, 50 times slower."""
     emulated = precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -128,8 +128,11 @@ class Runtime(ABC):
             do = f'Type: pip install "sparsevit-cli[{self.extra}]"'
             raise ConfigError(f"runtime {self.name}", f"{', '.join(missing)} not installed", do)
 
-    def check_activations(self, activations: Activations) -> None:
-        """Raises ConfigError for what this CPU would emulate, slower than float32, and for a runtime that is broken."""
+    def check_activations(self, activations: Activations, setting: str | None = None) -> None:
+        """Raises ConfigError for what this CPU would emulate, slower than float32, and for a runtime that is broken.
+
+        `setting` is what asked for it, as users write it.
+        """
         try:
             known = self.activations()
         except Exception as error:
@@ -138,4 +141,5 @@ class Runtime(ABC):
             raise ConfigError(f"runtime {self.name}", f"it cannot be loaded ({in_one_line(error)})", do) from error
         if activations not in known:
             got = f"{activations}: {self.name} on this CPU computes in {' and '.join(known)}"
-            raise ConfigError(f"runtime {self.name}", got, "Take fp32 (export.precision), or another runtime.")
+            do = "Take fp32" if setting is None else f"Set {setting}: fp32"
+            raise ConfigError(f"runtime {self.name}", got, f"{do}, or another runtime.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.config.experiment import Scope
-from sparsevit_cli.profiling.inputs import TORCH_DTYPE
+from sparsevit_cli.profiling.inputs import torch_dtype
 from sparsevit_cli.profiling.latency import measure_interleaved
 from sparsevit_cli.profiling.macs import flopcounter_macs
 from sparsevit_cli.profiling.rivals import Memory, dense_variants, foreseen, frozen_variant, oracle
@@ -56,7 +56,7 @@ class Bench:
     def built(self, size: Size) -> nn.Module:
         """Dense, on the session's device, in the precision of the profile (fp32 for int8)."""
         backbone = self.session.task.backbone(built(self.session, size))
-        return backbone.to(self.session.device, TORCH_DTYPE.get(self.session.config.profile.precision, torch.float32))
+        return backbone.to(self.session.device, torch_dtype(self.session.config.profile.precision))
 
     def workload(self, model: nn.Module, size: Size, batch: int = 1) -> Workload:
         """`model` as it is."""

@@ -135,34 +135,27 @@ class Deployed:
             self.taking.append(images[:1].detach().float().cpu().contiguous())
         raise _TakenError
 
-    def inputs(self, source: Source, subset: Sequence[int], title: str) -> list[Tensor]:
-        """What the part gets for samples of `source`: images (1, C, H, W), one of each.
+    def input_of(self, source: Source, sample: int) -> Tensor:
+        """What the part gets for a sample of `source`: an image (1, C, H, W).
 
         Of a detector that is what its backbone gets, padded; of sliding windows the first one. Raises DataError for
-        samples that cannot be read, and for those that never reach the part at the size that the file takes.
+        one that cannot be read, and one that never reaches the part at the size that the file takes.
         """
-        session, data = self.session, self.session.config.data
+        session = self.session
+        session.stop.check("export", AS_BEFORE)
         found = self.taking = []
-        batches = eval_batches(
-            source, 1, data.workers, subset, max_wait_seconds=data.max_wait_seconds,
-            check=lambda: session.stop.requested,
-        )  # fmt: skip
         try:
-            with session.reporter.progress(title, len(subset)) as progress, torch.inference_mode():
-                for batch in batches:
-                    with suppress(_TakenError):
-                        self.model(batch.to(session.device).inputs)
-                    progress.advance()
+            with suppress(_TakenError), torch.inference_mode():
+                self.model(next(eval_batches(source, 1, subset=[sample])).to(session.device).inputs)
         finally:
             self.taking = None
-        session.stop.check("export", AS_BEFORE)
-        if len(found) < len(subset):
+        if not found:
             _, height, width = self._shape
-            got = f"{len(subset) - len(found)} of {len(subset)} images are not {height} x {width} pixels at the model"
+            got = f"{source.sample_name(sample)} is not {height} x {width} pixels at the model"
             raise DataError(
                 "data: images for eight bits", got, "Evaluate at model.img_size, or export in fp32 or bf16."
             )
-        return found
+        return found[0]
 
     def score(self, path: Path, activations: Activations, source: Source, title: str) -> tuple[Score, PairedScorer]:
         """Score of a file on all samples of `source`, and what its standard error needs."""
@@ -172,6 +165,21 @@ class Deployed:
         check = partial(session.stop.check, "export", AS_BEFORE)
         with session.reporter.progress(title, -(-len(source) // session.config.data.eval_batch_size)) as progress:
             return score(session, self.model, source, progress=progress, before_batch=check, scorer=scorer), scorer
+
+
+class Inputs(Sequence[Tensor]):
+    """What the exported part gets for samples of a source, read whenever it is asked for: 128 images may be 3 GB."""
+
+    def __init__(self, deployed: Deployed, source: Source, samples: Sequence[int]) -> None:
+        self.deployed, self.source, self.samples = deployed, source, samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Inputs(self.deployed, self.source, self.samples[index])
+        return self.deployed.input_of(self.source, self.samples[index])
 
 
 class Quantiser:
@@ -184,7 +192,7 @@ class Quantiser:
     def __init__(
         self, session: Session, model: nn.Module, data: Data, scope: ExportScope, activations: Activations
     ) -> None:
-        """Take the calibration images. Raises DataError if there are none, or one cannot be read."""
+        """Read the calibration images once. Raises DataError if there are none, or one cannot be read."""
         self.session, self.data, self.activations = session, data, activations
         count = min(session.config.export.calibration_images, len(data.search))
         if not count:
@@ -192,7 +200,10 @@ class Quantiser:
             raise DataError("data: images for eight bits", got, "Add training images, or export in fp32 or bf16.")
         self.deployed = Deployed(session, model, scope)
         chosen = fixed_subset(len(data.search), count, session.config.seed)
-        self.images = self.deployed.inputs(data.search, chosen, "calibration images")
+        self.images = Inputs(self.deployed, data.search, chosen)
+        with session.reporter.progress("calibration images", count) as progress:
+            for _ in self.images:
+                progress.advance()
         self.found: dict[str, EightBits] = {}
 
     def __call__(self, source: Path, target: Path) -> dict[str, Any]:
@@ -257,6 +268,6 @@ class Quantiser:
         OpenVINO ranks those of both formats: it reads ONNX files too.
         """
         samples = fixed_subset(len(self.data.val), min(WINDOW_IMAGES, len(self.data.val)), self.session.config.seed)
-        images = self.deployed.inputs(self.data.val, samples, "kept windows")
+        images = Inputs(self.deployed, self.data.val, samples)
         kept, changed = changed_windows(source, images, self._computed_in(target), target)
         return kept, changed, len(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,7 +114,7 @@ def _folder(session: Session, typed: str | None) -> tuple[Path, Path | None]:
 
 
 def _check_settings(session: Session, content: ExportFolder) -> None:
-    """Raise CheckpointError where the export is of another task, image or normalisation than the configuration's."""
+    """Raise CheckpointError where the export is of another task, image or preprocessing than the configuration's."""
     saved, section = content.saved, session.config.model
     channels, *size = content.image_shape
     normalisation = session.task.normalisation()
@@ -124,11 +125,15 @@ def _check_settings(session: Session, content: ExportFolder) -> None:
         ("importance", saved.importance, section.importance),
         ("partition", saved.partition, section.partition),
     ]
-    if normalisation is not None:
+    if content.preprocessing is None and normalisation is not None:
         pairs += [
             (name, getattr(saved.model, name), of) for name, of in zip(("mean", "std"), normalisation, strict=True)
         ]
-    _refuse(content, [pair for pair in pairs if pair[1] is not None])
+    pairs = [pair for pair in pairs if pair[1] is not None]
+    if content.preprocessing is not None and (steps := session.task.preprocessing()) is not None:
+        wanted = json.loads(json.dumps(steps.document()))  # tuples are lists in a file
+        pairs += [(name, content.preprocessing.get(name), wanted[name]) for name in wanted]
+    _refuse(content, pairs)
 
 
 def _refuse(content: ExportFolder, pairs: list[tuple[str, object, object]]) -> None:

@@ -206,7 +206,7 @@ Latencies = MeasuredLatencies | GivenLatencies
 
 
 def latencies_of_search(
-    session: Session, model: nn.Module, space: SearchSpace, kept: Kept, folder: RunFolder, resources: ExitStack
+    session: Session, model: nn.Module, space: SearchSpace, kept: Kept, folder: RunFolder | None, resources: ExitStack
 ) -> Latencies:
     """Measured on this machine, or those of `search.latency_table`. What is opened is closed with `resources`."""
     if session.config.search.latency_table is not None:

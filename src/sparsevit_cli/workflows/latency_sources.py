@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from sparsevit_cli.atomic import TEMPORARY
-from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.exporting import UntraceableError
 from sparsevit_cli.exporting.adjustable import AdjustablePrograms
 from sparsevit_cli.exporting.precision import resolved_activations
@@ -36,6 +36,8 @@ from sparsevit_cli.swin import sparse_stages
 
 from .session import Session
 
+SETTING = "search.precision"
+"""Where `precision` stands in a configuration."""
 OnShare = Callable[[float], None]
 """Is told the share of a table that is measured."""
 
@@ -140,6 +142,9 @@ class ProgramSource:
             program = self._programs.load(config)
         except UntraceableError as error:
             raise _untraceable(error.got) from error
+        except CheckpointError as error:  # of a temporary file, which nobody can export again
+            do = "Choose another search.runtime, or report it with your versions."
+            raise MeasurementError(f"the program at {config}", error.got, do) from error
         return partial(program.run, self._programs.images)
 
     def measure(self, configs: Sequence[SparsityConfig], patience: Patience) -> dict[SparsityConfig, Latency]:
@@ -164,9 +169,9 @@ def computed_in(session: Session, runtime: Runtime) -> Activations:
     """What `runtime` is asked to compute in: of an int8 program all that is not eight bits. Raises ConfigError."""
     precision = session.config.search.precision
     if precision == "int8":
-        return resolved_activations("int8", session.config.export.activations, (runtime.name,))
+        return resolved_activations("int8", session.config.export.activations, (runtime.name,), SETTING)
     activations: Activations = "bf16" if precision == "bf16" else "fp32"
-    runtime.check_activations(activations)
+    runtime.check_activations(activations, SETTING)
     return activations
 
 

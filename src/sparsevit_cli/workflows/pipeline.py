@@ -6,6 +6,7 @@ A step that is done is not done again, so a killed run goes on where it stopped.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +31,8 @@ from sparsevit_cli.weights import load_state
 
 from .evaluate import evaluate_checkpoint
 from .export import check_exportable, export_settings, export_winner
+from .in_runtimes import chosen_runtimes
+from .latencies import InMemory, latencies_of_search
 from .profile import profile_model, profile_settings
 from .ratios import ratios_to_finetune
 from .scopes import image_told, per_image
@@ -106,6 +109,8 @@ class PipelineSummary:
     """Why latencies are missing; None where all are steady."""
     without_clock: bool
     """True where the search left a latency budget out, for the clock was not steady."""
+    budget_of: str | None
+    """Runtime and precision whose latency the search spent; None where that is PyTorch's, as in the table."""
 
     def image_lines(self) -> list[str]:
         """What a whole image costs; nothing if the model takes images whole."""
@@ -121,7 +126,7 @@ class PipelineSummary:
         return {
             "schema_version": 2, **self.about, **self.environment, "batch": self.batch, "validation_images": self.count,
             "rows": [row.document() for row in self.rows], "clock": self.clock,
-            "searched_without_clock": self.without_clock, "seconds": self.seconds,
+            "searched_without_clock": self.without_clock, "budget_of": self.budget_of, "seconds": self.seconds,
             "written": self.written,
         }  # fmt: skip
 
@@ -205,8 +210,12 @@ def _check_settings(session: Session) -> None:
     if config.finetune.ratios is None:
         budget_requests(session)
         named_scope(session, model)
+        with ExitStack() as resources:
+            space = session.space(model, config.search.max_ratio)
+            latencies_of_search(session, model, space, InMemory(), None, resources)
     else:
         SparsityConfig.from_ratios(config.finetune.ratios, model_depths(model))
+    chosen_runtimes(session, "profile")
 
 
 def _contenders(session: Session, seconds: dict[str, float]) -> list[_Contender]:
@@ -286,6 +295,7 @@ def _summary(
     session: Session, folder: RunFolder, contenders: list[_Contender], seconds: Mapping[str, float]
 ) -> PipelineSummary:
     """Measure all contenders, dense first: it is the reference. Each scope is one interleaved run."""
+    spent, tuned = session.config.search, session.config.finetune
     scopes = session.task.scopes(contenders[0].model)
     measured = {scope: _costs(session, contenders, scope) for scope in scopes}
     rows = [
@@ -310,11 +320,12 @@ def _summary(
         folder.result,
     ]
     summary = PipelineSummary(
-        folder, session.task.metric, session.task.about(), session.config.search.batch_size,
+        folder, session.task.metric, session.task.about(), spent.batch_size,
         contenders[0].score.count, tuple(rows), seconds,
         tuple(str(path) for path in written if path.exists() or path == folder.result), session.environment,
         next((found.unsteady for found in measured.values() if found.unsteady), None),
         bool((session.earlier("search").read_result() or {}).get("without_clock")),
+        f"{spent.runtime}, {spent.precision}" if spent.runtime != "torch" and tuned.ratios is None else None,
     )  # fmt: skip
     folder.set_aside(["metrics.json"], session.reporter)
     folder.write_result(summary.document())

@@ -14,7 +14,7 @@ from torch import nn
 from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.profiling.inputs import TORCH_DTYPE
+from sparsevit_cli.profiling.inputs import torch_dtype
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import flopcounter_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
@@ -35,7 +35,7 @@ EXPORTED: tuple[RowKind, ...] = (DENSE, OURS_SPARSE)
 
 def contenders_of(session: Session, size: Size, config: SparsityConfig) -> dict[RowKind, nn.Module]:
     """The three models with the same weights, on the device and in the precision of the profile (fp32 for int8)."""
-    dtype = TORCH_DTYPE.get(session.config.profile.precision, torch.float32)
+    dtype = torch_dtype(session.config.profile.precision)
     dense = built(session, size).to(session.device, dtype)
     ours_dense = session.sparsified_(copy.deepcopy(dense))
     set_sparsity(ours_dense, 0.0, exact=False)

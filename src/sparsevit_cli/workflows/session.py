@@ -16,7 +16,7 @@ from sparsevit_cli.config.experiment import ExperimentConfig, Scope
 from sparsevit_cli.data.source import Categories, Data, shorten
 from sparsevit_cli.errors import CheckpointError
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
-from sparsevit_cli.profiling.inputs import TORCH_DTYPE, model_device, model_dtype, placed
+from sparsevit_cli.profiling.inputs import model_device, model_dtype, placed, torch_dtype
 from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.profiling.parts import Parts
 from sparsevit_cli.profiling.workload import Workload, image_workload
@@ -163,14 +163,14 @@ class Session:
         The whole model gets the task's example inputs, and works at full load. The backbone of a model around a Swin
         gets the example images if those are one tensor, else noise. `size` (height, width) defaults to the
         experiment's. With a `precision` of the configuration what is measured and its inputs are on the session's
-        device in that type, as a copy if it is elsewhere; without one they are as the model is.
+        device in that type, float32 for int8, as a copy if it is elsewhere; without one they are as the model is.
         """
         size = size or self.img_size
         if scope == "backbone" and len(self.task.scopes(model)) > 1:
             return self.backbone_workload(self.task.backbone(model), size, batch_size, precision)
         inputs = self.task.example(size, batch_size, seed=self.config.seed)
         if precision is not None:
-            model = placed(model, self.device, TORCH_DTYPE[precision])
+            model = placed(model, self.device, torch_dtype(precision))
         device, dtype = model_device(model), model_dtype(model)
 
         def moved(leaf: object) -> object:
@@ -189,7 +189,7 @@ class Session:
         example = self.task.example((height, width), batch_size, seed=seed)
         fits = isinstance(example, Tensor) and example.ndim == 4 and example.shape[2:] == (height, width)
         if precision is not None:
-            backbone = placed(backbone, self.device, TORCH_DTYPE[precision])
+            backbone = placed(backbone, self.device, torch_dtype(precision))
         given = example if fits else (height, width)
         return image_workload(backbone, given, batch_size, scope="backbone", seed=seed)
 
