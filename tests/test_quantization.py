@@ -166,8 +166,9 @@ def test_layers_can_stay_in_float(float_file: Path, tmp_path: Path) -> None:
 
 
 @needs_nncf
-def test_the_classifier_of_an_onnx_file_is_not_ranked(float_file: Path) -> None:
+def test_the_classifier_of_an_onnx_file_is_not_ranked(float_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has 32 bits anyway. OpenVINO names its matrix after the layer, with a suffix that the ONNX file has not."""
+    monkeypatch.setattr(quantization, "_outputs", lambda *_: [torch.ones(1)])  # names are enough
     source = float_file.with_suffix(".onnx")
     classifier = quantization.behind_means(read(source))
     assert classifier[0].endswith("/WithoutBiases")
