@@ -25,7 +25,7 @@ from sparsevit_cli.workflows.search import SearchSummary, search
 from sparsevit_cli.workflows.sensitivity import measure_sensitivity
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.training import adapt, pretrain
-from tiny import tiny_config
+from tiny import tiny_config, train_in
 
 
 def session_in(runs: Path, **sections: object) -> Session:
@@ -34,12 +34,7 @@ def session_in(runs: Path, **sections: object) -> Session:
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    runs = tmp_path_factory.mktemp("adapted")
-    for training in (pretrain, adapt):
-        session = session_in(runs)
-        training(session)
-        session.locks.close()
-    return runs
+    return train_in(tmp_path_factory.mktemp("adapted"), session_in, pretrain, adapt)
 
 
 @pytest.fixture

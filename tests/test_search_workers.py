@@ -24,7 +24,7 @@ from sparsevit_cli.workflows.search import opened_search, search
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.training import adapt, pretrain
 from sparsevit_cli.workflows.workers import Scoring, Workers, _scorer
-from tiny import tiny_config
+from tiny import tiny_config, train_in
 
 MANY = {"population": 6, "parents": 3, "generations": 2, "samples": None}
 TRAINED = {"model": {"weight_init": "timm", "global_pool": "avg"}, "train": {"lr": 1e-2, "epochs": 1.0}}
@@ -39,12 +39,7 @@ def session_in(runs: Path, **sections: Any) -> Session:
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    runs = tmp_path_factory.mktemp("adapted")
-    for training in (pretrain, adapt):
-        session = session_in(runs)
-        training(session)
-        session.locks.close()
-    return runs
+    return train_in(tmp_path_factory.mktemp("adapted"), session_in, pretrain, adapt)
 
 
 @pytest.fixture

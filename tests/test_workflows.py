@@ -43,7 +43,7 @@ from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.smaller import MOST_SIZES, equal_size, rival_sizes
 from sparsevit_cli.workflows.training import adapt, pretrain
 from sparsevit_cli.workflows.weights import file_weights, trained_weights
-from tiny import tiny_config
+from tiny import tiny_config, train_in
 
 RATIOS = "[[.3],[.5]]"
 
@@ -51,11 +51,7 @@ RATIOS = "[[.3],[.5]]"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of runs in which pretrain is done."""
-    runs = tmp_path_factory.mktemp("runs")
-    session = session_in(runs)
-    pretrain(session)
-    session.locks.close()
-    return runs
+    return train_in(tmp_path_factory.mktemp("runs"), session_in, pretrain)
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -14,6 +15,9 @@ from sparsevit_cli.config.classification import DigitsData, FolderData, Labelled
 from sparsevit_cli.config.experiment import ExperimentConfig
 from sparsevit_cli.config.tasks import type_of
 from sparsevit_cli.config.yaml_loader import Document
+
+if TYPE_CHECKING:
+    from sparsevit_cli.workflows.session import Session
 
 TINY: dict[str, Any] = {
     "experiment": "tiny",
@@ -79,6 +83,15 @@ def write_tiny(folder: Path, **sections: Any) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(tiny_config(**sections).model_dump_json(), encoding="utf-8")
     return path
+
+
+def train_in(runs: Path, session_in: Callable[[Path], Session], *trainings: Callable[[Session], object]) -> Path:
+    """The folder, in which these are done one after the other, each in a session of its own."""
+    for training in trainings:
+        session = session_in(runs)
+        training(session)
+        session.locks.close()
+    return runs
 
 
 def shaken_(model: nn.Module) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
 
 
 class ThreePartError(BaseException):
@@ -138,6 +140,15 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             seen.add(id(found))
             yield found
             waiting += [cause for cause in (found.__context__, found.__cause__) if cause is not None]
+
+
+def from_extra(module: str, what: str, extra: str) -> Any:
+    """A module that an extra brings. Raises ConfigError on `what` if it cannot be imported."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        got = f"{module.partition('.')[0]} is needed and cannot be imported ({error})"
+        raise ConfigError(what, got, f"Type: pip install 'sparsevit-cli[{extra}]'.") from error
 
 
 def first_line(text: object) -> str:

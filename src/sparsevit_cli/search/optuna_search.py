@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.errors import from_extra
 from sparsevit_cli.sparsity import SparsityConfig
 
 from .feasible import FeasibleSpace
@@ -19,12 +19,7 @@ from .results import Evaluation
 
 def loaded_optuna() -> Any:
     """The package. Raises ConfigError if it is not installed."""
-    try:
-        import optuna
-    except ImportError as error:
-        got = f"optuna is needed and cannot be imported ({error})"
-        raise ConfigError("search.strategy", got, "Type: pip install 'sparsevit-cli[optuna]'.") from error
-    return optuna
+    return from_extra("optuna", "search.strategy", "optuna")
 
 
 class OptunaSearch:

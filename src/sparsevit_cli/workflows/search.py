@@ -364,7 +364,7 @@ class Search:
                 on_progress=on_progress,
             )
             if workers:
-                self.scores.forwarded += self.scores.first.count * sum(not each.cached for each in result.history)
+                self.scores.forwarded += self.scores.first.count * result.evaluations
         first = self.scores.first
         self.scores.used |= {(evaluation.config, first.name): first.count for evaluation in result.history}
         return result

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.errors import from_extra
 from sparsevit_cli.sizes import Size
 
 Pixels = NDArray[np.bool_]
@@ -28,12 +28,7 @@ _BITS, _MORE, _SIGN, _FIRST_LETTER = 0x1F, 0x20, 0x10, 48
 
 def mask_api() -> Any:
     """faster_coco_eval's module of masks. Raises ConfigError if it is not installed."""
-    try:
-        from faster_coco_eval.core import mask
-    except ImportError as error:
-        got = f"faster_coco_eval is needed and cannot be imported ({error})"
-        raise ConfigError("task instances", got, "Type: pip install 'sparsevit-cli[detect]'.") from error
-    return mask
+    return from_extra("faster_coco_eval.core", "task instances", "detect").mask
 
 
 @dataclass(frozen=True, eq=False)
