@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -485,10 +486,15 @@ def test_a_save_that_fails_after_a_signal_is_not_told_as_done(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_bfloat16_is_taken_where_the_cpu_has_it(
-    native: bool, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: str, native: bool, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    onednn_takes_it = native or machine == "x86_64"  # there it also takes CPUs with AVX-512 alone, and emulates it
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn_takes_it)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     reporter = SilentReporter()
     assert _Run(job(tmp_path, precision="bf16"), reporter).precision == precision
     assert len(reporter.warnings) == (not native)
