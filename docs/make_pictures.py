@@ -1,8 +1,9 @@
 """Draw docs/dropped_window.png, how a block drops windows, and docs/kept_windows.png: which windows of a validation
 image the winner of `make demo` computes, per stage.
 
-usage: python docs/make_pictures.py [CONFIG RUNS PICTURE]
-The configuration of a finished run, its `output` and the file to write: configs/digits.yaml runs docs/kept_windows.png.
+usage: python docs/make_pictures.py [CONFIG RUNS PICTURE [IMAGE ...]]
+The configuration of a finished run, its `output`, the file to write and the validation images to show, by number:
+configs/digits.yaml runs docs/kept_windows.png 3 11. docs/meadow.png: configs/trees.yaml runs docs/meadow.png 0 4 8.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def kept_pixels(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tens
     return [torch.stack(of_stage).mean(0) for of_stage in maps_of]
 
 
-def main(config_path: str, runs: str, picture: str) -> None:
+def main(config_path: str, runs: str, picture: str, *numbers: str) -> None:
     """Draw `picture` from a finished run."""
     config = load_config(Path(config_path), [f"output={runs}"])
     session = Session(config, SilentReporter())
@@ -118,19 +119,19 @@ def main(config_path: str, runs: str, picture: str) -> None:
     model = session.model(weights.categories, weights).eval()
     winner = winner_ratios(session, model_depths(model), "the picture")
     set_sparsity(model, winner)
-    images = torch.stack([data.val[index][0] for index in IMAGES])
+    images = torch.stack([data.val[int(number)][0] for number in numbers or IMAGES])
     maps = kept_pixels(model, images)
-    figure = Figure(figsize=(2.6 * (len(maps) + 1), 2.9 * len(IMAGES)), layout="constrained")
-    grid = figure.subplots(len(IMAGES), len(maps) + 1)
+    figure = Figure(figsize=(2.6 * (len(maps) + 1), 2.6 * len(images) + 0.4), layout="constrained")
+    grid = figure.subplots(len(images), len(maps) + 1, squeeze=False)
     for row, image in enumerate(images):
-        grey = image.mean(0)
-        grey = (grey - grey.min()) / (grey.max() - grey.min())
-        grid[row][0].imshow(grey, cmap="gray")
+        shown = image.permute(1, 2, 0)  # (H, W, 3)
+        shown = (shown - shown.min()) / (shown.max() - shown.min())
+        grid[row][0].imshow(shown)
         for stage, kept in enumerate(maps):
-            share = torch.nn.functional.interpolate(kept[None, row : row + 1], grey.shape, mode="nearest")[0, 0]
-            grid[row][stage + 1].imshow(grey * (0.25 + 0.75 * share), cmap="gray", vmin=0, vmax=1)
+            share = torch.nn.functional.interpolate(kept[None, row : row + 1], shown.shape[:2], mode="nearest")[0, 0]
+            grid[row][stage + 1].imshow(shown * (0.25 + 0.75 * share[..., None]))
             grid[row][stage + 1].imshow(
-                torch.ones_like(grey), cmap="summer", alpha=(0.22 * share).numpy(), vmin=0, vmax=1
+                torch.ones_like(share), cmap="summer", alpha=(0.22 * share).numpy(), vmin=0, vmax=1
             )
     titles = ["input"] + [
         f"stage {n + 1}: skips {', '.join(f'{r:.0%}' for r in stage)}" for n, stage in enumerate(winner.ratios)
