@@ -305,6 +305,19 @@ def test_a_crop_shows_image_and_mask_at_the_same_place(
         assert int(seen.sum()) == min(32, sides[0]) * min(48, sides[1])
 
 
+def test_masks_lie_where_the_image_is_in_crops_that_are_scaled_down() -> None:
+    crop = spec(size=(96, 96), augment=CropSection(scale_min=0.7, scale_max=0.7, hflip=0))
+    shifts = []
+    for place in range(12):
+        mask = torch.zeros(96, 96, dtype=torch.uint8)
+        mask[20 + place : 41 + place, 30 + place : 60 + place] = 1
+        pixels = (mask * 255).expand(3, -1, -1)
+        image, truth = crop.drawn(tv_tensors.Image(pixels), tv_tensors.Mask(mask), 0, 0, place)
+        bright = (image[0] > 0).as_subclass(Tensor).nonzero().float().mean(0)
+        shifts.append(bright - (truth == 1).as_subclass(Tensor).nonzero().float().mean(0))
+    assert torch.stack(shifts).mean(0).abs().max() < 0.15, "in pixels"
+
+
 def test_crops_move_with_seed_epoch_and_sample(tmp_path: Path) -> None:
     task = tiny_task(data={"source": "cityscapes", "root": str(cityscapes_tree(tmp_path)), "crop": [16, 32]})
     source = data_of(task).train

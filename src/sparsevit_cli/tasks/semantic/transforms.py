@@ -21,6 +21,9 @@ from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
 from .labels import IGNORED
 
+# Raise when a change of this file changes a training crop.
+_AUGMENT_VERSION = 2
+
 
 @dataclass(frozen=True)
 class TransformSpec:
@@ -70,7 +73,7 @@ class TransformSpec:
 
     def describe(self) -> str:
         """Canonical text, for fingerprints."""
-        augment = None if self.augment is None else self.augment.model_dump()
+        augment = None if self.augment is None else {**self.augment.model_dump(), "version": _AUGMENT_VERSION}
         return json.dumps({**asdict(self), "augment": augment}, sort_keys=True)
 
     def evaluated(self, image: Tensor, name: str) -> Tensor:
@@ -111,7 +114,8 @@ class TransformSpec:
         colours = [rng.uniform(max(0, 1 - strength), 1 + strength) for _ in range(3)]
         size = [min(side, max(1, round(part * scale))) for side, part in zip(self.size, seen, strict=True)]
         image = V.resize(V.crop(image, *tops, *seen), size, antialias=True)
-        mask = V.resize(V.crop(mask, *tops, *seen), size, interpolation=InterpolationMode.NEAREST)
+        # Not NEAREST, which takes pixels above and left: masks would lie half a pixel beside their images.
+        mask = V.resize(V.crop(mask, *tops, *seen), size, interpolation=InterpolationMode.NEAREST_EXACT)
         if strength:
             brightness, contrast, saturation = colours
             image = V.adjust_saturation(V.adjust_contrast(V.adjust_brightness(image, brightness), contrast), saturation)
