@@ -479,6 +479,31 @@ def test_a_smaller_model_learns_from_small_masks_and_is_scored_at_full_size() ->
     assert evaluate(task, model, val, batch_size=64, device=CPU, subset=range(64)).count == 64
 
 
+class OnMac(Tensor):
+    """On a device without float64, as a Mac's GPU is."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if func.__name__ == "cpu":
+            return found.as_subclass(Tensor)
+        if isinstance(found, cls) and found.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return found
+
+
+def test_scores_and_weights_need_no_float64_on_the_device() -> None:
+    scorer = ConfusionScorer(("left", "right"), CPU)
+    truth = torch.tensor([[[0, 1], [1, IGNORED]]], dtype=torch.uint8)
+    scorer.update(torch.zeros(1, 2, 2, 2), Batch(None, truth, torch.arange(1)))
+    scorer.pixels = scorer.pixels.as_subclass(OnMac)
+    assert scorer.compute()["accuracy"] == pytest.approx(100 / 3)
+    task = tiny_task(task={"background_weight": 0.25})
+    batch = Batch(None, truth.as_subclass(OnMac), torch.arange(1))
+    assert task.weight(batch) == tiny_task(task={"background_weight": 0.25}).weight(Batch(None, truth, batch.indices))
+    assert task.weight(batch) == 2.25
+
+
 # -- losses -------------------------------------------------------------------------------------------------------
 
 
