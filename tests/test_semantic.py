@@ -221,6 +221,29 @@ def test_masks_are_found_by_their_suffix_and_ignored_numbers_are_the_settings(tm
     assert set(data.val[0][1].unique().tolist()) == {0, 1, IGNORED}
 
 
+def test_masks_of_0_and_255_are_two_classes_where_numbers_say_so_and_are_refused_where_all_else_is_ignored(
+    tmp_path: Path,
+) -> None:
+    """Elsewhere a model that paints everything as background would have an IoU of 100."""
+    for split in ("training", "validation"):
+        for number in range(4):
+            mask = squares(number, (0, 255))
+            save(tmp_path / "images" / split / f"{number}.png", painted(mask))
+            save(tmp_path / "annotations" / split / f"{number}.png", mask)
+    fields = {"source": "folders", "root": str(tmp_path), "classes": ["background", "object"], "search_fraction": 0.4}
+    with pytest.raises(DataError, match=r"no class but background occurs.*classes are 0 to 1, ignored is 255.*numbers"):
+        data_of(tiny_task(data=fields))
+    with pytest.raises(DataError, match=r"data.ignore: 255, the number of the class object"):
+        data_of(tiny_task(data=fields | {"numbers": [0, 255]}))
+    with pytest.raises(DataError, match=r"data.numbers: 0, 255, 300 for 2 classes"):
+        data_of(tiny_task(data=fields | {"numbers": [0, 255, 300], "ignore": None}))
+    with pytest.raises(ValueError, match="each says which number"):
+        tiny_task(data=fields | {"numbers": [0, 255], "reduce_zero_label": True})
+    val = data_of(tiny_task(data=fields | {"numbers": [0, 255], "ignore": None})).val
+    stored = np.asarray(Image.open(tmp_path / "annotations" / "validation" / "0.png"))
+    assert (val[0][1].numpy() == stored // 255).all()
+
+
 def test_wrong_masks_of_a_folder_are_told_with_their_file(tmp_path: Path) -> None:
     task, masks = ade(ade_tree(tmp_path)), tmp_path / "annotations" / "validation"
     first, second, third = sorted(masks.iterdir())

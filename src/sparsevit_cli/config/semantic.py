@@ -146,6 +146,11 @@ class PairedFolders(MaskFiles):
     classes_file: PathText | None = Field(
         None, description="Text file with the name of a class in each line; instead of `classes`."
     )
+    numbers: tuple[Annotated[int, Field(ge=0, le=65535)], ...] = Field(
+        (),
+        description="Number in masks of each class, in the order of the classes; empty is 0, 1, 2 and so on. Masks of 0 "
+        "and 255 have [0, 255], and ignore: null.",
+    )
     ignore: Annotated[int, Field(ge=0, le=65535)] | None = Field(
         255, description="Number in masks of pixels without a class; null if every pixel has one."
     )
@@ -157,6 +162,8 @@ class PairedFolders(MaskFiles):
     def _named_once(self) -> Self:
         if bool(self.classes) == (self.classes_file is not None):
             raise ValueError("give the names of the classes either in classes or in classes_file")
+        if self.numbers and self.reduce_zero_label:
+            raise ValueError("numbers and reduce_zero_label are both set, and each says which number is which class")
         return self
 
 

@@ -39,16 +39,22 @@ def folder_labels(data: PairedFolders) -> LabelMap:
         got = f"{len(names)} names" + (f"; twice: {shorten(twice)}" if twice else "")
         raise DataError("data.classes", got, f"Give 2 to {MAX_CLASSES} names, each once.")
     first = int(data.reduce_zero_label)
+    numbers = data.numbers or range(first, first + len(names))
+    if len(set(numbers)) != len(names) or len(numbers) != len(names):
+        got = f"{shorten([str(number) for number in numbers])} for {len(names)} classes"
+        raise DataError("data.numbers", got, "Give one number for each class, each once.")
     pairs = dict.fromkeys([0] if data.reduce_zero_label else [], IGNORED)
-    pairs |= {first + label: label for label in range(len(names))}
+    pairs |= {number: label for label, number in enumerate(numbers)}
     if data.ignore is not None:
         if data.ignore in pairs and pairs[data.ignore] != IGNORED:
             got = f"{data.ignore}, the number of the class {names[pairs[data.ignore]]}"
             raise DataError("data.ignore", got, "Give a number that no class has, or null.")
         pairs[data.ignore] = IGNORED
     ignored = ", ".join(str(number) for number, label in pairs.items() if label == IGNORED) or "none"
-    known = f"classes are {first} to {first + len(names) - 1}, ignored is {ignored}"
-    return LabelMap(tuple(names), tuple(sorted(pairs.items())), known, "See data.classes and data.ignore.")
+    told = shorten([str(number) for number in numbers]) if data.numbers else f"{first} to {first + len(names) - 1}"
+    known = f"classes are {told}, ignored is {ignored}"
+    do = "See data.classes, data.numbers and data.ignore."
+    return LabelMap(tuple(names), tuple(sorted(pairs.items())), known, do)
 
 
 def _names_in(path_text: str) -> list[str]:
