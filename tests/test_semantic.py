@@ -221,6 +221,32 @@ def test_masks_are_found_by_their_suffix_and_ignored_numbers_are_the_settings(tm
     assert set(data.val[0][1].unique().tolist()) == {0, 1, IGNORED}
 
 
+@pytest.mark.parametrize(
+    ("image", "mask", "fields"),
+    [
+        ("{split}/rgb/x/{n}.png", "{split}/gt/x/{n}.png", {"images": "{split}/rgb", "masks": "{split}/gt"}),
+        ("{split}/{n}.png", "{split}/{n}_mask.png", {"images": "{split}", "masks": "{split}", "mask_suffix": "_mask"}),
+        ("all/{split}/{n}_rgb.png", "all/{split}/{n}.png", {"images": "all", "masks": "all", "image_suffix": "_rgb"}),
+    ],
+)  # fmt: skip
+def test_splits_may_be_above_their_folders_and_images_beside_their_masks(
+    image: str, mask: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    for split in ("train", "val"):
+        for number in range(3):
+            numbers = squares(number, (0, 1))
+            save(tmp_path / image.format(split=split, n=number), painted(numbers))
+            save(tmp_path / mask.format(split=split, n=number), numbers)
+        (tmp_path / image.format(split=split, n="notes")).with_suffix(".txt").write_text("")
+    of_split = {"train_split": "train", "val_split": "val", "classes": ["no", "yes"]}
+    task = tiny_task(data={"source": "folders", "root": str(tmp_path), **of_split, **fields})
+    data = data_of(task)
+    assert (len(data.train) + len(data.search), len(data.val)) == (3, 3)
+    stored = np.asarray(Image.open(tmp_path / mask.format(split="val", n=2)))
+    assert (data.val[2][1].numpy() == stored).all()
+    assert dict(data.describe())["ignored files"] == "2"
+
+
 def test_masks_of_0_and_255_are_two_classes_where_numbers_say_so_and_are_refused_where_all_else_is_ignored(
     tmp_path: Path,
 ) -> None:
