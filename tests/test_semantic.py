@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import struct
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,22 @@ def test_masks_of_every_kind_of_number_are_read(mode: str, tmp_path: Path) -> No
     file = tmp_path / ("mask.tif" if mode == "I" else "mask.png")  # PNG has no numbers of 32 bits
     image.save(file)
     assert read_numbers(file, "mask", 1.0).tolist() == numbers.tolist()
+
+
+@pytest.mark.parametrize(("bits", "numbers"), [(2, [[0, 1, 2, 3], [3, 2, 1, 0]]), (4, [[0, 7, 9, 15], [15, 1, 2, 3]])])
+def test_grey_masks_of_few_bits_hold_the_numbers_of_the_file(
+    bits: int, numbers: list[list[int]], tmp_path: Path
+) -> None:
+    """Pillow multiplies them, so that white is 255. It writes no such PNG: the bytes are put together here."""
+    rows = [sum(number << bits * (3 - at) for at, number in enumerate(row)).to_bytes(bits // 2) for row in numbers]
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", 4, 2, bits, 0, 0, 0, 0), b"IEND": b""}
+    chunks[b"IDAT"] = zlib.compress(b"".join(b"\0" + row for row in rows))
+    written = b"\x89PNG\r\n\x1a\n"
+    for name in (b"IHDR", b"IDAT", b"IEND"):
+        body = name + chunks[name]
+        written += struct.pack(">I", len(chunks[name])) + body + struct.pack(">I", zlib.crc32(body))
+    (tmp_path / "mask.png").write_bytes(written)
+    assert read_numbers(tmp_path / "mask.png", "mask", 1.0).tolist() == numbers
 
 
 def test_masks_of_colours_of_damaged_bytes_or_too_large_are_refused(tmp_path: Path) -> None:
