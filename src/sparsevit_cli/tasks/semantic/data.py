@@ -118,7 +118,8 @@ def _refuse_one_class(name: str, pairs: Pairs, numbers: Iterable[int]) -> None:
         got = "no pixel of their masks has a class: all are ignored"
         raise DataError(f"data: {name} images", got, "Check the masks; a test split has none.")
     got = f"no class but {pairs.labels.names[seen.pop()]} occurs in their masks; {pairs.labels.known}"
-    raise DataError(f"data: {name} images", got, f"A score would mean nothing. {pairs.labels.do}")
+    more = " Or raise data.search_fraction." if name == "search" else ""
+    raise DataError(f"data: {name} images", got, f"A score would mean nothing. {pairs.labels.do}{more}")
 
 
 def _named(train: Source, search: Source, val: Source) -> list[tuple[str, Source]]:
