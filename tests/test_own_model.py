@@ -90,17 +90,16 @@ def test_the_example_says_where_its_backbone_is_and_draws_weights_by_the_seed() 
 @pytest.mark.usefixtures("known_kinds")
 def test_the_examples_smaller_rival_learns_small_masks_and_is_judged_at_full_size() -> None:
     load_task(f"{EXAMPLE}:OwnSegmenter")
-    settings = ["task.name=own_segmenter", "model.img_size=64"]
-    task = kinds.task_class("own_segmenter")(load_config(EXAMPLE.with_suffix(".yaml"), settings))
-    data, scale = task.data(seed=0, categories=None), Scale((64, 64), (32, 32))
-    assert [tuple(part.shape) for part in Shrunk(data.train, scale)[0]] == [(3, 32, 32), (32, 32)]
+    task = kinds.task_class("own_segmenter")(load_config(EXAMPLE.with_suffix(".yaml"), ["task.name=own_segmenter"]))
+    data, scale = task.data(seed=0, categories=None), Scale((128, 128), (64, 64))
+    assert [tuple(part.shape) for part in Shrunk(data.train, scale)[0]] == [(3, 64, 64), (64, 64)]
     image, truth = Shrunk(data.val, scale)[0]
-    assert image.shape == (3, 32, 32)
+    assert image.shape == (3, 64, 64)
     assert torch.equal(truth, data.val[0][1])
     scorer = task.scorer(data.val, torch.device("cpu"))
     coarse = nn.functional.one_hot(truth[::2, ::2], 11).permute(2, 0, 1)[None].float()
     scorer.update(coarse, Batch(None, truth[None], torch.arange(1)))
-    assert int(scorer.pairs.sum()) == 64 * 64
+    assert int(scorer.pairs.sum()) == 128 * 128
 
 
 def test_the_example_has_less_than_60_lines_of_code_and_imports_nothing_private() -> None:
