@@ -146,6 +146,9 @@ def test_search_images_do_not_depend_on_the_seed_and_fingerprints_on_what_is_lea
     assert data(changed).fingerprint != one.fingerprint
 
 
+FAR = "reaches further than an image's size beyond its image"
+
+
 def of_first(**changes: Any) -> Callable[[dict[str, Any]], None]:
     """A change of the first annotation, a polygon."""
     return lambda document: document["annotations"][0].update(changes)
@@ -170,6 +173,7 @@ def of_second(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (of_first(segmentation=[[1, 2, math.nan, 4, 5, 6]]), "mask without a polygon of three or more finite points"),
         (of_first(segmentation=[]), "object without a mask"),
         (of_first(segmentation=[[700, 2, 710, 2, 710, 20]]), "mask outside its image"),
+        (of_first(segmentation=[[2, 3, 1e15, 3, 1e15, 1e15]]), f"mask that {FAR}"),
         (of_second(size=[10, 10]), "mask of another size than its image"),
         (of_second(counts="Z"), "mask of unreadable run lengths"),
         (of_second(counts=[5, "a"]), "mask of unreadable run lengths"),
@@ -195,6 +199,19 @@ def test_a_polygon_that_is_none_beside_a_good_one_is_left_out_alone(tmp_path: Pa
     found = data(coco_tree(tmp_path, change={"train": of_first(segmentation=polygons)}))
     assert found.findings[0].what == "polygon that is not three or more finite points, left out of its mask"
     assert len(found.train.images.truths[0].instances) == 3  # type: ignore[attr-defined]
+
+
+def test_a_polygon_that_reaches_far_beyond_its_image_is_left_out_before_its_pixels_fill_the_memory(
+    tmp_path: Path,
+) -> None:
+    polygons = [[2, 3, 12, 3, 12, 11, 2, 11], [2, 3, 12, -1e15, 12, 11]]
+    found = data(coco_tree(tmp_path, change={"train": of_first(segmentation=polygons)}))
+    assert found.findings[0].what == f"polygon that {FAR}, left out of its mask"
+    first = found.train.images.truths[0]  # type: ignore[attr-defined]
+    assert len(first.instances) == 3
+    assert first.instances[0].shape.pixels(first.size).sum() == 80
+    beyond = [[2, 3, 70, 3, 70, 11, 2, 11]]
+    assert not data(coco_tree(tmp_path / "beyond", change={"train": of_first(segmentation=beyond)})).findings
 
 
 def emptied(document: dict[str, Any]) -> None:

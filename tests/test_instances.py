@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import boxes as box_ops
 from typer.testing import CliRunner
 
 from coco_tree import coco_tree
@@ -44,7 +45,7 @@ from sparsevit_cli.swin import model_depths, set_sparsity, sparsify_
 from sparsevit_cli.tasks import task as task_module
 from sparsevit_cli.tasks.instances import Instances
 from sparsevit_cli.tasks.instances.masks import pasted
-from sparsevit_cli.tasks.instances.model import MASK_SHIFT, Detector
+from sparsevit_cli.tasks.instances.model import MASK_SHIFT, Detector, categories_of
 from sparsevit_cli.tasks.task import BuildOptions, task_of
 from sparsevit_cli.training import TrainingJob, _Run, plan_training, train
 from sparsevit_cli.workflows.training import _write_rows
@@ -447,6 +448,37 @@ def test_at_full_load_the_heads_get_as_many_boxes_as_they_ever_do() -> None:
         assert [len(found["masks"]) for found in model(images)] == [5, 5]
     with torch.inference_mode():
         assert [len(found["masks"]) for found in model(images)] == [0, 0]
+
+
+def test_at_full_load_a_proposal_is_compared_once_and_nothing_is_suppressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1000 proposals of 80 categories were 80,000 boxes: so many no image asks for."""
+    compared, suppress = [], box_ops.batched_nms
+
+    def counted(boxes: Tensor, *others: Any) -> Tensor:
+        compared.append(len(boxes))
+        return suppress(boxes, *others)
+
+    monkeypatch.setattr(box_ops, "batched_nms", counted)
+    task, _, model = built()
+    heads = model.roi_heads
+    counts, outputs = [40, 2], 11
+    proposals = [torch.tensor([[8.0, 8.0, 40.0, 40.0]]).repeat(count, 1) for count in counts]
+    answers = torch.randn(sum(counts), outputs), torch.zeros(sum(counts), 4 * outputs), proposals, [(64, 64)] * 2
+    with task.at_full_load(model):
+        boxes, _, labels = heads.suppression(heads, *answers)
+    assert compared == [40, 6], "two proposals stand for three categories each, for five detections"
+    assert [len(of_image) for of_image in boxes] == [5, 5]
+    assert all(of_image.min() >= 1 for of_image in labels)
+    assert (heads.score_thresh, heads.nms_thresh) == (0.0, 0.5)
+    heads.suppression(heads, *answers)
+    assert compared[2:] == [400, 20]
+
+
+def test_what_is_profiled_before_a_training_has_the_categories_of_the_data(tmp_path: Path) -> None:
+    absent = {"source": "coco", "root": str(tmp_path / "absent")}
+    for data, categories in (({}, 10), (coco(tmp_path), 3), (absent, 80)):
+        task = task_of(tiny(data=data))
+        assert categories_of(task.build(None, BuildOptions()).state_dict()) == categories
 
 
 def test_a_value_that_a_validation_lacks_is_an_empty_cell(tmp_path: Path) -> None:

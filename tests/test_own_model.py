@@ -17,7 +17,8 @@ import sparsevit_cli as sv
 from sparsevit_cli.cli import app
 from sparsevit_cli.config import tasks as kinds
 from sparsevit_cli.config.loading import load_config
-from sparsevit_cli.data import digit_scenes
+from sparsevit_cli.data import Batch, Shrunk, digit_scenes
+from sparsevit_cli.data.shrunk import Scale
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.profiling.workload import image_workload
@@ -84,6 +85,21 @@ def test_the_example_says_where_its_backbone_is_and_draws_weights_by_the_seed() 
         (16, 16, 96),
         (8, 8, 192),
     ]
+
+
+@pytest.mark.usefixtures("known_kinds")
+def test_the_examples_smaller_rival_learns_small_masks_and_is_judged_at_full_size() -> None:
+    load_task(f"{EXAMPLE}:OwnSegmenter")
+    task = kinds.task_class("own_segmenter")(load_config(EXAMPLE.with_suffix(".yaml"), ["task.name=own_segmenter"]))
+    data, scale = task.data(seed=0, categories=None), Scale((128, 128), (64, 64))
+    assert [tuple(part.shape) for part in Shrunk(data.train, scale)[0]] == [(3, 64, 64), (64, 64)]
+    image, truth = Shrunk(data.val, scale)[0]
+    assert image.shape == (3, 64, 64)
+    assert torch.equal(truth, data.val[0][1])
+    scorer = task.scorer(data.val, torch.device("cpu"))
+    coarse = nn.functional.one_hot(truth[::2, ::2], 11).permute(2, 0, 1)[None].float()
+    scorer.update(coarse, Batch(None, truth[None], torch.arange(1)))
+    assert int(scorer.pairs.sum()) == 128 * 128
 
 
 def test_the_example_has_less_than_60_lines_of_code_and_imports_nothing_private() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import struct
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,22 @@ def test_masks_of_every_kind_of_number_are_read(mode: str, tmp_path: Path) -> No
     assert read_numbers(file, "mask", 1.0).tolist() == numbers.tolist()
 
 
+@pytest.mark.parametrize(("bits", "numbers"), [(2, [[0, 1, 2, 3], [3, 2, 1, 0]]), (4, [[0, 7, 9, 15], [15, 1, 2, 3]])])
+def test_grey_masks_of_few_bits_hold_the_numbers_of_the_file(
+    bits: int, numbers: list[list[int]], tmp_path: Path
+) -> None:
+    """Pillow multiplies them, so that white is 255. It writes no such PNG: the bytes are put together here."""
+    rows = [sum(number << bits * (3 - at) for at, number in enumerate(row)).to_bytes(bits // 2) for row in numbers]
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", 4, 2, bits, 0, 0, 0, 0), b"IEND": b""}
+    chunks[b"IDAT"] = zlib.compress(b"".join(b"\0" + row for row in rows))
+    written = b"\x89PNG\r\n\x1a\n"
+    for name in (b"IHDR", b"IDAT", b"IEND"):
+        body = name + chunks[name]
+        written += struct.pack(">I", len(chunks[name])) + body + struct.pack(">I", zlib.crc32(body))
+    (tmp_path / "mask.png").write_bytes(written)
+    assert read_numbers(tmp_path / "mask.png", "mask", 1.0).tolist() == numbers
+
+
 def test_masks_of_colours_of_damaged_bytes_or_too_large_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "colour.png", np.zeros((4, 4, 3), dtype=np.uint8))
     save(tmp_path / "large.png", np.zeros((100, 100), dtype=np.uint8))
@@ -221,6 +239,55 @@ def test_masks_are_found_by_their_suffix_and_ignored_numbers_are_the_settings(tm
     assert set(data.val[0][1].unique().tolist()) == {0, 1, IGNORED}
 
 
+@pytest.mark.parametrize(
+    ("image", "mask", "fields"),
+    [
+        ("{split}/rgb/x/{n}.png", "{split}/gt/x/{n}.png", {"images": "{split}/rgb", "masks": "{split}/gt"}),
+        ("{split}/{n}.png", "{split}/{n}_mask.png", {"images": "{split}", "masks": "{split}", "mask_suffix": "_mask"}),
+        ("all/{split}/{n}_rgb.png", "all/{split}/{n}.png", {"images": "all", "masks": "all", "image_suffix": "_rgb"}),
+    ],
+)  # fmt: skip
+def test_splits_may_be_above_their_folders_and_images_beside_their_masks(
+    image: str, mask: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    for split in ("train", "val"):
+        for number in range(3):
+            numbers = squares(number, (0, 1))
+            save(tmp_path / image.format(split=split, n=number), painted(numbers))
+            save(tmp_path / mask.format(split=split, n=number), numbers)
+        (tmp_path / image.format(split=split, n="notes")).with_suffix(".txt").write_text("")
+    of_split = {"train_split": "train", "val_split": "val", "classes": ["no", "yes"]}
+    task = tiny_task(data={"source": "folders", "root": str(tmp_path), **of_split, **fields})
+    data = data_of(task)
+    assert (len(data.train) + len(data.search), len(data.val)) == (3, 3)
+    stored = np.asarray(Image.open(tmp_path / mask.format(split="val", n=2)))
+    assert (data.val[2][1].numpy() == stored).all()
+    assert dict(data.describe())["ignored files"] == "2"
+
+
+def test_masks_of_0_and_255_are_two_classes_where_numbers_say_so_and_are_refused_where_all_else_is_ignored(
+    tmp_path: Path,
+) -> None:
+    """Elsewhere a model that paints everything as background would have an IoU of 100."""
+    for split in ("training", "validation"):
+        for number in range(4):
+            mask = squares(number, (0, 255))
+            save(tmp_path / "images" / split / f"{number}.png", painted(mask))
+            save(tmp_path / "annotations" / split / f"{number}.png", mask)
+    fields = {"source": "folders", "root": str(tmp_path), "classes": ["background", "object"], "search_fraction": 0.4}
+    with pytest.raises(DataError, match=r"no class but background occurs.*classes are 0 to 1, ignored is 255.*numbers"):
+        data_of(tiny_task(data=fields))
+    with pytest.raises(DataError, match=r"data.ignore: 255, the number of the class object"):
+        data_of(tiny_task(data=fields | {"numbers": [0, 255]}))
+    with pytest.raises(DataError, match=r"data.numbers: 0, 255, 300 for 2 classes"):
+        data_of(tiny_task(data=fields | {"numbers": [0, 255, 300], "ignore": None}))
+    with pytest.raises(ValueError, match="each says which number"):
+        tiny_task(data=fields | {"numbers": [0, 255], "reduce_zero_label": True})
+    val = data_of(tiny_task(data=fields | {"numbers": [0, 255], "ignore": None})).val
+    stored = np.asarray(Image.open(tmp_path / "annotations" / "validation" / "0.png"))
+    assert (val[0][1].numpy() == stored // 255).all()
+
+
 def test_wrong_masks_of_a_folder_are_told_with_their_file(tmp_path: Path) -> None:
     task, masks = ade(ade_tree(tmp_path)), tmp_path / "annotations" / "validation"
     first, second, third = sorted(masks.iterdir())
@@ -303,6 +370,19 @@ def test_a_crop_shows_image_and_mask_at_the_same_place(
         seen = truth != IGNORED
         assert (shown[seen] == torch.from_numpy(painted(truth.numpy()))[seen]).all()
         assert int(seen.sum()) == min(32, sides[0]) * min(48, sides[1])
+
+
+def test_masks_lie_where_the_image_is_in_crops_that_are_scaled_down() -> None:
+    crop = spec(size=(96, 96), augment=CropSection(scale_min=0.7, scale_max=0.7, hflip=0))
+    shifts = []
+    for place in range(12):
+        mask = torch.zeros(96, 96, dtype=torch.uint8)
+        mask[20 + place : 41 + place, 30 + place : 60 + place] = 1
+        pixels = (mask * 255).expand(3, -1, -1)
+        image, truth = crop.drawn(tv_tensors.Image(pixels), tv_tensors.Mask(mask), 0, 0, place)
+        bright = (image[0] > 0).as_subclass(Tensor).nonzero().float().mean(0)
+        shifts.append(bright - (truth == 1).as_subclass(Tensor).nonzero().float().mean(0))
+    assert torch.stack(shifts).mean(0).abs().max() < 0.15, "in pixels"
 
 
 def test_crops_move_with_seed_epoch_and_sample(tmp_path: Path) -> None:
@@ -464,6 +544,31 @@ def test_a_smaller_model_learns_from_small_masks_and_is_scored_at_full_size() ->
     assert [tuple(part.shape) for part in val[0]] == [(3, 16, 16), (32, 32)]
     model = built(task).eval()
     assert evaluate(task, model, val, batch_size=64, device=CPU, subset=range(64)).count == 64
+
+
+class OnMac(Tensor):
+    """On a device without float64, as a Mac's GPU is."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if func.__name__ == "cpu":
+            return found.as_subclass(Tensor)
+        if isinstance(found, cls) and found.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return found
+
+
+def test_scores_and_weights_need_no_float64_on_the_device() -> None:
+    scorer = ConfusionScorer(("left", "right"), CPU)
+    truth = torch.tensor([[[0, 1], [1, IGNORED]]], dtype=torch.uint8)
+    scorer.update(torch.zeros(1, 2, 2, 2), Batch(None, truth, torch.arange(1)))
+    scorer.pixels = scorer.pixels.as_subclass(OnMac)
+    assert scorer.compute()["accuracy"] == pytest.approx(100 / 3)
+    task = tiny_task(task={"background_weight": 0.25})
+    batch = Batch(None, truth.as_subclass(OnMac), torch.arange(1))
+    assert task.weight(batch) == tiny_task(task={"background_weight": 0.25}).weight(Batch(None, truth, batch.indices))
+    assert task.weight(batch) == 2.25
 
 
 # -- losses -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from sparsevit_cli.config import tasks as kinds
 from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.config.loading import load_config
 from sparsevit_cli.data import Batch, Categories, Shrunk, Source
-from sparsevit_cli.data.shrunk import Scale
+from sparsevit_cli.data.shrunk import Scale, shrunk_mask
 from sparsevit_cli.errors import CheckpointError, ConfigError, NonFiniteError
 from sparsevit_cli.evaluation import evaluate
 from sparsevit_cli.exporting import load_exported
@@ -202,6 +202,38 @@ def test_a_shrunk_source_shows_the_same_images_and_their_truth_smaller() -> None
     assert torch.equal(image, expected)
     assert shrunk.fingerprint() != Ramps().fingerprint()
     assert Scale((32, 48), (16, 24), unit=8)((64, 96)) == (32, 48)
+
+
+class Strokes(Ramps):
+    """A bright square and a bright stroke, with the mask of each (2, H, W) and the classes 0, 3 and 7 (H, W)."""
+
+    image_size = (192, 192)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        masks = torch.zeros(2, 192, 192, dtype=torch.uint8)
+        masks[0, 31 : 31 + 42, 20 + index : 62 + index] = 1
+        masks[1, 100:180, 101 + index : 106 + index] = 1
+        image = masks.amax(0).float().expand(3, -1, -1)
+        return tv_tensors.Image(image), tv_tensors.Mask(masks), tv_tensors.Mask(masks[0] * 3 + masks[1] * 7)
+
+
+def overlap(one: Tensor, other: Tensor) -> float:
+    return float((one & other).sum() / (one | other).sum())
+
+
+@pytest.mark.parametrize("side", [160, 144, 128, 96])
+def test_a_shrunk_mask_lies_where_its_image_shows_it(side: int) -> None:
+    shrunk = Shrunk(Strokes(), Scale((192, 192), (side, side)))
+    for index in range(4):
+        image, masks, classes = shrunk[index]
+        assert isinstance(masks, tv_tensors.Mask)
+        assert (masks.dtype, masks.shape, classes.shape) == (torch.uint8, (2, side, side), (side, side))
+        bright = image[0] >= 0.5
+        assert overlap(bright, masks.any(0)) > 0.97
+        assert overlap(bright, classes > 0) > 0.97
+        assert classes.unique().tolist() == [0, 3, 7]
+    nothing = shrunk_mask(torch.zeros(0, 192, 192, dtype=torch.uint8), (side, side))
+    assert nothing.shape == (0, side, side)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6])

@@ -136,15 +136,23 @@ class PairedFolders(MaskFiles):
 
     source: Literal["folders"] = Field("folders", description="Folders of images and of masks, as ADE20K has them.")
     root: PathText = Field(description="Folder that holds those of images and masks.")
-    images: PathText = Field("images", description="Folder of all images, below root.")
-    masks: PathText = Field("annotations", description="Folder of all masks, below root: PNG files of class numbers.")
-    train_split: PathText = Field("training", description="Folder of the training split, below both.")
-    val_split: PathText = Field("validation", description="Folder of the validation split, below both.")
+    images: PathText = Field("images", description="Folder of all images, below root, or of those of a `{split}`.")
+    masks: PathText = Field(
+        "annotations",
+        description="Folder of all masks, below root, or of those of a `{split}`: PNG files of class numbers.",
+    )
+    train_split: PathText = Field("training", description="Training split: a folder below both, or their `{split}`.")
+    val_split: PathText = Field("validation", description="Validation split: a folder below both, or their `{split}`.")
     image_suffix: Text = Field("", description="What the name of an image has after that of its sample (`_rgb`).")
     mask_suffix: Text = Field("", description="What the name of a mask has after that of its sample (`_mask`).")
     classes: tuple[Text, ...] = Field((), description="Names of the classes, in the order of their numbers.")
     classes_file: PathText | None = Field(
         None, description="Text file with the name of a class in each line; instead of `classes`."
+    )
+    numbers: tuple[Annotated[int, Field(ge=0, le=65535)], ...] = Field(
+        (),
+        description="Number in masks of each class, in the order of the classes; empty is 0, 1, 2 and so on. Masks of "
+        "0 and 255 have [0, 255], and ignore: null.",
     )
     ignore: Annotated[int, Field(ge=0, le=65535)] | None = Field(
         255, description="Number in masks of pixels without a class; null if every pixel has one."
@@ -157,6 +165,8 @@ class PairedFolders(MaskFiles):
     def _named_once(self) -> Self:
         if bool(self.classes) == (self.classes_file is not None):
             raise ValueError("give the names of the classes either in classes or in classes_file")
+        if self.numbers and self.reduce_zero_label:
+            raise ValueError("numbers and reduce_zero_label are both set, and each says which number is which class")
         return self
 
 

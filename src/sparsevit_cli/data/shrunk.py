@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as V
 
 from sparsevit_cli.sizes import ImageSize, Size
 
 from .source import Source, WrappedSource
+
+# Raise when a change of this file changes what a smaller model is trained or judged on.
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -52,13 +59,37 @@ class Shrunk(WrappedSource):
 
     def __getitem__(self, index: int, /) -> Any:
         sample = self.inner[index]
-        image = next(leaf for leaf in tree_leaves(sample) if isinstance(leaf, Tensor))
+        leaves, structure = tree_flatten(sample)
+        image = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
         own = int(image.shape[-2]), int(image.shape[-1])
         small = self.scale(own)
-        return sample if small == own else v2.Resize(list(small), antialias=True)(sample)
+        if small == own:
+            return sample
+        is_mask = [isinstance(leaf, tv_tensors.Mask) for leaf in leaves]
+        others = [None if by_hand else leaf for leaf, by_hand in zip(leaves, is_mask, strict=True)]
+        resized = v2.Resize(list(small), antialias=True)(others)
+        parts = zip(leaves, is_mask, resized, strict=True)
+        return tree_unflatten([shrunk_mask(leaf, small) if hand else other for leaf, hand, other in parts], structure)
 
     def resized(self, size: ImageSize) -> Shrunk:
         return Shrunk(self.inner.resized(size), self.scale)
 
     def fingerprint(self) -> str:
-        return f"{self.inner.fingerprint()} at {self.image_size}"
+        return f"{self.inner.fingerprint()} at {self.image_size}, version {_VERSION}"
+
+
+def shrunk_mask(mask: Tensor, size: Size) -> tv_tensors.Mask:
+    """A mask (..., H, W) at `size`: each pixel gets the value that has most of its area.
+
+    Areas are weighed as `Shrunk` weighs the pixels of an image. torchvision takes the pixel above and left instead, and
+    its masks so lie half a pixel beside their images.
+    """
+    plain = mask.as_subclass(Tensor)
+    flat = plain.reshape(math.prod(plain.shape[:-2]), *plain.shape[-2:])
+    found = flat.new_zeros(len(flat), *size)
+    most = torch.zeros(found.shape)
+    for value in flat.unique():
+        share = V.resize((flat == value).float(), list(size), antialias=True)
+        found = torch.where(share >= most, value, found)
+        most = most.maximum(share)
+    return tv_tensors.Mask(found.reshape(*plain.shape[:-2], *size))

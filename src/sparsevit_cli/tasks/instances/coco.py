@@ -249,10 +249,21 @@ def _polygons(polygons: list[Any], size: Size, note: Callable[[str], None]) -> P
         raise _UnusableError("mask without a polygon of three or more finite points")
     if len(outlines) < len(polygons):
         note("polygon that is not three or more finite points, left out of its mask")
-    points = np.concatenate([outline.reshape(-1, 2) for outline in outlines])
+    near = tuple(outline for outline in outlines if _is_near(outline, size))
+    points = np.concatenate([outline.reshape(-1, 2) for outline in near or outlines])
     if (points.max(0) <= 0).any() or (points.min(0) >= (size[1], size[0])).any():
         raise _UnusableError("mask outside its image")
-    return Polygons(outlines)
+    if not near:
+        raise _UnusableError("mask that reaches further than an image's size beyond its image")
+    if len(near) < len(outlines):
+        note("polygon that reaches further than an image's size beyond its image, left out of its mask")
+    return Polygons(near)
+
+
+def _is_near(outline: NDArray[np.float64], size: Size) -> bool:
+    """False for a polygon with a point so far away that drawing it would fill the memory."""
+    points, sides = outline.reshape(-1, 2), (size[1], size[0])
+    return bool((points >= np.negative(sides)).all() and (points <= np.multiply(sides, 2)).all())
 
 
 def _run_lengths(segmentation: dict[str, Any], size: Size) -> RunLengths:

@@ -51,11 +51,45 @@ class Proposals(RegionProposalNetwork):
 
 
 class Suppression(nn.Module):
-    """torchvision's choice of detections, as a module: a profile sees what runs inside modules."""
+    """torchvision's choice of detections, as a module: a profile sees what runs inside modules.
 
-    def forward(self, heads: RoIHeads, *answers: Any) -> Any:
+    At full load the thresholds of score and overlap do not count, and every proposal stands for its best category: as
+    many boxes are compared, and as many kept, as an image can give. All categories of all proposals would be far more.
+    """
+
+    is_at_full_load = False
+
+    def forward(
+        self, heads: RoIHeads, scores: Tensor, moves: Tensor, proposals: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> Any:
         """Boxes, scores and labels of each image, from the answers of the box head; see `RoIHeads`."""
-        return RoIHeads.postprocess_detections(heads, *answers)
+        if self.is_at_full_load:
+            per_image = scores.split([len(of_image) for of_image in proposals])
+            scores = torch.cat([_best_only(of_image, heads.detections_per_img) for of_image in per_image])
+        return RoIHeads.postprocess_detections(heads, scores, moves, proposals, sizes)
+
+    @contextmanager
+    def at_full_load(self, heads: RoIHeads) -> Iterator[None]:
+        """At full load inside the block."""
+        before = heads.score_thresh, heads.nms_thresh
+        self.is_at_full_load, heads.score_thresh, heads.nms_thresh = True, 0.0, 1.0
+        try:
+            yield
+        finally:
+            self.is_at_full_load = False
+            heads.score_thresh, heads.nms_thresh = before
+
+
+def _best_only(scores: Tensor, least: int) -> Tensor:
+    """Scores (n, 1 + categories), before softmax, of one image without those that are not a proposal's best.
+
+    A proposal keeps its best category, or more of them if `least` detections need more. Background stays.
+    """
+    proposals, categories = len(scores), scores.shape[1] - 1
+    several = min(categories, -(-least // max(1, proposals)))
+    best = scores[:, 1:].topk(several).indices + 1
+    kept = torch.cat([torch.zeros_like(best[:, :1]), best], dim=1)
+    return torch.full_like(scores, -torch.inf).scatter(1, kept, scores.gather(1, kept))
 
 
 class Regions(RoIHeads):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from .scorer import AveragePrecision
 from .source import InstanceSource
 
 COCO_CATEGORIES = 80
-"""Categories of a model of which nothing but its name is known."""
+"""Categories of a model without data."""
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
 """Of categories in pictures, in turn."""
 
@@ -63,10 +63,10 @@ class Instances(Task):
     def build(self, categories: Categories | None, options: BuildOptions) -> nn.Module:
         """A `Detector`: `model(images)` gives boxes, labels from 1 on, scores and masks inside their boxes.
 
-        Without categories there are as many as in the weights that will be loaded, or COCO's 80.
+        Without categories there are as many as in the weights that will be loaded, or as in the data.
         """
         known = len(categories) if categories is not None and categories.names else None
-        outputs = known or categories_of(options.like or {}) or COCO_CATEGORIES
+        outputs = known or categories_of(options.like or {}) or self._categories_in_data
         make = functools.partial(build_detector, section=self._model, categories=outputs, masks=self.masks)
         model = self.on_backbone(options, make)
         self.check_sizes(model.backbone.body.divisor)
@@ -140,16 +140,10 @@ class Instances(Task):
             for found in outputs
         ]
 
-    @contextmanager
-    def at_full_load(self, model: nn.Module) -> Iterator[None]:
-        """Without a threshold of scores: boxes and masks are computed up to `detections_per_image`, found or not."""
+    def at_full_load(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Boxes and masks are computed up to `detections_per_image`, found or not; see `Suppression`."""
         assert isinstance(model, Detector)
-        heads = model.roi_heads
-        before, heads.score_thresh = heads.score_thresh, -1.0
-        try:
-            yield
-        finally:
-            heads.score_thresh = before
+        return model.roi_heads.suppression.at_full_load(model.roi_heads)
 
     def category_counts(self, batch: Batch, categories: Categories) -> Tensor:
         """Objects of each category (categories,), crowds left out: those on the canvas, or all of a held-out image."""
@@ -193,6 +187,14 @@ class Instances(Task):
         """The validation images and the categories."""
         found = self.data(seed=self.config.seed, categories=None)
         return found.val, found.categories
+
+    @property
+    def _categories_in_data(self) -> int:
+        """How many categories the data have; COCO's 80 if the data are not there."""
+        try:
+            return len(self._examples[1])
+        except DataError:
+            return COCO_CATEGORIES
 
     @property
     def masks(self) -> bool:

@@ -28,7 +28,7 @@ from .transforms import TransformSpec
 
 
 def build_data(data: DigitScenesData | MaskFiles, *, img_size: ImageSize, in_chans: int, seed: int) -> Data:
-    """The three sources of a configuration. Files are listed; opened are held-out masks, until one shows a class.
+    """The three sources of a configuration. Files are listed; opened are held-out masks, until two classes were seen.
 
     `seed` moves the augmentation, and for the digits the split; for files the split is always the same. Raises
     DataError, ConfigError.
@@ -90,7 +90,7 @@ def _bundle(
         PairSource(val, np.arange(len(val.pairs)), held_spec, seed=seed, bad_images=None),
     )
     for name, pairs, numbers in (("search", train, held_out), ("validation", val, range(len(val.pairs)))):
-        _refuse_unlabelled(name, pairs, map(int, numbers))
+        _refuse_one_class(name, pairs, map(int, numbers))
     names = train.labels.names
     rows = [
         ("data", f"{data.source} in {train.root}"),
@@ -101,15 +101,25 @@ def _bundle(
     return Data(*sources, Categories(names), rows=tuple(rows))
 
 
-def _refuse_unlabelled(name: str, pairs: Pairs, numbers: Iterable[int]) -> None:
-    """Raises DataError if no pixel of the masks has a class: after hours of training there would be no score."""
+def _refuse_one_class(name: str, pairs: Pairs, numbers: Iterable[int]) -> None:
+    """Raises DataError if the masks show no two classes.
+
+    Without any there would be no score, after hours of training. With one alone every model would have all of it.
+    """
+    seen: set[int] = set()
     try:
-        if any((pairs.classes(number) != IGNORED).any() for number in numbers):
-            return
+        for number in numbers:
+            seen |= set(np.unique(pairs.classes(number)).tolist()) - {IGNORED}
+            if len(seen) > 1:
+                return
     except UnreadableImageError:  # the reading tells of it
         return
-    got = "no pixel of their masks has a class: all are ignored"
-    raise DataError(f"data: {name} images", got, "Check the masks; a test split has none.")
+    if not seen:
+        got = "no pixel of their masks has a class: all are ignored"
+        raise DataError(f"data: {name} images", got, "Check the masks; a test split has none.")
+    got = f"no class but {pairs.labels.names[seen.pop()]} occurs in their masks; {pairs.labels.known}"
+    more = " Or raise data.search_fraction." if name == "search" else ""
+    raise DataError(f"data: {name} images", got, f"A score would mean nothing. {pairs.labels.do}{more}")
 
 
 def _named(train: Source, search: Source, val: Source) -> list[tuple[str, Source]]:

@@ -1,4 +1,4 @@
-"""A folder of images and one of masks for each split; pairs have the same name but for the ending, at any depth."""
+"""Folders of images and of masks for each split; pairs have the same name but for the ending, at any depth."""
 
 from __future__ import annotations
 
@@ -20,15 +20,22 @@ _MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp")
 
 def read_folders(data: PairedFolders, split: str, labels: LabelMap) -> Pairs:
     """List a split, without opening an image. Raises DataError for folders or files that are not there."""
-    root = as_path(data.root, "data.root")
+    root, (image_end, mask_end) = as_path(data.root, "data.root"), (data.image_suffix, data.mask_suffix)
+    of_images, of_masks = (_of_split(folder, split) for folder in (data.images, data.masks))
     if not os.path.isdir(root):
-        raise DataError("data.root", f"{root} is not a folder", f"Give the one that holds {data.images}/{split}.")
-    images, others = _listed(root, f"{data.images}/{split}", data.image_suffix, IMAGE_EXTENSIONS)
-    masks, more = _listed(root, f"{data.masks}/{split}", data.mask_suffix, _MASK_EXTENSIONS)
-    like = (f"{data.images}/{split}/*{data.image_suffix}.*", f"{data.masks}/{split}/*{data.mask_suffix}.*")
-    keys = paired(split, images, masks, *like)
+        raise DataError("data.root", f"{root} is not a folder", f"Give the one that holds {of_images}.")
+    is_one = image_end != mask_end and os.path.realpath(root / of_images) == os.path.realpath(root / of_masks)
+    images, others = _listed(root, of_images, image_end, IMAGE_EXTENSIONS, not_of=mask_end if is_one else "")
+    masks, more = _listed(root, of_masks, mask_end, _MASK_EXTENSIONS, not_of=image_end if is_one else "")
+    keys = paired(split, images, masks, f"{of_images}/*{image_end}.*", f"{of_masks}/*{mask_end}.*")
     pairs = [Pair(key, images[key], masks[key]) for key in keys]
-    return Pairs.listed(root, split, pairs, labels, data.max_megapixels, others + more)
+    ignored = others - len(masks) if is_one else others + more
+    return Pairs.listed(root, split, pairs, labels, data.max_megapixels, ignored)
+
+
+def _of_split(folder: str, split: str) -> str:
+    """Where the files of a split are: its name in place of `{split}`, or below the folder."""
+    return folder.replace("{split}", split) if "{split}" in folder else f"{folder}/{split}"
 
 
 def folder_labels(data: PairedFolders) -> LabelMap:
@@ -39,16 +46,22 @@ def folder_labels(data: PairedFolders) -> LabelMap:
         got = f"{len(names)} names" + (f"; twice: {shorten(twice)}" if twice else "")
         raise DataError("data.classes", got, f"Give 2 to {MAX_CLASSES} names, each once.")
     first = int(data.reduce_zero_label)
+    numbers = data.numbers or range(first, first + len(names))
+    if len(set(numbers)) != len(names) or len(numbers) != len(names):
+        got = f"{shorten([str(number) for number in numbers])} for {len(names)} classes"
+        raise DataError("data.numbers", got, "Give one number for each class, each once.")
     pairs = dict.fromkeys([0] if data.reduce_zero_label else [], IGNORED)
-    pairs |= {first + label: label for label in range(len(names))}
+    pairs |= {number: label for label, number in enumerate(numbers)}
     if data.ignore is not None:
         if data.ignore in pairs and pairs[data.ignore] != IGNORED:
             got = f"{data.ignore}, the number of the class {names[pairs[data.ignore]]}"
             raise DataError("data.ignore", got, "Give a number that no class has, or null.")
         pairs[data.ignore] = IGNORED
     ignored = ", ".join(str(number) for number, label in pairs.items() if label == IGNORED) or "none"
-    known = f"classes are {first} to {first + len(names) - 1}, ignored is {ignored}"
-    return LabelMap(tuple(names), tuple(sorted(pairs.items())), known, "See data.classes and data.ignore.")
+    told = shorten([str(number) for number in numbers]) if data.numbers else f"{first} to {first + len(names) - 1}"
+    known = f"classes are {told}, ignored is {ignored}"
+    do = "See data.classes, data.numbers and data.ignore."
+    return LabelMap(tuple(names), tuple(sorted(pairs.items())), known, do)
 
 
 def _names_in(path_text: str) -> list[str]:
@@ -60,10 +73,13 @@ def _names_in(path_text: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _listed(root: Path, folder: str, suffix: str, extensions: tuple[str, ...]) -> tuple[dict[str, str], int]:
+def _listed(
+    root: Path, folder: str, suffix: str, extensions: tuple[str, ...], not_of: str
+) -> tuple[dict[str, str], int]:
     """Paths below `root` of the files below `folder`, by their name without suffix and ending; and how many others.
 
-    Links are followed, those to a folder that was seen before are not.
+    Names that end with `not_of`, if it is longer than `suffix`, belong to files of the other kind in that folder. Links
+    are followed, those to a folder that was seen before are not.
     """
     if not os.path.isdir(root / folder):
         got = f"there is no folder {root / folder}"
@@ -76,7 +92,8 @@ def _listed(root: Path, folder: str, suffix: str, extensions: tuple[str, ...]) -
         folders[:] = [name for name, path in inner.items() if not is_system_name(name) and path not in seen]
         for name in sorted(names):
             stem, ending = os.path.splitext(name)
-            if is_system_name(name) or ending.lower() not in extensions or not stem.endswith(suffix):
+            is_other = len(not_of) > len(suffix) and stem.endswith(not_of)
+            if is_system_name(name) or ending.lower() not in extensions or not stem.endswith(suffix) or is_other:
                 ignored += 1
                 continue
             path = os.path.relpath(os.path.join(where, name), root)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from sparsevit_cli.data.images import UnreadableImageError, opened
 from sparsevit_cli.data.source import shorten
@@ -20,6 +21,8 @@ _NUMBERS = 65536
 _FORMATS = ("PNG", "TIFF", "BMP")  # lossless ones
 _MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 """Modes of Pillow whose pixels are one whole number."""
+_STRETCHED = {"L;2": 85, "L;4": 17}
+"""What Pillow multiplies grey of 2 and 4 bits by, so that white is 255, by the start of its raw mode."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class LabelMap:
 
 
 def read_numbers(file: Path, name: str, max_megapixels: float) -> NDArray[np.integer]:
-    """The numbers (H, W) in a mask file: palette, or grey of 1, 8 or 16 bits. Raises UnreadableImageError.
+    """The numbers (H, W) in a mask file: palette, or grey of 1, 2, 4, 8 or 16 bits. Raises UnreadableImageError.
 
     A palette's colours say nothing: its indices are the numbers.
     """
@@ -63,5 +66,14 @@ def read_numbers(file: Path, name: str, max_megapixels: float) -> NDArray[np.int
         if image.mode not in _MODES:
             got = f"pixels of mode {image.mode}, not one number each"
             raise UnreadableImageError(name, got, "Save it as a PNG of class numbers: palette, or grey.")
-        numbers = np.asarray(image)
+        factor = _factor(image)
+        numbers = np.asarray(image) // factor if factor > 1 else np.asarray(image)
     return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
+
+
+def _factor(image: Image.Image) -> int:
+    """See `_STRETCHED`; 1 for all other images. Pillow knows the raw mode only until the pixels are read."""
+    tiles = getattr(image, "tile", None)
+    layout = tiles[0][3] if tiles else ""
+    raw = str(layout[0] if isinstance(layout, tuple) else layout)
+    return next((factor for start, factor in _STRETCHED.items() if raw.startswith(start)), 1)

@@ -43,7 +43,7 @@ class ConfusionScorer:
         The mean is one over the classes in truth or prediction. It is NaN if a score was not finite. Raises DataError
         if no pixel has a class.
         """
-        pixels = self.pixels.double().cpu()
+        pixels = self.pixels.cpu().double()  # a Mac's GPU has no float64
         truth, total = pixels.sum(1), pixels.sum()
         if not total:
             got = "no pixel of these images has a class: all of their masks are ignored"

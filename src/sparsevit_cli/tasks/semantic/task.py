@@ -114,8 +114,8 @@ class SemanticSegmentation(Task):
             return float(labelled.flatten(1).any(1).sum())
         if self._class_weights is None:
             return float(labelled.sum())
-        counts = torch.bincount(batch.targets[labelled].long(), minlength=len(self._class_weights)).double()
-        return float(counts @ self._class_weights.to(counts))
+        counts = torch.bincount(batch.targets[labelled].long(), minlength=len(self._class_weights))
+        return float(counts.cpu().double() @ self._class_weights)  # a Mac's GPU has no float64
 
     def scorer(self, source: Source, device: torch.device) -> Scorer:
         """mIoU, pixel accuracy, and the IoU of every class, from one confusion matrix."""

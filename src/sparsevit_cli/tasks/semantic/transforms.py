@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
@@ -20,6 +21,9 @@ from sparsevit_cli.seeding import derive_seed
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
 from .labels import IGNORED
+
+# Raise when a change of this file changes a training crop.
+_AUGMENT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class TransformSpec:
 
     def describe(self) -> str:
         """Canonical text, for fingerprints."""
-        augment = None if self.augment is None else self.augment.model_dump()
+        augment = None if self.augment is None else {**self.augment.model_dump(), "version": _AUGMENT_VERSION}
         return json.dumps({**asdict(self), "augment": augment}, sort_keys=True)
 
     def evaluated(self, image: Tensor, name: str) -> Tensor:
@@ -111,7 +115,10 @@ class TransformSpec:
         colours = [rng.uniform(max(0, 1 - strength), 1 + strength) for _ in range(3)]
         size = [min(side, max(1, round(part * scale))) for side, part in zip(self.size, seen, strict=True)]
         image = V.resize(V.crop(image, *tops, *seen), size, antialias=True)
-        mask = V.resize(V.crop(mask, *tops, *seen), size, interpolation=InterpolationMode.NEAREST)
+        # Not NEAREST, which takes pixels above and left: masks would lie half a pixel beside their images. Older
+        # torchvisions resize a Mask by nothing else, but a tensor as they are told.
+        plain = V.crop(mask, *tops, *seen).as_subclass(Tensor)[None]
+        mask = tv_tensors.Mask(V.resize(plain, size, interpolation=InterpolationMode.NEAREST_EXACT)[0])
         if strength:
             brightness, contrast, saturation = colours
             image = V.adjust_saturation(V.adjust_contrast(V.adjust_brightness(image, brightness), contrast), saturation)
