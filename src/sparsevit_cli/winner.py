@@ -38,13 +38,19 @@ def read_winner(path: Path) -> tuple[SparsityConfig, dict[str, Any]]:
 
 def parse_ratios(text: str, depths: Sequence[int]) -> SparsityConfig:
     """Ratios as typed: one number for everywhere, a nested list, or the path of a winner file."""
+    return parse_winner(text, depths)[0]
+
+
+def parse_winner(text: str, depths: Sequence[int]) -> tuple[SparsityConfig, dict[str, Any]]:
+    """As `parse_ratios`, with the rest of a winner file."""
     if text.endswith((".yaml", ".yml", ".json")) or names_a_file(text):
         path = as_path(text, "--ratios")
         if not is_there(path, "--ratios"):
             raise ConfigError("--ratios", f"there is no file {path}", "Give a number, a nested list or a winner file.")
-        return SparsityConfig.from_ratios(read_winner(path)[0], depths)
+        winner, about = read_winner(path)
+        return SparsityConfig.from_ratios(winner, depths), about
     value: Any = parse_yaml(text.encode("utf-8", "surrogateescape"), "--ratios").data
     if isinstance(value, (str, dict)) or value is None:
         got = f"{shown(text)} is neither a number, a nested list nor a file"
         raise ConfigError("--ratios", got, "Give e.g. 0.6, [[.6],[0],[.2,.4,.5],[0]] or runs/x/search/winner.yaml.")
-    return SparsityConfig.from_ratios(value, depths)
+    return SparsityConfig.from_ratios(value, depths), {}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sparsevit_cli.documents import read_json, understood
 from sparsevit_cli.errors import CheckpointError
 from sparsevit_cli.runs import missing_result
 from sparsevit_cli.sparsity import SparsityConfig
-from sparsevit_cli.winner import parse_ratios, read_winner
+from sparsevit_cli.winner import parse_ratios, parse_winner, read_winner
 
 from .session import Session, Weights
 
@@ -29,10 +31,22 @@ def ratios_to_finetune(session: Session, depths: Depths, needed_by: str, adapted
     if given is not None:
         return SparsityConfig.from_ratios(given, depths)
     winner = winner_ratios(session, depths, needed_by)
-    if read_winner(session.earlier("search").path / "winner.yaml")[1].get("checkpoint_sha256") != adapted:
+    _check_weights(session, read_winner(session.earlier("search").path / "winner.yaml")[1], needed_by, adapted)
+    return winner
+
+
+def typed_to_finetune(session: Session, typed: str, depths: Depths, needed_by: str, adapted: str) -> SparsityConfig:
+    """Those that were typed. Raises CheckpointError for a winner that was not found with the `adapted` weights."""
+    config, about = parse_winner(typed, depths)
+    if "checkpoint_sha256" in about:
+        _check_weights(session, about, needed_by, adapted)
+    return config
+
+
+def _check_weights(session: Session, about: Mapping[str, object], needed_by: str, adapted: str) -> None:
+    if about.get("checkpoint_sha256") != adapted:
         got = "the winner was found with other adapted weights"
         raise CheckpointError(needed_by, got, f"Type: {session.earlier('search').typed}")
-    return winner
 
 
 def ratios_of_weights(session: Session, depths: Depths, typed: str | None, weights: Weights) -> SparsityConfig:

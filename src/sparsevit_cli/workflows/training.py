@@ -35,7 +35,7 @@ from sparsevit_cli.tasks.task import Metric, Score
 from sparsevit_cli.training import TrainingJob, TrainingPlan, TrainingResult, plan_training, train
 
 from .plots import plot_training
-from .ratios import ratios_to_finetune
+from .ratios import ratios_to_finetune, typed_to_finetune
 from .scopes import gmacs_of
 from .session import Session, Weights
 from .weights import file_weights, trained_weights
@@ -117,12 +117,20 @@ def adapt(session: Session) -> TrainingSummary:
     return replace(summary, rows=session.ranks.on_first(check))
 
 
-def finetune(session: Session) -> TrainingSummary:
-    """Train on from the adapted weights with one configuration fixed (paper section 3.4)."""
-    section = session.config.finetune
+def finetune(session: Session, *, ratios: str | None = None) -> TrainingSummary:
+    """Train on from the adapted weights with one configuration fixed (paper section 3.4).
+
+    `ratios` as typed (a winner file, say) stand in for `finetune.ratios`.
+    """
     weights = trained_weights(session, "adapt", "sparsevit finetune")
     model = session.model(weights.categories, weights)
-    config = ratios_to_finetune(session, model_depths(model), "sparsevit finetune", weights.sha256)
+    depths = model_depths(model)
+    if ratios is not None:
+        typed = typed_to_finetune(session, ratios, depths, "sparsevit finetune", weights.sha256)
+        section = session.config.finetune.model_copy(update={"ratios": typed.ratios})
+        session = session.replaced(config=session.config.model_copy(update={"finetune": section}))
+    section = session.config.finetune
+    config = ratios_to_finetune(session, depths, "sparsevit finetune", weights.sha256)
     data = session.data(weights)
     plan = checked_plan(session, "finetune", section, model, data)
     teacher = _teacher(
