@@ -23,6 +23,7 @@ from sparsevit_cli.search import (
     spearman,
 )
 from sparsevit_cli.search.evolution import cross, mutate
+from sparsevit_cli.search.feasible import one_tenth_lower
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 
 SWIN_T = SearchSpace((2, 2, 6, 2))
@@ -281,6 +282,25 @@ def test_a_metric_or_cost_that_is_not_finite_names_the_candidate(bad):
     assert str(first) in str(caught.value)
     with pytest.raises(NonFiniteError, match="cost of candidate"):
         search_sparsity(SWIN_T, accuracy, lambda config: bad, latency(20))
+
+
+@pytest.mark.parametrize("strategy", ["surrogate", "evolution", "random", "optuna"])
+def test_of_configurations_that_cost_the_same_the_one_that_keeps_more_is_asked_for(strategy):
+    """Ratios of 0.1 and 0.2, and of 0.4 to 0.6, cost the same: the smallest of each is enough to know."""
+    if strategy == "optuna":
+        pytest.importorskip("optuna")
+    space, steps = SearchSpace((2, 2, 4)), (10, 9, 9, 7, 5, 5, 5, 2, 1)
+
+    def cost(config):
+        return 4.0 + sum(steps[t] for stage in config.tenths for t in stage)
+
+    result = search_sparsity(
+        space, lambda config: Random(str(config)).random(), cost, latency(30),
+        strategy=strategy, seed=1, max_evaluations=24, population=12,
+    )  # fmt: skip
+    assert len(result.history) > 10
+    for evaluation in result.history:
+        assert evaluation.cost < min((cost(lower) for lower in one_tenth_lower(evaluation.config)), default=math.inf)
 
 
 def test_what_evaluate_raises_passes_through():

@@ -104,12 +104,14 @@ def test_requests_are_shown_as_written():
 
 def test_feasibility_table():
     space = SearchSpace((2, 2, 6, 2))
-    table = feasibility(space, lambda c: 10 - sum(map(sum, c.tenths)) / 8, Budget(6, "latency_ms"))
+    request = parse_latency_budget("6ms")
+    table = feasibility(space, lambda c: 10 - sum(map(sum, c.tenths)) / 8, request)
     assert (table.dense, table.middle, table.sparsest, table.limit) == (10, 7, 4, 6)
     assert table.reachable
     assert not table.dense_fits
-    assert not feasibility(space, lambda c: 7.0, Budget(6, "latency_ms")).reachable
-    assert feasibility(space, lambda c: 6.0, Budget(6, "latency_ms")).dense_fits
+    assert feasibility(space, lambda c: 8.0, parse_latency_budget("70%")).limit == 5.6
+    assert not feasibility(space, lambda c: 7.0, request).reachable
+    assert feasibility(space, lambda c: 6.0, request).dense_fits
 
 
 @given(

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -14,18 +15,20 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsevit_cli.cli import app
-from sparsevit_cli.errors import BudgetError, ConfigError
+from sparsevit_cli.errors import BudgetError, CheckpointError, ConfigError, MeasurementError, UnsteadyError
 from sparsevit_cli.reporting import SilentReporter
-from sparsevit_cli.sparsity import SparsityConfig
+from sparsevit_cli.search import LatencyRecord, LatencyTable
+from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from sparsevit_cli.tasks.classification.task import Classification
 from sparsevit_cli.winner import read_winner
+from sparsevit_cli.workflows import search as search_module
 from sparsevit_cli.workflows.front import search_front
 from sparsevit_cli.workflows.scores import Images, Scores
 from sparsevit_cli.workflows.search import SearchSummary, search
 from sparsevit_cli.workflows.sensitivity import measure_sensitivity
 from sparsevit_cli.workflows.session import Session
-from sparsevit_cli.workflows.training import adapt, pretrain
-from tiny import tiny_config, train_in
+from sparsevit_cli.workflows.training import adapt, finetune, pretrain
+from tiny import tiny_config, train_in, write_tiny
 
 
 def session_in(runs: Path, **sections: object) -> Session:
@@ -76,6 +79,29 @@ def test_several_budgets_leave_a_winner_each_and_pay_once(runs: Path) -> None:
     assert not list(folder.glob("winner-*"))  # with the earlier results
 
 
+def front_in(folder: Path) -> list[dict[str, str]]:
+    with (folder / "pareto.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sparser_winner_that_scores_higher_wins_the_wider_budget_too(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Skipping helps this model; the search for 80 % looks at what keeps most within it, and so does not see that."""
+    monkeypatch.setattr(
+        Scores, "score", lambda _, configs, images: {config: sum(map(sum, config.ratios)) for config in configs}
+    )
+    summary = search_front(session_in(runs), budgets="80%,60%")
+    other = summary.others[0]
+    assert summary.winner == other.finalist == summary.finalists[-1]
+    assert summary.winner.within_budget
+    for name in ("winner.yaml", "winner-60percent.yaml"):
+        assert read_winner(summary.folder.path / name)[0] == summary.winner.config
+    assert read_winner(summary.folder.path / "winner.yaml")[1]["budget"]["macs"] == summary.feasibility[0].limit
+    row = front_in(summary.folder.path)[-1]
+    assert row["winner_of"] == f"{summary.feasibility[0].budget}; {other.budget}"
+
+
 def test_pareto_takes_shares_of_dense_and_leaves_out_what_cannot_be_reached(runs: Path) -> None:
     session = session_in(runs, search={"max_ratio": 0.5})
     summary = search_front(session)
@@ -84,8 +110,10 @@ def test_pareto_takes_shares_of_dense_and_leaves_out_what_cannot_be_reached(runs
     assert names[:3] == ["winner-90percent.yaml", "winner-80percent.yaml", "winner-70percent.yaml"]
     assert "winner-50percent.yaml" not in names
     assert "the budget 50% is left out" in told
+    assert all(other.path.is_file() for other in summary.others)
     scores = [other.finalist.score for other in summary.others]
-    assert len(scores) == len(names)
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] > scores[-1]
 
 
 def test_budgets_that_make_no_front_are_refused_before_anything_is_evaluated(
@@ -137,6 +165,159 @@ def test_a_killed_front_goes_on_with_what_it_was_informed_by(
     search_front(session, budgets="80%,60%")
     session.locks.close()
     assert told(runs) == told(straight)
+
+
+class Clock:
+    """In the place of the latencies of a search: a table of which `clock` may say something else."""
+
+    elsewhere = ""
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.space = space
+        pair = tuple(10.0 - tenths for tenths in range(space.max_tenths + 1))
+        pairs = tuple((pair,) * count for count in space.pairs)
+        self.made = LatencyTable(1.0, pairs, (0.0,) * len(pairs), {})
+        self.dense_ms = self.made.predict(space.dense)
+
+    def clock(self, config: SparsityConfig) -> float:
+        return self.made.predict(config)
+
+    def measure(self, configs: Sequence[SparsityConfig]) -> dict[SparsityConfig, LatencyRecord]:
+        return {config: LatencyRecord(*[self.clock(config)] * 3) for config in configs}
+
+    def table(self, known: object) -> LatencyTable:
+        return self.made
+
+
+def timed(runs: Path, monkeypatch: pytest.MonkeyPatch, clock: type[Clock]) -> Session:
+    monkeypatch.setattr(search_module, "latencies_of_search", lambda session, model, space, *_: clock(space))
+    return session_in(runs, search={"budget_macs": None, "budget_latency": "80%"})
+
+
+def test_a_latency_that_is_out_of_reach_is_refused_before_the_table_is_measured(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Clock, "table", pytest.fail)
+    with pytest.raises(BudgetError, match=r"0\.1 ms is below"):
+        search_front(timed(runs, monkeypatch, Clock), budgets="80%,0.1ms")
+
+
+@pytest.mark.parametrize("budgets", ["80%,60%,70%", None])
+def test_a_budget_that_the_clock_does_not_confirm_costs_no_other_its_winner(
+    runs: Path, budgets: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stalling(Clock):
+        """What the table takes for faster than 65 % of dense is not; the sparsest of all is."""
+
+        def clock(self, config: SparsityConfig) -> float:
+            ms = super().clock(config)
+            is_slow = self.space.sparsest != config and ms < 0.65 * self.dense_ms
+            return 0.66 * self.dense_ms if is_slow else ms
+
+    session = timed(runs, monkeypatch, Stalling)
+    with nullcontext() if budgets is None else pytest.raises(MeasurementError, match="the fastest of"):
+        search_front(session, budgets=budgets)
+    assert "the budget 60% is left out" in " ".join(session.reporter.warnings)  # type: ignore[attr-defined]
+    folder = session.earlier("search").path
+    assert (folder / "winner.yaml").is_file()
+    assert (folder / "winner-70percent.yaml").is_file()
+    assert not (folder / "winner-60percent.yaml").exists()
+    assert any(row["winner_of"] for row in front_in(folder))
+
+
+def test_winners_found_before_the_clock_became_unsteady_are_kept(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Disturbed(Clock):
+        """Somebody else needs the machine as soon as something faster than 70 % of dense is measured."""
+
+        def clock(self, config: SparsityConfig) -> float:
+            ms = super().clock(config)
+            if config not in (self.space.middle, self.space.sparsest) and ms < 0.7 * self.dense_ms:
+                raise UnsteadyError("search", "something else runs", "Wait.")
+            return ms
+
+    session = timed(runs, monkeypatch, Disturbed)
+    with pytest.raises(UnsteadyError):
+        search_front(session, budgets="80%,75%,60%,50%")
+    folder = session.earlier("search").path
+    assert [path.name for path in folder.glob("winner*")] == ["winner.yaml", "winner-75percent.yaml"]
+    assert (folder / "informed.json").exists()  # the search is not done
+
+
+def stopped_at_once(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that is stopped before anything is scored."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Scores, "score", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            search(session)
+
+
+def test_a_search_after_another_adaptation_is_not_informed_by_the_earlier_one(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger and informed.json stay when adapt is done anew, and tell nothing of the new weights."""
+    session = session_in(runs)
+    measure_sensitivity(session)
+    session.locks.close()
+    stopped_at_once(session, monkeypatch)
+    session.locks.close()
+    assert (session.earlier("search").path / "informed.json").exists()
+    session = Session(tiny_config(output=str(runs), adapt={"lr": 2e-4}), SilentReporter(), fresh=True)
+    adapt(session)
+    session.locks.close()
+    session = session_in(runs, adapt={"lr": 2e-4})
+    summary = search(session)
+    assert summary.asked == summary.evaluated > 0
+    session.locks.close()
+
+
+def test_informed_by_a_ledger_that_was_removed_is_informed_by_nothing(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = session_in(runs)
+    measure_sensitivity(session)
+    stopped_at_once(session, monkeypatch)
+    for path in session.earlier("search").path.glob("ledger.sqlite*"):
+        path.unlink()
+    summary = search(session)
+    assert summary.asked == summary.evaluated > 0
+    session.locks.close()
+
+
+def test_every_winner_can_be_finetuned(runs: Path, tmp_path: Path) -> None:
+    session = session_in(runs)
+    summary = search_front(session, budgets="80%,60%")
+    session.locks.close()
+    first, second = str(summary.folder.path / "winner.yaml"), str(summary.others[0].path)
+
+    def finetuned(ratios: str | None, *, fresh: bool = False) -> tuple[bool, Path]:
+        session = Session(tiny_config(output=str(runs)), SilentReporter(), fresh=fresh)
+        try:
+            done = finetune(session, ratios=ratios)
+        finally:
+            session.locks.close()
+        return done.already_done, done.folder.path
+
+    def ratios_in(path: Path) -> object:
+        return json.loads((path / "sparsity.json").read_text())["ratios"]
+
+    _, folder = finetuned(second)
+    assert SparsityConfig.from_ratios(ratios_in(folder)) == summary.others[0].finalist.config
+    assert finetuned(second) == (True, folder)
+    with pytest.raises(ConfigError, match=r"finetune\.ratios.*--fresh"):
+        finetuned(first)
+    finetuned(first, fresh=True)
+    assert SparsityConfig.from_ratios(ratios_in(folder)) == summary.winner.config
+    kept = folder.with_name("finetune.old-001")
+    assert SparsityConfig.from_ratios(ratios_in(kept)) == summary.others[0].finalist.config
+    foreign = tmp_path / "foreign.yaml"
+    text = Path(second).read_text()
+    foreign.write_text(text.replace(read_winner(Path(second))[1]["checkpoint_sha256"], "f" * 64))
+    with pytest.raises(CheckpointError, match="other adapted weights"):
+        finetuned(str(foreign))
 
 
 # -- the race ---------------------------------------------------------------------------------------------------
@@ -195,9 +376,29 @@ def test_a_race_forwards_few_images_and_finalists_get_the_score_of_all(
     assert summary.images < 16 * 20 + 8 * 250
     record = json.loads((summary.folder.path / "metrics.json").read_text())
     assert record["images"] == summary.images
+    row = front_in(summary.folder.path)[-1]
+    assert (row["ratios"], float(row["top1"])) == (str(summary.winner.config), summary.winner.score)
+    assert float(row["first_images"]) == summary.winner.proxy_score
+    assert row["winner_of"] == str(summary.feasibility[0].budget)
     again = raced(runs, monkeypatch, ImageByImage(left=0))  # all of it is in the ledger
     assert (again.winner.config, again.images) == (summary.winner.config, summary.images)
     assert again.forwarded == 0
+
+
+@pytest.mark.parametrize("strategy", ["surrogate", "evolution"])
+def test_the_winner_of_every_budget_is_on_the_front(runs: Path, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few images name another best one than all of them do: the front is of those that were scored on all."""
+    fake = ImageByImage()
+    monkeypatch.setattr(Scores, "score", lambda _, configs, images: fake.score(configs, images))
+    summary = search_front(session_in(runs, search=RACE | {"strategy": strategy}), budgets="80%,60%")
+    rows = {row["ratios"]: row for row in front_in(summary.folder.path)}
+    winners = [(summary.feasibility[0].budget, summary.winner)]
+    winners += [(other.budget, other.finalist) for other in summary.others]
+    for budget, winner in winners:
+        row = rows[str(winner.config)]
+        assert float(row["top1"]) == winner.score == pytest.approx(fake.mean(winner.config, range(250)), abs=1e-9)
+        assert str(budget) in row["winner_of"].split("; ")
+    assert list(rows)[-1] == str(summary.winner.config)
 
 
 def test_a_metric_that_is_no_mean_over_images_is_computed_on_all_of_them(
@@ -251,3 +452,14 @@ def test_flags_that_exclude_each_other_are_refused(flags: list[str]) -> None:
     done = CliRunner().invoke(app, ["search", *flags], prog_name="sparsevit")
     assert done.exit_code == 2
     assert "exclude each other" in done.stderr
+
+
+def test_budgets_of_two_kinds_are_refused_by_a_dry_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["search", "--config", str(write_tiny(tmp_path)), "--dry-run", "--budgets"]
+    done = CliRunner().invoke(app, [*command, "30ms,3G"], prog_name="sparsevit")
+    assert done.exit_code == 2
+    assert "holds both latencies and multiply-adds" in done.stderr
+    done = CliRunner().invoke(app, [*command, "80%,60%"], prog_name="sparsevit")
+    assert done.exit_code == 0
+    assert "budgets: 80%, 60%" in done.stdout

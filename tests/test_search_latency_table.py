@@ -35,10 +35,21 @@ def test_a_prediction_is_base_plus_pairs_plus_overhead_of_pruned_stages():
 
 
 def test_configurations_outside_the_table_are_refused():
-    with pytest.raises(ConfigError, match=r"block pairs \[1, 1, 3, 1\]"):
+    with pytest.raises(ConfigError, match=r"block pairs \[1, 1\], the model \[1, 1, 3, 1\]"):
         table().predict(SearchSpace((2, 2)).dense)
-    with pytest.raises(ConfigError, match=r"ratios to 0\.5"):
+    with pytest.raises(ConfigError, match=r"ratios above 0\.5"):
         table(max_tenths=5).predict(SPACE.sparsest)
+
+
+def test_plateaus_are_ratios_of_a_stage_that_are_equally_fast():
+    """Stage 0 has steps by noise, stage 1 saves as much everywhere, stage 2 nothing, and ranking eats a step of 3."""
+    waves = (10, 9, 8.99, 9.01, 7, 5, 5, 5.02, 2)
+    even = (9, 8, 7, 6, 5, 4, 3, 2, 1)
+    found = LatencyTable(1, ((waves,), (even,), ((3,) * 9, (2,) * 9), (even,)), (0, 0, 0, 1), IDENTITY)
+    assert found.plateaus == (((0.1, 0.3), (0.5, 0.7)), (), ((0.0, 0.8),), ((0.0, 0.1),))
+    assert found.plateaus_told == "stage 0: 0.1 to 0.3, 0.5 to 0.7; stage 2: 0 to 0.8; stage 3: 0 to 0.1"
+    assert LatencyTable(1, ((even,),), (0,), IDENTITY).plateaus_told == ""
+    assert LatencyTable(1, (((3,),),), (0,), IDENTITY).plateaus == ((),)
 
 
 def test_fit_error_is_relative():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import cache
+from itertools import combinations_with_replacement, product
 from random import Random
 
 import numpy as np
@@ -64,14 +66,22 @@ def test_costs_of_numbers_are_those_of_configurations_to_the_bit(space: SearchSp
     assert enumeration.costs(cost, numbers).tolist() == list(map(cost, configs))
 
 
-def test_eighteen_blocks_are_enumerated_within_seconds_and_some_memory() -> None:
-    """17.7 million configurations: the tightest budget leaves few, so that only the first look is timed."""
-    space = SearchSpace((2, 2, 18, 2))
-    cost = random_cost(space, 0)
-    sparsest = cost(space.sparsest)
-    found = Enumeration(space).staircase([(cost, Budget(sparsest, "latency_ms"))])
-    assert space.size == 17_721_990
-    assert space.sparsest in configurations(space, found.tenths) or found.feasible > 1
+def test_the_staircase_of_eighteen_blocks_is_as_large_as_counting_says() -> None:
+    """17.7 million configurations. Each tenth that is kept more costs as much, so that these tenths alone decide."""
+    space, kept_more = SearchSpace((2, 2, 18, 2)), 12
+    cost = linear_cost(space)
+    limit = cost(space.sparsest) + 0.4 * (kept_more + 0.5)
+    found = Enumeration(space).staircase([(cost, Budget(limit, "latency_ms"))])
+    counts = Counter({0: 1})  # configurations by the tenths that they keep more than the sparsest one
+    for pairs in space.pairs:
+        of_stage = Counter(sum(8 - t for t in row) for row in combinations_with_replacement(range(9), pairs))
+        both = Counter[int]()
+        for (more, count), (there, times) in product(counts.items(), of_stage.items()):
+            both[more + there] += count * times
+        counts = both
+    assert counts.total() == space.size == 17_721_990
+    assert found.feasible == sum(counts[more] for more in range(kept_more + 1))
+    assert len(found.tenths) == counts[kept_more]
 
 
 # -- the search ---------------------------------------------------------------------------------------------------
@@ -183,14 +193,14 @@ def test_a_space_too_large_to_enumerate_is_searched_on_a_sampled_staircase(monke
     assert result.best_metric > drawn.best_metric
 
 
-def test_small_spaces_are_searched_whole_when_every_metric_is_equal() -> None:
-    space = SearchSpace((2, 2), 0.2)
-    cost = linear_cost(space)
-    result = search_sparsity(
-        space, lambda config: 1.0, cost, Budget(cost(space.dense) - 0.5, "latency_ms"), strategy="surrogate"
-    )
-    members = FeasibleSpace(space, [(cost, Budget(cost(space.dense) - 0.5, "latency_ms"))]).staircase(0)
-    assert 1 <= len(result.history) <= len(members)
+@pytest.mark.parametrize("most", [5, None])
+def test_a_staircase_on_which_every_metric_is_equal_is_searched_whole(most: int | None) -> None:
+    """Nothing says that a member is worse than it may be, so that every one still promises something."""
+    cost, budget = linear_cost(), Budget(9, "latency_ms")
+    result = search_sparsity(SPACE, lambda _: 1.0, cost, budget, strategy="surrogate", max_evaluations=most)
+    members = FeasibleSpace(SPACE, [(cost, budget)]).staircase(0)
+    assert 5 < len(members) <= 100
+    assert len(result.history) == min(len(members), most or 100)
 
 
 def test_a_configuration_of_another_model_has_no_cost() -> None:

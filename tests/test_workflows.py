@@ -364,6 +364,7 @@ def test_plans_name_what_each_command_costs_and_write_nothing(tmp_path: Path) ->
     told = "\n".join(plan_of(session, "run").lines)
     for words in ("pretrain: ", "adapt: ", "finetune: ", "search: 8 candidates", "evaluate: 350 images"):
         assert words in told
+    assert "budgets: 80%, 60%" in plan_of(session, "search", budgets=("80%", "60%")).lines[-1]
     sizes = "\n".join(plan_of(session, "profile", img_size="32,64x48", ratios="0.5").lines)
     assert "cells: 4" in sizes
     assert "64x48" in sizes

@@ -113,15 +113,15 @@ def _options(
 
 def _run(
     command: str, options: Options, work: Callable[[Session], Any], show: Callable[[Any], None],
-    *, refuse: Callable[[Any], None] = lambda result: None, **flags: str | None,
+    *, refuse: Callable[[Any], None] = lambda result: None, several: str | None = None, **flags: str | None,
 ) -> None:  # fmt: skip
     """One command: a session, its workflow, and the result as a table or as JSON; `refuse` may raise after that.
 
-    `flags` matter to its plan.
+    `several` are the budgets of one search. They and `flags` matter to its plan.
     """
     from .config.loading import load_config
     from .console import ConsoleReporter, print_json, print_lines
-    from .search.budget import parse_budgets
+    from .search.budget import parse_budgets, parse_several
 
     reporter = ConsoleReporter(verbose=options.verbose)
     told = {"to_go_on": "Type the command without --fresh to go on."} if options.fresh else {}
@@ -132,7 +132,9 @@ def _run(
     ):
         overrides = (*options.overrides, *_task_typed(options.task, options.overrides))
         config = load_config(_config_path(options.config), overrides, is_packaged=options.task is None)
-        parse_budgets(config.search.budget_latency, config.search.budget_macs)  # refused before torch is loaded
+        latency, macs = config.search.budget_latency, config.search.budget_macs
+        parse_budgets(latency, macs)  # refused before torch is loaded
+        budgets = parse_several(several, latency=latency, macs=macs) if several is not None else {}
         from .kernels.cache import keep_compilers_private
         from .profiling.memory import reuse_freed_memory
         from .workflows.session import Session
@@ -144,7 +146,7 @@ def _run(
         if options.dry_run:
             from .workflows.plan import plan_of
 
-            plan = plan_of(session, command, **flags)
+            plan = plan_of(session, command, budgets=tuple(budgets), **flags)
             print_json({"plan": plan.lines}) if options.json else print_lines(*plan.lines)
             plan.refuse_incomplete()
             return
@@ -269,15 +271,16 @@ def adapt(
 
 @app.command()
 def finetune(
+    ratios: Ratios = None,
     config: Config = None, set_: Set = None, task: TaskFile = None, output: Output = None, device: Device = None,
     seed: Seed = None,
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
-    """Train the adapted weights on at the winner's ratios. Resumes."""
+    """Train the adapted weights on at the winner's ratios, or at --ratios. Resumes."""
     from .views import show_training
 
     options = _options(config, set_, as_json, dry_run, verbose, fresh, task, output=output, device=device, seed=seed)
-    _run("finetune", options, _workflow("training", "finetune"), show_training)
+    _run("finetune", options, _workflow("training", "finetune", ratios=ratios), show_training)
 
 
 # -- search, evaluation, measurement, export --------------------------------------------------------------------
@@ -305,6 +308,7 @@ def search(
     as_json: Json = False, dry_run: DryRun = False, verbose: Verbose = False, fresh: Fresh = False,
 ) -> None:  # fmt: skip
     """Find the most accurate sparsity configuration within a budget; writes winner.yaml. Resumes, reuses its ledger."""
+    from .search.budget import SHARES
     from .views import show_search, show_sensitivity
 
     typed = budget_latency is not None or budget_macs is not None
@@ -320,7 +324,8 @@ def search(
     if sensitivity:
         _run("search", options, _workflow("sensitivity", "measure_sensitivity"), show_sensitivity)
     elif pareto or budgets is not None:
-        _run("search", options, _workflow("front", "search_front", budgets=budgets, workers=workers), show_search)
+        work = _workflow("front", "search_front", budgets=budgets, workers=workers)
+        _run("search", options, work, show_search, several=SHARES if budgets is None else budgets)
     else:
         _run("search", options, _workflow("search", "search", workers=workers), show_search)
 

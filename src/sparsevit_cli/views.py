@@ -164,6 +164,7 @@ def show_table(report: TableReport) -> None:
     lines = [f"runtime: {identity.get('runtime', 'torch')}"]
     if error is not None:
         lines.append(f"latency table: mean error {error.mean:.1%}, largest {error.largest:.1%} on {error.n} held out")
+    lines += [f"equally fast: {report.table.plateaus_told}"] if report.table.plateaus_told else []
     print_lines(*lines, f"written: {report.path}", f"Elsewhere: --set search.latency_table={report.path.name}")
 
 

@@ -13,11 +13,12 @@ from .budget import (
     parse_macs_budget,
 )
 from .correlation import spearman
-from .engine import Evaluate, Known, Strategy, StrategyName, search_sparsity
+from .engine import Evaluate, Known, StrategyName, search_sparsity
 from .latency_table import LatencyTable, TableError
-from .ledger import LatencyRecord, Ledger, LedgerScope, committed
+from .ledger import LatencyRecord, Ledger, LedgerScope
 from .pareto import pareto_front
 from .results import Evaluation, Progress, SearchResult, best_first
+from .strategy import Strategy
 
 __all__ = [
     "AdditiveCost",
@@ -39,7 +40,6 @@ __all__ = [
     "StrategyName",
     "TableError",
     "best_first",
-    "committed",
     "feasibility",
     "format_cost",
     "pareto_front",

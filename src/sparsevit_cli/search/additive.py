@@ -24,12 +24,6 @@ class AdditiveCost:
     pairs: tuple[tuple[tuple[float, ...], ...], ...]
     overhead: tuple[float, ...]
 
-    def __post_init__(self) -> None:
-        pairs = tuple(tuple(tuple(map(float, entry)) for entry in entries) for entries in self.pairs)
-        object.__setattr__(self, "base", float(self.base))
-        object.__setattr__(self, "pairs", pairs)
-        object.__setattr__(self, "overhead", tuple(map(float, self.overhead)))
-
     def __call__(self, config: SparsityConfig) -> float:
         """Cost of one configuration. Raises ConfigError for one of another model, or outside the table."""
         pairs, top = tuple(map(len, self.pairs)), len(self.pairs[0][0]) - 1

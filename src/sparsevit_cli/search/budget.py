@@ -21,6 +21,9 @@ Cost = Callable[[SparsityConfig], float]
 FIELD: dict[str, str] = {"latency_ms": "search.budget_latency", "macs": "search.budget_macs"}
 """Configuration field of each metric: how messages name a budget."""
 
+SHARES = "90%,80%,70%,60%,50%"
+"""Of dense: the budgets of `search --pareto`."""
+
 COST_NAME: dict[str, str] = {"latency_ms": "latency", "macs": "multiply-adds"}
 
 _NUMBER = r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*"
@@ -118,11 +121,24 @@ def parse_macs_budget(text: str) -> BudgetRequest:
     return _parse(text, "macs")
 
 
-def parse_budget(text: str, share_of: CostMetric) -> BudgetRequest:
-    """`50ms` or `3G`; `70%` is of the dense `share_of`. Raises ConfigError."""
-    if text.strip().endswith("%"):
+def parse_several(texts: str, *, latency: str | None, macs: str | None) -> dict[str, BudgetRequest]:
+    """Budgets of one kind by their texts: `40ms,35ms`, `3G,2G`, or shares of dense.
+
+    A share is of the multiply-adds if an experiment, with the budgets `latency` and `macs`, has one of those alone.
+    Raises ConfigError.
+    """
+    share_of: CostMetric = "macs" if latency is None and macs is not None else "latency_ms"
+    requests = {text: _parse_any(text, share_of) for text in map(str.strip, texts.split(","))}
+    if len({request.metric for request in requests.values()}) > 1:
+        got = f"{texts} holds both latencies and multiply-adds"
+        raise ConfigError("--budgets", got, "Search for one kind at a time: the ledger keeps what was paid.")
+    return requests
+
+
+def _parse_any(text: str, share_of: CostMetric) -> BudgetRequest:
+    if text.endswith("%"):
         return _parse(text, share_of)
-    return _parse(text, "macs" if text.strip().upper().endswith(("G", "M")) else "latency_ms")
+    return _parse(text, "macs" if text.upper().endswith(("G", "M")) else "latency_ms")
 
 
 def _parse(text: str, metric: CostMetric) -> BudgetRequest:
@@ -170,10 +186,10 @@ class Feasibility:
         return self.dense <= self.limit
 
 
-def feasibility(space: SearchSpace, cost: Cost, budget: Budget) -> Feasibility:
-    """The table shown before a search: three costs, nothing evaluated."""
+def feasibility(space: SearchSpace, cost: Cost, request: BudgetRequest) -> Feasibility:
+    """The row shown before a search: three costs, nothing evaluated."""
     dense, middle, sparsest = (float(cost(config)) for config in (space.dense, space.middle, space.sparsest))
-    return Feasibility(dense, middle, sparsest, budget.limit, budget.metric, budget.scope)
+    return Feasibility(dense, middle, sparsest, request.resolve(dense).limit, request.metric, request.scope)
 
 
 def check_reachable(budget: Budget, dense: float, sparsest: float) -> None:

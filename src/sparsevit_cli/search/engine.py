@@ -13,8 +13,8 @@ from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 from .budget import FIELD, Budget, Cost, format_cost
 from .evolution import Evolution
 from .feasible import FeasibleSpace
-from .random_search import RandomSearch
 from .results import Evaluation, Progress, SearchResult, best_first, rank
+from .strategy import Strategy
 
 StrategyName = Literal["surrogate", "evolution", "random", "optuna"]
 WITH_MODEL = ("surrogate", "optuna")
@@ -34,16 +34,6 @@ class Known(Protocol):
 
     def get(self, config: SparsityConfig, /) -> float | None:
         """Metric of `config`, or None."""
-
-
-class Strategy(Protocol):
-    """Where candidates come from."""
-
-    def propose(self, feasible: FeasibleSpace, generation: int, ranked: Sequence[Evaluation]) -> list[SparsityConfig]:
-        """Distinct feasible candidates outside `ranked` (all earlier evaluations, best first); empty at the end."""
-
-    def judged(self, ranked: Sequence[Evaluation]) -> list[Evaluation]:
-        """All evaluations in the order in which they deserve to win; `ranked` is by their scores."""
 
 
 def search_sparsity(
@@ -73,6 +63,9 @@ def search_sparsity(
     `constraints` are further (cost, budget) pairs that must hold too. `known` is asked before `evaluate`.
     `evaluate_all`, if given, takes its place: it gets what is new of a generation, and gives the metrics in that order,
     each as soon as it likes.
+
+    Of configurations that cost the same, and from one to the other of which ratios are lowered by tenths, every
+    strategy asks for the one that keeps more.
 
     `evolution` and `random` ask for population * (generations + 1) configurations at most, or `max_evaluations` if that
     is less; known ones count, so that a search that was stopped and resumed equals the straight one. Defaults:
@@ -182,7 +175,7 @@ def _strategy(
 
         return OptunaSearch(seed)
     if name == "random":
-        return RandomSearch(seed, population)
+        return Evolution(seed, population, parents=0, mutation=0.0)
     raise ConfigError("search.strategy", f"{name!r}; allowed are {' and '.join(get_args(StrategyName))}", "Choose one.")
 
 

@@ -22,13 +22,12 @@ from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 
 from .additive import AdditiveCost
 from .budget import Budget, Cost
+from .feasible import ENUMERABLE
 
 BLOCK = 2**20
 """Configurations that are looked at together."""
 LARGEST = 50_000_000
 """Spaces above this size are not enumerated."""
-LARGEST_OF_FUNCTIONS = 150_000
-"""The same for costs that are plain functions: each call takes microseconds (Swin-T has 120,285 configurations)."""
 MOST_PAIRS = 19
 """Of one stage, so that its tenths are the digits of one 64-bit integer."""
 
@@ -48,7 +47,7 @@ class Staircase:
 def can_enumerate(space: SearchSpace, costs: Sequence[Cost]) -> bool:
     """True where the space is small enough for these costs."""
     additive = all(isinstance(cost, AdditiveCost) for cost in costs)
-    return space.size <= (LARGEST if additive else LARGEST_OF_FUNCTIONS) and max(space.pairs) <= MOST_PAIRS
+    return space.size <= (LARGEST if additive else ENUMERABLE) and max(space.pairs) <= MOST_PAIRS
 
 
 class Enumeration:
@@ -121,7 +120,7 @@ class Enumeration:
         parts = [cost.of_stage(stage, rows) for stage, rows in enumerate(self.stages)]
 
         def costs(numbers: Array) -> Array:
-            total = np.full(len(numbers), cost.base)
+            total = np.full(len(numbers), cost.base, dtype=np.float64)
             for stage, part in enumerate(parts):
                 total += part[self.rows(numbers, stage)]
             return total

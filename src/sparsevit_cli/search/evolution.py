@@ -4,6 +4,8 @@ Generation 0 is filled by rejection sampling under the budget. Every later one i
 all that were evaluated before: the first half by mutation, the rest by crossover, the order of ratios within a stage
 repaired by sorting. Children over budget or evaluated before are dropped and drawn again. Candidate i of generation g
 is a function of (seed, g, i, ranked results up to g - 1) alone: it depends neither on timing nor on how many work.
+
+Without parents nothing is bred. That is random search, the control: every generation is drawn as the first one is.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 
 from .feasible import FeasibleSpace
 from .results import Evaluation
+from .strategy import Strategy
 
 
 @dataclass(frozen=True)
-class Evolution:
+class Evolution(Strategy):
     """`population` candidates per generation, the best `parents` breed, a gene mutates with probability `mutation`."""
 
     seed: int
@@ -33,16 +36,12 @@ class Evolution:
         space, slots = feasible.space, range(self.population)
         rngs = [Random(f"{self.seed}/{generation}/{slot}") for slot in slots]
         seen = {evaluation.config for evaluation in ranked}
-        if not ranked:
+        if not ranked or not self.parents:
             return feasible.fill(rngs, seen)
         parents = [evaluation.config for evaluation in ranked[: self.parents]]
         mutants = partial(mutate, space, parents, self.mutation)
         crosses = partial(cross, space, parents)
         return feasible.fill(rngs, seen, [mutants if slot < self.population // 2 else crosses for slot in slots])
-
-    def judged(self, ranked: Sequence[Evaluation]) -> list[Evaluation]:
-        """As they scored."""
-        return list(ranked)
 
 
 def mutate(space: SearchSpace, parents: Sequence[SparsityConfig], probability: float, rng: Random) -> SparsityConfig:

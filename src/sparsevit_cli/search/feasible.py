@@ -26,14 +26,15 @@ TRIES = 50
 SAMPLED = 2_000
 """Members of a staircase that cannot be enumerated."""
 ENUMERABLE = 150_000
-"""Spaces up to this size (Swin-T has 120,285) are enumerated, in a second or two, when drawing finds nothing new."""
+"""Spaces up to this size (Swin-T has 120,285) are enumerated, in a second or two, when drawing finds nothing new, or
+for a staircase under costs that are plain functions."""
 
 
 class FeasibleSpace:
     """Configurations of `space` within all `constraints`: (cost function, budget) pairs, the first one leading.
 
     Every configuration is judged by its own cost; nothing is inferred from a neighbour's. Costs are asked for once
-    per configuration.
+    per configuration. What is drawn keeps most among those that cost the same.
     """
 
     def __init__(self, space: SearchSpace, constraints: Sequence[tuple[Cost, Budget]]) -> None:
@@ -94,7 +95,7 @@ class FeasibleSpace:
         for propose in (breed, self.space.sample):
             for _ in range(TRIES if propose else 0):
                 config = propose(rng)  # type: ignore[misc]
-                if config not in seen and config in self:
+                if config in self and (config := self.keeping_more(config)) not in seen:
                     return config
         if self.space.size <= ENUMERABLE:
             for config in rng.choices(self._all, k=TRIES) if self._all else ():
@@ -104,7 +105,7 @@ class FeasibleSpace:
             return rng.choice(unseen) if unseen else None
         for _ in range(TRIES):
             config = self._walk_to_sparsest(self.space.sample(rng), rng)
-            if config not in seen and config in self:
+            if config in self and (config := self.keeping_more(config)) not in seen:
                 return config
         return None
 
@@ -125,9 +126,23 @@ class FeasibleSpace:
             taken.add(config)
         return population
 
+    def keeping_more(self, config: SparsityConfig) -> SparsityConfig:
+        """`config` with its ratios lowered by a tenth, one after the other, as long as every cost stays the same.
+
+        That happens where a map has few windows: then two ratios keep the same number of them.
+        """
+        while (lower := self._as_cheap_below(config)) is not None:
+            config = lower
+        return config
+
+    def _as_cheap_below(self, config: SparsityConfig) -> SparsityConfig | None:
+        costs = [cost(config) for cost, _ in self._constraints]
+        lower = one_tenth_lower(config)
+        return next((each for each in lower if [cost(each) for cost, _ in self._constraints] == costs), None)
+
     @cached_property
     def _all(self) -> list[SparsityConfig]:
-        return [config for config in self.space if self._meets(config)]
+        return [config for config in self.space if self._meets(config) and self._as_cheap_below(config) is None]
 
     def _meets(self, config: SparsityConfig) -> bool:
         return all(budget.allows(cost(config)) for cost, budget in self._constraints)

@@ -20,6 +20,8 @@ Measured = Sequence[tuple[SparsityConfig, float]]
 """Configurations with their measured milliseconds per batch."""
 
 FORMAT = "sparsevit-latency-table-1"
+PLATEAU = 0.1
+"""Share of a stage's mean step that a step of a ratio must save, not to be on a plateau."""
 OF_THE_MACHINE = (
     "activations", "clock", "device", "fused_attention", "kernels", "mode", "protocol", "runtime_version", "timm",
     "torch",
@@ -82,11 +84,28 @@ class LatencyTable:
 
     def predict(self, config: SparsityConfig) -> float:
         """Milliseconds per batch. Raises ConfigError for a configuration of another model or outside the table."""
-        pairs = tuple(len(stage) for stage in self.pair_ms)
-        if config.pairs != pairs or max(map(max, config.tenths)) > self.max_tenths:
-            got = f"{config} has no entry; the table holds block pairs {list(pairs)}, ratios to {self.max_tenths / 10}"
-            raise ConfigError("latency table", got, "Measure a table for this model.")
         return self.cost(config)
+
+    @cached_property
+    def plateaus(self) -> tuple[tuple[tuple[float, float], ...], ...]:
+        """By stage the runs of ratios, first and last, that are equally fast if a whole stage is at them.
+
+        A step of a run saves less than `PLATEAU` of the mean step of its stage. Where skipping saves nothing at all,
+        all ratios are one run.
+        """
+        return tuple(
+            _runs([sum(entry[t] for entry in entries) + (overhead if t else 0.0) for t in range(self.max_tenths + 1)])
+            for entries, overhead in zip(self.pair_ms, self.overhead_ms, strict=True)
+        )
+
+    @property
+    def plateaus_told(self) -> str:
+        """`stage 2: 0.3 to 0.5, 0.7 to 0.8`, by stages that have any; empty if none has."""
+        told = [
+            f"stage {stage}: {', '.join(f'{first:g} to {last:g}' for first, last in runs)}"
+            for stage, runs in enumerate(self.plateaus) if runs
+        ]  # fmt: skip
+        return "; ".join(told)
 
     def fit_error(self, measured: Measured) -> TableError:
         """Error against measurements that the table was not made of. Raises MeasurementError where there are none."""
@@ -148,6 +167,17 @@ class LatencyTable:
                 raise ValueError("the checksum does not match")
             error = table.pop("error", None)  # tables of before have none
             return cls(**table, error=None if error is None else TableError(**error))
+
+
+def _runs(ms: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    """Runs of ratios whose steps save hardly anything, from the times at 0, 0.1, 0.2 ..."""
+    least = PLATEAU * max(0.0, ms[0] - ms[-1]) / max(1, len(ms) - 1)
+    runs: list[tuple[int, int]] = []
+    for place in range(1, len(ms)):
+        if ms[place - 1] - ms[place] <= least:
+            first = runs.pop()[0] if runs and runs[-1][1] == place - 1 else place - 1
+            runs.append((first, place))
+    return tuple((first / 10, last / 10) for first, last in runs)
 
 
 def _checksum(table: object) -> str:

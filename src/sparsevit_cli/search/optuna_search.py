@@ -15,6 +15,7 @@ from sparsevit_cli.sparsity import SparsityConfig
 
 from .feasible import FeasibleSpace
 from .results import Evaluation
+from .strategy import Strategy
 
 
 def loaded_optuna() -> Any:
@@ -22,7 +23,7 @@ def loaded_optuna() -> Any:
     return from_extra("optuna", "search.strategy", "optuna")
 
 
-class OptunaSearch:
+class OptunaSearch(Strategy):
     """`batch` candidates per generation, from the sampler with Optuna's own defaults."""
 
     def __init__(self, seed: int, batch: int = 4) -> None:
@@ -44,12 +45,11 @@ class OptunaSearch:
 
         def ask(_: Random) -> SparsityConfig:
             trial, space = self.study.ask(), feasible.space
-            config = space.repair(
-                [
-                    [trial.suggest_int(f"stage {stage} pair {pair}", 0, space.max_tenths) for pair in range(pairs)]
-                    for stage, pairs in enumerate(space.pairs)
-                ]
-            )
+            genes = [
+                [trial.suggest_int(f"stage {stage} pair {pair}", 0, space.max_tenths) for pair in range(pairs)]
+                for stage, pairs in enumerate(space.pairs)
+            ]
+            config = feasible.keeping_more(space.repair(genes))
             trial.set_constraint("over budget", feasible.overrun(config))
             if config in scored or config not in feasible:
                 self.study.tell(trial, scored.get(config, 0.0))
@@ -59,7 +59,3 @@ class OptunaSearch:
 
         rngs = [Random(f"{self.seed}/{generation}/{slot}") for slot in range(self.batch)]
         return feasible.fill(rngs, scored.keys(), [ask] * self.batch)
-
-    def judged(self, ranked: Sequence[Evaluation]) -> list[Evaluation]:
-        """As they scored."""
-        return list(ranked)

@@ -25,7 +25,6 @@ class Race:
     """`order`: all that entered, best first, those left before those dropped. `scores`: of each, one per lap run."""
 
     order: tuple[SparsityConfig, ...]
-    left: int
     scores: Mapping[SparsityConfig, tuple[float, ...]]
 
 
@@ -57,7 +56,7 @@ def race(
         kept = stays[:most]
         dropped = [config for config in racing if config not in kept] + dropped
         racing = kept
-    return Race((*racing, *dropped), len(racing), scores)
+    return Race((*racing, *dropped), scores)
 
 
 def is_worse(scores: Sequence[float], leader: Sequence[float]) -> bool:

@@ -25,6 +25,7 @@ from sparsevit_cli.sparsity import MAX_TENTHS, SearchSpace, SparsityConfig
 from .enumeration import Array, configurations, tenths_of
 from .feasible import FeasibleSpace
 from .results import Evaluation
+from .strategy import Strategy
 
 BATCH = 4
 """Candidates per generation: few enough to learn from each other, enough for several devices."""
@@ -195,7 +196,7 @@ def expected_improvement(mean: Array, deviation: Array, best: float) -> Array:
 
 
 @dataclass(frozen=True)
-class Surrogate:
+class Surrogate(Strategy):
     """Batches of what a model of the metric expects most of; `informed` are metrics that were known before."""
 
     seed: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -61,8 +62,9 @@ def plan_of(
     img_size: str | None = None,
     ratios: str | None = None,
     runtime: str | None = None,
+    budgets: Sequence[str] = (),
 ) -> Plan:
-    """The plan of `command`, from a few timed passes. The flags are those of profile and evaluate.
+    """The plan of `command`, from a few timed passes. The flags are those of profile, evaluate and search.
 
     Without data it says what the configuration alone tells. Raises what building the model raises.
     """
@@ -84,6 +86,8 @@ def plan_of(
             lines.append(known.training_line(f"dense_{name}", trainings[name]))
     if command in ("search", "run"):
         lines.append(known.search_line())
+        if budgets:
+            lines.append(f"budgets: {', '.join(budgets)}, each searched like that; later ones use what was paid before")
     if command in ("evaluate", "run"):
         lines.append(known.evaluation_line())
     if runtime is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,40 +15,54 @@ from sparsevit_cli.atomic import write_atomic
 from sparsevit_cli.reporting import Reporter, optional_output
 from sparsevit_cli.search.results import Evaluation
 from sparsevit_cli.sizes import size_text
-from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.tasks.task import Metric
 
 
 def plot_pareto(
     path: Path,
-    history: Sequence[Evaluation],
+    candidates: Sequence[Evaluation],
+    finalists: Sequence[Evaluation],
     front: Sequence[Evaluation],
-    winner: SparsityConfig,
+    winners: Mapping[str, Evaluation],
     units: tuple[Metric, str],
+    images: tuple[int, int],
     reporter: Reporter,
 ) -> None:
-    """Metric against cost (`units`) of every evaluated candidate, the front as a line, the winner marked; a PNG."""
-    _draw(path, reporter, partial(_pareto, history, front, winner, units))
+    """Metric against cost (`units`), a PNG: candidates on the first `images`, the others on all of them.
+
+    `winners` are by their budgets.
+    """
+    _draw(path, reporter, partial(_pareto, candidates, finalists, front, winners, units, images))
 
 
 def _pareto(
-    history: Sequence[Evaluation],
+    candidates: Sequence[Evaluation],
+    finalists: Sequence[Evaluation],
     front: Sequence[Evaluation],
-    winner: SparsityConfig,
+    winners: Mapping[str, Evaluation],
     units: tuple[Metric, str],
+    images: tuple[int, int],
     figure: Any,
 ) -> None:
+    (metric, cost_unit), (first, total) = units, images
     axes = figure.add_subplot()
-    axes.scatter([e.cost for e in history], [e.metric for e in history], s=14, color="#9aa5b1", label="evaluated")
-    axes.plot(
-        [e.cost for e in front], [e.metric for e in front], "o-", color="#0b6e4f", drawstyle="steps-post", ms=4,
-        label="Pareto front",
-    )  # fmt: skip
-    best = [e for e in history if e.config == winner]
-    axes.plot([e.cost for e in best], [e.metric for e in best], "*", color="#c1121f", ms=15, label=f"winner {winner}")
-    metric, cost_unit = units
+
+    def draw(points: Iterable[Evaluation], style: str, color: str, size: float, label: str, **others: Any) -> None:
+        shown = list(points)
+        places = [e.cost for e in shown], [e.metric for e in shown]
+        axes.plot(*places, style, color=color, ms=size, label=label, **others)
+
+    draw(candidates, "o", "#9aa5b1", 3.5, f"candidates, on {first} images")
+    draw(finalists, "o", "#0b6e4f", 6, f"finalists, on {total} images", fillstyle="none")
+    draw(front, "-", "#0b6e4f", 0, "front of the finalists", drawstyle="steps-post")
+    told = ", ".join(str(winner.config) for winner in winners.values())
+    draw(winners.values(), "*", "#c1121f", 14, f"winner {told}" if len(winners) == 1 else "winners, by budget", ls="")
+    for budget, winner in winners.items() if len(winners) > 1 else ():
+        place = (winner.cost, winner.metric)
+        axes.annotate(budget, place, xytext=(0, 10), fontsize=7, textcoords="offset points", ha="center")
+    axes.margins(y=0.12)
     axes.set_xlabel(cost_unit)
-    axes.set_ylabel(f"{metric.label} on the search samples, {metric.unit}".removesuffix(", "))
+    axes.set_ylabel(f"{metric.label} on the search split, {metric.unit}".removesuffix(", "))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
 

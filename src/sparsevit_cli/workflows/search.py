@@ -8,8 +8,8 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,7 +20,7 @@ from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.data.source import Data
 from sparsevit_cli.documents import read_json, understood
-from sparsevit_cli.errors import BudgetError, CheckpointError, ConfigError, MeasurementError
+from sparsevit_cli.errors import BudgetError, CheckpointError, ConfigError, MeasurementError, UnsteadyError
 from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.reporting import optional_output
 from sparsevit_cli.runs import RunFolder
@@ -31,6 +31,7 @@ from sparsevit_cli.search.budget import (
     Cost,
     Feasibility,
     check_reachable,
+    feasibility,
     format_cost,
     of_scope,
     parse_budgets,
@@ -130,6 +131,18 @@ class _Costs:
     feasibility: tuple[Feasibility, ...]
     table: LatencyTable | None
 
+    def __str__(self) -> str:
+        return " and ".join(str(row.budget) for row in self.feasibility)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found for one request: all that was scored, and those of it that were scored on all images."""
+
+    costs: _Costs
+    result: SearchResult
+    finalists: tuple[Finalist, ...]
+
 
 def search(
     session: Session, *, without_clock: bool = False, further: Mapping[str, BudgetRequest] = _NONE,
@@ -139,36 +152,43 @@ def search(
 
     `without_clock` leaves a latency budget out, if there is one of multiply-adds too. Each of the `further` budgets, by
     the name of its winner's file, is searched alone afterwards, and informed by what was paid before. Those out of
-    reach are refused, or left out with a warning. `workers` (`local:4`, `tcp://...`) score the candidates; the winner
-    is the same without them.
+    reach are refused, or left out with a warning. A winner is the best of the finalists of all budgets that keep its
+    own. `workers` (`local:4`, `tcp://...`) score the candidates; the winner is the same without them.
 
     Raises BudgetError with the reachable range, before anything is evaluated. Raises UnsteadyError for a latency budget
     if the clock cannot be trusted, MeasurementError if no finalist meets the budget once measured, and CheckpointError
-    if there is nothing to search with.
+    if there is nothing to search with. If that happens to a further budget, the winners before it are written first.
     """
     requests = budget_requests(session)
     with opened_search(session, without_clock=without_clock, workers=workers) as work:
         requests = tuple(
             replace(request, scope=work.scope) for request in requests if request.metric == "macs" or not without_clock
         )
-        costs = work.costs(requests)
-        costs_of: dict[str, _Costs] = {}
+        rows = work.feasibility(requests)
+        rows_of: dict[str, tuple[Feasibility, ...]] = {}
         for name, request in further.items():
             try:
-                costs_of[name] = work.costs((replace(request, scope=work.scope),))
+                rows_of[name] = work.feasibility((replace(request, scope=work.scope),))
             except BudgetError as error:
                 if not leave_out_unreachable:
                     raise
                 session.reporter.warn(f"the budget {name} is left out: {error.got}")
-        result = work.run(costs)
-        summary = work.finish(costs, result, work.finalists(costs, result))
-        others = {name: work.further(name, costs) for name, costs in costs_of.items()}
-        work.write_evaluations(summary, costs, [result, *(found for found, _ in others.values())])
-        work.forget_informed()
-        return replace(
-            summary, others=tuple(winner for _, winner in others.values()),
-            images=sum(work.scores.used.values()), forwarded=work.scores.forwarded,
-        )  # fmt: skip
+        first = work.found(rows)
+        work.winner(first.costs, first.finalists)  # refused before the further ones are paid for
+        others: dict[str, _Found] = {}
+        missed: MeasurementError | None = None
+        try:
+            for name, rows in rows_of.items():
+                others[name] = work.found(rows)
+        except UnsteadyError as error:
+            missed = error
+        summary, unmet = work.finish(first, others)
+        if missed is None:
+            work.forget_informed()
+            missed = None if leave_out_unreachable else unmet
+        if missed is not None:
+            raise missed
+        return summary
 
 
 @contextmanager
@@ -195,7 +215,7 @@ def opened_search(session: Session, *, without_clock: bool = False, workers: str
     space = session.space(model, session.config.search.max_ratio)
     with ExitStack() as resources:
         ledger = resources.enter_context(Ledger.open(folder.path / "ledger.sqlite", valid_for))
-        latencies = latencies_of_search(session, model, space, ledger, folder, resources)
+        latencies = latencies_of_search(session, model, space, resources, ledger, folder)
         yield Search(session, folder, data, model, weights, ledger, latencies, without_clock, scope, workers)
 
 
@@ -268,35 +288,41 @@ class Search:
 
     # -- costs --------------------------------------------------------------------------------------------------
 
-    def costs(self, requests: Sequence[BudgetRequest]) -> _Costs:
-        """Feasibility of every budget, told before anything is spent; then the latency table if one is asked for."""
-        corners = [self.space.dense, self.space.middle, self.space.sparsest]
-        constraints: list[tuple[Cost, Budget]] = []
-        feasibility: list[Feasibility] = []
-        table: LatencyTable | None = None
-        measured: dict[SparsityConfig, float] = {}
-
-        def row_of(request: BudgetRequest, cost: Cost) -> Feasibility:
-            dense, middle, sparsest = map(cost, corners)
-            budget = request.resolve(dense)
-            return Feasibility(dense, middle, sparsest, budget.limit, budget.metric, budget.scope)
-
+    def feasibility(self, requests: Sequence[BudgetRequest]) -> tuple[Feasibility, ...]:
+        """Of every budget, told before anything is spent. Raises BudgetError where one is out of reach."""
         by_macs = [request for request in requests if request.metric == "macs"]  # known without a measurement
-        self._refuse_unreachable([row_of(request, self.macs) for request in by_macs], by_macs)
-        for request in requests:
-            if request.metric == "latency_ms":
-                measured = {config: record.latency_ms for config, record in self.latencies.measure(corners).items()}
-            feasibility.append(row_of(request, measured.__getitem__ if request.metric == "latency_ms" else self.macs))
-        self._refuse_unreachable(feasibility, requests)
-        self._tell(feasibility, requests)
+        self._refuse_unreachable([feasibility(self.space, self.macs, request) for request in by_macs], by_macs)
+        costs = {request: self._ms_of_corner if request.metric == "latency_ms" else self.macs for request in requests}
+        rows = tuple(feasibility(self.space, cost, request) for request, cost in costs.items())
+        self._refuse_unreachable(rows, requests)
+        self._tell(rows, requests)
+        return rows
+
+    def _ms_of_corner(self, config: SparsityConfig) -> float:
+        return self._corners_ms[config]
+
+    @cached_property
+    def _corners_ms(self) -> dict[SparsityConfig, float]:
+        corners = [self.space.dense, self.space.middle, self.space.sparsest]
+        return {config: record.latency_ms for config, record in self.latencies.measure(corners).items()}
+
+    @cached_property
+    def _table(self) -> LatencyTable:
+        table = self.latencies.table(list(self._corners_ms.items()))
+        if table.plateaus_told:
+            self.session.reporter.say(f"search: equally fast by the latency table: {table.plateaus_told}")
+        return table
+
+    def _costs(self, feasibility: tuple[Feasibility, ...]) -> _Costs:
+        """By the latency table if one is asked for, which is then measured."""
+        table = self._table if any(row.metric == "latency_ms" for row in feasibility) else None
+        constraints: list[tuple[Cost, Budget]] = []
         for row in feasibility:
-            budget = row.budget
-            if row.metric == "macs":
-                constraints.append((self.macs, budget))
-                continue
-            table = self.latencies.table(list(measured.items()))
-            constraints.append((table.cost, self._with_margin(budget, table, row)))
-        return _Costs(tuple(constraints), tuple(feasibility), table)
+            if table is None or row.metric == "macs":
+                constraints.append((self.macs, row.budget))
+            else:
+                constraints.append((table.cost, self._with_margin(row.budget, table, row)))
+        return _Costs(tuple(constraints), feasibility, table)
 
     def _refuse_unreachable(self, feasibility: Sequence[Feasibility], requests: Sequence[BudgetRequest]) -> None:
         """Tell the table and raise BudgetError where a budget is out of reach."""
@@ -328,7 +354,13 @@ class Search:
 
     # -- search -------------------------------------------------------------------------------------------------
 
-    def run(self, costs: _Costs) -> SearchResult:
+    def found(self, feasibility: tuple[Feasibility, ...]) -> _Found:
+        """The search for one request, to its finalists. Raises UnsteadyError."""
+        costs = self._costs(feasibility)
+        result = self._run(costs)
+        return _Found(costs, result, self._finalists(costs, result))
+
+    def _run(self, costs: _Costs) -> SearchResult:
         """The search itself; every evaluation is in the ledger before the next one starts."""
         section = self.section
         (cost, budget), *further = costs.constraints
@@ -373,38 +405,30 @@ class Search:
         """What the ledger held when this very search began; read back, so that a stopped search goes on as it was."""
         path, known = self.folder.path / INFORMED, self.ledger.known()
         settings = section_hash(self.session.config, "search", "seed")
-        name = json.dumps([self.ledger.scope.settings, settings, *(str(row.budget) for row in costs.feasibility)])
+        name = json.dumps([*astuple(self.ledger.scope), settings, *(str(row.budget) for row in costs.feasibility)])
         saved = read_json(path) if path.exists() else {}
         with understood(path, "Remove it."):
-            if name not in saved:
-                saved[name] = [config.tenths for config in sorted(known)]
-                write_json(path, saved)
-            configs = [SparsityConfig(tuple(map(tuple, tenths))) for tenths in saved[name]]
+            configs = [SparsityConfig(tuple(map(tuple, tenths))) for tenths in saved.get(name, ())]
+            if name not in saved or not known.keys() >= set(configs):  # not there if the ledger was removed
+                configs = sorted(known)
+                write_json(path, {**saved, name: [config.tenths for config in configs]})
             return {config: known[config] for config in configs}
 
     def forget_informed(self) -> None:
         """The search is done: the next one is informed by all that was paid."""
         (self.folder.path / INFORMED).unlink(missing_ok=True)
 
-    def finalists(self, costs: _Costs, result: SearchResult) -> tuple[Finalist, ...]:
+    def _finalists(self, costs: _Costs, result: SearchResult) -> tuple[Finalist, ...]:
         """The best candidates on the whole split and on the clock, until one of them meets the budget."""
         ranked, laps = self.scores.raced(result.judged)
         count = min(self.section.finalists, len(ranked))
         chosen: list[Finalist] = []
         for first in range(0, len(ranked), count):
             chosen += self._judge(costs, ranked[first : first + count], laps)
-            if any(finalist.within_budget for finalist in chosen):
-                return tuple(chosen)
-            if first >= 2 * count:
+            if any(finalist.within_budget for finalist in chosen) or first >= 2 * count:
                 break
             self.session.reporter.warn("no finalist meets the budget on the clock; looking at the next ones")
-        limit = next(row for row in costs.feasibility if row.metric == "latency_ms")
-        fastest_ms, predicted_ms = min((f.latency_ms, f.predicted_ms) for f in chosen if f.latency_ms is not None)
-        got = (
-            f"the fastest of {len(chosen)} finalists takes {fastest_ms:.3g} ms, predicted {predicted_ms:.3g} ms, "
-            f"the budget is {limit.budget}"
-        )
-        raise MeasurementError("search", got, "Search again on an idle machine, or raise search.margin.")
+        return tuple(chosen)
 
     def _judge(
         self, costs: _Costs, candidates: Sequence[Evaluation], laps: Mapping[SparsityConfig, Sequence[float]]
@@ -413,92 +437,144 @@ class Search:
         elsewhere = self.latencies.elsewhere
         clock = self.latencies.measure if limits and not elsewhere else self.latencies.look
         records = clock([candidate.config for candidate in candidates])
-        dense_ms = self.latencies.dense_ms or math.inf
+        dense_ms = self.latencies.dense_ms
         scores = self.scores.whole({candidate.config: laps[candidate.config] for candidate in candidates})
         finalists = []
         for candidate in candidates:
             config, record = candidate.config, records.get(candidate.config)
-            predicted_ms = costs.table.predict(config) if costs.table else None
-            judged_ms = record.latency_ms if record else (predicted_ms if elsewhere else None)
-            finalists.append(
-                Finalist(
-                    config=config,
-                    score=scores[config],
-                    proxy_score=candidate.metric,
-                    cost=candidate.cost,
-                    gmacs=self.macs(config) / 1e9,
-                    predicted_ms=predicted_ms,
-                    latency_ms=record.latency_ms if record else None,
-                    latency_ms_low=record.low_ms if record else None,
-                    latency_ms_high=record.high_ms if record else None,
-                    speedup=dense_ms / record.latency_ms if record else None,
-                    within_budget=all(judged_ms and min(judged_ms, dense_ms) <= limit for limit in limits),
-                )
+            finalist = Finalist(
+                config=config,
+                score=scores[config],
+                proxy_score=candidate.metric,
+                cost=candidate.cost,
+                gmacs=self.macs(config) / 1e9,
+                predicted_ms=costs.table.predict(config) if costs.table else None,
+                latency_ms=record.latency_ms if record else None,
+                latency_ms_low=record.low_ms if record else None,
+                latency_ms_high=record.high_ms if record else None,
+                speedup=dense_ms / record.latency_ms if record and dense_ms else None,
+                within_budget=False,
             )
+            finalists.append(replace(finalist, within_budget=self._keeps(finalist, costs)))
         return finalists
+
+    def _keeps(self, finalist: Finalist, costs: _Costs) -> bool:
+        """True where it is within every limit: by the clock, or by the table if that is another machine's."""
+        ms = finalist.predicted_ms if self.latencies.elsewhere else finalist.latency_ms
+        judged_ms = math.inf if ms is None else min(ms, self.latencies.dense_ms or math.inf)
+        of = {"macs": self.macs(finalist.config), "latency_ms": judged_ms}
+        return all(of[row.metric] <= row.limit for row in costs.feasibility)
+
+    def winner(self, costs: _Costs, finalists: Sequence[Finalist]) -> Finalist:
+        """The best of those that are within the budgets. Raises MeasurementError where none is."""
+        within = [finalist for finalist in finalists if self._keeps(finalist, costs)]
+        if within:  # not by the clock: noise must not decide
+            return replace(min(within, key=lambda f: (-f.score, f.cost, f.config)), within_budget=True)
+        fastest_ms, predicted_ms = min((f.latency_ms, f.predicted_ms) for f in finalists if f.latency_ms is not None)
+        got = (
+            f"the fastest of {len(finalists)} finalists takes {fastest_ms:.3g} ms, predicted {predicted_ms:.3g} ms, "
+            f"the budget is {costs}"
+        )
+        raise MeasurementError("search", got, "Search again on an idle machine, or raise search.margin.")
 
     # -- results ------------------------------------------------------------------------------------------------
 
-    def finish(self, costs: _Costs, result: SearchResult, finalists: Sequence[Finalist]) -> SearchSummary:
-        """Name the winner and write it."""
+    def finish(self, first: _Found, others: Mapping[str, _Found]) -> tuple[SearchSummary, MeasurementError | None]:
+        """Name the winner of every request and write all results, with the fault of the last one that has none."""
+        everything = [first, *others.values()]
+        finalists = {finalist.config: finalist for found in reversed(everything) for finalist in found.finalists}
+        pool = tuple(finalists.values())
+        winner = self.winner(first.costs, pool)
+        named, further = [(first.costs, winner)], list[FurtherWinner]()
+        unmet: MeasurementError | None = None
+        for name, found in others.items():
+            try:
+                of_budget = self.winner(found.costs, pool)
+            except MeasurementError as error:
+                unmet = error
+                self.session.reporter.warn(f"the budget {name} is left out: {error.got}")
+                continue
+            named.append((found.costs, of_budget))
+            path = self.folder.path / winner_name(name)
+            further.append(FurtherWinner(found.costs.feasibility[0].budget, of_budget, found.result.evaluations, path))
+        summary = self._summary(first, winner, tuple(further))
         self.folder.set_aside((*RESULTS, *(path.name for path in self.folder.path.glob(winner_name("*")))),
                               self.session.reporter)  # fmt: skip
-        summary = self._summary(costs, result, finalists)
-        self._write_winner(summary, costs)
-        return summary
+        self._write_evaluations(everything, pool, named)
+        for other, (costs, of_budget) in zip(further, named[1:], strict=True):
+            self._write_winner(other.path, costs, of_budget)
+        self._write_winner(self.folder.path / WINNER, first.costs, winner, summary)
+        return summary, unmet
 
-    def further(self, name: str, costs: _Costs) -> tuple[SearchResult, FurtherWinner]:
-        """The winner of one budget more, in a file of its own."""
-        result = self.run(costs)
-        summary = self._summary(costs, result, self.finalists(costs, result))
-        self._write_winner(summary, costs, winner_name(name))
-        path = self.folder.path / winner_name(name)
-        return result, FurtherWinner(costs.feasibility[0].budget, summary.winner, result.evaluations, path)
-
-    def _summary(self, costs: _Costs, result: SearchResult, finalists: Sequence[Finalist]) -> SearchSummary:
-        within = [finalist for finalist in finalists if finalist.within_budget]
-        winner = min(within, key=lambda f: (-f.score, f.cost, f.config))  # not by the clock: noise must not decide
+    def _summary(self, first: _Found, winner: Finalist, others: tuple[FurtherWinner, ...]) -> SearchSummary:
+        costs, result = first.costs, first.result
+        finalists = first.finalists if winner in first.finalists else (*first.finalists, winner)
+        winner = finalists[finalists.index(winner)]
         correlation = None
         if self.scores.is_subset and len(finalists) > 2:
             found = spearman([f.proxy_score for f in finalists], [f.score for f in finalists])
             correlation = found if math.isfinite(found) else None  # all equal: there is no order to compare
         return SearchSummary(
-            self.folder, self.session.task.metric, winner, tuple(finalists), self.latencies.dense_ms, costs.feasibility,
+            self.folder, self.session.task.metric, winner, finalists, self.latencies.dense_ms, costs.feasibility,
             costs.table.error if costs.table else None, len(result.history), result.evaluations, result.infeasible,
             correlation, sum(self.scores.used.values()), self.scores.forwarded, result.note, self.latencies.elsewhere,
+            others,
         )  # fmt: skip
 
-    def write_evaluations(self, summary: SearchSummary, costs: _Costs, results: Sequence[SearchResult]) -> None:
-        """All that was scored for any of the budgets, and what of it nothing beats, as tables and as a plot."""
+    def _write_evaluations(
+        self, everything: Sequence[_Found], pool: Sequence[Finalist], named: Sequence[tuple[_Costs, Finalist]]
+    ) -> None:
+        """All that was scored for any of the budgets, and the front of what was scored on all images and keeps one.
+
+        A winner is on the front: what beats it there would have won. Only the clock, which names winners of a latency,
+        may disagree with the table, by which costs are told; and so may a second budget of the first winner.
+        """
+        results = [found.result for found in everything]
         scored = {evaluation.config: evaluation for result in reversed(results) for evaluation in result.history}
         history = list({e.config: scored[e.config] for result in results for e in result.history}.values())
-        front = pareto_front(history)
-        self._write_csv("history.csv", history)
-        self._write_csv("pareto.csv", front)
-        unit = "predicted ms per batch" if costs.table else "multiply-adds per image"
-        unit += of_scope(summary.scope)
+        kept = [finalist for finalist in pool if any(self._keeps(finalist, found.costs) for found in everything)]
+        finalists = {finalist.config: _of_all_images(finalist) for finalist in kept}
+        front = pareto_front(finalists.values())
+        key, scope, first = self.session.task.metric.key, self.section.scope, self.scores.first.count
+        self._write_csv(
+            "history.csv",
+            ("ratios", key, "cost", "gmacs", "generation", "cached", "images", "scope"),
+            [(e.config, e.metric, e.cost, self.macs(e.config) / 1e9, e.generation, e.cached, first, scope)
+             for e in history],
+        )  # fmt: skip
+        winner_of: dict[SparsityConfig, list[str]] = {}
+        for costs, winner in named:
+            winner_of.setdefault(winner.config, []).append(str(costs))
+        rows = {finalist.config: finalist for finalist in kept}
+        self._write_csv(
+            "pareto.csv",
+            ("ratios", key, "first_images", "cost", "gmacs", "latency_ms", "winner_of", "scope"),
+            [(f.config, f.score, f.proxy_score, f.cost, f.gmacs, f.latency_ms,
+              "; ".join(winner_of.get(f.config, ())), scope) for f in (rows[e.config] for e in front)],
+        )  # fmt: skip
+        unit = "predicted ms per batch" if everything[0].costs.table else "multiply-adds per image"
+        unit += of_scope(everything[0].costs.feasibility[0].scope)
         plot_pareto(
             self.folder.path / "pareto.png",
             history,
+            list(finalists.values()),
             front,
-            summary.winner.config,
+            {str(costs): _of_all_images(winner) for costs, winner in named},
             (self.session.task.metric, unit),
+            (first, len(self.data.search)),
             self.session.reporter,
         )
 
-    def _write_csv(self, name: str, evaluations: Sequence[Evaluation]) -> None:
+    def _write_csv(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         with optional_output(self.session.reporter, name):
             text = io.StringIO()
             writer = csv.writer(text)
-            key, scope = self.session.task.metric.key, self.section.scope
-            writer.writerow(["ratios", key, "cost", "gmacs", "generation", "cached", "scope"])
-            for e in evaluations:
-                gmacs = self.macs(e.config) / 1e9
-                writer.writerow([e.config, e.metric, e.cost, gmacs, e.generation, e.cached, scope])
+            writer.writerow(columns)
+            writer.writerows(rows)
             write_atomic(self.folder.path / name, text.getvalue())
 
-    def _write_winner(self, summary: SearchSummary, costs: _Costs, name: str = WINNER) -> None:
-        winner = summary.winner
+    def _write_winner(self, path: Path, costs: _Costs, winner: Finalist, summary: SearchSummary | None = None) -> None:
+        """The file of a winner; of the first one, which has a `summary`, the numbers too."""
         budgets = {row.metric: row.limit for row in costs.feasibility}
         numbers = {
             "search_score": winner.score,
@@ -506,7 +582,7 @@ class Search:
             "latency_ms": winner.latency_ms,
             "latency_ms_low": winner.latency_ms_low,
             "latency_ms_high": winner.latency_ms_high,
-            "dense_latency_ms": summary.dense_ms,
+            "dense_latency_ms": self.latencies.dense_ms,
             "speedup": winner.speedup,
         }
         about = {
@@ -520,7 +596,7 @@ class Search:
             **self._not_of_here(winner),
             "checkpoint_sha256": self.weights.sha256,
         }  # fmt: skip
-        if name == WINNER:
+        if summary is not None:
             self.folder.write_result(
                 {
                     **self.session.task.about(self.section.scope),
@@ -537,6 +613,7 @@ class Search:
                     "evaluated": summary.evaluated,
                     "infeasible": summary.infeasible,
                     "latency_table_error": asdict(summary.table_error) if summary.table_error else None,
+                    "latency_table_plateaus": costs.table.plateaus if costs.table else None,
                     "proxy_correlation": summary.proxy_correlation,
                     "images": summary.images,
                     "images_forwarded_now": summary.forwarded,
@@ -545,7 +622,7 @@ class Search:
                     **self.session.environment,
                 }
             )
-        write_winner(self.folder.path / name, winner.config, about)  # last: it says that the search is done
+        write_winner(path, winner.config, about)  # last: it says that the search is done
 
     def _place(self) -> dict[str, object]:
         """Where latencies were measured."""
@@ -562,3 +639,8 @@ class Search:
             "predicted_latency_ms": round(winner.predicted_ms, 4),
             "latency_table": {"path": self.section.latency_table, "device": self.latencies.elsewhere},
         }
+
+
+def _of_all_images(finalist: Finalist) -> Evaluation:
+    """A finalist as a front takes it: with the score on the whole search split, and the predicted cost."""
+    return Evaluation(finalist.config, finalist.score, finalist.cost, 0, False)
