@@ -117,7 +117,7 @@ def show_search(summary: SearchSummary) -> None:
         for f in summary.finalists
     ]  # fmt: skip
     columns = ("ratios", f"search {metric.column}", "GMACs", "predicted ms", "measured ms", "speed-up", "within budget")
-    of = "" if summary.scope is None else f", GMACs and times of the {summary.scope}"
+    of = f", {summary.of}" if summary.of else ""
     print_table(f"Finalists, {'predicted' if summary.not_measured_here else 'measured'}{of}", columns, rows)
     lines = [
         f"search: {summary.asked} candidates, {summary.evaluated} evaluated now, "

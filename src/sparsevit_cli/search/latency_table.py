@@ -21,7 +21,7 @@ Measured = Sequence[tuple[SparsityConfig, float]]
 
 FORMAT = "sparsevit-latency-table-1"
 OF_THE_MACHINE = (
-    "activations", "clock", "device", "fused_attention", "kernels", "mode", "protocol", "runtime_version", "timm",
+    "clock", "device", "fused_attention", "kernels", "mode", "protocol", "runtime_version", "timm",
     "torch",
 )  # fmt: skip
 """Fields of an identity that may differ where a table is used for another machine than this one."""
