@@ -449,7 +449,8 @@ class ExportSection(Section):
     )
     latency: bool = Field(
         True,
-        description="Measure dense and sparse latency in ONNX Runtime and OpenVINO, in those whose files are written.",
+        description="Measure dense and sparse latency in ONNX Runtime and OpenVINO, in those whose files are written, "
+        "and whether the winner's file keeps a latency budget of `search.runtime`.",
     )
     calibration_images: Count = Field(
         128,

@@ -27,6 +27,7 @@ from sparsevit_cli.swin import model_depths, set_sparsity
 
 from .eight_bits import AS_BEFORE, EightBits, Quantiser
 from .exported_part import Part, exported_part
+from .latency_budget import BudgetCheck, check_budget
 from .ratios import ratios_of_weights
 from .session import Session, Weights
 from .weights import chosen_weights
@@ -47,6 +48,8 @@ class ExportSummary:
     report: ExportReport
     eight_bits: Mapping[str, EightBits] = field(default_factory=dict)
     """What eight bits did to each file that has them, by its name."""
+    budget: BudgetCheck | None = None
+    """Whether the file keeps the latency budget of the search, if that is a program's."""
 
     def document(self) -> dict[str, Any]:
         """The JSON document of `sparsevit export --json`."""
@@ -55,6 +58,7 @@ class ExportSummary:
             "folder": str(self.folder.path),
             "weights": self.weights,
             "ratios": self.config.ratios,
+            "budget": None if self.budget is None else self.budget.document(),
             **read_json(self.report.manifest),
         }
 
@@ -109,19 +113,23 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
         session.reporter.warn(f"export: {error.got}: backbone and neck are exported, not the whole model")
         part = Part("features", part.unless)
         report, eight_bits = _export(session, part, model, folder, trained, data, activations)
-    folder.write_result(
-        {
-            "weights": trained.told,
-            "weights_sha256": trained.sha256,
-            "ratios": config.ratios,
-            "settings": export_settings(session),
-            "manifest": report.manifest.name,
-            "scope": report.scope,
-            **({"seed": trained.result["seed"]} if trained.result.get("seed") is not None else {}),
-        },
-        files=[*read_json(report.manifest)["files"], report.manifest.name],
-    )
-    return ExportSummary(folder, trained.told, config, report, eight_bits)
+    result = {
+        "weights": trained.told,
+        "weights_sha256": trained.sha256,
+        "ratios": config.ratios,
+        "settings": export_settings(session),
+        "manifest": report.manifest.name,
+        "scope": report.scope,
+        **({"seed": trained.result["seed"]} if trained.result.get("seed") is not None else {}),
+    }
+    files = [*read_json(report.manifest)["files"], report.manifest.name]
+    folder.write_result(result, files)
+    budget = check_budget(session, config)  # now that nothing can be lost: a busy machine, or Ctrl-C, costs no export
+    if budget is not None:
+        folder.write_result({**result, "budget": budget.document()}, files)
+        if not budget.kept:
+            session.reporter.warn(f"export: {budget.told}")
+    return ExportSummary(folder, trained.told, config, report, eight_bits, budget)
 
 
 def _export(
