@@ -351,6 +351,7 @@ def test_budgets_name_their_scope_where_there_are_two() -> None:
     latency, macs = (replace(each, scope="backbone") for each in parse_budgets("70%", "60%"))
     assert str(macs) == "60% of the dense backbone's multiply-adds"
     assert str(latency) == "70% of the dense backbone's latency"
+    assert str(replace(latency, scope="features")) == "70% of the dense backbone and neck's latency"
     assert str(replace(macs, scope=None)) == "60% of dense"
     assert str(macs.resolve(10e9)) == "6 GMACs of the backbone"
     assert macs.resolve(10e9) == Budget(6e9, "macs", "backbone")

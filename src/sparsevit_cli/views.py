@@ -43,6 +43,10 @@ def _told(middle: float | None, low: float | None, high: float | None, form: str
     return absent if middle is None else f"{middle:{form}} [{low:{form}}, {high:{form}}]"
 
 
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
 def _gmacs(model: float, backbone: float | None) -> tuple[str, ...]:
     """The cells of multiply-adds: the backbone's first, if there are modules around it."""
     return (f"{model:.3f}",) if backbone is None else (f"{backbone:.3f}", f"{model:.3f}")
@@ -117,7 +121,7 @@ def show_search(summary: SearchSummary) -> None:
         for f in summary.finalists
     ]  # fmt: skip
     columns = ("ratios", f"search {metric.column}", "GMACs", "predicted ms", "measured ms", "speed-up", "within budget")
-    of = "" if summary.scope is None else f", GMACs and times of the {summary.scope}"
+    of = f", {summary.of}" if summary.of else ""
     print_table(f"Finalists, {'predicted' if summary.not_measured_here else 'measured'}{of}", columns, rows)
     lines = [
         f"search: {summary.asked} candidates, {summary.evaluated} evaluated now, "
@@ -277,6 +281,8 @@ def show_export(summary: ExportSummary) -> None:
                 else f"dense {dense.median_ms:.2f} ms, sparse {sparse.median_ms:.2f} ms, speed-up {sparse.speedup:.2f}x"
             )
         )
+    if summary.budget is not None and summary.budget.kept:
+        print_lines(f"{_capital(summary.budget.told)}.")
     for name, eight_bits in summary.eight_bits.items():
         print_lines(*eight_bits.lines(name))
     print_lines(
@@ -286,7 +292,7 @@ def show_export(summary: ExportSummary) -> None:
 
 
 def show_pipeline(summary: PipelineSummary) -> None:
-    """The one table; a second one of the backbone if there are modules around it."""
+    """The one table; one of the backbone if there are modules around it, and one of `search.runtime` if not torch."""
     from .workflows.pipeline import TRAINED_AS_LONG
 
     device = summary.environment["device"]
@@ -297,19 +303,18 @@ def show_pipeline(summary: PipelineSummary) -> None:
     title = f"Dense against sparse: {name}, batch {summary.batch}, {summary.count} validation images"
     print_table(title, ("model", metric.column, "GMACs", *SPEED), rows, losing=_losing(summary.rows))
     if dense.backbone is not None:
-        parts = [row.backbone for row in summary.rows if row.backbone is not None]
-        rows = [
-            (row.label, f"{part.gmacs:.3f}", f"{1 - part.gmacs / dense.backbone.gmacs:.0%}", *_speed(part))
-            for row, part in zip(summary.rows, parts, strict=True)
-        ]
-        print_table("Its backbone alone", ("model", "GMACs", "gone", *SPEED), rows, losing=_losing(parts))
+        _show_costs("Its backbone alone", [(row.label, row.backbone) for row in summary.rows])
+    if summary.runtime is not None:
+        title = f"Exported, in {summary.runtime}, batch {summary.batch}"
+        _show_costs(title, [(row.label, row.exported) for row in summary.rows])
+        print_lines(f"Not measured there: {', '.join(row.label for row in summary.rows if row.exported is None)}.")
     longer = [row for row in summary.rows if row.label == TRAINED_AS_LONG]
     print_lines(
         *(f"{line}." for line in summary.image_lines()),
         f"winner {[list(stage) for stage in winner.ratios or ()]}: {_gone(winner, dense)}, "
         f"{_faster(winner, ours)}{_points(winner.score - dense.score, metric)} of {metric.label}",
         *(f"against dense trained as long: {_points(winner.score - row.score, metric)}" for row in longer),
-        *([] if summary.budget_of is None else [f"Latencies are PyTorch's, the budget's of {summary.budget_of}."]),
+        *([] if summary.budget is None else [f"{_capital(summary.budget.told)}."]),
         *([] if not summary.without_clock else ["The search left its latency budget out: the clock was not steady."]),
         *([] if summary.clock is None else [f"not steady: {summary.clock}. Type the command again for latencies."]),
         "written:",
@@ -318,6 +323,14 @@ def show_pipeline(summary: PipelineSummary) -> None:
 
 
 SPEED = ("ms per batch [95 %]", "speed-up [95 %]")
+
+
+def _show_costs(title: str, costs: Sequence[tuple[str, ScopeCost | None]]) -> None:
+    """What a part of each model costs; a model without that has no row. The first one is dense timm."""
+    known = [(label, cost) for label, cost in costs if cost is not None]
+    dense = known[0][1]
+    rows = [(label, f"{cost.gmacs:.3f}", f"{1 - cost.gmacs / dense.gmacs:.0%}", *_speed(cost)) for label, cost in known]
+    print_table(title, ("model", "GMACs", "gone", *SPEED), rows, losing=_losing([cost for _, cost in known]))
 
 
 def _speed(cost: ScopeCost) -> tuple[str, str]:

@@ -261,7 +261,8 @@ class SearchSection(Section):
     scope: Scope = Field(
         "model",
         description="What budgets and latencies of the search are of: the whole `model`, or, in tasks with modules "
-        "around the Swin, its `backbone` alone.",
+        "around the Swin, its `backbone` alone. In another runtime than torch latencies of a backbone are of backbone "
+        "and neck, as an exported file is.",
     )
     budget_latency: Text | None = Field(
         None, description="Latency budget per batch: milliseconds (`50ms`) or share of dense (`70%`)."
@@ -448,7 +449,8 @@ class ExportSection(Section):
     )
     latency: bool = Field(
         True,
-        description="Measure dense and sparse latency in ONNX Runtime and OpenVINO, in those whose files are written.",
+        description="Measure dense and sparse latency in ONNX Runtime and OpenVINO, in those whose files are written, "
+        "and whether the winner's file keeps a latency budget of `search.runtime`.",
     )
     calibration_images: Count = Field(
         128,

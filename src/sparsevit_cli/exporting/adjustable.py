@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.runtimes import Activations, Program, Runtime
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import get_sparsity, keep_counts, set_sparsity
@@ -28,11 +27,10 @@ from .images import structured_images
 from .light import openvino_file
 from .programs import (
     Around,
-    OneImage,
+    batched,
     named_tensors,
     save_onnx,
     trace_inputs,
-    with_fixed_outputs,
 )
 from .quantization import check_installed
 
@@ -111,7 +109,7 @@ class AdjustablePrograms:
     """A sparse model in one runtime, at any ratios: one file per pattern, made in `folder` when it is first needed.
 
     `images` (B, C, H, W) give the shape that programs are compiled for, `windows` are the numbers of windows of stages.
-    The model is copied. Raises ConfigError for a model that answers each image: it cannot be traced.
+    The model is copied. Raises UntraceableError for a model that answers each image.
     """
 
     def __init__(
@@ -136,10 +134,7 @@ class AdjustablePrograms:
         self._files: dict[Pattern, Path] = {}
         copied = inference_copy(model)
         with runs_on(images.shape):
-            self.model = with_fixed_outputs(copied, lambda batch: self.images[:1].repeat(batch, 1, 1, 1), (1, 2))
-        if isinstance(self.model, OneImage):
-            got = f"{type(copied).__name__} answers each image with as many answers as it finds"
-            raise ConfigError("program", got, "Take its backbone.")
+            self.model = batched(copied, lambda batch: self.images[:1].repeat(batch, 1, 1, 1), (1, 2))
         with torch.no_grad():
             self.output_names = [name for name, _ in named_tensors(self.model(self.images[:1]))]
 

@@ -87,6 +87,15 @@ def with_fixed_outputs(model: nn.Module, images: Callable[[int], Tensor], batch_
     return OneImage(model)
 
 
+def batched(model: nn.Module, images: Callable[[int], Tensor], batch_sizes: Sequence[int]) -> nn.Module:
+    """As `with_fixed_outputs`, of a model that takes a batch. Raises UntraceableError if it answers each image."""
+    found = with_fixed_outputs(model, images, batch_sizes)
+    if isinstance(found, OneImage):
+        got = f"{type(model).__name__} answers each image with as many answers as it finds"
+        raise UntraceableError("program", got, "Take its backbone.")
+    return found
+
+
 def _is_plain(output: object) -> bool:
     """True for tensors in builtin lists, tuples and dicts, which a .pt2 file holds without anybody's code."""
     if isinstance(output, (list, tuple, dict)) and type(output) in (list, tuple, dict, OrderedDict):

@@ -25,12 +25,12 @@ def torch_dtype(precision: str) -> torch.dtype:
 
 
 def trained_in(precision: str, device: torch.device) -> str:
-    """The precision that a training takes on `device`: fp32 for bf16 on a CPU that emulates it, 2 to 50 times slower."""
+    """The precision that a training takes on `device`: fp32 for bf16 on a CPU that emulates it, far slower."""
     return "fp32" if precision == "bf16" and device.type == "cpu" and not computes_bf16() else precision
 
 
 def computes_bf16() -> bool:
-    """True if this CPU has instructions for bfloat16. oneDNN also takes x86 with AVX-512 alone, and emulates it there."""
+    """True if this CPU has instructions for bfloat16. On x86 with AVX-512 alone oneDNN emulates it, 2.5 times slower."""
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -16,6 +16,9 @@ from sparsevit_cli.sparsity import MAX_TENTHS, SearchSpace, SparsityConfig
 CostMetric = Literal["latency_ms", "macs"]
 """latency_ms: milliseconds per batch on the target device; macs: multiply-adds per image."""
 
+CostScope = Scope | Literal["features"]
+"""What a cost is of; `features` are backbone and neck, which an exported file holds both of."""
+
 Cost = Callable[[SparsityConfig], float]
 
 FIELD: dict[str, str] = {"latency_ms": "search.budget_latency", "macs": "search.budget_macs"}
@@ -57,7 +60,7 @@ class Budget:
 
     limit: float
     metric: CostMetric
-    scope: Scope | None = None
+    scope: CostScope | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in get_args(CostMetric):
@@ -84,7 +87,7 @@ class BudgetRequest:
     value: float
     unit: Literal["absolute", "share"]
     metric: CostMetric
-    scope: Scope | None = None
+    scope: CostScope | None = None
 
     def __post_init__(self) -> None:
         _check_positive(FIELD[self.metric], self.value, _ALLOWED[self.metric])
@@ -96,13 +99,18 @@ class BudgetRequest:
     def __str__(self) -> str:
         if self.unit == "absolute":
             return f"{format_cost(self.value, self.metric)}{of_scope(self.scope)}"
-        of = "dense" if self.scope is None else f"the dense {self.scope}'s {COST_NAME[self.metric]}"
+        of = "dense" if self.scope is None else f"the dense {scope_name(self.scope)}'s {COST_NAME[self.metric]}"
         return f"{self.value * 100:g}% of {of}"
 
 
-def of_scope(scope: Scope | None) -> str:
+def of_scope(scope: CostScope | None) -> str:
     """` of the backbone`, or nothing where there is one scope."""
-    return "" if scope is None else f" of the {scope}"
+    return "" if scope is None else f" of the {scope_name(scope)}"
+
+
+def scope_name(scope: CostScope) -> str:
+    """A scope in words."""
+    return "backbone and neck" if scope == "features" else scope
 
 
 def parse_budgets(latency: str | None, macs: str | None) -> tuple[BudgetRequest, ...]:
@@ -168,7 +176,7 @@ class Feasibility:
     sparsest: float
     limit: float
     metric: CostMetric
-    scope: Scope | None = None
+    scope: CostScope | None = None
 
     @property
     def budget(self) -> Budget:

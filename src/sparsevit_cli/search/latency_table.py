@@ -23,7 +23,7 @@ FORMAT = "sparsevit-latency-table-1"
 PLATEAU = 0.1
 """Share of a stage's mean step that a step of a ratio must save, not to be on a plateau."""
 OF_THE_MACHINE = (
-    "activations", "clock", "device", "fused_attention", "kernels", "mode", "protocol", "runtime_version", "timm",
+    "clock", "device", "fused_attention", "kernels", "mode", "protocol", "runtime_version", "timm",
     "torch",
 )  # fmt: skip
 """Fields of an identity that may differ where a table is used for another machine than this one."""

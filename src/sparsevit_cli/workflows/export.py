@@ -15,22 +15,19 @@ from sparsevit_cli.documents import read_json
 from sparsevit_cli.errors import ConfigError, SparseViTError
 from sparsevit_cli.exporting import (
     ExportReport,
-    ExportScope,
     ModelInfo,
-    OneImage,
     UntraceableError,
     export_model,
     resolved_activations,
-    runs_on,
-    with_fixed_outputs,
 )
-from sparsevit_cli.profiling.inputs import evaluating, model_device
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.runtimes import Activations
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.swin import model_depths, set_sparsity
 
 from .eight_bits import AS_BEFORE, EightBits, Quantiser
+from .exported_part import Part, exported_part
+from .latency_budget import BudgetCheck, check_budget
 from .ratios import ratios_of_weights
 from .session import Session, Weights
 from .weights import chosen_weights
@@ -51,6 +48,8 @@ class ExportSummary:
     report: ExportReport
     eight_bits: Mapping[str, EightBits] = field(default_factory=dict)
     """What eight bits did to each file that has them, by its name."""
+    budget: BudgetCheck | None = None
+    """Whether the file keeps the latency budget of the search, if that is a program's."""
 
     def document(self) -> dict[str, Any]:
         """The JSON document of `sparsevit export --json`."""
@@ -59,58 +58,9 @@ class ExportSummary:
             "folder": str(self.folder.path),
             "weights": self.weights,
             "ratios": self.config.ratios,
+            "budget": None if self.budget is None else self.budget.document(),
             **read_json(self.report.manifest),
         }
-
-
-@dataclass(frozen=True)
-class Part:
-    """The part of a model that is exported, and its scope.
-
-    `one_image` is true for a whole model that answers each image, as detectors do. `unless` is exported where
-    torch.export cannot trace `module`.
-    """
-
-    scope: ExportScope
-    module: nn.Module
-    one_image: bool = False
-    unless: nn.Module | None = None
-
-
-def exported_part(session: Session, model: nn.Module) -> Part:
-    """What `export.scope` means for `model`. Raises ConfigError for a scope that this task's models do not have.
-
-    `auto` is the whole model if it takes a batch of images and gives tensors of fixed number and shape. Else it is
-    backbone and neck, as the task names them; of a task that names none it is the Swin.
-    """
-    task, asked = session.task, session.config.export.scope
-    inputs = task.example(session.img_size, 1, seed=session.config.seed)
-    takes_images = isinstance(inputs, Tensor) and inputs.ndim == 4
-    if asked == "model" and not takes_images:
-        got = f"the model of task {task.name} takes a {type(inputs).__name__}, and files take one tensor of images"
-        raise ConfigError("export.scope", got, "Set export.scope: features.")
-    named = task.features(model)
-    features = task.exported_features(model)
-    if asked == "features" and features is model:
-        got = f"the model of task {task.name} is its Swin: there is no smaller part"
-        raise ConfigError("export.scope", got, "Set export.scope: model.")
-    one_image = takes_images and asked != "features" and _answers_each_image(session, model)
-    if asked == "model" or (asked == "auto" and takes_images and not one_image):
-        return Part("model", model, one_image, None if asked == "model" or features is model else features)
-    if named is model:
-        session.reporter.say(f"export: task {task.name} names no `features`: its Swin is exported")
-    return Part("features", features)
-
-
-def _answers_each_image(session: Session, model: nn.Module) -> bool:
-    """True if the model gives a dict of its own for each image of a batch."""
-
-    def images(batch: int) -> Tensor:
-        found: Tensor = session.task.example(session.img_size, batch, seed=session.config.seed)
-        return found.to(model_device(model))
-
-    with evaluating(model), runs_on(session.img_size):
-        return isinstance(with_fixed_outputs(model, images, (1, 2)), OneImage)
 
 
 def check_exportable(session: Session, model: nn.Module) -> None:
@@ -163,19 +113,23 @@ def export_winner(session: Session, *, weights: str | None = None, ratios: str |
         session.reporter.warn(f"export: {error.got}: backbone and neck are exported, not the whole model")
         part = Part("features", part.unless)
         report, eight_bits = _export(session, part, model, folder, trained, data, activations)
-    folder.write_result(
-        {
-            "weights": trained.told,
-            "weights_sha256": trained.sha256,
-            "ratios": config.ratios,
-            "settings": export_settings(session),
-            "manifest": report.manifest.name,
-            "scope": report.scope,
-            **({"seed": trained.result["seed"]} if trained.result.get("seed") is not None else {}),
-        },
-        files=[*read_json(report.manifest)["files"], report.manifest.name],
-    )
-    return ExportSummary(folder, trained.told, config, report, eight_bits)
+    result = {
+        "weights": trained.told,
+        "weights_sha256": trained.sha256,
+        "ratios": config.ratios,
+        "settings": export_settings(session),
+        "manifest": report.manifest.name,
+        "scope": report.scope,
+        **({"seed": trained.result["seed"]} if trained.result.get("seed") is not None else {}),
+    }
+    files = [*read_json(report.manifest)["files"], report.manifest.name]
+    folder.write_result(result, files)
+    budget = check_budget(session, config)  # now that nothing can be lost: a busy machine, or Ctrl-C, costs no export
+    if budget is not None:
+        folder.write_result({**result, "budget": budget.document()}, files)
+        if not budget.kept:
+            session.reporter.warn(f"export: {budget.told}")
+    return ExportSummary(folder, trained.told, config, report, eight_bits, budget)
 
 
 def _export(

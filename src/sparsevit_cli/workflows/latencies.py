@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +22,8 @@ from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.search.ledger import LatencyRecord, Ledger
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 
-from .latency_sources import LatencySource, expected_identity, latency_source, swin_parameters
+from .latency_sources import LatencySource, expected_identity, label_in, latency_source, swin_parameters
+from .rows import threads_text
 from .session import Session
 
 TABLE_FIELD = "search.latency_table"
@@ -43,6 +45,11 @@ class MeasuredLatencies:
         self.session, self.source, self.space, self.ledger, self.folder = session, source, space, ledger, folder
         self.section = session.config.search
         self._measured: dict[SparsityConfig, LatencyRecord] = {}
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What they hold for."""
+        return self.source.identity
 
     @property
     def dense_ms(self) -> float | None:
@@ -67,7 +74,7 @@ class MeasuredLatencies:
             return {}
 
     def _measure(self, configs: Sequence[SparsityConfig], patience: Patience) -> dict[SparsityConfig, LatencyRecord]:
-        wanted, identity = list(dict.fromkeys((self.space.dense, *configs))), self.source.identity
+        wanted, identity = list(dict.fromkeys((self.space.dense, *configs))), self.identity
         for config in wanted:
             if config in self._measured or self.ledger is None:
                 continue
@@ -89,7 +96,7 @@ class MeasuredLatencies:
                     dense_ms / latency.speedup, dense_ms / latency.speedup_high, dense_ms / latency.speedup_low
                 )
             if self.ledger is not None:
-                self.ledger.put_latency(self.source.identity, config, self._measured[config])
+                self.ledger.put_latency(self.identity, config, self._measured[config])
 
     def table(self, known: Sequence[tuple[SparsityConfig, float]]) -> LatencyTable:
         """The table of this very device and model, its scale set by `known`, with its error on held-out configs."""
@@ -115,7 +122,7 @@ class MeasuredLatencies:
         if self.folder is not None and path is not None and path.exists():
             table = LatencyTable.from_json(read_bytes(path), str(path))
             try:
-                table.check_identity(self.source.identity)
+                table.check_identity(self.identity)
                 reporter.say(f"search: using the latency table {path}")
                 return table
             except CheckpointError as error:
@@ -133,6 +140,12 @@ class MeasuredLatencies:
         if path is not None:
             write_atomic(path, table.to_json())
         return table
+
+
+def machine_told(machine: Mapping[str, Any]) -> str:
+    """`an EPYC (2 threads, int8+bf16)`."""
+    threads = f"{threads_text(machine['threads'])}, " if "threads" in machine else ""
+    return f"{machine['device']} ({threads}{machine['precision']})"
 
 
 class GivenLatencies:
@@ -153,6 +166,7 @@ class GivenLatencies:
         expected = expected_identity(session, model)
         if swin_parameters(model).keys() <= table.identity.keys():  # measured without weights, so without categories
             expected |= {**swin_parameters(model), "parameters": table.identity.get("parameters")}
+        expected.setdefault("activations", table.identity.get("activations"))  # `auto` is as the CPU there has it
         try:
             table.check_identity(expected, any_machine=True)
         except CheckpointError as error:
@@ -164,10 +178,22 @@ class GivenLatencies:
         return cls(path, table, space)
 
     @property
+    def identity(self) -> Mapping[str, Any]:
+        """What the table holds for."""
+        return self._table.identity
+
+    @property
+    def machine(self) -> dict[str, object]:
+        """The device that the table was measured on, its threads, and the precision that it computed in."""
+        found = self.identity.get("device")
+        device = found if isinstance(found, dict) else {}
+        threads = {"threads": device["threads"]} if "threads" in device else {}
+        return {"device": device.get("name", "unknown"), **threads, "precision": label_in(self.identity)}
+
+    @property
     def elsewhere(self) -> str:
-        """The device that the table was measured on."""
-        device = self._table.identity.get("device")
-        return str(device.get("name", "unknown") if isinstance(device, dict) else "unknown")
+        """`machine` in words."""
+        return machine_told(self.machine)
 
     @property
     def dense_ms(self) -> float | None:

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from sparsevit_cli.atomic import TEMPORARY
+from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
-from sparsevit_cli.exporting import UntraceableError
+from sparsevit_cli.exporting import ExportScope, UntraceableError
 from sparsevit_cli.exporting.adjustable import AdjustablePrograms
 from sparsevit_cli.exporting.precision import resolved_activations
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE
@@ -27,13 +29,16 @@ from sparsevit_cli.profiling.latency_table import (
 )
 from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.profiling.program_table import measure_program_table, measure_programs
-from sparsevit_cli.runtimes import Activations, Runtime, runtime
+from sparsevit_cli.profiling.workload import Workload
+from sparsevit_cli.runtimes import Activations, Runtime, precision_label, runtime
+from sparsevit_cli.search.budget import CostMetric, CostScope
 from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.search.table_design import TableDesign
 from sparsevit_cli.sizes import Size
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
 from sparsevit_cli.swin import sparse_stages
 
+from .exported_part import answers_each_image, exported_part
 from .session import Session
 
 SETTING = "search.precision"
@@ -109,16 +114,14 @@ class ProgramSource:
         self.runtime = runtime(self.section.runtime)
         self.runtime.check_installed()
         self.activations = computed_in(session, self.runtime)
-        self.workload = session.workload(model, size, self.section.batch_size, scope=self.section.scope)
-        if not isinstance(self.workload.inputs, Tensor):
-            raise _untraceable(f"the model of task {session.task.name} takes more than one tensor of images")
+        self.workload = program_workload(session, model, size)
         if self.runtime.name == "openvino" and session.config.model.importance == "random":
             got = "openvino, and no file is written for it where model.importance is random"
             raise ConfigError("search.runtime", got, "Choose onnxruntime or torch, or another importance.")
         here = {"runtime_version": self.runtime.version(), "activations": self.activations}
-        self.identity = _with_clock(session, program_identity(self.workload, {**_program(session), **here}))
-        label = f"int8+{self.activations}" if self.section.precision == "int8" else self.activations
-        self.told = f"{self.runtime.name} {self.runtime.version()}, {label}"
+        self.identity = _with_clock(session, _program_identity(session, self.workload, here))
+        whole = "" if self.workload.scope == "model" else ", backbone and neck"
+        self.told = f"{self.runtime.name} {self.runtime.version()}, {label_in(self.identity)}{whole}"
 
     @cached_property
     def _design(self) -> TableDesign:
@@ -147,12 +150,20 @@ class ProgramSource:
             raise MeasurementError(f"the program at {config}", error.got, do) from error
         return partial(program.run, self._programs.images)
 
-    def measure(self, configs: Sequence[SparsityConfig], patience: Patience) -> dict[SparsityConfig, Latency]:
-        """Program by program, a few at a time, each beside the first."""
+    def measure(
+        self,
+        configs: Sequence[SparsityConfig],
+        patience: Patience,
+        *,
+        strict: bool = True,
+        files: Mapping[SparsityConfig, Callable[[], object]] = MappingProxyType({}),
+    ) -> dict[SparsityConfig, Latency]:
+        """Program by program, a few at a time, each beside the first. `files` run in the place of their programs."""
         clock = self.session.config.clock
         return measure_programs(
-            self._load, configs, seconds=self.section.seconds, seed=self.session.config.seed, retries=clock.retries,
-            max_spread=clock.max_spread, strict=True, patience=patience, before_round=check(self.session),
+            lambda config: files.get(config) or self._load(config), configs, seconds=self.section.seconds,
+            seed=self.session.config.seed, retries=clock.retries, max_spread=clock.max_spread, strict=strict,
+            patience=patience, before_round=check(self.session),
         )  # fmt: skip
 
     def table(self, on_share: OnShare) -> LatencyTable:
@@ -175,28 +186,60 @@ def computed_in(session: Session, runtime: Runtime) -> Activations:
     return activations
 
 
-def tell_of_export(session: Session) -> None:
-    """A warning if the export, as it is configured, writes no file that the budget is of."""
+def program_workload(session: Session, model: nn.Module, size: Size | None = None) -> Workload:
+    """What the programs of a search compute, on one batch: the whole model, or with scope backbone what `export` calls
+    `features`, the neck included. No latency of a smaller part could be kept by a file.
+
+    Raises ConfigError for a model that no program can be made of.
+    """
+    section, parts = session.config.search, session.task.scopes(model)
+    if section.scope == "backbone" and len(parts) > 1:
+        features = session.task.exported_features(model)
+        return session.backbone_workload(features, size or session.img_size, section.batch_size)
+    workload = session.workload(model, size, section.batch_size)
+    if not isinstance(workload.inputs, Tensor):
+        raise _untraceable(f"the model of task {session.task.name} takes more than one tensor of images")
+    if len(parts) > 1 and answers_each_image(session, model, size):
+        raise _untraceable(f"the model of task {session.task.name} answers each image")
+    return workload
+
+
+def tell_of_export(session: Session, model: nn.Module) -> None:
+    """A warning if the export, as it is configured, writes no file that the budget is of. Raises ConfigError."""
     search, export = session.config.search, session.config.export
     formats = {"openvino": ("openvino", "onnx"), "onnxruntime": ("onnx",)}.get(search.runtime)
     if formats is None:
         return
     formats = formats if search.precision == "fp32" else formats[:1]
-    if search.precision != export.precision or not set(formats) & set(export.formats):
+    scope, written = exported_scope(search.scope), exported_part(session, model).scope
+    if search.precision != export.precision or not set(formats) & set(export.formats) or scope != written:
         session.reporter.warn(
-            f"search: the budget is of a file in {search.precision} for {search.runtime}; export.precision is "
-            f"{export.precision}, export.formats {', '.join(export.formats) or 'empty'}. Set them before you export"
+            f"search: the budget is of a file in {search.precision} for {search.runtime}, of scope {scope}; "
+            f"export.precision is {export.precision}, export.formats {', '.join(export.formats) or 'empty'}, "
+            f"and the scope will be {written}. Set export.precision, .formats and .scope before you export"
         )
+
+
+def exported_scope(scope: Scope) -> ExportScope:
+    """Scope of the files of a search: of a backbone they hold the neck too."""
+    return "features" if scope == "backbone" else "model"
+
+
+def cost_scope(session: Session, scope: Scope | None, metric: CostMetric) -> CostScope | None:
+    """What costs of `metric` are of where those of the search are of `scope`; None where the model has one scope."""
+    if scope is None or metric == "macs" or session.config.search.runtime == "torch":
+        return scope
+    return exported_scope(scope)
 
 
 def expected_identity(session: Session, model: nn.Module) -> dict[str, object]:
     """Of a table of any machine: what does not depend on this one. No runtime needs to be installed."""
     section = session.config.search
-    workload = session.workload(model, batch_size=section.batch_size, scope=section.scope)
     if section.runtime == "torch":
+        workload = session.workload(model, batch_size=section.batch_size, scope=section.scope)
         dtype = str(TORCH_DTYPE[section.precision]).removeprefix("torch.")
         return {**table_identity(workload), "dtype": dtype}
-    return program_identity(workload, _program(session))
+    return _program_identity(session, program_workload(session, model))
 
 
 def swin_parameters(model: nn.Module) -> dict[str, object]:
@@ -204,9 +247,26 @@ def swin_parameters(model: nn.Module) -> dict[str, object]:
     return {"swin_parameters": sum(p.numel() for stage in sparse_stages(model) for p in stage.parameters())}
 
 
-def _program(session: Session) -> dict[str, object]:
-    section = session.config.search
-    return {"runtime": section.runtime, "precision": section.precision, "opset": session.config.export.opset}
+def program_settings(session: Session) -> dict[str, object]:
+    """What is set of programs besides the model; `activations` where they are asked for, `auto` hangs on the CPU."""
+    section, export = session.config.search, session.config.export
+    asked = export.activations if section.precision == "int8" else section.precision
+    activations = {} if asked == "auto" else {"activations": asked}
+    return {"runtime": section.runtime, "precision": section.precision, "opset": export.opset, **activations}
+
+
+def _program_identity(
+    session: Session, workload: Workload, here: Mapping[str, object] = MappingProxyType({})
+) -> dict[str, object]:
+    scope = {"scope": exported_scope(workload.scope)}
+    return program_identity(workload, {**program_settings(session), **here, **scope})
+
+
+def label_in(identity: Mapping[str, Any]) -> str:
+    """Precision of an identity of programs as tables have it: `int8+bf16`. Of torch it is the dtype."""
+    if "precision" not in identity:
+        return str(identity.get("dtype", "unknown"))
+    return precision_label(identity["precision"], identity["activations"])
 
 
 def check(session: Session) -> Callable[[], None]:

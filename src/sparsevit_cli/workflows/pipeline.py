@@ -16,7 +16,7 @@ from torch import nn
 from sparsevit_cli.commands import COMMANDS
 from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.data.shrunk import Scale, Shrunk
-from sparsevit_cli.errors import UnsteadyError
+from sparsevit_cli.errors import CheckpointError, ConfigError, UnsteadyError
 from sparsevit_cli.exporting import check_packages
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.macs import macs_cost
@@ -33,8 +33,11 @@ from .evaluate import evaluate_checkpoint
 from .export import check_exportable, export_settings, export_winner
 from .in_runtimes import chosen_runtimes
 from .latencies import latencies_of_search
+from .latency_budget import BudgetCheck, RunAs, budget_of, exported_call, not_of_here
+from .latency_sources import ProgramSource, tell_of_export
 from .profile import profile_model, profile_settings
 from .ratios import ratios_to_finetune
+from .rows import TORCH
 from .scopes import image_told, per_image
 from .search import budget_requests, is_searched, named_scope, search
 from .session import Session
@@ -75,7 +78,10 @@ class ScopeCost:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineRow(ScopeCost):
-    """One model of the closing table and what the whole of it costs; its `backbone` if there are modules around it."""
+    """One model of the closing table and what the whole of it costs; its `backbone` if there are modules around it.
+
+    `exported` is what its program costs in `search.runtime`, if that is not torch and the row is measured there.
+    """
 
     label: str
     ratios: tuple[tuple[float, ...], ...] | None
@@ -83,13 +89,17 @@ class PipelineRow(ScopeCost):
     score: float
     scores: Mapping[str, float]
     backbone: ScopeCost | None = None
+    exported: ScopeCost | None = None
     per_image: float | None = 1.0
     """How many of what costs are per an image takes (`Task.per_image`)."""
 
     def document(self) -> dict[str, Any]:
         """The row in JSON documents."""
         found = asdict(self)
-        return {name: value for name, value in found.items() if name != "backbone" or value is not None}
+        return {name: value for name, value in found.items() if name not in _SOMETIMES or value is not None}
+
+
+_SOMETIMES = ("backbone", "exported")
 
 
 @dataclass(frozen=True)
@@ -109,8 +119,10 @@ class PipelineSummary:
     """Why latencies are missing; None where all are steady."""
     without_clock: bool
     """True where the search left a latency budget out, for the clock was not steady."""
-    budget_of: str | None
-    """Runtime and precision whose latency the search spent; None where that is PyTorch's, as in the table."""
+    runtime: str | None
+    """Where `exported` of the rows was measured, in words; None where nothing was."""
+    budget: BudgetCheck | None
+    """Of a budget that is not kept in PyTorch on this machine: whether the exported file of the winner keeps it."""
 
     def image_lines(self) -> list[str]:
         """What a whole image costs; nothing if the model takes images whole."""
@@ -126,7 +138,8 @@ class PipelineSummary:
         return {
             "schema_version": 2, **self.about, **self.environment, "batch": self.batch, "validation_images": self.count,
             "rows": [row.document() for row in self.rows], "clock": self.clock,
-            "searched_without_clock": self.without_clock, "budget_of": self.budget_of, "seconds": self.seconds,
+            "searched_without_clock": self.without_clock, "runtime": self.runtime,
+            "budget": None if self.budget is None else self.budget.document(), "seconds": self.seconds,
             "written": self.written,
         }  # fmt: skip
 
@@ -210,6 +223,7 @@ def _check_settings(session: Session) -> None:
     if config.finetune.ratios is None:
         budget_requests(session)
         named_scope(session, model)
+        tell_of_export(session, model)
         with ExitStack() as resources:
             space = session.space(model, config.search.max_ratio)
             latencies_of_search(session, model, space, resources)
@@ -295,9 +309,10 @@ def _summary(
     session: Session, folder: RunFolder, contenders: list[_Contender], seconds: Mapping[str, float]
 ) -> PipelineSummary:
     """Measure all contenders, dense first: it is the reference. Each scope is one interleaved run."""
-    spent, tuned = session.config.search, session.config.finetune
+    spent = session.config.search
     scopes = session.task.scopes(contenders[0].model)
     measured = {scope: _costs(session, contenders, scope) for scope in scopes}
+    exported, runtime, budget = _in_runtime(session, contenders)
     rows = [
         PipelineRow(
             label=contender.label,
@@ -307,6 +322,7 @@ def _summary(
             scores=contender.score.values,
             **asdict(measured["model"].costs[contender.label]),
             backbone=measured["backbone"].costs[contender.label] if "backbone" in measured else None,
+            exported=exported.costs.get(contender.label),
             per_image=per_image(session, contender.size, Scale(session.img_size, contender.size)),
         )
         for contender in contenders
@@ -323,9 +339,9 @@ def _summary(
         folder, session.task.metric, session.task.about(), spent.batch_size,
         contenders[0].score.count, tuple(rows), seconds,
         tuple(str(path) for path in written if path.exists() or path == folder.result), session.environment,
-        next((found.unsteady for found in measured.values() if found.unsteady), None),
+        next((found.unsteady for found in (*measured.values(), exported) if found.unsteady), None),
         bool((session.earlier("search").read_result() or {}).get("without_clock")),
-        f"{spent.runtime}, {spent.precision}" if spent.runtime != "torch" and tuned.ratios is None else None,
+        runtime, budget,
     )  # fmt: skip
     folder.set_aside(["metrics.json"], session.reporter)
     folder.write_result(summary.document())
@@ -364,6 +380,48 @@ def _costs(session: Session, contenders: Sequence[_Contender], scope: Scope) -> 
         },
         next((latency.unsteady for latency in latencies.values() if latency.unsteady), None),
     )
+
+
+def _in_runtime(session: Session, contenders: Sequence[_Contender]) -> tuple[_Measured, str | None, BudgetCheck | None]:
+    """What the programs of those of the experiment's image size cost in `search.runtime`, where that is, and if the
+    winner's keeps its budget. All in one interleaved run; the winner's program is the exported file, if there is one.
+
+    Nothing is measured if the search had no runtime but torch, or a latency table of another machine.
+    """
+    section, clock, winner = session.config.search, session.config.clock, contenders[-1].config
+    nothing = _Measured({}, None)
+    if session.config.finetune.ratios is not None:
+        return nothing, None, None
+    budget = budget_of(session, winner)
+    if section.latency_table is not None:
+        return nothing, None, None if budget is None else not_of_here(budget)
+    if section.runtime == TORCH:
+        return nothing, None, None
+    rows = [contender for contender in contenders if contender.exact and contender.size == session.img_size]
+    files: dict[SparsityConfig, Callable[[], object]] = {}
+    file = why = ""
+    with ExitStack() as resources:
+        source = ProgramSource(session, contenders[0].model, resources)
+        try:
+            file, files[winner] = exported_call(session, RunAs.of(source.identity))
+        except (ConfigError, CheckpointError) as error:
+            why = error.got
+            session.reporter.warn(f"run: no exported file is measured, but the program of the search: {why}")
+        latencies = source.measure(
+            list(dict.fromkeys(contender.config for contender in rows)), Patience(clock.wait, clock.max_neighbour),
+            strict=False, files=files,
+        )  # fmt: skip
+        macs = macs_cost(source.workload)
+    for config, latency in latencies.items():
+        if not latency.stable:
+            session.reporter.warn(f"not steady: latency of {config} in {source.told}, {latency.unsteady}")
+    reference = latencies[contenders[0].config]
+    costs = {
+        row.label: ScopeCost(gmacs=macs(row.config) / 1e9, **_facts(latencies[row.config], reference)) for row in rows
+    }
+    unsteady = next((latency.unsteady for latency in latencies.values() if latency.unsteady), None)
+    checked = None if budget is None else BudgetCheck(budget, file, latencies[winner] if file else None, why)
+    return _Measured(costs, unsteady), source.told, checked
 
 
 def _facts(latency: Latency, reference: Latency) -> dict[str, float | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -18,8 +19,9 @@ from torch import nn
 from sparsevit_cli.atomic import write_atomic, write_json
 from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.config.loading import section_hash
+from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.data.source import Data
-from sparsevit_cli.documents import read_json, understood
+from sparsevit_cli.documents import read_bytes, read_json, understood
 from sparsevit_cli.errors import BudgetError, CheckpointError, ConfigError, MeasurementError, UnsteadyError
 from sparsevit_cli.profiling.macs import macs_cost
 from sparsevit_cli.reporting import optional_output
@@ -47,8 +49,8 @@ from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.tasks.task import Metric
 from sparsevit_cli.winner import read_winner, write_winner
 
-from .latencies import Latencies, latencies_of_search
-from .latency_sources import tell_of_export
+from .latencies import TABLE_FIELD, GivenLatencies, Latencies, latencies_of_search
+from .latency_sources import cost_scope, program_settings, tell_of_export
 from .plots import plot_pareto
 from .scores import Scores, first_images, ledger_settings
 from .session import Session, Weights
@@ -113,14 +115,11 @@ class SearchSummary:
     forwarded: int
     """Those of `images` that went through the model now; the scores on the others were in the ledger."""
     note: str
+    of: str
+    """What GMACs and times are of, in words; nothing if the model has one scope."""
     not_measured_here: str = ""
     """The machine that predicted latencies are of, if nothing was measured here."""
     others: tuple[FurtherWinner, ...] = ()
-
-    @property
-    def scope(self) -> Scope | None:
-        """What costs are of, if the model has more than one scope."""
-        return self.feasibility[0].scope
 
 
 @dataclass(frozen=True)
@@ -162,13 +161,16 @@ def search(
     requests = budget_requests(session)
     with opened_search(session, without_clock=without_clock, workers=workers) as work:
         requests = tuple(
-            replace(request, scope=work.scope) for request in requests if request.metric == "macs" or not without_clock
+            replace(request, scope=cost_scope(session, work.scope, request.metric))
+            for request in requests
+            if request.metric == "macs" or not without_clock
         )
         rows = work.feasibility(requests)
         rows_of: dict[str, tuple[Feasibility, ...]] = {}
         for name, request in further.items():
             try:
-                rows_of[name] = work.feasibility((replace(request, scope=work.scope),))
+                scope = cost_scope(session, work.scope, request.metric)
+                rows_of[name] = work.feasibility((replace(request, scope=scope),))
             except BudgetError as error:
                 if not leave_out_unreachable:
                     raise
@@ -206,9 +208,9 @@ def opened_search(session: Session, *, without_clock: bool = False, workers: str
         )
     if session.config.search.strategy == "optuna":
         loaded_optuna()  # refused before anything is measured
-    tell_of_export(session)
     model = session.model(weights.categories, weights).eval()
     scope = named_scope(session, model)
+    tell_of_export(session, model)
     folder = session.folder("search")
     settings = ledger_settings(session, first_images(session, len(data.search)))
     valid_for = LedgerScope(weights.sha256, data.fingerprint, settings)
@@ -257,8 +259,20 @@ def is_searched(session: Session) -> bool:
     if result.get("ratios") != [list(stage) for stage in winner.ratios]:
         return False
     weights = trained_weights(session, "adapt", "sparsevit search")
-    settings = section_hash(session.config, "search", "seed")
+    settings = search_settings(session)
     return (result.get("settings"), result.get("checkpoint_sha256")) == (settings, weights.sha256)
+
+
+def search_settings(session: Session) -> str:
+    """What a search depends on besides weights and data: its settings, those of its programs, and a table's content."""
+    section = session.config.search
+    found = section_hash(session.config, "search", "seed")
+    if section.runtime != "torch":
+        found += f" {json.dumps(program_settings(session), sort_keys=True)}"
+    if section.latency_table is not None:
+        table = read_bytes(as_path(section.latency_table, TABLE_FIELD))
+        found += f" table {hashlib.sha256(table).hexdigest()}"
+    return found
 
 
 class Search:
@@ -404,7 +418,7 @@ class Search:
     def _informed(self, costs: _Costs) -> dict[SparsityConfig, float]:
         """What the ledger held when this very search began; read back, so that a stopped search goes on as it was."""
         path, known = self.folder.path / INFORMED, self.ledger.known()
-        settings = section_hash(self.session.config, "search", "seed")
+        settings = search_settings(self.session)
         name = json.dumps([*astuple(self.ledger.scope), settings, *(str(row.budget) for row in costs.feasibility)])
         saved = read_json(path) if path.exists() else {}
         with understood(path, "Remove it."):
@@ -517,9 +531,16 @@ class Search:
         return SearchSummary(
             self.folder, self.session.task.metric, winner, finalists, self.latencies.dense_ms, costs.feasibility,
             costs.table.error if costs.table else None, len(result.history), result.evaluations, result.infeasible,
-            correlation, sum(self.scores.used.values()), self.scores.forwarded, result.note, self.latencies.elsewhere,
-            others,
+            correlation, sum(self.scores.used.values()), self.scores.forwarded, result.note, self._of(),
+            self.latencies.elsewhere, others,
         )  # fmt: skip
+
+    def _of(self) -> str:
+        """What GMACs and times of the summary are of."""
+        gmacs, times = of_scope(self.scope), of_scope(cost_scope(self.session, self.scope, "latency_ms"))
+        if not gmacs:
+            return ""
+        return f"GMACs and times{gmacs}" if gmacs == times else f"GMACs{gmacs}, times{times}"
 
     def _write_evaluations(
         self, everything: Sequence[_Found], pool: Sequence[Finalist], named: Sequence[tuple[_Costs, Finalist]]
@@ -607,7 +628,7 @@ class Search:
                     "measured_in": self._place(),
                     **self._not_of_here(winner),
                     "strategy": self.section.strategy,
-                    "settings": section_hash(self.session.config, "search", "seed"),
+                    "settings": search_settings(self.session),
                     "checkpoint_sha256": self.weights.sha256,
                     "asked": summary.asked,
                     "evaluated": summary.evaluated,
@@ -628,16 +649,17 @@ class Search:
         """Where latencies were measured."""
         if self.section.runtime == "torch":
             return {"device": str(self.session.device)}
-        return {"device": "cpu", "runtime": self.section.runtime}
+        program = {name: self.latencies.identity.get(name) for name in ("runtime", "activations", "scope")}
+        return {"device": "cpu", **program}
 
     def _not_of_here(self, winner: Finalist) -> dict[str, object]:
         """What stands in for a latency that was not measured on this machine."""
-        if not self.latencies.elsewhere or winner.predicted_ms is None:
+        if not isinstance(self.latencies, GivenLatencies) or winner.predicted_ms is None:
             return {}
         return {
             "latency_measured_here": False,
             "predicted_latency_ms": round(winner.predicted_ms, 4),
-            "latency_table": {"path": self.section.latency_table, "device": self.latencies.elsewhere},
+            "latency_table": {"path": self.section.latency_table, **self.latencies.machine},
         }
 
 
