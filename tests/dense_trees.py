@@ -59,7 +59,8 @@ BROKEN_COCO: Mapping[str, str] = {
     "image_ids_repeat": "two images of train2017 have one id",
     "annotation_ids_repeat": "two annotations of train2017 have one id",
     "category_ids_repeat": "two categories have one id",
-    "category_names_repeat": "two categories have one name",
+    "category_names_repeat": "two categories that are used have one name",
+    "spare_category": "the first category has the name of another one, and nothing uses it: Roboflow writes it so",
     "other_categories": "val2017 has another category than train2017",
     "unknown_category": "an annotation of train2017 has a category id that is not listed",
     "unknown_image": "an annotation of train2017 has an image id that is not listed",
@@ -274,7 +275,10 @@ def _break_document(broken: str, documents: dict[str, dict[str, Any]]) -> None:
         "image_ids_repeat": lambda: train["images"][1].update(id=train["images"][0]["id"]),
         "annotation_ids_repeat": lambda: second.update(id=first["id"]),
         "category_ids_repeat": lambda: train["categories"].append({"id": 1, "name": "again"}),
-        "category_names_repeat": lambda: train["categories"].append({"id": 77, "name": "person"}),
+        "category_names_repeat": lambda: train["categories"][2].update(name="person"),
+        "spare_category": lambda: [
+            each["categories"].insert(0, {"id": 0, "name": "car", "supercategory": "none"}) for each in (train, val)
+        ],
         "other_categories": lambda: val["categories"].append({"id": 44, "name": "bottle"}),
         "unknown_category": lambda: first.update(category_id=12),
         "unknown_image": lambda: first.update(image_id=999_999),

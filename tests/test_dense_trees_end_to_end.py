@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -38,6 +39,7 @@ from sparsevit_cli.tasks.semantic.records import PairSource
 from sparsevit_cli.tasks.task import task_of
 from sparsevit_cli.workflows.check_data import DataCheck, check_data
 from sparsevit_cli.workflows.session import Session
+from sparsevit_cli.workflows.training import pretrain
 
 SWIN: dict[str, Any] = {
     "img_size": 64, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4, "drop_path_rate": 0.1,
@@ -266,6 +268,7 @@ UNREADABLE: Mapping[str, Mapping[str, str]] = {
 TOLD: Mapping[str, Mapping[str, str]] = {
     "coco": {
         "annotation_ids_repeat": "annotation id that stands twice",
+        "spare_category": "category that no annotation uses, and that is called as another",
         "unknown_category": "object of a category that is not listed",
         "unknown_image": "object of an image that is not listed",
         "mask_of_another_size": "mask of another size than its image",
@@ -327,13 +330,30 @@ def test_an_unreadable_training_sample_is_told_and_replaced(name: str, broken: s
         train_epoch(name, tmp_path, 0.01)
 
 
+@pytest.mark.parametrize("split", ["search", "val"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_held_out_file_of_another_size_is_told_before_any_training(name: str, split: str, tmp_path: Path) -> None:
+    """Else the first validation would end the training, after days."""
+    KINDS[name].write(tmp_path / "files")
+    session = Session(KINDS[name].config(tmp_path / "files", tmp_path), SilentReporter(), StopRequest())
+    source = getattr(session.data(), split)
+    path = source.sample_file(0)
+    if isinstance(source, PairSource):
+        path = source.pairs.root / source.pairs.pairs[source.record(0)].mask
+    Image.fromarray(np.tile(np.array([7, 8], dtype=np.uint8), (10, 6))).save(path)
+    with pytest.raises(DataError, match=rf"{split}.* images: 1 unreadable: .*10 x 12 pixels, its "):
+        pretrain(session)
+    assert not (tmp_path / "tree").exists()
+
+
 @pytest.mark.parametrize(("name", "broken"), of_every_kind(TOLD))
 def test_an_annotation_that_cannot_be_used_is_counted(name: str, broken: str, tmp_path: Path) -> None:
     found = checked(name, broken, tmp_path, 0.0)
     assert found.usable
     whole = {"box without area", "categories without an example"}
     told = [(each.split, each.what, each.count) for each in found.findings if each.what not in whole]
-    assert told == ([("train", TOLD[name][broken], 1)] if TOLD[name][broken] else [])
+    splits = ("train", "val") if broken == "spare_category" else ("train",)
+    assert told == [(split, TOLD[name][broken], 1) for split in splits if TOLD[name][broken]]
     assert train_epoch(name, tmp_path, 0.0) == 0
 
 
