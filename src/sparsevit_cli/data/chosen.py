@@ -17,12 +17,12 @@ from .splits import Indices
 S = TypeVar("S", bound="Spec")
 
 
-def refuse_unreadable(faults: Mapping[str, str]) -> None:
-    """Raises DataError if there are validation images, name to reason, that cannot be read."""
+def refuse_unreadable(faults: Mapping[str, str], split: str = "validation") -> None:
+    """Raises DataError if there are held-out images, name to reason, that cannot be read."""
     if faults:
         listed = shorten([f"{name} ({reason})" for name, reason in faults.items()])
         do = "Repair or remove them; evaluation leaves no image out."
-        raise DataError("data: validation images", f"{len(faults)} unreadable: {listed}", do)
+        raise DataError(f"data: {split} images", f"{len(faults)} unreadable: {listed}", do)
 
 
 class Spec(Protocol):
