@@ -772,9 +772,16 @@ def test_commands_take_the_folder_that_transformers_saved(saved: Path, tmp_path:
     }
     (tmp_path / "tiny.yaml").write_text(json.dumps(config))
     stop = StopRequest()
-    stop.signal_number = 15
+
+    class Stopping(SilentReporter):
+        """Sends a signal when the folder was opened."""
+
+        def say(self, message: str) -> None:
+            if message.startswith("adapt: "):
+                stop.signal_number = 15
+
     with pytest.raises(StoppedError, match="step 1 of 1 is saved"):
-        adapt(Session(load_config(tmp_path / "tiny.yaml", [f"output={tmp_path}"]), SilentReporter(), stop))
+        adapt(Session(load_config(tmp_path / "tiny.yaml", [f"output={tmp_path}"]), Stopping(), stop))
     words = ["evaluate", "--weights", str(saved), "--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path)]
     done = CliRunner().invoke(app, words, prog_name="sparsevit")
     assert done.exit_code == 0, done.output

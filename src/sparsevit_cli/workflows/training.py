@@ -262,7 +262,7 @@ def _check_headers(session: Session, command: str, data: Data) -> None:
         for split, source in (("validation", data.val), ("search", data.search)):
             faults = {}
             for index in range(len(source)):
-                session.stop.check(command, "nothing is trained yet")
+                session.stop.check(command, "nothing was trained since it was typed")
                 try:
                     source.check_header(index)
                 except UnreadableImageError as error:
