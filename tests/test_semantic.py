@@ -27,7 +27,6 @@ from sparsevit_cli.config.loading import load_config
 from sparsevit_cli.config.semantic import CropSection
 from sparsevit_cli.config.tasks import type_of
 from sparsevit_cli.config.yaml_loader import Document
-from sparsevit_cli.data.pictures import enlargement
 from sparsevit_cli.data.shrunk import Scale, Shrunk
 from sparsevit_cli.data.source import Batch, Data
 from sparsevit_cli.errors import CheckpointError, ConfigError, DataError, StoppedError
@@ -825,7 +824,7 @@ def test_another_number_of_classes_needs_a_new_head(saved: Path, tmp_path: Path)
 
 def test_what_is_not_installed_is_told_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match=r"transformers, which is not installed.*sparsevit-cli\[segment\]"):
+    with pytest.raises(ConfigError, match=r"model.head: transformers is needed.*sparsevit-cli\[segment\]"):
         built(tiny_task(model={**MASK2FORMER, "img_size": 64}))
 
 
@@ -889,7 +888,7 @@ def test_parts_are_apart_and_features_are_what_stands_on_the_swin(head: str) -> 
 
 def unenlarged(picture: Image.Image, mask: Tensor) -> np.ndarray:
     """The pixels (H, W, 3) of a picture without its line of text."""
-    times = enlargement(mask.shape)
+    times = picture.width // mask.shape[1]
     height, width = (side * times for side in mask.shape)
     assert picture.width == width
     assert picture.height > height
