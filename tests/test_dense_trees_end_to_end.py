@@ -124,6 +124,14 @@ def test_a_cityscapes_tree_is_read_as_it_is(tmp_path: Path) -> None:
         assert found.keys() == truth.keys()
         assert all(np.array_equal(found[name], truth[name]) for name in truth)
     assert len(data.train) + len(data.search) == len(tree.train)
+    names = [{source.sample_name(n) for n in range(len(source))} for source in (data.train, data.search)]
+    assert not names[0] & names[1]
+    again = task_of(CITYSCAPES.config(tree.root, tmp_path)).data(seed=0, categories=None)
+    assert (again.fingerprint, again.val_fingerprint) == (data.fingerprint, data.val_fingerprint)
+    dense_trees.cut(next((tree.root / "leftImg8bit" / "val").rglob("*.png")))
+    again = task_of(CITYSCAPES.config(tree.root, tmp_path)).data(seed=0, categories=None)
+    assert again.fingerprint == data.fingerprint
+    assert again.val_fingerprint != data.val_fingerprint
 
 
 def test_objects_and_pixels_are_counted_and_duplicates_are_told(tmp_path: Path) -> None:
