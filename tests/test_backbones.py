@@ -15,8 +15,6 @@ import sparsevit_cli
 from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.backbones import SwinBackbone, SwinFPN, swin_backbone, swin_fpn
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.exporting import export_model
-from sparsevit_cli.exporting.programs import onnx_runner, pt2_runner
 from sparsevit_cli.profiling.macs import macs_cost, traced_macs
 from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.sparsity import SparsityConfig
@@ -291,21 +289,3 @@ def test_it_is_the_backbone_of_torchvisions_mask_rcnn() -> None:
         assert found["labels"].tolist() == wanted["labels"].tolist()
         torch.testing.assert_close(found["boxes"], wanted["boxes"], atol=1e-3, rtol=1e-3)
     assert not torch.allclose(together[0]["boxes"], together[1]["boxes"], atol=1.0)
-
-
-@pytest.mark.parametrize("formats", [("pt2",), ("onnx", "pt2")])
-def test_export_with_sparse_ratios(formats: tuple[str, ...], tmp_path: Path) -> None:
-    body = small(depths=(2, 1), num_heads=(1, 2), levels=(0, 1), img_size=(64, 96))
-    model = sparsify_(SwinFPN(body, 8).eval() if "onnx" in formats else body)
-    set_sparsity(model, [[0.4], [0.5]])
-    export_model(
-        model, tmp_path, input_size=(64, 96), formats=formats, check_batch_sizes=(2, 3), tolerance=1e-4,
-        measure_ms=False,
-    )  # fmt: skip
-    runners = {"pt2": pt2_runner, "onnx": onnx_runner}
-    for name in formats:
-        run = runners[name](tmp_path / f"model.{name}")
-        for batch in (1, 4):
-            x = images(batch, 3, 64, 96)
-            with torch.no_grad():
-                torch.testing.assert_close(run(x), list(model(x).values()), atol=1e-5, rtol=1e-4)

@@ -28,6 +28,7 @@ from dense_trees import BROKEN_CITYSCAPES, BROKEN_COCO, CITYSCAPES_NAMES, COCO_C
 from sparsevit_cli.checkpoints import latest_checkpoint, load_checkpoint
 from sparsevit_cli.cli import app
 from sparsevit_cli.config.experiment import ExperimentConfig
+from sparsevit_cli.config.loading import load_config
 from sparsevit_cli.config.tasks import type_of
 from sparsevit_cli.config.yaml_loader import Document
 from sparsevit_cli.data.loader import eval_batches, train_batches
@@ -40,6 +41,7 @@ from sparsevit_cli.tasks.task import task_of
 from sparsevit_cli.workflows.check_data import DataCheck, check_data
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.training import pretrain
+from test_shipped_configs import CONFIGS, settings
 
 SWIN: dict[str, Any] = {
     "img_size": 64, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4, "drop_path_rate": 0.1,
@@ -165,11 +167,20 @@ def test_objects_and_pixels_are_counted_and_duplicates_are_told(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trees, configurations, and trainings that were killed while they saved their second checkpoint."""
+    """Trees, configurations, and trainings that were killed while they saved their second checkpoint.
+
+    That of Cityscapes is the shipped one, Mask2Former, but for its size.
+    """
     folder, cases = tmp_path_factory.mktemp("killed"), []
     for name, kind in KINDS.items():
-        kind.write(folder / "trees" / name)
-        config = kind.config(folder / "trees" / name, folder / "unused")
+        tree = folder / "trees" / name
+        kind.write(tree)
+        shipped = "cityscapes_mask2former_swin_l"
+        config = (
+            kind.config(tree, folder / "unused")
+            if name == "coco"
+            else load_config(CONFIGS / f"{shipped}.yaml", [*settings(shipped, tree), "experiment=tree"])
+        )
         (folder / f"{name}.yaml").write_text(config.model_dump_json(), encoding="utf-8")
         cases.append([str(folder / name), "pretrain", "--config", str(folder / f"{name}.yaml")])
     words = [word for case in cases for word in ("--", *case)][1:]

@@ -145,9 +145,8 @@ def test_a_configuration_fits_the_layout_of_its_set(name: str, tmp_path: Path) -
     assert "multiply-adds per image" in plan
 
 
-@pytest.mark.parametrize(
-    "name", [name if "mask2former" in name else pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_configuration_trains_goes_on_after_a_kill_and_evaluates(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
