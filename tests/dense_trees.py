@@ -1,4 +1,4 @@
-"""Tiny trees in the real layouts of COCO and Cityscapes, with the real sets' quirks, not by the package's writers.
+"""Tiny trees in the real layouts of COCO, Cityscapes and ADE20K, with their quirks, not by the package's writers.
 
 `coco_tree` and `cityscapes_tree` give the folder and the truth that a reader must find in it. `broken` names one thing
 that is wrong with a tree: BROKEN_COCO and BROKEN_CITYSCAPES say what each means.
@@ -59,7 +59,8 @@ BROKEN_COCO: Mapping[str, str] = {
     "image_ids_repeat": "two images of train2017 have one id",
     "annotation_ids_repeat": "two annotations of train2017 have one id",
     "category_ids_repeat": "two categories have one id",
-    "category_names_repeat": "two categories have one name",
+    "category_names_repeat": "two categories that are used have one name",
+    "spare_category": "the first category has the name of another one, and nothing uses it: Roboflow writes it so",
     "other_categories": "val2017 has another category than train2017",
     "unknown_category": "an annotation of train2017 has a category id that is not listed",
     "unknown_image": "an annotation of train2017 has an image id that is not listed",
@@ -274,7 +275,10 @@ def _break_document(broken: str, documents: dict[str, dict[str, Any]]) -> None:
         "image_ids_repeat": lambda: train["images"][1].update(id=train["images"][0]["id"]),
         "annotation_ids_repeat": lambda: second.update(id=first["id"]),
         "category_ids_repeat": lambda: train["categories"].append({"id": 1, "name": "again"}),
-        "category_names_repeat": lambda: train["categories"].append({"id": 77, "name": "person"}),
+        "category_names_repeat": lambda: train["categories"][2].update(name="person"),
+        "spare_category": lambda: [
+            each["categories"].insert(0, {"id": 0, "name": "car", "supercategory": "none"}) for each in (train, val)
+        ],
         "other_categories": lambda: val["categories"].append({"id": 44, "name": "bottle"}),
         "unknown_category": lambda: first.update(category_id=12),
         "unknown_image": lambda: first.update(image_id=999_999),
@@ -485,3 +489,36 @@ def _break_cityscapes(root: Path, broken: str) -> None:
         "huge_image": lambda: huge_png(image),
     }
     changes[broken]()
+
+
+# -- ADE20K -----------------------------------------------------------------------------------------------------
+
+
+def squares(seed: int, numbers: tuple[int, ...], size: tuple[int, int] = (40, 64)) -> np.ndarray:
+    """A mask (H, W) uint8 of blocks of 8 pixels, each of one of `numbers`."""
+    height, width = size
+    drawn = np.random.default_rng(seed).choice(numbers, (-(-height // 8), -(-width // 8)))
+    return np.kron(drawn, np.ones((8, 8))).astype(np.uint8)[:height, :width]
+
+
+def painted(mask: np.ndarray) -> np.ndarray:
+    """An image (H, W, 3) whose colours tell the numbers of a mask."""
+    numbers = mask.astype(int)
+    return np.stack([numbers * 5 % 256, numbers * 91 % 256, 255 - numbers * 5 % 256], -1).astype(np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def ade_tree(root: Path, counts: Mapping[str, int] = {"training": 6, "validation": 3}) -> Path:
+    """images and annotations as ADEChallengeData2016 unpacks: JPEG and grey PNG, 0 is no class, sizes differ."""
+    for split, count in counts.items():
+        for number in range(count):
+            mask = squares(number + 100 * len(split), (0, 1, 2, 3), (40 + 8 * number, 64 - 4 * number))
+            name = f"ADE_{split[:5]}_{number:08d}"
+            save(root / "images" / split / f"{name}.jpg", painted(mask))
+            save(root / "annotations" / split / f"{name}.png", mask)
+    (root / "objectInfo150.txt").write_text("wall\nsky\ntree\n")
+    return root

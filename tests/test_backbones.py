@@ -15,8 +15,6 @@ import sparsevit_cli
 from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.backbones import SwinBackbone, SwinFPN, swin_backbone, swin_fpn
 from sparsevit_cli.errors import ConfigError
-from sparsevit_cli.exporting import export_model
-from sparsevit_cli.exporting.programs import onnx_runner, pt2_runner
 from sparsevit_cli.profiling.macs import macs_cost, traced_macs
 from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.sparsity import SparsityConfig
@@ -264,43 +262,30 @@ def test_multiply_adds_and_graphs_take_a_backbone() -> None:
 
 
 def test_it_is_the_backbone_of_torchvisions_mask_rcnn() -> None:
+    """It trains in it, and what is found in an image does not depend on its neighbours of the same size."""
     from torchvision.models.detection import MaskRCNN
     from torchvision.models.detection.rpn import AnchorGenerator
 
     backbone = swin_fpn(out_channels=8, img_size=64, **SMALL)
-    assert backbone.out_channels == 8
     anchors = AnchorGenerator(((8,), (16,), (32,), (64,), (128,)), ((1.0,),) * 5)
     model = MaskRCNN(backbone, 3, min_size=64, max_size=96, rpn_anchor_generator=anchors, box_detections_per_img=3,
                      rpn_pre_nms_top_n_test=20, rpn_post_nms_top_n_test=8, rpn_batch_size_per_image=8,
-                     box_batch_size_per_image=8)  # fmt: skip
+                     box_batch_size_per_image=8, box_score_thresh=0.0)  # fmt: skip
     sparsify_(model)
     set_sparsity(model, RATIOS)
-    pictures = [images(3, 64, 80).sigmoid(), images(3, 70, 64).sigmoid()]
+    pictures = [images(3, 64, 96).sigmoid(), images(3, 64, 96).flip(2).sigmoid()]
     target = {"boxes": torch.tensor([[4.0, 6.0, 40.0, 50.0]]), "labels": torch.tensor([1]),
-              "masks": torch.ones(1, 64, 80, dtype=torch.uint8)}  # fmt: skip
+              "masks": torch.ones(1, 64, 96, dtype=torch.uint8)}  # fmt: skip
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64),
-             "masks": torch.zeros(0, 70, 64, dtype=torch.uint8)}  # fmt: skip
+             "masks": torch.zeros(0, 64, 96, dtype=torch.uint8)}  # fmt: skip
     losses = model(pictures, [target, empty])
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in backbone.body.swin.parameters())
     with torch.no_grad():
-        found = model.eval()(pictures)
-    assert [set(one) for one in found] == [{"boxes", "labels", "scores", "masks"}] * 2
-
-
-@pytest.mark.parametrize("formats", [("pt2",), ("onnx", "pt2")])
-def test_export_with_sparse_ratios(formats: tuple[str, ...], tmp_path: Path) -> None:
-    body = small(depths=(2, 1), num_heads=(1, 2), levels=(0, 1), img_size=(64, 96))
-    model = sparsify_(SwinFPN(body, 8).eval() if "onnx" in formats else body)
-    set_sparsity(model, [[0.4], [0.5]])
-    export_model(
-        model, tmp_path, input_size=(64, 96), formats=formats, check_batch_sizes=(2, 3), tolerance=1e-4,
-        measure_ms=False,
-    )  # fmt: skip
-    runners = {"pt2": pt2_runner, "onnx": onnx_runner}
-    for name in formats:
-        run = runners[name](tmp_path / f"model.{name}")
-        for batch in (1, 4):
-            x = images(batch, 3, 64, 96)
-            with torch.no_grad():
-                torch.testing.assert_close(run(x), list(model(x).values()), atol=1e-5, rtol=1e-4)
+        together = model.eval()(pictures)
+        alone = [model([picture])[0] for picture in pictures]
+    for found, wanted in zip(together, alone, strict=True):
+        assert found["masks"].shape == (3, 1, 64, 96)
+        assert found["labels"].tolist() == wanted["labels"].tolist()
+        torch.testing.assert_close(found["boxes"], wanted["boxes"], atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(together[0]["boxes"], together[1]["boxes"], atol=1.0)

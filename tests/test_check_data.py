@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from sparsevit_cli.cli import app
 from sparsevit_cli.config import tasks as kinds
 from sparsevit_cli.data.loader import checked_batches
-from sparsevit_cli.data.pictures import as_picture, captioned, contact_sheet, enlargement
+from sparsevit_cli.data.pictures import SMALLEST_SIDE, as_picture, captioned, contact_sheet
 from sparsevit_cli.data.shrunk import Scale, Shrunk
 from sparsevit_cli.data.source import Source
 from sparsevit_cli.errors import DataError, StoppedError
@@ -275,7 +275,7 @@ def test_a_picture_is_the_image_as_the_model_gets_it_with_its_class_below(images
     task = task_of(tiny_config(data=data))
     train = task.data(seed=0, categories=None).train
     image, label = train[5]
-    times = enlargement((32, 32))
+    times = SMALLEST_SIDE // 32
     picture = task.picture(Shrunk(train, Scale((32, 32), (32, 32))), 5)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:, : 32 * times : times, : 32 * times : times]
     scaled = (image * torch.tensor([0.2, 0.3, 0.1])[:, None, None] + torch.tensor([0.5, 0.4, 0.3])[:, None, None]) * 255

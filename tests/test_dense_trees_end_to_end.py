@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -27,6 +28,7 @@ from dense_trees import BROKEN_CITYSCAPES, BROKEN_COCO, CITYSCAPES_NAMES, COCO_C
 from sparsevit_cli.checkpoints import latest_checkpoint, load_checkpoint
 from sparsevit_cli.cli import app
 from sparsevit_cli.config.experiment import ExperimentConfig
+from sparsevit_cli.config.loading import load_config
 from sparsevit_cli.config.tasks import type_of
 from sparsevit_cli.config.yaml_loader import Document
 from sparsevit_cli.data.loader import eval_batches, train_batches
@@ -38,6 +40,8 @@ from sparsevit_cli.tasks.semantic.records import PairSource
 from sparsevit_cli.tasks.task import task_of
 from sparsevit_cli.workflows.check_data import DataCheck, check_data
 from sparsevit_cli.workflows.session import Session
+from sparsevit_cli.workflows.training import pretrain
+from test_shipped_configs import CONFIGS, settings
 
 SWIN: dict[str, Any] = {
     "img_size": 64, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4, "drop_path_rate": 0.1,
@@ -122,6 +126,14 @@ def test_a_cityscapes_tree_is_read_as_it_is(tmp_path: Path) -> None:
         assert found.keys() == truth.keys()
         assert all(np.array_equal(found[name], truth[name]) for name in truth)
     assert len(data.train) + len(data.search) == len(tree.train)
+    names = [{source.sample_name(n) for n in range(len(source))} for source in (data.train, data.search)]
+    assert not names[0] & names[1]
+    again = task_of(CITYSCAPES.config(tree.root, tmp_path)).data(seed=0, categories=None)
+    assert (again.fingerprint, again.val_fingerprint) == (data.fingerprint, data.val_fingerprint)
+    dense_trees.cut(next((tree.root / "leftImg8bit" / "val").rglob("*.png")))
+    again = task_of(CITYSCAPES.config(tree.root, tmp_path)).data(seed=0, categories=None)
+    assert again.fingerprint == data.fingerprint
+    assert again.val_fingerprint != data.val_fingerprint
 
 
 def test_objects_and_pixels_are_counted_and_duplicates_are_told(tmp_path: Path) -> None:
@@ -155,11 +167,20 @@ def test_objects_and_pixels_are_counted_and_duplicates_are_told(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trees, configurations, and trainings that were killed while they saved their second checkpoint."""
+    """Trees, configurations, and trainings that were killed while they saved their second checkpoint.
+
+    That of Cityscapes is the shipped one, Mask2Former, but for its size.
+    """
     folder, cases = tmp_path_factory.mktemp("killed"), []
     for name, kind in KINDS.items():
-        kind.write(folder / "trees" / name)
-        config = kind.config(folder / "trees" / name, folder / "unused")
+        tree = folder / "trees" / name
+        kind.write(tree)
+        shipped = "cityscapes_mask2former_swin_l"
+        config = (
+            kind.config(tree, folder / "unused")
+            if name == "coco"
+            else load_config(CONFIGS / f"{shipped}.yaml", [*settings(shipped, tree), "experiment=tree"])
+        )
         (folder / f"{name}.yaml").write_text(config.model_dump_json(), encoding="utf-8")
         cases.append([str(folder / name), "pretrain", "--config", str(folder / f"{name}.yaml")])
     words = [word for case in cases for word in ("--", *case)][1:]
@@ -266,6 +287,7 @@ UNREADABLE: Mapping[str, Mapping[str, str]] = {
 TOLD: Mapping[str, Mapping[str, str]] = {
     "coco": {
         "annotation_ids_repeat": "annotation id that stands twice",
+        "spare_category": "category that no annotation uses, and that is called as another",
         "unknown_category": "object of a category that is not listed",
         "unknown_image": "object of an image that is not listed",
         "mask_of_another_size": "mask of another size than its image",
@@ -327,13 +349,30 @@ def test_an_unreadable_training_sample_is_told_and_replaced(name: str, broken: s
         train_epoch(name, tmp_path, 0.01)
 
 
+@pytest.mark.parametrize("split", ["search", "val"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_held_out_file_of_another_size_is_told_before_any_training(name: str, split: str, tmp_path: Path) -> None:
+    """Else the first validation would end the training, after days."""
+    KINDS[name].write(tmp_path / "files")
+    session = Session(KINDS[name].config(tmp_path / "files", tmp_path), SilentReporter(), StopRequest())
+    source = getattr(session.data(), split)
+    path = source.sample_file(0)
+    if isinstance(source, PairSource):
+        path = source.pairs.root / source.pairs.pairs[source.record(0)].mask
+    Image.fromarray(np.tile(np.array([7, 8], dtype=np.uint8), (10, 6))).save(path)
+    with pytest.raises(DataError, match=rf"{split}.* images: 1 unreadable: .*10 x 12 pixels, its "):
+        pretrain(session)
+    assert not (tmp_path / "tree").exists()
+
+
 @pytest.mark.parametrize(("name", "broken"), of_every_kind(TOLD))
 def test_an_annotation_that_cannot_be_used_is_counted(name: str, broken: str, tmp_path: Path) -> None:
     found = checked(name, broken, tmp_path, 0.0)
     assert found.usable
     whole = {"box without area", "categories without an example"}
     told = [(each.split, each.what, each.count) for each in found.findings if each.what not in whole]
-    assert told == ([("train", TOLD[name][broken], 1)] if TOLD[name][broken] else [])
+    splits = ("train", "val") if broken == "spare_category" else ("train",)
+    assert told == [(split, TOLD[name][broken], 1) for split in splits if TOLD[name][broken]]
     assert train_epoch(name, tmp_path, 0.0) == 0
 
 

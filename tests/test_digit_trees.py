@@ -15,7 +15,9 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
+from typer.testing import CliRunner
 
+from sparsevit_cli.cli import app
 from sparsevit_cli.data.digit_scenes import DigitScenes
 from sparsevit_cli.data.digit_trees import (
     BACKGROUND_ID,
@@ -24,7 +26,6 @@ from sparsevit_cli.data.digit_trees import (
     main,
     outlines,
     polygons,
-    run_lengths,
     write_cityscapes,
     write_coco,
 )
@@ -33,6 +34,7 @@ from sparsevit_cli.errors import ConfigError
 
 SPEC = DigitsSpec(96)
 COUNTS: dict[Split, int] = {"train": 3, "val": 2}
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def coco(path: Path) -> COCO:
@@ -40,9 +42,8 @@ def coco(path: Path) -> COCO:
         return COCO(str(path))
 
 
-@pytest.mark.parametrize("masks", ["polygons", "rle"])
-def test_pycocotools_finds_the_scenes_in_a_coco_tree(masks: str, tmp_path: Path) -> None:
-    write_coco(tmp_path, spec=SPEC, seed=1, counts=COUNTS, masks=masks)  # type: ignore[arg-type]
+def test_pycocotools_finds_the_scenes_in_a_coco_tree(tmp_path: Path) -> None:
+    write_coco(tmp_path, spec=SPEC, seed=1, counts=COUNTS)
     for split, folder in (("train", "train2017"), ("val", "val2017")):
         read = coco(tmp_path / "annotations" / f"instances_{folder}.json")
         scenes = DigitScenes(SPEC, split, 1, count=COUNTS[split])  # type: ignore[arg-type, index]
@@ -61,21 +62,13 @@ def test_pycocotools_finds_the_scenes_in_a_coco_tree(masks: str, tmp_path: Path)
             assert [each["bbox"] for each in annotations] == tight
 
 
-def test_jpeg_images_have_their_names_in_the_list(tmp_path: Path) -> None:
-    write_coco(tmp_path, spec=SPEC, counts=COUNTS, suffix="jpg")
-    listed = coco(tmp_path / "annotations" / "instances_val2017.json").imgs
-    assert {Image.open(tmp_path / "val2017" / each["file_name"]).format for each in listed.values()} == {"JPEG"}
-
-
 masks = arrays.arrays(bool, st.tuples(st.integers(1, 7), st.integers(1, 7)))
 
 
 @given(mask=masks)
-def test_run_lengths_and_polygons_are_the_mask_whatever_it_looks_like(mask: np.ndarray) -> None:
+def test_polygons_are_the_mask_whatever_it_looks_like(mask: np.ndarray) -> None:
     """Holes, islands in holes, pixels that touch by a corner, the edge of the image."""
     height, width = mask.shape
-    runs = run_lengths(mask)
-    assert np.array_equal(coco_masks.decode(coco_masks.frPyObjects(runs, height, width)), mask)
     parts = polygons(mask)
     found = np.zeros((height, width), dtype=bool)
     if parts:  # pycocotools takes no empty list
@@ -112,12 +105,30 @@ def test_a_cityscapes_tree_holds_the_scenes_under_label_ids(tmp_path: Path) -> N
     assert np.array_equal(np.asarray(Image.open(images[1]))[:, :, 0], scene.grey())
 
 
-def test_the_command_writes_a_tree_and_refuses_a_folder_that_is_in_use(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("layout", "config"), [("coco", "coco_mask_rcnn_swin_t_672"), ("cityscapes", "cityscapes_mask2former_swin_l")]
+)
+def test_the_command_writes_a_tree_that_our_own_reader_takes(
+    layout: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    typed = ["coco", str(tmp_path / "digits"), "--canvas", "64", "--train", "2", "--val", "1"]
+    folder = tmp_path / "digits"
+    typed = [layout, str(folder), "--canvas", "64", "--train", "8", "--val", "2"]
     assert main(typed) == 0
-    assert json.loads(capsys.readouterr().out)["train"] == 2
-    assert len(list((tmp_path / "digits" / "train2017").iterdir())) == 2
+    assert json.loads(capsys.readouterr().out)["train"] == 8
+    words = ["check-data", "--config", str(CONFIGS / f"{config}.yaml"), "--output", str(tmp_path / "runs"), "--json"]
+    sets = [f"data.root={folder}", "model.img_size=64", "data.workers=0", "device=cpu"]
+    loops = [f"{loop}.curriculum=[]" for loop in ("train", "adapt", "finetune")]
+    sets += ["data.crop=64"] if layout == "cityscapes" else loops
+    done = CliRunner().invoke(app, [*words, *(word for each in sets for word in ("--set", each))])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert {each["what"] for each in found["findings"]} <= {"categories without an example"}
+    counted = list(found["splits"]["val"]["categories"].values())
+    scenes = [DigitScenes(DigitsSpec(64), "val", 0, count=2)[index] for index in range(2)]
+    if layout == "coco":
+        assert counted == np.bincount(np.concatenate([scene.labels for scene in scenes]), minlength=10).tolist()
+    else:  # the digits have the first ten train ids, the background is sky, which is the eleventh
+        background, *digits = np.bincount(np.concatenate([scene.class_map.ravel() for scene in scenes]), minlength=11)
+        assert counted == [*digits, background, *[0] * 8]
     assert main(typed) == ConfigError.exit_code
     assert "holds something" in capsys.readouterr().err

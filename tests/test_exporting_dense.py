@@ -29,7 +29,7 @@ from sparsevit_cli.exporting import (
     load_exported,
     structured_images,
 )
-from sparsevit_cli.exporting.programs import onnx_runner
+from sparsevit_cli.exporting.programs import onnx_runner, pt2_runner
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import get_sparsity, set_sparsity
 from sparsevit_cli.workflows.export import check_exportable, export_winner
@@ -87,8 +87,8 @@ def test_backbone_and_neck_of_a_task(tmp_path: Path) -> None:
     assert {WEIGHTS, FEATURE_WEIGHTS} < set(manifest["files"])
     images = structured_images((3, *SIZE), 5, seed=9)
     expected = run(model.pyramid, images)
-    for output, each in zip(onnx_runner(folder / "features.onnx")(images), expected.values(), strict=True):
-        torch.testing.assert_close(output, each, atol=1e-4, rtol=1e-4)
+    for found in (onnx_runner(folder / "features.onnx")(images), pt2_runner(folder / "features.pt2")(images)):
+        torch.testing.assert_close(found, list(expected.values()), atol=1e-4, rtol=1e-4)
     loaded = load_exported(folder)
     assert get_sparsity(loaded) == get_sparsity(model)
     assert all(torch.equal(found, expected[name]) for name, found in run(loaded, images).items())
@@ -309,36 +309,19 @@ def test_scopes_that_a_task_does_not_have(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_onnx
 def test_whole_mask2former(tmp_path: Path) -> None:
-    """transformers' Mask2Former around our backbone, at two batch sizes, and from a .pt2 file without transformers."""
-    transformers = pytest.importorskip("transformers")
-    from transformers.modeling_outputs import BackboneOutput
+    """In both formats, at two batch sizes; the .pt2 file runs without transformers."""
+    pytest.importorskip("transformers")
+    from test_semantic import MASK2FORMER, built, tiny_task
 
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = swin_backbone(img_size=(64, 96), embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 2),
-                                      window_size=2)  # fmt: skip
-            self.channels = list(self.body.channels)
-
-        def forward(self, images: Tensor) -> Any:
-            return BackboneOutput(feature_maps=tuple(self.body(images).values()))
-
-    swin = transformers.SwinConfig(embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 2], window_size=2,
-                                   out_features=[f"stage{number}" for number in range(1, 5)])  # fmt: skip
-    config = transformers.Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
-        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=5, num_labels=3,
-    )  # fmt: skip
-    model = transformers.Mask2FormerForUniversalSegmentation(config)
-    model.model.pixel_level_module.encoder = Encoder()
-    sparse(model)
-    report = export_model(model, tmp_path, input_size=(64, 96), measure_ms=False)
-    assert report.output_shapes["output_masks_queries_logits"] == ("batch", 5, 16, 24)
-    images = structured_images((3, 64, 96), 2, seed=5)
+    light = {"queries": 5, "encoder_layers": 1, "decoder_layers": 2, "feedforward": 16, "encoder_feedforward": 16}
+    model = sparse(built(tiny_task(model={
+        **MASK2FORMER, "img_size": 64, "depths": [1, 1, 2, 1],
+        "mask2former": {**MASK2FORMER["mask2former"], **light},
+    })))  # fmt: skip
+    report = export_model(model, tmp_path, input_size=(64, 64), measure_ms=False)
+    assert report.output_shapes == {"output": ("batch", 11, 64, 64)}
+    images = structured_images((3, 64, 64), 2, seed=5)
     expected = run(model, images)
-    names_of = list(report.output_shapes)
-    found = dict(zip(names_of, onnx_runner(tmp_path / "model.onnx")(images), strict=True))
-    for name in ("masks_queries_logits", "class_queries_logits"):
-        torch.testing.assert_close(found[f"output_{name}"], expected[name], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(onnx_runner(tmp_path / "model.onnx")(images)[0], expected, atol=1e-5, rtol=1e-4)
     program = torch.export.load(tmp_path / "model.pt2").module()
-    torch.testing.assert_close(run(program, images)["masks_queries_logits"], expected["masks_queries_logits"])
+    torch.testing.assert_close(run(program, images), expected)

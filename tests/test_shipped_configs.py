@@ -20,6 +20,7 @@ from dense_trees import cityscapes_tree, coco_tree
 from sparsevit_cli.checkpoints import latest_checkpoint, load_checkpoint
 from sparsevit_cli.cli import app
 from sparsevit_cli.config.loading import load_config
+from sparsevit_cli.profiling import inputs
 from sparsevit_cli.tasks.task import task_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -109,14 +110,14 @@ def settings(name: str, root: Path) -> list[str]:
         "device": "cpu", "model.pretrained": False, "model.img_size": shipped.pixels, "data.root": str(root),
         "data.workers": 0, "data.search_fraction": shipped.search_fraction, "data.eval_batch_size": 2, **shipped.small,
         "search.max_evaluations": 6, "search.finalists": 1,
-        "search.budget_latency": None, "search.budget_macs": "95%", "search.samples": 2, "search.precision": "fp32",
+        "search.budget_latency": None, "search.budget_macs": "95%", "search.samples": 2,
     }  # fmt: skip
     for loop in LOOPS:
         phases = [
             {"img_size": shipped.pixels, "epochs": 1, "lr": phase.lr} for phase in getattr(config, loop).curriculum
         ]
         wanted |= {f"{loop}.curriculum": phases[:2], f"{loop}.batch_size": 2, f"{loop}.accumulation": 1}
-        wanted |= {f"{loop}.epochs": 2, f"{loop}.eval_every": 1, f"{loop}.save_every": 1, f"{loop}.precision": "fp32"}
+        wanted |= {f"{loop}.epochs": 2, f"{loop}.eval_every": 1, f"{loop}.save_every": 1}
     return [f"{key}={json.dumps(value)}" for key, value in wanted.items()]
 
 
@@ -144,33 +145,27 @@ def test_a_configuration_fits_the_layout_of_its_set(name: str, tmp_path: Path) -
     assert "multiply-adds per image" in plan
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree for each, and dense trainings that were killed while they saved their second checkpoint."""
-    folder, words = tmp_path_factory.mktemp("shipped"), []
-    for name, shipped in SHIPPED.items():
-        shipped.write(folder / "trees" / name)
-        (folder / f"{name}.json").write_text(json.dumps(settings(name, folder / "trees" / name)))
-        sets = [each.replace(" ", "") for each in settings(name, folder / "trees" / name)]
-        words += ["--", str(folder / name), *typed(name, "pretrain", sets)]
-    child = [sys.executable, str(Path(__file__).parent / "killed_child.py"), *words[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(child, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_configuration_trains_evaluates_and_goes_on(name: str, killed: Path) -> None:
-    sets = [each.replace(" ", "") for each in json.loads((killed / f"{name}.json").read_text())]
-    experiment = load_config(CONFIGS / f"{name}.yaml").experiment
-    folder = killed / name / experiment
+def test_a_configuration_trains_goes_on_after_a_kill_and_evaluates(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its own precision, also on a CPU that emulates it; killed while it saved its second checkpoint."""
+    monkeypatch.setattr(inputs, "computes_bf16", lambda: True)
+    SHIPPED[name].write(tmp_path / "tree")
+    sets = [each.replace(" ", "") for each in settings(name, tmp_path / "tree")]
+    child = [sys.executable, str(Path(__file__).parent / "killed_child.py"), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*child, *typed(name, "pretrain", sets)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / load_config(CONFIGS / f"{name}.yaml").experiment
     found = latest_checkpoint(folder / "pretrain" / "checkpoints")
     assert found is not None
     step = load_checkpoint(found).step
     for command in ("pretrain", "adapt", "search", "finetune", "evaluate"):
-        invoke(typed(name, command, sets, "--output", str(killed / name)))
+        invoke(typed(name, command, sets, "--output", str(tmp_path)))
     newest = latest_checkpoint(folder / "pretrain" / "checkpoints")
     assert newest is not None
     assert 0 < step < load_checkpoint(newest).step

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, Self, TypeVar
 
-from sparsevit_cli.errors import DataError
+from sparsevit_cli.errors import ConfigError, DataError
 from sparsevit_cli.sizes import ImageSize, Size
 
 from .source import BadImages, Source, shorten
@@ -17,12 +17,19 @@ from .splits import Indices
 S = TypeVar("S", bound="Spec")
 
 
-def refuse_unreadable(faults: Mapping[str, str]) -> None:
-    """Raises DataError if there are validation images, name to reason, that cannot be read."""
+def refuse_unreadable(faults: Mapping[str, str], split: str = "validation") -> None:
+    """Raises DataError if there are held-out images, name to reason, that cannot be read."""
     if faults:
         listed = shorten([f"{name} ({reason})" for name, reason in faults.items()])
         do = "Repair or remove them; evaluation leaves no image out."
-        raise DataError("data: validation images", f"{len(faults)} unreadable: {listed}", do)
+        raise DataError(f"data: {split} images", f"{len(faults)} unreadable: {listed}", do)
+
+
+def refuse_other_channels(in_chans: int, mean: Sequence[float]) -> None:
+    """Raises ConfigError unless model and normalisation have the 3 channels of image files."""
+    if in_chans != 3 or len(mean) != 3:
+        got = f"model.in_chans {in_chans} and {len(mean)} values"
+        raise ConfigError("data.mean, data.std", got, "Image files give 3 channels: set 3 of each.")
 
 
 class Spec(Protocol):

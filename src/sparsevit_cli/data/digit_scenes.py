@@ -6,29 +6,13 @@ function of (seed, split, index, epoch); the digits of the splits are disjoint, 
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsevit_cli.errors import DataError
-from sparsevit_cli.sizes import ImageSize
-
-from .digits import (
-    MEAN,
-    SPLIT_CODES,
-    STD,
-    DigitsSpec,
-    Split,
-    background,
-    random_pose,
-    source_digits,
-    split_indices,
-    upscale,
-)
+from .digits import MEAN, SPLIT_CODES, STD, DigitsSpec, DigitsSplit, Split, background, random_pose, upscale
 
 SCENES: dict[str, int] = {"train": 1200, "search": 200, "val": 200}
 MAX_DIGITS = 5
@@ -65,38 +49,14 @@ class Scene:
         return grey
 
 
-class DigitScenes:
-    """One split of the scenes. The epoch moves the training split only."""
-
-    names: tuple[str, ...] = tuple(str(digit) for digit in range(10))
+class DigitScenes(DigitsSplit):
+    """Scenes; `count` of them, or as many as SCENES says."""
 
     def __init__(self, spec: DigitsSpec, split: Split, seed: int = 0, *, count: int | None = None) -> None:
-        if split not in SPLIT_CODES:
-            raise DataError("data: split", f"{split!r}", f"Use one of {', '.join(SPLIT_CODES)}.")
-        self.spec, self.split, self.seed, self.epoch = spec, split, seed, 0
-        self.count = SCENES[split] if count is None else count
-        images, labels = source_digits()
-        sources = list(split_indices(split, seed))
-        self._digits, self._labels = images[sources], labels[sources]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch to draw. Held-out splits stay at epoch 0, so that scores compare."""
-        if self.split == "train":
-            self.epoch = epoch
-
-    def with_canvas(self, size: ImageSize) -> DigitScenes:
-        """Scenes of the same digits, at the same epoch, on canvases of another size; see `DigitsSpec.of`."""
-        other = DigitScenes(self.spec.resized(size), self.split, self.seed, count=self.count)
-        other.set_epoch(self.epoch)
-        return other
-
-    def __len__(self) -> int:
-        return self.count
+        super().__init__(spec, split, seed, count=SCENES.get(split) if count is None else count)
 
     def __getitem__(self, index: int) -> Scene:
-        if not -self.count <= index < self.count:
-            raise IndexError(f"scene {index} of {self.count}")
-        spec, index = self.spec, index % self.count
+        spec, index = self.spec, self._checked(index)
         rng = np.random.default_rng([self.seed, SPLIT_CODES[self.split], index, self.epoch, _SCENE_TAG])
         canvas = background(rng, spec.canvas, spec.digit_max, spec.clutter)
         masks, labels, taken = [], [], np.zeros((spec.canvas, spec.canvas), dtype=bool)
@@ -136,15 +96,7 @@ class DigitScenes:
         return f"{self.split}-scene-{index % self.count:04d}"
 
     def fingerprint(self) -> str:
-        """sha256 of all that defines the split; the epoch is no part of it."""
-        definition = {
-            "scenes": _SCENES_VERSION, "seed": self.seed, "spec": asdict(self.spec), "split": self.split,
-            "count": self.count,
-        }  # fmt: skip
-        digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode())
-        digest.update(self._digits.tobytes())
-        digest.update(self._labels.tobytes())
-        return digest.hexdigest()
+        return self._fingerprint(scenes=_SCENES_VERSION, count=self.count)
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:

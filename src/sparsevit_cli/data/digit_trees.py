@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,14 +48,12 @@ def write_coco(
     spec: DigitsSpec,
     seed: int = 0,
     counts: Mapping[Split, int] = COUNTS,
-    masks: Literal["polygons", "rle"] = "polygons",
-    suffix: Literal["png", "jpg"] = "png",
 ) -> None:
     """Write `counts` scenes of each split below `root`, as COCO 2017 has them.
 
     Images are `train2017/000000000001.png` and so on, annotations `annotations/instances_train2017.json`. Polygons run
-    along the edges of pixels, so that they cover the masks exactly; a digit with a hole has several. `rle` is COCO's
-    uncompressed run-length code. Raises ConfigError if `root` holds something, ResourceError on a full disk.
+    along the edges of pixels, so that they cover the masks exactly; a digit with a hole has several. Raises ConfigError
+    if `root` holds something, ResourceError on a full disk.
     """
     _refuse_taken(root)
     for split, folder in COCO_SPLITS.items():
@@ -64,11 +62,11 @@ def write_coco(
         annotations: list[dict[str, Any]] = []
         for index in range(len(scenes)):
             scene, number = scenes[index], 1 + 3 * index  # COCO's image ids have gaps too
-            name = f"{number:012d}.{suffix}"
+            name = f"{number:012d}.png"
             _write_image(root / folder / name, scene)
             height, width = scene.image.shape[1:]
             images.append({"id": number, "file_name": name, "height": height, "width": width, "license": 1})
-            for annotation in _annotations(scene, masks):
+            for annotation in _annotations(scene):
                 annotations.append({"id": len(annotations) + 1, "image_id": number, "iscrowd": 0, **annotation})
         document = {
             "info": {"description": "scenes of handwritten digits", "version": "1"},
@@ -83,14 +81,14 @@ def write_coco(
         write_json(root / "annotations" / f"instances_{folder}.json", document)
 
 
-def _annotations(scene: Scene, masks: str) -> Iterator[dict[str, Any]]:
+def _annotations(scene: Scene) -> Iterator[dict[str, Any]]:
     for box, label, mask in zip(scene.boxes.tolist(), scene.labels.tolist(), scene.masks.numpy(), strict=True):
         left, top, right, bottom = box
         yield {
             "category_id": COCO_IDS[label],
             "bbox": [left, top, right - left, bottom - top],
             "area": int(mask.sum()),
-            "segmentation": run_lengths(mask) if masks == "rle" else polygons(mask),
+            "segmentation": polygons(mask),
         }
 
 
@@ -125,15 +123,6 @@ def _refuse_taken(root: Path) -> None:
 
 
 # -- masks as COCO writes them ----------------------------------------------------------------------------------
-
-
-def run_lengths(mask: Mask) -> dict[str, Any]:
-    """A mask (H, W) as COCO's uncompressed run-length code: runs of 0 and 1 in turn, column by column, 0 first."""
-    flat = mask.T.ravel()
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    starts = np.concatenate([[0], edges, [flat.size]])
-    runs = np.diff(starts).tolist()
-    return {"size": list(mask.shape), "counts": [0, *runs] if flat[0] else runs}
 
 
 def polygons(mask: Mask) -> list[list[int]]:

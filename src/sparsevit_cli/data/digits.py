@@ -9,15 +9,16 @@ A sample is a pure function of (seed, split, index, epoch): no state, no files, 
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from sparsevit_cli.config.images import DigitsSection
 from sparsevit_cli.errors import ConfigError, DataError
@@ -130,16 +131,12 @@ def split_indices(split: Split, seed: int) -> tuple[int, ...]:
     return tuple(int(index) for index in order[first:last])
 
 
-class DigitsDataset(Dataset[tuple[torch.Tensor, int]]):
-    """One split of the canvases. The epoch moves the training split only.
-
-    Items are (image, label): float32 (3, canvas, canvas) of about zero mean and unit variance,
-    and an int. Training digits are also slightly tilted, sheared and stretched.
-    """
+class DigitsSplit(ABC):
+    """One split of drawn images; a subclass draws the `count` of them. The epoch moves the training split only."""
 
     names: tuple[str, ...] = tuple(str(digit) for digit in range(10))
 
-    def __init__(self, spec: DigitsSpec, split: Split, seed: int = 0) -> None:
+    def __init__(self, spec: DigitsSpec, split: Split, seed: int = 0, *, count: int | None = None) -> None:
         if split not in SPLIT_CODES:
             raise DataError("data: split", f"{split!r}", f"Use one of {', '.join(SPLIT_CODES)}.")
         if seed < 0:
@@ -152,20 +149,51 @@ class DigitsDataset(Dataset[tuple[torch.Tensor, int]]):
         self._sources = split_indices(split, seed)
         self._digits = images[list(self._sources)]  # (N, 8, 8)
         self._labels = labels[list(self._sources)]  # (N,)
+        self.count = len(self._sources) if count is None else count
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch to draw. Held-out splits stay at epoch 0, so that scores compare."""
         if self.split == "train":
             self.epoch = epoch
 
-    def with_canvas(self, size: ImageSize) -> DigitsDataset:
+    def with_canvas(self, size: ImageSize) -> Self:
         """The same digits, at the same epoch, on canvases of another size. Raises ConfigError if it is not square."""
-        other = DigitsDataset(self.spec.resized(size), self.split, self.seed)
-        other.set_epoch(self.epoch)
+        other = copy.copy(self)
+        other.spec = self.spec.resized(size)
         return other
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return self.count
+
+    @abstractmethod
+    def sample_name(self, index: int) -> str:
+        """What to call an image."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides the images; the epoch is no part of it."""
+
+    def _checked(self, index: int) -> int:
+        """The number of a sample, counted from the end if it is negative. Raises IndexError, which ends iteration."""
+        if not -self.count <= index < self.count:
+            raise IndexError(f"sample {index} of {self.count}")
+        return index % self.count
+
+    def _fingerprint(self, **drawing: int) -> str:
+        """`fingerprint` with what is of the subclass."""
+        definition = {**drawing, "seed": self.seed, "spec": asdict(self.spec), "split": self.split}
+        digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode())
+        digest.update(self._digits.tobytes())
+        digest.update(self._labels.tobytes())
+        return digest.hexdigest()
+
+
+class DigitsDataset(DigitsSplit):
+    """Canvases of one digit.
+
+    Items are (image, label): float32 (3, canvas, canvas) of about zero mean and unit variance,
+    and an int. Training digits are also slightly tilted, sheared and stretched.
+    """
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         index = self._checked(index)
@@ -185,24 +213,7 @@ class DigitsDataset(Dataset[tuple[torch.Tensor, int]]):
         return f"{self.split}-{index:04d}-digit{self._sources[index]:04d}"
 
     def fingerprint(self) -> str:
-        """sha256 of all that defines the split; the epoch is no part of it."""
-        digest = hashlib.sha256()
-        definition = {
-            "drawing": _DRAWING_VERSION,
-            "seed": self.seed,
-            "spec": asdict(self.spec),
-            "split": self.split,
-        }
-        digest.update(json.dumps(definition, sort_keys=True).encode())
-        digest.update(self._digits.tobytes())
-        digest.update(self._labels.tobytes())
-        return digest.hexdigest()
-
-    def _checked(self, index: int) -> int:
-        # IndexError, not DataError: iterating over a Dataset without __iter__ ends by it.
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        return index % len(self)
+        return self._fingerprint(drawing=_DRAWING_VERSION)
 
     def _draw(self, index: int) -> tuple[np.ndarray, tuple[int, int, int]]:
         """One canvas, (H, W) float32 of about 0..1, and the place of its digit."""

@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
-from .digits import DigitsSpec
+from .digits import DigitsSplit
 from .source import Source
 
-
-class Drawn(Protocol):
-    """One split of drawn images, each a function of (seed, split, number, epoch)."""
-
-    spec: DigitsSpec
-
-    def __len__(self) -> int: ...
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch to draw."""
-
-    def with_canvas(self, size: ImageSize) -> Self:
-        """The same digits on canvases of another size."""
-
-    def sample_name(self, index: int) -> str:
-        """What to call an image."""
-
-    def fingerprint(self) -> str:
-        """SHA-256 of all that decides the images."""
-
-
-D = TypeVar("D", bound=Drawn)
+D = TypeVar("D", bound=DigitsSplit)
 
 
 class DrawnSource(Source, Generic[D]):

@@ -19,22 +19,18 @@ _GROUND, _INK = (255, 255, 255), (20, 20, 20)
 
 
 def as_picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """An image (C, H, W), 1 or 3 channels normalised by `mean` and `std`, as it is seen: RGB, enlarged if it is tiny.
-
-    It is enlarged `enlargement` times.
-    """
+    """An image (C, H, W), 1 or 3 channels normalised by `mean` and `std`, as it is seen: RGB, `enlarged`."""
     shape = (-1, 1, 1)
     values = image.detach().float().cpu().numpy() * np.reshape(std, shape) + np.reshape(mean, shape)
     pixels = (np.nan_to_num(values) * 255).round().clip(0, 255).astype(np.uint8)
     pixels = pixels if len(pixels) == 3 else pixels[:1].repeat(3, 0)
-    picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    times = enlargement(image.shape[-2:])
+    return enlarged(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))))
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    """A picture whose shorter side is SMALLEST_SIDE at least: a tiny one is enlarged a whole number of times."""
+    times = max(1, math.ceil(SMALLEST_SIDE / max(1, min(picture.size))))
     return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
-
-
-def enlargement(size: Sequence[int]) -> int:
-    """How many times an image of `size` (height, width) is enlarged by `as_picture`: a whole number."""
-    return max(1, math.ceil(SMALLEST_SIDE / max(1, min(size))))
 
 
 def captioned(picture: Image.Image, text: str) -> Image.Image:

@@ -152,6 +152,9 @@ class Source(ABC):
         """The file that a sample's image is read from; None if the sample has no file of its own."""
         return None
 
+    def check_header(self, index: int) -> None:  # noqa: B027 - what is drawn has none
+        """Raises UnreadableImageError if the headers of a sample's files tell that it cannot be read."""
+
 
 class WrappedSource(Source):
     """A source that changes something of another one, `inner`, and passes the rest on."""
@@ -187,6 +190,9 @@ class WrappedSource(Source):
 
     def sample_file(self, index: int) -> Path | None:
         return self.inner.sample_file(index)
+
+    def check_header(self, index: int) -> None:
+        self.inner.check_header(index)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,11 @@ BUFFERS = ("relative_position_index", "relative_coords_table", "relative_coordin
 PAD_FIRST = "pad_first"
 """The partition of the libraries that pad a map before they roll it."""
 
+MAX_LISTED = 10
+"""Names told of many."""
+
 _DETECTRON2 = ("sem_seg_head.", "proposal_generator.", "roi_heads.")
 _UP = "^"
-_MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -360,7 +362,7 @@ def _parted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _listed(names: list[str]) -> str:
-    return printable(", ".join(names[:_MAX_LISTED]))
+    return printable(", ".join(names[:MAX_LISTED]))
 
 
 # -- patterns -----------------------------------------------------------------------------------------------------

@@ -17,9 +17,8 @@ from sparsevit_cli.documents import exists
 from sparsevit_cli.errors import CheckpointError, pass_on
 from sparsevit_cli.torch_files import LEGACY_START, ZIP_START, StoredTensor, Unknown, open_torch_file
 
-from .families import has_stem
+from .families import MAX_LISTED, has_stem
 
-_MAX_LISTED = 10
 _CONVERT = "Save its tensors alone with safetensors.torch.save_file, and give that file."
 _WRAPPERS = (
     *(
@@ -103,7 +102,7 @@ def _taken(path: Path, content: object, unknown: Sequence[str]) -> WeightsFile:
     candidates = _wrapped(content)
     if not candidates:
         held = content.name if isinstance(content, Unknown) else f"a {type(content).__name__}"
-        named = f" (it names {', '.join(unknown[:_MAX_LISTED])})" if unknown else ""
+        named = f" (it names {', '.join(unknown[:MAX_LISTED])})" if unknown else ""
         raise CheckpointError(str(path), f"holds {printable(held)}, not named tensors{printable(named)}", _CONVERT)
     swins = [found for found in candidates if has_stem(found[1])]
     where, named_tensors = (swins or candidates)[0]
@@ -114,10 +113,10 @@ def _taken(path: Path, content: object, unknown: Sequence[str]) -> WeightsFile:
         if isinstance(key, str) and isinstance(tensor, (StoredTensor, Tensor))
     }
     if others := [str(key) for key in named_tensors if key not in tensors]:
-        told.append(f"left out are {len(others)} entries that are no tensors ({', '.join(others[:_MAX_LISTED])})")
+        told.append(f"left out are {len(others)} entries that are no tensors ({', '.join(others[:MAX_LISTED])})")
     weights = _plain_names(path, tensors)
     if unknown:
-        told.append(f"objects beside them were not made: {', '.join(unknown[:_MAX_LISTED])}")
+        told.append(f"objects beside them were not made: {', '.join(unknown[:MAX_LISTED])}")
     return WeightsFile(str(path), weights, tuple(told))
 
 
@@ -131,7 +130,7 @@ def _wrapped(content: object) -> list[tuple[tuple[str, ...], Mapping[Any, Any]]]
             return
         seen.add(id(inner))
         if not isinstance(inner, Mapping):
-            for number, item in enumerate(inner[:_MAX_LISTED]):
+            for number, item in enumerate(inner[:MAX_LISTED]):
                 visit(item, (*where, str(number)))
             return
         for key in dict.fromkeys((*_WRAPPERS, *(key for key in inner if isinstance(key, str)))):

@@ -15,13 +15,12 @@ from sparsevit_cli.config.yaml_loader import printable
 from sparsevit_cli.errors import CheckpointError
 from sparsevit_cli.windows import Partition
 
-from .families import MICROSOFT, PAD_FIRST, TIMM, SwinTensors, Trunk, find_trunks, swin_tensors
+from .families import MAX_LISTED, MICROSOFT, PAD_FIRST, TIMM, SwinTensors, Trunk, find_trunks, swin_tensors
 from .files import WeightsFile, read_file
 
 Say = Callable[[str], None]
 _log = logging.getLogger(__name__)
 tell_log: Say = _log.info
-_MAX_LISTED = 10
 _HEAD = ("head.fc.weight", "head.fc.bias")
 _BIAS_TABLE = "relative_position_bias_table"
 _OPTIONAL = {"head.": "the head", "norm.": "the final norm", "norms.": "norms of levels"}
@@ -129,7 +128,7 @@ def _chosen(name: str, tensors: Mapping[str, Tensor], root: str = "") -> tuple[T
     same = [trunk for trunk in trunks if trunk.root == root] or [trunk for trunk in trunks if not trunk.root]
     chosen = averaged if len(averaged) == 1 else same[:1] or trunks
     if len(chosen) > 1:
-        got = f"holds several models: {', '.join(f'`{printable(trunk.root)}`' for trunk in chosen[:_MAX_LISTED])}"
+        got = f"holds several models: {', '.join(f'`{printable(trunk.root)}`' for trunk in chosen[:MAX_LISTED])}"
         raise CheckpointError(name, got, "Save the tensors of one of them with safetensors.torch.save_file.")
     return (chosen[0] if chosen else None), tuple(trunk.root for trunk in trunks if trunk not in chosen)
 
@@ -224,9 +223,9 @@ def other_partition(path: Path | str, trained: str, partition: str) -> str:
 def _listed(names: Iterable[str]) -> str:
     """Up to ten names; of many, the modules that they are in."""
     names = list(names)
-    if len(names) > _MAX_LISTED:
+    if len(names) > MAX_LISTED:
         names = list(dict.fromkeys(f"{re.match(r'[^.]*', name)[0]}.*" for name in names))  # type: ignore[index]
-    return ", ".join(names[:_MAX_LISTED])
+    return ", ".join(names[:MAX_LISTED])
 
 
 def _shape(weights: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:
@@ -239,7 +238,7 @@ def _misfit(
     """The error that lists what does not fit, and names the setting most likely at fault."""
     both = [key for key in wrong if key in own and key in weights]
     missing, unexpected = ([key for key in wrong if key not in those] for those in (weights, own))
-    listed = [*both, *(key for pair in zip_longest(missing, unexpected) for key in pair if key)][:_MAX_LISTED]
+    listed = [*both, *(key for pair in zip_longest(missing, unexpected) for key in pair if key)][:MAX_LISTED]
     lines = [f"{key}: {_text(_shape(weights, key))} here, {_text(_shape(own, key))} in the model" for key in listed]
     more = f"; and {len(wrong) - len(listed)} more" if len(wrong) > len(listed) else ""
     got = f"tensors that do not fit the model: {len(wrong)} ({'; '.join(lines)}{more})"

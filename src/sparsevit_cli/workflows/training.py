@@ -20,6 +20,8 @@ from sparsevit_cli.commands import COMMANDS
 from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.config.loading import section_hash, settings_of
 from sparsevit_cli.config.paths import as_path
+from sparsevit_cli.data.chosen import refuse_unreadable
+from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.data.shrunk import Scale, Shrunk
 from sparsevit_cli.data.source import Data, Source
 from sparsevit_cli.errors import ConfigError
@@ -88,6 +90,7 @@ def pretrain(session: Session) -> TrainingSummary:
     model = session.model(data.categories)
     dense = SparsityConfig.dense(model_depths(model))
     plan = checked_plan(session, "pretrain", section, model, data)
+    _check_headers(session, "pretrain", data)
     folder = session.folder("pretrain")  # once everything fits: --fresh sets an earlier run aside
     kind = _Kind("pretrain", section, FixedSchedule(dense), dense, plan, _start(session, None))
     return _train(session, folder, data, model, kind)
@@ -102,6 +105,7 @@ def adapt(session: Session) -> TrainingSummary:
     space = session.space(model, section.max_ratio)
     middle = space.uniform(min(0.5, section.max_ratio))
     plan = checked_plan(session, "adapt", section, model, data)
+    _check_headers(session, "adapt", data)
     folder = session.folder("adapt")
     kind = _Kind(
         "adapt", section, RandomSchedule(space, session.config.seed), middle, plan, _start(session, weights),
@@ -257,6 +261,23 @@ def checked_plan(session: Session, command: str, section: LoopSection, model: nn
     for number, phase in enumerate(section.curriculum):
         check_image_size(phase.img_size, patch_size(model), f"{command}.curriculum.{number}.img_size")
     return plan_training(section, len(data.train), session.img_size)
+
+
+def _check_headers(session: Session, command: str, data: Data) -> None:
+    """Raises DataError for held-out files at which evaluation would end, hours later, as far as headers tell."""
+
+    def check() -> None:
+        for split, source in (("validation", data.val), ("search", data.search)):
+            faults = {}
+            for index in range(len(source)):
+                session.stop.check(command, "nothing was trained since it was typed")
+                try:
+                    source.check_header(index)
+                except UnreadableImageError as error:
+                    faults[source.sample_name(index)] = error.got
+            refuse_unreadable(faults, split)
+
+    session.ranks.on_first(check)
 
 
 def _validator(session: Session, data: Data, kind: _Kind) -> Any:

@@ -29,7 +29,6 @@ class FolderRecords(Records):
     """The images of one split folder; `num_ignored` files in it are not images of a class."""
 
     folder: Path
-    max_megapixels: float
     num_ignored: int
 
     def load(self, index: int) -> Image.Image:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsevit_cli.data.chosen import ChosenSource
 from sparsevit_cli.data.files import NOT_A_FILE, file_bytes, file_fault
-from sparsevit_cli.data.images import UnreadableImageError
+from sparsevit_cli.data.images import UnreadableImageError, upright_size
 from sparsevit_cli.data.source import BadImages, shorten
 from sparsevit_cli.data.splits import Indices
 from sparsevit_cli.errors import DataError, pass_on
@@ -54,6 +54,7 @@ class Records(ABC):
         sizes: bytes of each file, NOT_A_FILE, or None where there are no files.
         files: (n, 3), the FileFacts of each image; (0, 3) where there are no files.
         version: whatever else tells one state of the data from another.
+        max_megapixels: size above which an image counts as unreadable.
     """
 
     split: str
@@ -64,6 +65,7 @@ class Records(ABC):
     sizes: tuple[int, ...] | None
     files: NDArray[np.uint64]
     version: str
+    max_megapixels: float
 
     @abstractmethod
     def load(self, index: int) -> Image.Image:
@@ -215,6 +217,12 @@ class RecordSource(ChosenSource):
 
     def sample_file(self, index: int) -> Path | None:
         return self.records.file(self.record(index))
+
+    def check_header(self, index: int) -> None:
+        """Of images that have a file of their own."""
+        path = self.sample_file(index)
+        if path is not None:
+            upright_size(path, self.sample_name(index), self.records.max_megapixels)
 
     @functools.cached_property
     def listing_digest(self) -> str:

@@ -44,7 +44,6 @@ class TimmRecords(Records):
     """One split of a timm data set; `open_image` gives a file to decode or an image."""
 
     open_image: Callable[[int], Any]
-    max_megapixels: float
 
     def load(self, index: int) -> Image.Image:
         name = self.keys[index]

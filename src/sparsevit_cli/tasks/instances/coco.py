@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -46,14 +46,16 @@ def read_coco(file: Path, folder: Path, split: str, *, masks: bool, max_megapixe
     """Read `file` and list the images in `folder`; none is decoded. Categories are in the order of their ids.
 
     Left out and counted: objects of unknown images or categories, without a box that has an area inside the image,
-    and, if there are to be `masks`, without a mask of their image's size. Raises DataError: a file that is not there
-    or not of COCO's form, ids or file names that stand twice, no category, no object.
+    and, if there are to be `masks`, without a mask of their image's size; and categories as `_without_spares` says.
+    Raises DataError: a file that is not there or not of COCO's form, ids or file names that stand twice, no category,
+    no object.
     """
     content = _content(file)
     document = _document(file, content)
-    ids, categories = _categories(file, document["categories"])
-    listed = _listed(file, document["images"])
     found = _Found(split)
+    used = {row["category_id"] for row in document["annotations"] if _has_category(row)}
+    ids, categories = _categories(file, document["categories"], used, found)
+    listed = _listed(file, document["images"])
     for name in _twice(document["annotations"]):
         found.note("annotation id that stands twice", name)
     instances: dict[int, list[Instance]] = {image_id: [] for image_id in listed}
@@ -133,8 +135,8 @@ def _document(file: Path, content: bytes) -> Mapping[str, list[Any]]:
     return found
 
 
-def _categories(file: Path, rows: list[Any]) -> tuple[dict[int, int], Categories]:
-    """Label of every category id, and the categories."""
+def _categories(file: Path, rows: list[Any], used: Collection[int], found: _Found) -> tuple[dict[int, int], Categories]:
+    """Label of every category id, and the categories; `used` are the ids in annotations."""
     if not rows:
         raise DataError(str(file), "it lists no categories", "Give a file of COCO's form for instances.")
     usable = [
@@ -144,10 +146,29 @@ def _categories(file: Path, rows: list[Any]) -> tuple[dict[int, int], Categories
         got = f"{len(rows) - len(usable)} of {len(rows)} categories have no whole number as id, or no name"
         raise DataError(str(file), got, "Correct them.")
     _refuse_twins(file, "category ids", (row["id"] for row in usable))
-    _refuse_twins(file, "category names", (row["name"] for row in usable))
-    ordered = sorted(usable, key=lambda row: int(row["id"]))
+    ordered = _without_spares(sorted(usable, key=lambda row: int(row["id"])), used, found)
+    _refuse_twins(file, "category names", (row["name"] for row in ordered))
     ids = tuple(int(row["id"]) for row in ordered)
     return {number: label for label, number in enumerate(ids)}, Categories(tuple(row["name"] for row in ordered), ids)
+
+
+def _without_spares(rows: list[dict[str, Any]], used: Collection[int], found: _Found) -> list[dict[str, Any]]:
+    """Categories, in the order of their ids, without those that share a name and that no annotation uses.
+
+    Roboflow writes such a one, the first, for its project. The last one stays if nothing uses any of a name.
+    """
+    ids: dict[str, list[int]] = {}
+    for row in rows:
+        ids.setdefault(row["name"], []).append(row["id"])
+    kept = {number for twins in ids.values() for number in [each for each in twins if each in used] or twins[-1:]}
+    for row in rows:
+        if row["id"] not in kept:
+            found.note("category that no annotation uses, and that is called as another", f"{row['id']} {row['name']}")
+    return [row for row in rows if row["id"] in kept]
+
+
+def _has_category(row: Any) -> bool:
+    return isinstance(row, dict) and _is_id(row.get("category_id"))
 
 
 def _listed(file: Path, rows: list[Any]) -> _Listed:
@@ -210,7 +231,7 @@ def _instance(
     if not isinstance(row, dict) or not _is_id(row.get("image_id")) or row["image_id"] not in listed:
         raise _UnusableError("object of an image that is not listed")
     _, size = listed[row["image_id"]]
-    if not _is_id(row.get("category_id")) or row["category_id"] not in labels:
+    if not _has_category(row) or row["category_id"] not in labels:
         raise _UnusableError("object of a category that is not listed")
     box = _box(row.get("bbox"), size, note)
     shape = _shape(row.get("segmentation"), size, note) if masks else None

@@ -16,8 +16,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from sparsevit_cli.config.instances import CocoData, InstancesAugment
+from sparsevit_cli.data.chosen import refuse_other_channels
 from sparsevit_cli.data.preprocessing import Preprocessing
-from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
 from .masks import Pixels
@@ -88,10 +88,7 @@ class PlacingSpec:
     @classmethod
     def from_config(cls, data: CocoData, img_size: ImageSize, in_chans: int) -> PlacingSpec:
         """The augmenting one of a configuration. Raises ConfigError."""
-        if in_chans != 3:
-            raise ConfigError("model.in_chans", f"{in_chans}; the images are read in colour", "Set 3.")
-        if len(data.mean) != in_chans:
-            raise ConfigError("data.mean", f"{len(data.mean)} values for {in_chans} channels", "Give one per channel.")
+        refuse_other_channels(in_chans, data.mean)
         return cls(as_pair(img_size), data.mean, data.std, data.letterbox, data.augment)
 
     def resized(self, size: ImageSize) -> PlacingSpec:

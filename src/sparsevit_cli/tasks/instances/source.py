@@ -17,10 +17,11 @@ from torchvision import tv_tensors
 from sparsevit_cli.data.chosen import ChosenSource
 from sparsevit_cli.data.digit_scenes import DigitScenes, Scene
 from sparsevit_cli.data.drawn import DrawnSource
-from sparsevit_cli.data.images import UnreadableImageError, decode_image
+from sparsevit_cli.data.images import UnreadableImageError, decode_image, upright_size
 from sparsevit_cli.data.source import BadImages, Source
 from sparsevit_cli.data.splits import Indices
 from sparsevit_cli.seeding import derive_seed
+from sparsevit_cli.sizes import Size
 
 from .masks import run_lengths
 from .placing import PlacingSpec, Target, frame_of, placed_image, placed_objects, shown_size, stretched
@@ -161,14 +162,21 @@ class FileSource(ChosenSource, InstanceSource):
         if number in self.images.faults:
             raise UnreadableImageError(name, self.images.faults[number], "Replace or remove it.")
         image = decode_image(self.images.folder / self.images.names[number], name, self.images.max_megapixels)
-        height, width = self.images.truths.size(number)
-        if (image.height, image.width) != (height, width):
-            got = f"it has {image.height} x {image.width} pixels, its annotations {height} x {width}"
-            turned = (
-                "; EXIF turns it, and the upright one counts" if (image.width, image.height) == (height, width) else ""
-            )
-            raise UnreadableImageError(name, got + turned, "Correct one of the two.")
+        self._refuse_other_size(number, (image.height, image.width))
         return image
+
+    def check_header(self, index: int) -> None:
+        """The size of the image is compared with that of its annotations."""
+        number, images = self.record(index), self.images
+        path = images.folder / images.names[number]
+        self._refuse_other_size(number, upright_size(path, images.key(number), images.max_megapixels))
+
+    def _refuse_other_size(self, number: int, size: Size) -> None:
+        listed = self.images.truths.size(number)
+        if size != listed:
+            got = f"it has {size[0]} x {size[1]} pixels, its annotations {listed[0]} x {listed[1]}"
+            turned = "; EXIF turns it, and the upright one counts" if size[::-1] == listed else ""
+            raise UnreadableImageError(self.images.key(number), got + turned, "Correct one of the two.")
 
     def sample_name(self, index: int) -> str:
         return self.images.key(self.record(index))

@@ -5,7 +5,6 @@ transformers is loaded when a model is built (extra `segment`). Nothing is downl
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from sparsevit_cli.backbones import SwinBackbone
 from sparsevit_cli.config.semantic import Mask2FormerSection
 from sparsevit_cli.documents import read_json, understood
-from sparsevit_cli.errors import CheckpointError, ConfigError
+from sparsevit_cli.errors import CheckpointError, ConfigError, from_extra
 from sparsevit_cli.sizes import Size
 
 from .labels import IGNORED
@@ -180,19 +179,15 @@ def _network(backbone: SwinBackbone, classes: int, section: Mask2FormerSection) 
     if levels < _LEAST_LEVELS:
         got = f"{levels} stages; the pixel decoder reads {_LEAST_LEVELS}"
         raise ConfigError("model.depths", got, "Give more stages, or set model.head: fpn.")
-    try:
-        importlib.import_module("scipy")  # its matching is called in training
-        from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
-    except ImportError as error:
-        got = f"mask2former needs {error.name or 'transformers'}, which is not installed"
-        raise ConfigError("model.head", got, "Type: pip install 'sparsevit-cli[segment]'") from error
+    from_extra("scipy", "model.head", "segment")  # its matching is called in training
+    library = from_extra("transformers", "model.head", "segment")
     stand_in: dict[str, Any] = {  # a Swin of the same channels, with as few weights as possible: it is exchanged below
         "embed_dim": backbone.channels[0], "depths": [1] * levels, "num_heads": [1] * levels, "window_size": 1,
         "mlp_ratio": 1.0, "out_features": [f"stage{level + 1}" for level in range(levels)],
     }  # fmt: skip
     own: dict[str, Any] = {"num_labels": classes, "feature_strides": list(backbone.strides), **settings(section)}
-    config = Mask2FormerConfig(backbone_config=SwinConfig(**stand_in), **own)
-    net: Any = Mask2FormerForUniversalSegmentation(config)
+    config = library.Mask2FormerConfig(backbone_config=library.SwinConfig(**stand_in), **own)
+    net: Any = library.Mask2FormerForUniversalSegmentation(config)
     net.model.pixel_level_module.encoder = Encoder(backbone)
     return net
 

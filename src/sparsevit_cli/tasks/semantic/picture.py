@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsevit_cli.data.pictures import enlargement
+from sparsevit_cli.data.pictures import enlarged
 
 from .labels import IGNORED
 
@@ -20,19 +20,14 @@ _GOLDEN = 0.618034
 
 
 def blended(image: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float], plain: int | None) -> Image.Image:
-    """Normalised image (3, h, w) under mask (H, W); the class `plain` and IGNORED have no colour.
-
-    Tiny ones are enlarged, as `as_picture` does.
-    """
+    """Normalised image (3, h, w) under mask (H, W), `enlarged`; the class `plain` and IGNORED have no colour."""
     scale = [torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (std, mean)]
     pixels = (image.as_subclass(Tensor) * scale[0] + scale[1]).clamp(0, 1)  # (3, h, w)
     shown = F.interpolate(mask.as_subclass(Tensor)[None, None].float(), image.shape[1:], mode="nearest")[0, 0].long()
     colours = palette()[shown].permute(2, 0, 1)  # (3, h, w)
     coloured = (shown != IGNORED) & (shown != (IGNORED if plain is None else plain))
     pixels = torch.where(coloured, (1 - _SHARE) * pixels + _SHARE * colours, pixels)
-    picture = Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy())
-    times = enlargement(image.shape[1:])
-    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+    return enlarged(Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy()))
 
 
 def palette() -> Tensor:

@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as V
 
 from sparsevit_cli.data.chosen import ChosenSource
 from sparsevit_cli.data.files import file_bytes, file_fault, file_status
-from sparsevit_cli.data.images import UnreadableImageError, decode_image, upright_size
+from sparsevit_cli.data.images import UnreadableImageError, decode_image, opened, upright_size
 from sparsevit_cli.data.source import BadImages
 from sparsevit_cli.data.splits import Indices
 from sparsevit_cli.sizes import Size
@@ -69,10 +69,15 @@ class Pairs:
             raise UnreadableImageError(pair.key, reason, "Replace or remove it.")
         image = decode_image(self.root / pair.image, pair.image, self.max_megapixels)
         classes = self.classes(index)
-        if classes.shape != (image.height, image.width):
-            got = f"{classes.shape[0]} x {classes.shape[1]} pixels, its image {image.height} x {image.width}"
-            raise UnreadableImageError(pair.mask, got, f"Make it as large as {pair.image}.")
+        _refuse_other_size(pair, (classes.shape[0], classes.shape[1]), (image.height, image.width))
         return image, classes
+
+    def check_header(self, index: int) -> None:
+        """Raises UnreadableImageError if the headers of image and mask tell that `read` would."""
+        pair = self.pairs[index]
+        image = upright_size(self.root / pair.image, pair.image, self.max_megapixels)
+        with opened(self.root / pair.mask, pair.mask, self.max_megapixels) as mask:
+            _refuse_other_size(pair, (mask.height, mask.width), image)
 
     def classes(self, index: int) -> NDArray[np.uint8]:
         """Classes (H, W) uint8 of a mask; its image is not opened. Raises UnreadableImageError."""
@@ -90,6 +95,12 @@ class Pairs:
             if reason := file_fault(size):
                 return f"{name} {reason}"
         return None
+
+
+def _refuse_other_size(pair: Pair, mask: Size, image: Size) -> None:
+    if mask != image:
+        got = f"{mask[0]} x {mask[1]} pixels, its image {image[0]} x {image[1]}"
+        raise UnreadableImageError(pair.mask, got, f"Make it as large as {pair.image}.")
 
 
 def _bytes(path: Path) -> int:
@@ -118,6 +129,10 @@ class PairSource(ChosenSource):
         if self.spec.augment is None:
             return self.spec.evaluated(pixels, self.sample_name(index)), truth
         return self.spec.drawn(pixels, tv_tensors.Mask(truth), self.seed, self.epoch, index)
+
+    def check_header(self, index: int) -> None:
+        """Sizes of image and mask are compared."""
+        self.pairs.check_header(self.record(index))
 
     def slid_sizes(self) -> list[Size]:
         """Height and width at which sliding windows go over each image, from the headers.

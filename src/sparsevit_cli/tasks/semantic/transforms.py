@@ -14,9 +14,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
 from sparsevit_cli.config.semantic import CropSection, MaskFiles
+from sparsevit_cli.data.chosen import refuse_other_channels
 from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.data.preprocessing import Preprocessing
-from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.seeding import derive_seed
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
@@ -42,9 +42,7 @@ class TransformSpec:
     @classmethod
     def from_config(cls, data: MaskFiles, img_size: ImageSize, in_chans: int) -> TransformSpec:
         """The augmenting transform of a configuration. Raises ConfigError where settings do not fit each other."""
-        if in_chans != 3 or len(data.mean) != 3:
-            got = f"model.in_chans {in_chans} and {len(data.mean)} values"
-            raise ConfigError("data.mean, data.std", got, "Image files give 3 channels: set 3 of each.")
+        refuse_other_channels(in_chans, data.mean)
         crop = None if data.crop is None else as_pair(data.crop)
         spec = cls(
             as_pair(img_size), data.mean, data.std, data.short_side, crop, data.evaluation == "sliding",
