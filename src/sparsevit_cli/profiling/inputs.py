@@ -30,7 +30,7 @@ def trained_in(precision: str, device: torch.device) -> str:
 
 
 def computes_bf16() -> bool:
-    """True if this CPU has instructions for bfloat16. On x86 with AVX-512 alone oneDNN emulates it, 2.5 times slower."""
+    """True if this CPU has instructions for bfloat16. With AVX-512 alone oneDNN emulates it, 2.5 times slower."""
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
