@@ -347,7 +347,6 @@ def test_rows_with_something_else_are_told(column: str, value: Any, tmp_path: Pa
         with Ledger.open(path, scope) as ledger:
             ledger.get(config)
             ledger.known()
-            ledger.paid_seconds()
             ledger.get_latency({"a": 1}, config)
 
     error = failure(read)

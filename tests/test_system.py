@@ -48,7 +48,7 @@ from sparsevit_cli.tasks.classification.timm_source import TimmRecords
 from sparsevit_cli.tasks.classification.transforms import TransformSpec
 from sparsevit_cli.weights import read_weights
 from sparsevit_cli.winner import parse_ratios, write_winner
-from sparsevit_cli.workflows.latencies import InMemory, MeasuredLatencies
+from sparsevit_cli.workflows.latencies import MeasuredLatencies
 from sparsevit_cli.workflows.latency_sources import TorchSource
 from sparsevit_cli.workflows.plots import plot_training
 from sparsevit_cli.workflows.session import Session
@@ -391,7 +391,7 @@ def test_a_damaged_latency_table_is_told(content: bytes | None, tmp_path: Path) 
     path = tmp_path / "latency_table.json"
     path.mkdir() if content is None else path.write_bytes(content)
     folder, space = RunFolder(tmp_path, "search"), session.space(model, 0.8)
-    latencies = MeasuredLatencies(session, TorchSource(session, model), space, InMemory(), folder)
+    latencies = MeasuredLatencies(session, TorchSource(session, model), space, folder=folder)
     with pytest.raises(CheckpointError, match="latency_table"):
         latencies._measured_table()
 

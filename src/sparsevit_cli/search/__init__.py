@@ -15,7 +15,7 @@ from .budget import (
 from .correlation import spearman
 from .engine import Evaluate, Known, Strategy, StrategyName, search_sparsity
 from .latency_table import LatencyTable, TableError
-from .ledger import LatencyRecord, Ledger, LedgerScope, committed
+from .ledger import LatencyRecord, Ledger, LedgerScope
 from .pareto import pareto_front
 from .results import Evaluation, Progress, SearchResult, best_first
 
@@ -39,7 +39,6 @@ __all__ = [
     "StrategyName",
     "TableError",
     "best_first",
-    "committed",
     "feasibility",
     "format_cost",
     "pareto_front",

@@ -14,7 +14,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,15 +140,6 @@ class Ledger:
         with _translated(self.path):
             return {_config(candidate): metric for candidate, metric in self._database.execute(query, self._key)}
 
-    def __len__(self) -> int:
-        return len(self.known())
-
-    def paid_seconds(self) -> float:
-        """Seconds that the committed evaluations of this scope took."""
-        query = "SELECT total(seconds) FROM evaluations WHERE checkpoint = ? AND data = ? AND settings = ?"
-        row = self._one(query, self._key)
-        return 0.0 if row is None else float(row[0])
-
     def get_latency(self, device: Mapping[str, Any], config: SparsityConfig) -> LatencyRecord | None:
         """Latency measured under this very identity (device, model, batch, image size, dtype, versions ...)."""
         query = "SELECT latency_ms, low_ms, high_ms FROM latencies WHERE device = ? AND candidate = ?"
@@ -179,19 +170,6 @@ class Ledger:
     def _insert(self, statement: str, row: tuple[object, ...]) -> None:
         with _translated(self.path), _transaction(self._database):
             self._database.execute(statement, (*row, _checksum(row)))
-
-
-def committed(
-    evaluate: Callable[[SparsityConfig], float], ledger: Ledger, clock: Callable[[], float] = time.monotonic
-) -> Callable[[SparsityConfig], float]:
-    """`evaluate` whose every result is in the ledger before it is returned."""
-
-    def evaluate_and_commit(config: SparsityConfig) -> float:
-        start = clock()
-        metric = float(evaluate(config))
-        return ledger.put(config, metric, clock() - start)
-
-    return evaluate_and_commit
 
 
 _KEEP = "It was left as it is: restore it from a backup, or move it away to start a new one."

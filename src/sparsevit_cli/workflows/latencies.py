@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Protocol
 
 from torch import nn
 
@@ -19,7 +18,7 @@ from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.runs import RunFolder
 from sparsevit_cli.search.latency_table import LatencyTable
-from sparsevit_cli.search.ledger import LatencyRecord
+from sparsevit_cli.search.ledger import LatencyRecord, Ledger
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
 
 from .latency_sources import LatencySource, expected_identity, latency_source, swin_parameters
@@ -28,37 +27,20 @@ from .session import Session
 TABLE_FIELD = "search.latency_table"
 
 
-class Kept(Protocol):
-    """Where measured latencies are kept: a ledger, or `InMemory`."""
-
-    def get_latency(self, device: Mapping[str, object], config: SparsityConfig, /) -> LatencyRecord | None:
-        """What was measured under this identity."""
-
-    def put_latency(self, device: Mapping[str, object], config: SparsityConfig, record: LatencyRecord, /) -> None:
-        """Keep a measurement."""
-
-
-class InMemory:
-    """Keeps nothing beyond what `MeasuredLatencies` remembers itself."""
-
-    def get_latency(self, device: Mapping[str, object], config: SparsityConfig) -> LatencyRecord | None:
-        """None."""
-        return None
-
-    def put_latency(self, device: Mapping[str, object], config: SparsityConfig, record: LatencyRecord) -> None:
-        """Nothing."""
-
-
 class MeasuredLatencies:
-    """What the clock of this machine says of the model of a search. An unsteady measurement says nothing."""
+    """What the clock of this machine says of the model of a search. An unsteady measurement says nothing.
+
+    What was measured is kept in a `ledger`, if there is one.
+    """
 
     elsewhere = ""
     """The machine that they are of, unless that is this one."""
 
     def __init__(
-        self, session: Session, source: LatencySource, space: SearchSpace, kept: Kept, folder: RunFolder | None = None
-    ) -> None:
-        self.session, self.source, self.space, self.kept, self.folder = session, source, space, kept, folder
+        self, session: Session, source: LatencySource, space: SearchSpace, ledger: Ledger | None = None,
+        folder: RunFolder | None = None,
+    ) -> None:  # fmt: skip
+        self.session, self.source, self.space, self.ledger, self.folder = session, source, space, ledger, folder
         self.section = session.config.search
         self._measured: dict[SparsityConfig, LatencyRecord] = {}
 
@@ -87,7 +69,9 @@ class MeasuredLatencies:
     def _measure(self, configs: Sequence[SparsityConfig], patience: Patience) -> dict[SparsityConfig, LatencyRecord]:
         wanted, identity = list(dict.fromkeys((self.space.dense, *configs))), self.source.identity
         for config in wanted:
-            if config not in self._measured and (record := self.kept.get_latency(identity, config)) is not None:
+            if config in self._measured or self.ledger is None:
+                continue
+            if (record := self.ledger.get_latency(identity, config)) is not None:
                 self._measured[config] = record
         missing = [config for config in wanted if config not in self._measured]
         if missing:
@@ -104,7 +88,8 @@ class MeasuredLatencies:
                 self._measured[config] = LatencyRecord(
                     dense_ms / latency.speedup, dense_ms / latency.speedup_high, dense_ms / latency.speedup_low
                 )
-            self.kept.put_latency(self.source.identity, config, self._measured[config])
+            if self.ledger is not None:
+                self.ledger.put_latency(self.source.identity, config, self._measured[config])
 
     def table(self, known: Sequence[tuple[SparsityConfig, float]]) -> LatencyTable:
         """The table of this very device and model, its scale set by `known`, with its error on held-out configs."""
@@ -206,9 +191,10 @@ Latencies = MeasuredLatencies | GivenLatencies
 
 
 def latencies_of_search(
-    session: Session, model: nn.Module, space: SearchSpace, kept: Kept, folder: RunFolder | None, resources: ExitStack
-) -> Latencies:
+    session: Session, model: nn.Module, space: SearchSpace, resources: ExitStack, ledger: Ledger | None = None,
+    folder: RunFolder | None = None,
+) -> Latencies:  # fmt: skip
     """Measured on this machine, or those of `search.latency_table`. What is opened is closed with `resources`."""
     if session.config.search.latency_table is not None:
         return GivenLatencies.read(session, model, space)
-    return MeasuredLatencies(session, latency_source(session, model, resources), space, kept, folder)
+    return MeasuredLatencies(session, latency_source(session, model, resources), space, ledger, folder)

@@ -32,7 +32,7 @@ from sparsevit_cli.weights import load_state
 from .evaluate import evaluate_checkpoint
 from .export import check_exportable, export_settings, export_winner
 from .in_runtimes import chosen_runtimes
-from .latencies import InMemory, latencies_of_search
+from .latencies import latencies_of_search
 from .profile import profile_model, profile_settings
 from .ratios import ratios_to_finetune
 from .scopes import image_told, per_image
@@ -212,7 +212,7 @@ def _check_settings(session: Session) -> None:
         named_scope(session, model)
         with ExitStack() as resources:
             space = session.space(model, config.search.max_ratio)
-            latencies_of_search(session, model, space, InMemory(), None, resources)
+            latencies_of_search(session, model, space, resources)
     else:
         SparsityConfig.from_ratios(config.finetune.ratios, model_depths(model))
     chosen_runtimes(session, "profile")

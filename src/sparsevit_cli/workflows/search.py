@@ -195,7 +195,7 @@ def opened_search(session: Session, *, without_clock: bool = False, workers: str
     space = session.space(model, session.config.search.max_ratio)
     with ExitStack() as resources:
         ledger = resources.enter_context(Ledger.open(folder.path / "ledger.sqlite", valid_for))
-        latencies = latencies_of_search(session, model, space, ledger, folder, resources)
+        latencies = latencies_of_search(session, model, space, resources, ledger, folder)
         yield Search(session, folder, data, model, weights, ledger, latencies, without_clock, scope, workers)
 
 

@@ -13,7 +13,7 @@ from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.sparsity import MAX_TENTHS, SparsityConfig
 
-from .latencies import InMemory, MeasuredLatencies
+from .latencies import MeasuredLatencies
 from .latency_sources import latency_source, swin_parameters
 from .profile_target import built, profile_target
 from .session import Session
@@ -76,7 +76,7 @@ def measure_table(
     space = session.space(net, MAX_TENTHS / 10)
     corners = [space.dense, space.middle, space.sparsest]
     with ExitStack() as resources:
-        latencies = MeasuredLatencies(session, latency_source(session, net, resources, size), space, InMemory())
+        latencies = MeasuredLatencies(session, latency_source(session, net, resources, size), space)
         measured = latencies.measure(corners)
         known = [(config, measured[config].latency_ms) for config in corners]
         table = latencies.table(known)
