@@ -137,6 +137,7 @@ def test_a_killed_training_of_one_process_leaves_the_same_bytes(play: Play, step
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_torchrun_starts_killed_processes_again_ten_times_of_ten(
     rank: int, play: Play, straight: dict[str, Tensor], tmp_path: Path

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from noise import beside
 from sparsevit_cli import runtimes
-from sparsevit_cli.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedError
+from sparsevit_cli.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ResourceError, StoppedError
 from sparsevit_cli.exporting import export_model, structured_images
 from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.runtimes import RUNTIMES, Program, ProgramModule, precision_label, runtime
 from sparsevit_cli.runtimes.openvino import SignalStack, same_signal_stack
 from sparsevit_cli.runtimes.runtime import Runtime
 from sparsevit_cli.swin import set_sparsity, sparsify_
+from sparsevit_cli.workflows import doctor
 from sparsevit_cli.workflows.doctor import examine, measured_twice, told_of_clock
 from test_exporting import needs_onnx
 from tiny import tiny_swin
@@ -370,6 +371,22 @@ def test_doctor_does_not_wait_for_a_neighbour() -> None:
         first, second = measured_twice(torch.device("cpu"))
     assert first.unsteady
     assert told_of_clock(first, second).startswith("not steady")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error"), ResourceError("GPU", "it is full", "x")],
+)
+def test_a_device_that_cannot_be_measured_does_not_end_doctor(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(device: torch.device) -> Any:
+        raise error
+
+    monkeypatch.setattr(doctor, "measured_twice", breaks)
+    monkeypatch.setattr(doctor, "RUNTIMES", {})
+    told = str(examine()["clock"])
+    assert told.startswith(f"could not be measured ({type(error).__name__}: ")
 
 
 def test_a_runtime_that_is_broken_does_not_end_doctor(monkeypatch: pytest.MonkeyPatch) -> None:

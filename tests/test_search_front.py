@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,23 +17,36 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from sparsevit_cli.cli import app
-from sparsevit_cli.errors import BudgetError, CheckpointError, ConfigError, MeasurementError, UnsteadyError
+from sparsevit_cli.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    MeasurementError,
+    NonFiniteError,
+    NothingToScoreError,
+    UnsteadyError,
+)
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.search import LatencyRecord, LatencyTable
 from sparsevit_cli.sparsity import SearchSpace, SparsityConfig
+from sparsevit_cli.swin import set_sparsity
 from sparsevit_cli.tasks.classification.task import Classification
 from sparsevit_cli.winner import read_winner
 from sparsevit_cli.workflows import search as search_module
 from sparsevit_cli.workflows.front import search_front
-from sparsevit_cli.workflows.scores import Images, Scores
-from sparsevit_cli.workflows.search import SearchSummary, search
+from sparsevit_cli.workflows.scores import GROUP, Images, Scores
+from sparsevit_cli.workflows.search import SearchSummary, opened_search, search
 from sparsevit_cli.workflows.sensitivity import measure_sensitivity
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.training import adapt, finetune, pretrain
 from tiny import tiny_config, train_in, write_tiny
+
+CHILD = Path(__file__).with_name("search_child.py")
 
 
 def session_in(runs: Path, **sections: object) -> Session:
@@ -100,6 +118,23 @@ def test_a_sparser_winner_that_scores_higher_wins_the_wider_budget_too(
     assert read_winner(summary.folder.path / "winner.yaml")[1]["budget"]["macs"] == summary.feasibility[0].limit
     row = front_in(summary.folder.path)[-1]
     assert row["winner_of"] == f"{summary.feasibility[0].budget}; {other.budget}"
+
+
+def test_the_folder_of_a_search_may_be_a_link_to_a_local_disk(runs: Path, tmp_path: Path) -> None:
+    """The ledger needs one; workers on other machines need the folder of adapt alone."""
+    local, link = tmp_path / "local", runs / "tiny" / "search"
+    local.mkdir()
+    link.symlink_to(local)
+    session = session_in(runs)
+    winner = search(session).winner
+    session.locks.close()
+    assert (local / "ledger.sqlite").exists()
+    assert read_winner(link / "winner.yaml")[0] == winner.config
+    session = session_in(runs).replaced(fresh=True)
+    assert search(session).winner.config == winner.config
+    session.locks.close()
+    assert not link.is_symlink()
+    assert (runs / "tiny" / "search.old-001" / "winner.yaml").samefile(local / "winner.yaml")
 
 
 def test_pareto_takes_shares_of_dense_and_leaves_out_what_cannot_be_reached(runs: Path) -> None:
@@ -411,6 +446,33 @@ def test_a_metric_that_is_no_mean_over_images_is_computed_on_all_of_them(
     assert [config for config, name in fake.asked if name == "all"] == sorted(f.config for f in summary.finalists)
 
 
+class EmptyLaps(ImageByImage):
+    """An AP of images most of which hold no object: those of `empty` none at all."""
+
+    def __init__(self, *empty: str) -> None:
+        super().__init__()
+        self.empty = empty
+
+    def score(self, configs: Sequence[SparsityConfig], images: Images) -> dict[SparsityConfig, float]:
+        if images.name.endswith(self.empty):
+            raise NothingToScoreError("data", f"none of {images.count} images holds an object", "Evaluate on more.")
+        return super().score(configs, images)
+
+
+def test_a_lap_without_anything_to_score_decides_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Classification, "metric", replace(Classification.metric, mean_over_images=False))
+    fake = EmptyLaps("lap 1")
+    summary = raced(runs, monkeypatch, fake)
+    assert all(finalist.score == fake.mean(finalist.config, range(250)) for finalist in summary.finalists)
+    assert any(name.endswith("lap 2") for _, name in fake.asked)
+
+
+def test_first_images_without_anything_to_score_name_the_setting(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Classification, "metric", replace(Classification.metric, mean_over_images=False))
+    with pytest.raises(NothingToScoreError, match=r"holds an object\. Raise search\.samples"):
+        raced(runs, monkeypatch, EmptyLaps("of seed 0"))
+
+
 @pytest.mark.parametrize("left", [14, 20, 30])
 def test_a_search_killed_in_its_race_names_the_same_winner(
     runs: Path, left: int, monkeypatch: pytest.MonkeyPatch
@@ -425,6 +487,79 @@ def test_a_search_killed_in_its_race_names_the_same_winner(
     assert [(f.config, f.score) for f in resumed.finalists] == [(f.config, f.score) for f in whole.finalists]
     assert before.images > 0
     assert before.images + after.images == whole.images == resumed.images
+
+
+def test_a_candidate_whose_numbers_are_not_finite_is_named_and_costs_no_other(
+    adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = {"strategy": "evolution", "population": GROUP, "parents": 2, "generations": 1}
+    session = session_in(shutil.copytree(adapted, tmp_path / "runs"), search=section)
+    grouped = list[SparsityConfig]()
+
+    def overflowing(model: nn.Module, config: SparsityConfig) -> None:
+        if config not in grouped:
+            grouped.append(config)
+        set_sparsity(model, config)
+        with torch.no_grad():
+            model.get_classifier().bias.fill_(math.inf if config in grouped[1:2] else 0.0)  # type: ignore[operator]
+
+    monkeypatch.setattr("sparsevit_cli.evaluation.set_sparsity", overflowing)
+    with pytest.raises(NonFiniteError) as caught:
+        search(session)
+    session.locks.close()
+    assert caught.value.what == f"candidate {grouped[1]}"
+    assert "over 32 images is nan" in caught.value.got
+    session = session_in(tmp_path / "runs", search=section)
+    with opened_search(session) as work:
+        assert set(work.ledger.known()) == {*grouped} - {grouped[1]}
+        assert len(work.ledger.known()) == GROUP - 1
+    session.locks.close()
+
+
+# -- the leader killed ------------------------------------------------------------------------------------------
+
+
+def told_of(runs: Path) -> list[str]:
+    """Candidates with their metrics, the front, and the winners."""
+    folder = runs / "tiny" / "search"
+    rows = [row for name in ("history.csv", "pareto.csv") for row in csv.DictReader((folder / name).open())]
+    winners = [f"{path.name} {read_winner(path)[0]}" for path in sorted(folder.glob("winner*"))]
+    return [*(f"{row['ratios']} {row.get('top1')}" for row in rows), *winners]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_a_search_whose_leader_is_killed_again_and_again_is_the_straight_one(
+    kills: int, adapted: Path, tmp_path: Path
+) -> None:
+    """SIGKILL before and after scores, commits and files: of the search itself, its race, and further budgets."""
+    straight, killed = (shutil.copytree(adapted, tmp_path / name) for name in ("straight", "killed"))
+    child = subprocess.Popen(
+        [sys.executable, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert child.stdin is not None
+    assert child.stdout is not None
+
+    def play(runs: Path, kill_at: int) -> tuple[int, int]:
+        print(json.dumps({"runs": str(runs), "kill_at": kill_at}), file=child.stdin, flush=True)
+        code, events = json.loads(child.stdout.readline())  # type: ignore[union-attr]
+        return code, events
+
+    code, events = play(straight, 0)
+    assert code == 0
+    step = events // (kills + 1)
+    assert step > 1
+    assert [play(killed, step + number % 4 - 1)[0] for number in range(kills)] == [-signal.SIGKILL] * kills
+    assert play(killed, 0)[0] == 0
+    child.stdin.close()
+    assert child.wait(60) == 0
+    assert told_of(killed) == told_of(straight)
+    committed = set[str]()
+    for line in (killed / "log").read_text().splitlines():
+        word, _, key = line.partition(" ")
+        assert key not in committed, "paid twice"
+        if word == "committed":
+            committed.add(key)
 
 
 def test_sensitivity_scores_every_pair_once_and_informs_a_search(runs: Path) -> None:

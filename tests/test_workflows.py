@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import safetensors.torch
@@ -24,13 +25,16 @@ from sparsevit_cli.exporting import folder as exporting_folder
 from sparsevit_cli.exporting import load_exported
 from sparsevit_cli.profiling import device
 from sparsevit_cli.profiling.latency import Latency
+from sparsevit_cli.ranks import Ranks
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder, RunLocks, next_command
 from sparsevit_cli.runtimes.openvino import OpenVino
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.stopping import StopRequest
+from sparsevit_cli.tasks.task import Score
 from sparsevit_cli.winner import write_winner
 from sparsevit_cli.workflows import search as search_workflow
+from sparsevit_cli.workflows import training as training_workflow
 from sparsevit_cli.workflows.evaluate import evaluate_checkpoint
 from sparsevit_cli.workflows.export import export_winner
 from sparsevit_cli.workflows.latency_sources import TorchSource
@@ -46,6 +50,7 @@ from sparsevit_cli.workflows.weights import file_weights, trained_weights
 from tiny import tiny_config, train_in
 
 RATIOS = "[[.3],[.5]]"
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -428,6 +433,47 @@ def test_ratios_left_out_of_the_closing_table_are_told(runs: Path) -> None:
     assert "uniform 0.5" not in labels
     assert any("adapt.check_ratios 0.5" in warning for warning in warnings_of(session))
     assert (runs / "tiny" / "adapt" / "results.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_closing_table_goes_on_where_it_was_stopped(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several processes the others wait for one validation at a time, however long the table takes."""
+    result, score = runs / "tiny" / "adapt" / "metrics.json", training_workflow.score
+    scored, at_once = [0], list[int]()
+
+    def counted(*arguments: Any, **options: Any) -> Score:
+        if result.exists():
+            scored[0] += 1
+            if scored[0] == 4:  # the second one of the last row
+                raise KeyboardInterrupt
+        return score(*arguments, **options)
+
+    class Watched(Ranks):
+        def on_first(self, work: Callable[[], T]) -> T:
+            before = scored[0]
+            try:
+                return work()
+            finally:
+                at_once.append(scored[0] - before)
+
+    def table() -> list[tuple[str, float]]:
+        session = session_in(runs, adapt={"check_random": 2}).replaced(ranks=Watched())
+        try:
+            return [(row.label, row.score) for row in adapt(session).rows]
+        finally:
+            session.locks.close()
+
+    monkeypatch.setattr(training_workflow, "score", counted)
+    with pytest.raises(KeyboardInterrupt):
+        table()
+    kept = json.loads(result.read_text())["check"]
+    assert list(kept) == ["dense", "uniform 0.5"]
+    rows = table()
+    assert [label for label, _ in rows] == ["dense", "uniform 0.5", "random, mean of 2"]
+    assert rows[:2] == [(label, row["score"]) for label, row in kept.items()]
+    assert scored[0] == 4 + 2
+    assert max(at_once) == 1
+    assert table() == rows
+    assert scored[0] == 4 + 2
 
 
 def test_settings_that_a_source_ignores_are_refused() -> None:

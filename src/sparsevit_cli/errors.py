@@ -45,6 +45,10 @@ class DataError(SparseViTError):
     exit_code = 3
 
 
+class NothingToScoreError(DataError):
+    """Images whose truth holds nothing that a task could score."""
+
+
 class CheckpointError(SparseViTError):
     """A checkpoint, winner file or ledger that is missing, damaged or belongs to something else."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -17,6 +18,12 @@ from .reporting import Progress
 from .sparsity import SparsityConfig
 from .swin import set_sparsity, shared_prefixes
 from .tasks.task import Score, Scorer, Task
+
+
+class CandidatesError(NonFiniteError):
+    """Candidates whose numbers are not finite; `finite` has the scores of the others that ran beside them."""
+
+    finite: Mapping[SparsityConfig, Score] = MappingProxyType({})
 
 
 def evaluate(
@@ -43,7 +50,7 @@ def evaluate(
     batches = partial(eval_batches, source, batch_size, workers, subset, max_wait_seconds, before_batch)
     count = _forward(model, batches, [(lambda: None, scorer)], device, before_batch, progress)
     predictions = getattr(scorer, "predictions", None) if with_predictions else None
-    score = _score(task, scorer, count)
+    score = _score(task, scorer, count, "evaluation")
     return score if predictions is None else replace(score, predictions=predictions())
 
 
@@ -62,14 +69,26 @@ def evaluate_each(
 ) -> dict[SparsityConfig, Score]:
     """The score at each of `configs`, each batch read once, and what their first stages have in common computed once.
 
-    As `evaluate` otherwise, also in what is raised. Every configuration has a scorer of its own in memory.
+    As `evaluate` otherwise, but numbers that are not finite raise CandidatesError. Every configuration has a scorer of
+    its own in memory.
     """
     scorers = {config: task.scorer(source, device) for config in sorted(configs)}
     runs = [(partial(set_sparsity, model, config), scorer) for config, scorer in scorers.items()]
     batches = partial(eval_batches, source, batch_size, workers, subset, max_wait_seconds, before_batch)
     with shared_prefixes(model):
         count = _forward(model, batches, runs, device, before_batch)
-    return {config: _score(task, scorer, count) for config, scorer in scorers.items()}
+    finite: dict[SparsityConfig, Score] = {}
+    wrong: list[NonFiniteError] = []
+    for config, scorer in scorers.items():
+        try:
+            finite[config] = _score(task, scorer, count, f"candidate {config}")
+        except NonFiniteError as error:
+            wrong.append(error)
+    if wrong:
+        told = CandidatesError(*wrong[0].args)
+        told.finite, told.others = finite, tuple(f"{error.what}: {error.got}." for error in wrong[1:])
+        raise told
+    return finite
 
 
 def _forward(
@@ -99,7 +118,7 @@ def _forward(
     return count
 
 
-def _score(task: Task, scorer: Scorer, count: int) -> Score:
+def _score(task: Task, scorer: Scorer, count: int, what: str) -> Score:
     """What a scorer found. Raises ConfigError for one without the task's metric, NonFiniteError."""
     values = dict(scorer.compute())
     if task.metric.key not in values:
@@ -108,5 +127,5 @@ def _score(task: Task, scorer: Scorer, count: int) -> Score:
     for name, value in values.items():
         if not math.isfinite(value):
             got = f"{name} over {count} images is {value}"
-            raise NonFiniteError("evaluation", got, "Check the weights; train with a lower lr or in fp32.")
+            raise NonFiniteError(what, got, "Check the weights; train with a lower lr or in fp32.")
     return Score(values[task.metric.key], values, count)

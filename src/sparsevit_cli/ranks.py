@@ -32,8 +32,9 @@ E = TypeVar("E", bound=ThreePartError)
 
 JOIN_WAIT = timedelta(minutes=10)
 """Longest wait for all processes to appear."""
-WAIT = timedelta(hours=2)
-"""Longest wait for another process: the others wait while the first one validates."""
+WAIT = timedelta(days=1)
+"""Longest wait for another process that lives: the others wait while the first one validates. One that has ended is
+noticed at once, by its closed connection."""
 BUCKET_BYTES = 32 * 2**20
 """Gradients that are sent in one piece."""
 

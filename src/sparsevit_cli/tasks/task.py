@@ -92,7 +92,7 @@ class Scorer(Protocol):
         """Take in what the model gave for a batch, both on the model's device."""
 
     def compute(self) -> Mapping[str, float]:
-        """The numbers by name, the task's metric among them."""
+        """The numbers by name, the task's metric among them. Raises NothingToScoreError where images hold no truth."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from sparsevit_cli.config.experiment import ModelSection
-from sparsevit_cli.errors import in_one_line, pass_on
+from sparsevit_cli.errors import SparseViTError, in_one_line, pass_on
 from sparsevit_cli.kernels import explained
 from sparsevit_cli.models import build_model
 from sparsevit_cli.profiling.device import describe_device, describe_versions, resolve_device
@@ -43,7 +43,10 @@ def examine() -> dict[str, object]:
     device = resolve_device("auto")
     found: dict[str, object] = {**describe_versions(), **describe_device(device), "kernels": explained("auto", device)}
     found["neighbours"] = Vigil(Patience(), device).glance() or "none"
-    found["clock"] = told_of_clock(*measured_twice(device))
+    try:
+        found["clock"] = told_of_clock(*measured_twice(device))
+    except (SparseViTError, RuntimeError) as error:  # a device that is full or broken: that is what a report needs
+        found["clock"] = f"could not be measured ({in_one_line(error)})"
     for runtime in RUNTIMES.values():
         found[f"runtime {runtime.name}"] = _told(runtime)
     for extra, packages in EXTRAS.items():

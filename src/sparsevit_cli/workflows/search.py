@@ -8,9 +8,9 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -212,13 +212,18 @@ def opened_search(session: Session, *, without_clock: bool = False, workers: str
     scope = named_scope(session, model)
     tell_of_export(session, model)
     folder = session.folder("search")
-    settings = ledger_settings(session, first_images(session, len(data.search)))
+    first = first_images(session, len(data.search))
+    settings = ledger_settings(session, first)
     valid_for = LedgerScope(weights.sha256, data.fingerprint, settings)
     space = session.space(model, session.config.search.max_ratio)
     with ExitStack() as resources:
         ledger = resources.enter_context(Ledger.open(folder.path / "ledger.sqlite", valid_for))
+        called = None
+        if workers is not None:
+            called = resources.enter_context(Workers(workers, session, weights.sha256, data.fingerprint))
         latencies = latencies_of_search(session, model, space, resources, ledger, folder)
-        yield Search(session, folder, data, model, weights, ledger, latencies, without_clock, scope, workers)
+        scores = Scores(session, model, data.search, ledger, first, called)
+        yield Search(session, folder, data, model, weights, ledger, latencies, without_clock, scope, scores)
 
 
 def winner_name(budget: str) -> str:
@@ -289,13 +294,11 @@ class Search:
         latencies: Latencies,
         without_clock: bool,
         scope: Scope | None,
-        workers: str | None,
+        scores: Scores,
     ) -> None:
         self.without_clock, self.scope = without_clock, scope
         self.session, self.folder, self.data, self.model, self.weights = session, folder, data, model, weights
-        self.ledger, self.scores = ledger, Scores(session, model, data.search, ledger)
-        first = self.scores.first.numbers
-        self.join = partial(Workers, workers, session, ledger, data.fingerprint, first) if workers else nullcontext
+        self.ledger, self.scores = ledger, scores
         self.section = session.config.search
         self.space, self.latencies = latencies.space, latencies
         self.macs = macs_cost(session.workload(model, scope=self.section.scope))
@@ -380,7 +383,7 @@ class Search:
         (cost, budget), *further = costs.constraints
         total = most_evaluations(section.strategy, section.population, section.generations, section.max_evaluations)
         informed = self._informed(costs) if section.strategy == "surrogate" else None
-        with self.session.reporter.progress("search", total) as bar, self.join() as workers:
+        with self.session.reporter.progress("search", total) as bar:
 
             def on_progress(progress: Progress) -> None:
                 bar.advance(
@@ -406,11 +409,9 @@ class Search:
                 constraints=tuple(further),
                 known=self.ledger,
                 informed=informed,
-                evaluate_all=(workers or self.scores).of_all,
+                evaluate_all=self.scores.of_all,
                 on_progress=on_progress,
             )
-            if workers:
-                self.scores.forwarded += self.scores.first.count * result.evaluations
         first = self.scores.first
         self.scores.used |= {(evaluation.config, first.name): first.count for evaluation in result.history}
         return result
@@ -449,10 +450,11 @@ class Search:
     ) -> list[Finalist]:
         limits = [row.limit for row in costs.feasibility if row.metric == "latency_ms"]
         elsewhere = self.latencies.elsewhere
+        scores = self.scores.whole({candidate.config: laps[candidate.config] for candidate in candidates})
+        self.scores.let_go()
         clock = self.latencies.measure if limits and not elsewhere else self.latencies.look
         records = clock([candidate.config for candidate in candidates])
         dense_ms = self.latencies.dense_ms
-        scores = self.scores.whole({candidate.config: laps[candidate.config] for candidate in candidates})
         finalists = []
         for candidate in candidates:
             config, record = candidate.config, records.get(candidate.config)

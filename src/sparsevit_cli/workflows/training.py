@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
@@ -112,13 +112,7 @@ def adapt(session: Session) -> TrainingSummary:
         teacher=_teacher(session, section, data, weights),
     )  # fmt: skip
     summary = _train(session, folder, data, model, kind)
-
-    def check() -> tuple[CheckRow, ...]:
-        averaged = trained_weights(session, "adapt", "sparsevit adapt").state_dict  # if they were averaged
-        model.load_state_dict(averaged)
-        return _check_rows(session, folder, data, model, space)
-
-    return replace(summary, rows=session.ranks.on_first(check))
+    return replace(summary, rows=_check_rows(session, folder, data, model, space))
 
 
 def finetune(session: Session, *, ratios: str | None = None) -> TrainingSummary:
@@ -311,7 +305,11 @@ def _reading(session: Session) -> dict[str, Any]:
 def _check_rows(
     session: Session, folder: RunFolder, data: Data, model: nn.Module, space: SearchSpace
 ) -> tuple[CheckRow, ...]:
-    """The closing table of adapt: dense, uniform ratios, and the mean of random configurations."""
+    """The closing table of adapt: dense, uniform ratios, and the mean of random configurations.
+
+    Each row is kept as soon as it is there. The first rank scores one configuration after the other, and the others
+    wait for each: none of these waits is as long as the table.
+    """
     section = session.config.adapt
     rng = Random(f"check:{session.config.seed}")
     wanted = [("dense", [space.dense])]
@@ -322,23 +320,37 @@ def _check_rows(
     above = [f"{ratio:g}" for ratio in section.check_ratios if ratio > space.max_ratio]
     if above:
         session.reporter.warn(f"adapt.check_ratios {', '.join(above)} left out: above adapt.max_ratio")
-    done = folder.done("sparsity.json").get("check", {})
-    if set(done) != {label for label, _ in wanted}:
-        done = {}
+    on_first = session.ranks.on_first
+    saved = on_first(lambda: folder.done("sparsity.json").get("check", {}))
+    done = {label: saved[label] for label, _ in wanted if label in saved}
+    missing = [(label, configs) for label, configs in wanted if label not in done]
+    check = partial(session.stop.check, "adapt", "the training is saved, and so are finished rows of its closing table")
+
+    def load() -> None:
+        model.load_state_dict(trained_weights(session, "adapt", "sparsevit adapt").state_dict)  # if they were averaged
+
+    def scored(config: SparsityConfig) -> float:
+        set_sparsity(model, config)
+        return score(session, model, data.val, before_batch=check).value
+
+    def keep(label: str, mean: float, configs: Sequence[SparsityConfig]) -> dict[str, float]:
+        found = [gmacs(config) for config in configs]
+        row = {"score": mean, **{name: fmean(each[name] for each in found) for name in found[0]}}
+        rows = {**done, label: row}
+        folder.write_result({**(folder.read_result() or {}), "check": rows}, files=["sparsity.json"])
+        return row
+
+    if missing:
+        on_first(load)
         gmacs = gmacs_of(session, model)
-        total = sum(len(configs) for _, configs in wanted)
-        check = partial(session.stop.check, "adapt", "the training is saved, its closing table is not")
-        with session.reporter.progress("check", total) as progress:
-            for label, configs in wanted:
+        with session.reporter.progress("check", sum(len(configs) for _, configs in missing)) as progress:
+            for label, configs in missing:
                 mean = 0.0
                 for config in configs:
-                    set_sparsity(model, config)
-                    mean += score(session, model, data.val, before_batch=check).value / len(configs)
+                    mean += on_first(partial(scored, config)) / len(configs)
                     progress.advance()
-                found = [gmacs(config) for config in configs]
-                done[label] = {"score": mean, **{name: fmean(each[name] for each in found) for name in found[0]}}
-        folder.write_result({**(folder.read_result() or {}), "check": done}, files=["sparsity.json"])
-    return tuple(CheckRow(label, **row) for label, row in done.items())
+                done[label] = on_first(partial(keep, label, mean, configs))
+    return tuple(CheckRow(label, **done[label]) for label, _ in wanted)
 
 
 def dense_weights(session: Session, needed_by: str) -> Weights | None:

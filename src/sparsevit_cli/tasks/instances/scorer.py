@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsevit_cli.data.source import Batch, Categories
-from sparsevit_cli.errors import DataError
+from sparsevit_cli.errors import NothingToScoreError
 from sparsevit_cli.sizes import Size
 
 from .masks import mask_api, pasted
@@ -65,11 +65,13 @@ class AveragePrecision:
     def compute(self) -> Mapping[str, float]:
         """AP in percent under `mask_ap`, `box_ap` and the like; without those of sizes that no object has.
 
-        Raises DataError if there is no object at all.
+        Raises NothingToScoreError if there is no object at all.
         """
         if not any(not instance.crowd for truth in self.truths for instance in truth.instances):
             got = f"none of {len(self.truths)} images holds an object, so there is no AP"
-            raise DataError("data: evaluation images", got, "Evaluate on more images, or correct the annotations.")
+            raise NothingToScoreError(
+                "data: evaluation images", got, "Evaluate on more images, or correct the annotations."
+            )
         kinds = ("segm", "bbox") if self.masks else ("bbox",)
         return {name: value for kind in kinds for name, value in self._computed(kind).items()}
 

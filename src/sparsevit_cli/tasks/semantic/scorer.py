@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sparsevit_cli.data.source import Batch
-from sparsevit_cli.errors import DataError
+from sparsevit_cli.errors import NothingToScoreError
 
 from .labels import IGNORED
 from .segmenter import at_size
@@ -40,14 +40,16 @@ class ConfusionScorer:
     def compute(self) -> Mapping[str, float]:
         """Percent: `miou` and `accuracy`, and `iou_<name>` of each class that the truth has.
 
-        The mean is one over the classes in truth or prediction. It is NaN if a score was not finite. Raises DataError
-        if no pixel has a class.
+        The mean is one over the classes in truth or prediction. It is NaN if a score was not finite. Raises
+        NothingToScoreError if no pixel has a class.
         """
         pixels = self.pixels.cpu().double()  # a Mac's GPU has no float64
         truth, total = pixels.sum(1), pixels.sum()
         if not total:
             got = "no pixel of these images has a class: all of their masks are ignored"
-            raise DataError("data: nothing to score", got, "Check the masks, and the numbers that are ignored.")
+            raise NothingToScoreError(
+                "data: nothing to score", got, "Check the masks, and the numbers that are ignored."
+            )
         right = pixels.diagonal()
         union = truth + pixels.sum(0) - right
         occurs = union > 0
