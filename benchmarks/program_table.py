@@ -26,8 +26,8 @@ import timm
 import torch
 
 from sparsevit_cli.exporting.adjustable import AdjustablePrograms
-from sparsevit_cli.exporting.light import OPSET, openvino_file
-from sparsevit_cli.exporting.programs import save_onnx, trace
+from sparsevit_cli.exporting.light import openvino_file
+from sparsevit_cli.exporting.programs import OPSET, save_onnx, trace
 from sparsevit_cli.profiling.device import describe_versions, device_identity
 from sparsevit_cli.profiling.latency import measure_interleaved
 from sparsevit_cli.profiling.latency_table import program_design

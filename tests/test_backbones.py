@@ -16,7 +16,7 @@ from sparsevit_cli.acceleration import accelerate_
 from sparsevit_cli.backbones import SwinBackbone, SwinFPN, swin_backbone, swin_fpn
 from sparsevit_cli.errors import ConfigError
 from sparsevit_cli.exporting import export_model
-from sparsevit_cli.exporting.programs import onnx_runner, pt2_runner
+from sparsevit_cli.exporting.checks import runner
 from sparsevit_cli.profiling.macs import macs_cost, traced_macs
 from sparsevit_cli.profiling.workload import image_workload
 from sparsevit_cli.sparsity import SparsityConfig
@@ -297,9 +297,8 @@ def test_export_with_sparse_ratios(formats: tuple[str, ...], tmp_path: Path) -> 
         model, tmp_path, input_size=(64, 96), formats=formats, check_batch_sizes=(2, 3), tolerance=1e-4,
         measure_ms=False,
     )  # fmt: skip
-    runners = {"pt2": pt2_runner, "onnx": onnx_runner}
     for name in formats:
-        run = runners[name](tmp_path / f"model.{name}")
+        run = runner(tmp_path / f"model.{name}")
         for batch in (1, 4):
             x = images(batch, 3, 64, 96)
             with torch.no_grad():

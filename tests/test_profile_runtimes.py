@@ -88,7 +88,7 @@ def eager_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         model: torch.nn.Module, images: Tensor, runtimes: Sequence[str], precision: str, *, threads: int
     ) -> dict[str, TimedProgram]:
         def program(name: str) -> Program:
-            return Program(name, RUNTIMES[name].version(), "fp32", threads, None, lambda x: [model(x)])
+            return Program(name, RUNTIMES[name].version(), "fp32", threads, lambda x: [model(x)])
 
         return {name: TimedProgram(program(name), precision) for name in runtimes}
 

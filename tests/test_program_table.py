@@ -198,7 +198,6 @@ def test_one_file_gives_what_eager_gives_at_all_ratios_of_a_pattern(
         program = RUNTIMES[name].load(file, shape=programs.images.shape, lengths=lengths)
         (found,) = program.run(programs.images)
         assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max())), ratios
-        assert program.lengths == lengths
     set_sparsity(model, 0.0)
     assert len(list(programs.folder.glob("*.onnx"))) == 2, "one for each pattern"
 

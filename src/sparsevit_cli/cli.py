@@ -93,7 +93,6 @@ FIELD_OF = {
     "budget_latency": "search.budget_latency", "budget_macs": "search.budget_macs", "runtime": "profile.runtimes",
 }  # fmt: skip
 """Fields of flags that are not named as their field is."""
-"""Flags of fields of the search section."""
 
 
 def _options(

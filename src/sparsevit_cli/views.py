@@ -178,8 +178,7 @@ def show_evaluation(summary: EvaluateSummary) -> None:
     run = summary.runtime
     told = f"weights of {summary.weights}"
     if run is not None:
-        threads = f"{run.threads} thread{'s' if run.threads > 1 else ''}"
-        told = f"{run.file} ({run.precision}, {run.runtime} {run.version}, {threads})"
+        told = f"{run.file} ({run.precision}, {run.runtime} {run.version}, {threads_text(run.threads)})"
     print_lines(
         f"evaluate: {told} at {summary.config}: {summary.metric.told(score.value)} "
         f"on {score.count} validation images, {summary.gmacs:.3f} GMACs{backbone}",

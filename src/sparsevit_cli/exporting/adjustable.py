@@ -27,6 +27,7 @@ from .export import inference_copy
 from .images import structured_images
 from .light import openvino_file
 from .programs import (
+    OPSET,
     Around,
     OneImage,
     named_tensors,
@@ -123,7 +124,7 @@ class AdjustablePrograms:
         folder: Path | str,
         *,
         activations: Activations = "fp32",
-        opset: int = 20,
+        opset: int = OPSET,
         eight_bits: bool = False,
         before_step: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda line: None,

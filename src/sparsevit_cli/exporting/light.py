@@ -20,6 +20,7 @@ from .images import structured_images
 from .openvino_ir import save_openvino
 from .precision import LOWERING, resolved_activations
 from .programs import (
+    OPSET,
     OneImage,
     UntraceableError,
     check_packages,
@@ -31,9 +32,6 @@ from .programs import (
 from .quantization import check_installed as check_nncf
 from .quantization import quantize
 
-OPSET = 20
-CALIBRATION_BATCHES = 2
-"""Random batches that an eight-bit program for the clock is calibrated on: its outputs mean nothing."""
 FARTHEST: Mapping[str, float] = {"fp32": 0.02, "bf16": 0.5}
 """Largest distance of a program's outputs from eager's, over the length of eager's: rounding may swap two windows."""
 
@@ -107,9 +105,16 @@ def openvino_file(
     if not eight_bits:
         return path
     batch, *sides = shape
-    images = [structured_images((sides[0], sides[1], sides[2]), batch, seed) for seed in range(CALIBRATION_BATCHES)]
-    quantize(path, quantised, images, lengths=lengths, check=check)
+    quantize(path, quantised, random_images((sides[0], sides[1], sides[2]), batch), lengths=lengths, check=check)
     return quantised
+
+
+def random_images(shape: tuple[int, int, int], batch: int = 1) -> list[Tensor]:
+    """What an eight-bit program for the clock is calibrated on: its outputs mean nothing, and its latency is the same.
+
+    `shape` is (C, H, W).
+    """
+    return [structured_images(shape, batch, seed) for seed in range(2)]
 
 
 def _look_at(found: Sequence[Tensor], expected: Sequence[Tensor], name: str, label: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from sparsevit_cli.errors import ConfigError
 
@@ -22,6 +23,15 @@ def runtime(name: str) -> Runtime:
     return RUNTIMES[name]
 
 
+def runtime_for(path: Path) -> Runtime:
+    """The runtime that prefers files of this kind. Raises ConfigError."""
+    for found in RUNTIMES.values():
+        if path.suffix == found.suffixes[0]:
+            return found
+    ends = ", ".join(found.suffixes[0] for found in RUNTIMES.values())
+    raise ConfigError("runtime", f"none runs {path.name}", f"Give a file that ends in one of {ends}.")
+
+
 __all__ = [
     "RUNTIMES",
     "Activations",
@@ -32,4 +42,5 @@ __all__ = [
     "Runtime",
     "precision_label",
     "runtime",
+    "runtime_for",
 ]

@@ -9,14 +9,14 @@ import importlib.metadata
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from sparsevit_cli.errors import CheckpointError, ConfigError, in_one_line, pass_on
+from sparsevit_cli.errors import CheckpointError, ConfigError, check_installed, in_one_line, pass_on
 
 Activations = Literal["fp32", "bf16"]
 """What a runtime computes in, where the file does not say eight bits."""
@@ -28,19 +28,13 @@ Run = Callable[[Tensor], list[Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A file as a runtime runs it, with the settings that its latency depends on.
-
-    `shape` is the one shape (B, C, H, W) that it was compiled for; None where any batch goes. `lengths` are those of
-    the file's inputs besides the images, which were folded into the program.
-    """
+    """A file as a runtime runs it, with the settings that its latency depends on."""
 
     runtime: str
     version: str
     activations: Activations
     threads: int
-    shape: tuple[int, ...] | None
     run: Run
-    lengths: Mapping[str, int] = field(default_factory=dict)
 
 
 def precision_label(precision: Precision, activations: Activations) -> str:
@@ -85,8 +79,9 @@ class Runtime(ABC):
         shape: Sequence[int] | None = None,
         lengths: Mapping[str, int] | None = None,
     ) -> Program:
-        """Load a file on `threads` CPU threads, by default torch's number; `shape` (B, C, H, W) compiles for it alone.
+        """Load a file on `threads` CPU threads, by default torch's number.
 
+        `shape` (B, C, H, W) compiles for it alone, in OpenVINO; the others run any batch that the file takes.
         `lengths` are those of all its inputs besides the images, by name: vectors whose values do not matter.
         The threads do not spin once a run has ended, so that a program that is measured next has all cores to itself.
         Raises ConfigError (packages, activations), CheckpointError (a file that is missing or cannot be loaded).
@@ -106,7 +101,7 @@ class Runtime(ABC):
             pass_on(error)
             got = f"{self.name} {self.version()} cannot load it ({in_one_line(error)})"
             raise CheckpointError(str(path), got, "Export the model again.") from error
-        return Program(self.name, self.version(), activations, threads, fixed, run, dict(lengths or {}))
+        return Program(self.name, self.version(), activations, threads, run)
 
     def precisions(self) -> tuple[str, ...]:
         """Labels of all that it computes in on this CPU; see `precision_label`."""
@@ -123,10 +118,7 @@ class Runtime(ABC):
 
     def check_installed(self) -> None:
         """Raises ConfigError that names the extra."""
-        if not self.is_installed():
-            missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
-            do = f'Type: pip install "sparsevit-cli[{self.extra}]"'
-            raise ConfigError(f"runtime {self.name}", f"{', '.join(missing)} not installed", do)
+        check_installed(f"runtime {self.name}", self.packages, self.extra or "")
 
     def check_activations(self, activations: Activations, setting: str | None = None) -> None:
         """Raises ConfigError for what this CPU would emulate, slower than float32, and for a runtime that is broken.

@@ -23,8 +23,9 @@ from sparsevit_cli.data.splits import fixed_subset
 from sparsevit_cli.errors import DataError, MeasurementError
 from sparsevit_cli.exporting import ExportScope, structured_images
 from sparsevit_cli.exporting.openvino_ir import changed_windows
+from sparsevit_cli.exporting.precision import activations_of
 from sparsevit_cli.exporting.quantization import LayerError, layer_errors, quantize
-from sparsevit_cli.runtimes import Activations, ProgramModule, runtime
+from sparsevit_cli.runtimes import Activations, ProgramModule, runtime_for
 from sparsevit_cli.tasks.task import Metric, Score
 
 from .paired import Change, PairedScorer, change
@@ -35,7 +36,6 @@ RANKING_IMAGES = 8
 """Calibration images on which the layers are ranked by their errors."""
 WINDOW_IMAGES = 128
 """Validation images on which changed windows are counted, at most."""
-RUNTIME_OF = {".xml": "openvino", ".onnx": "onnxruntime"}
 AS_BEFORE = "an earlier export is as it was"
 
 
@@ -105,7 +105,7 @@ class _TakenError(Exception):
 class Deployed:
     """A copy of a model that runs an exported file in the place of the part that it was exported from.
 
-    `program` may be changed. While `taking` is a list, what the part gets is put there, and nothing is computed.
+    While `taking` is a list, what the part gets is put there, and nothing is computed.
     """
 
     def __init__(self, session: Session, model: nn.Module, scope: ExportScope) -> None:
@@ -124,7 +124,7 @@ class Deployed:
 
     def load(self, path: Path, activations: Activations) -> None:
         """Run this file from now on."""
-        program = runtime(RUNTIME_OF[path.suffix]).load(path, activations=activations)
+        program = runtime_for(path).load(path, activations=activations)
         self._module = ProgramModule(program, self._like, name=path.name, shape=self._shape)
 
     def _run(self, images: Tensor) -> Any:
@@ -239,9 +239,6 @@ class Quantiser:
     def _allowed(self) -> str:
         return f"{self.session.config.export.max_loss:g} may be lost (export.max_loss)"
 
-    def _computed_in(self, path: Path) -> Activations:
-        return self.activations if path.suffix == ".xml" else "fp32"
-
     def _lost_too_much(self, found: Change) -> bool:
         return -found.difference > self.session.config.export.max_loss
 
@@ -254,7 +251,9 @@ class Quantiser:
         self.session.reporter.say(f"export: NNCF quantises {source.name} on {len(self.images)} images")
         names = [layer.name for layer in in_float]
         quantize(source, target, self.images, in_float=names, check=self._check)
-        after = self.deployed.score(target, self._computed_in(target), self.data.val, f"{target.name} in int8")
+        after = self.deployed.score(
+            target, activations_of(target, self.activations), self.data.val, f"{target.name} in int8"
+        )
         return change(self.session.task, before, after)
 
     def _ranked(self, source: Path) -> tuple[LayerError, ...]:
@@ -269,5 +268,5 @@ class Quantiser:
         """
         samples = fixed_subset(len(self.data.val), min(WINDOW_IMAGES, len(self.data.val)), self.session.config.seed)
         images = Inputs(self.deployed, self.data.val, samples)
-        kept, changed = changed_windows(source, images, self._computed_in(target), target)
+        kept, changed = changed_windows(source, images, activations_of(target, self.activations), target)
         return kept, changed, len(images)

@@ -19,6 +19,7 @@ from sparsevit_cli.exporting import (
     ModelInfo,
     OneImage,
     UntraceableError,
+    check_answers,
     export_model,
     resolved_activations,
     runs_on,
@@ -122,9 +123,7 @@ def _checked_activations(session: Session, part: Part) -> Activations:
     """What the files of `part` are computed in. Raises ConfigError for settings that do not go with it."""
     section = session.config.export
     activations = resolved_activations(section.precision, section.activations, section.formats)
-    if part.one_image and section.precision != "fp32":
-        got = f"{section.precision}, but the model answers each image: rounding changes how many answers there are"
-        raise ConfigError("export.precision", got, "Export backbone and neck (export.scope: features), or fp32.")
+    check_answers(part.one_image, section.precision)
     if part.one_image and "pt2" in section.formats:
         got = f"pt2, but the model of task {session.task.name} gives as many answers as it finds: .pt2 cannot hold that"
         do = "Set export.formats: [onnx] for one image at a time, or export.scope: features for backbone and neck."

@@ -168,11 +168,9 @@ class ProgramSource:
 def computed_in(session: Session, runtime: Runtime) -> Activations:
     """What `runtime` is asked to compute in: of an int8 program all that is not eight bits. Raises ConfigError."""
     precision = session.config.search.precision
-    if precision == "int8":
-        return resolved_activations("int8", session.config.export.activations, (runtime.name,), SETTING)
-    activations: Activations = "bf16" if precision == "bf16" else "fp32"
-    runtime.check_activations(activations, SETTING)
-    return activations
+    runtime.check_activations("fp32", SETTING)  # one that is broken is told before it is asked for more
+    asked = session.config.export.activations if precision == "int8" else "auto"
+    return resolved_activations(precision, asked, (runtime.name,), SETTING)
 
 
 def tell_of_export(session: Session) -> None:
