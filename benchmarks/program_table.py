@@ -26,7 +26,7 @@ import timm
 import torch
 
 from sparsevit_cli.exporting.adjustable import AdjustablePrograms
-from sparsevit_cli.exporting.light import openvino_file
+from sparsevit_cli.exporting.light import timed_file
 from sparsevit_cli.exporting.programs import OPSET, save_onnx, trace
 from sparsevit_cli.profiling.device import describe_versions, device_identity
 from sparsevit_cli.profiling.latency import measure_interleaved
@@ -155,8 +155,7 @@ def _fixed(
     side, path = args.img_size, folder / "fixed.onnx"
     set_sparsity(model, config)
     save_onnx(trace(model, (3, side, side), ()), path, ["output"], OPSET, {})
-    if args.runtime == "openvino":
-        path = openvino_file(path, (1, 3, side, side), eight_bits=args.precision == "int8")
+    path = timed_file(path, args.runtime, (1, 3, side, side), eight_bits=args.precision == "int8")
     images = torch.randn(1, 3, side, side)
     program = RUNTIMES[args.runtime].load(path, activations=activations, shape=tuple(images.shape))
     found = measure_interleaved(

@@ -23,10 +23,19 @@ from sparsevit_cli import runtimes
 from sparsevit_cli.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedError
 from sparsevit_cli.exporting import export_model, structured_images
 from sparsevit_cli.profiling.latency import Latency
-from sparsevit_cli.runtimes import RUNTIMES, Program, ProgramModule, precision_label, runtime
+from sparsevit_cli.runtimes import (
+    RUNTIMES,
+    Program,
+    ProgramModule,
+    precision_label,
+    runtime,
+    runtime_for,
+    slow_in_int8,
+)
 from sparsevit_cli.runtimes.openvino import SignalStack, same_signal_stack
 from sparsevit_cli.runtimes.runtime import Runtime
 from sparsevit_cli.swin import set_sparsity, sparsify_
+from sparsevit_cli.workflows.doctor import _told as told_of_runtime
 from sparsevit_cli.workflows.doctor import examine, measured_twice, told_of_clock
 from test_exporting import needs_onnx
 from tiny import tiny_swin
@@ -176,6 +185,45 @@ def test_a_cpu_without_bfloat16_is_not_asked_for_it(monkeypatch: pytest.MonkeyPa
     assert RUNTIMES["openvino"].precisions() == ("fp32", "int8+fp32")
     with pytest.raises(ConfigError, match="bf16"):
         RUNTIMES["openvino"].check_activations("bf16")
+
+
+@needs_openvino
+def test_a_cpu_without_eight_bits_is_not_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes.openvino, "_capabilities", lambda: ("FP32", "BF16"))
+    assert RUNTIMES["openvino"].precisions() == ("fp32", "bf16")
+    with pytest.raises(ConfigError, match=r"int8: openvino on this CPU computes in fp32 and bf16. Set here"):
+        RUNTIMES["openvino"].check_int8("here")
+    monkeypatch.setattr(runtimes.openvino, "_capabilities", lambda: ("FP32", "INT8"))
+    assert RUNTIMES["openvino"].precisions() == ("fp32", "int8+fp32")
+    with pytest.raises(ConfigError, match="it would emulate bf16, slower than fp32"):
+        RUNTIMES["openvino"].check_activations("bf16")
+
+
+@pytest.mark.parametrize(
+    ("flags", "slow"),
+    [
+        ({"avx2", "avx512_vnni"}, False),
+        ({"avx2", "avx_vnni"}, False),
+        ({"amx_int8"}, False),
+        ({"avx2"}, True),
+        ((), False),
+    ],
+)
+def test_eight_bits_without_instructions_for_them_are_told_to_be_slow(
+    flags: Any, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is known of the CPU, nothing is said."""
+    monkeypatch.setattr(sys.modules["sparsevit_cli.runtimes.runtime"], "cpu_flags", lambda: frozenset(flags))
+    assert ("without VNNI or AMX" in slow_in_int8()) is slow
+    if RUNTIMES["openvino"].is_installed():
+        assert ("without VNNI or AMX" in told_of_runtime(RUNTIMES["openvino"])) is slow
+
+
+def test_a_file_has_a_runtime() -> None:
+    names = {name: runtime_for(Path(f"model{name}")).name for name in (".pt2", ".onnx", ".xml")}
+    assert names == {".pt2": "torch", ".onnx": "onnxruntime", ".xml": "openvino"}
+    with pytest.raises(ConfigError, match=r"none runs model.safetensors.*\.pt2, \.onnx, \.xml"):
+        runtime_for(Path("model.safetensors"))
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,11 @@ IN_EIGHT_BITS = ("onnx", "openvino")
 """The formats whose files have eight bits with precision int8."""
 
 
+def format_of(runtime_name: str) -> str:
+    """The format that a runtime prefers."""
+    return {"onnxruntime": "onnx", "torch": "pt2"}.get(runtime_name, runtime_name)
+
+
 def activations_of(path: Path, asked: Activations) -> Activations:
     """What a file is computed in where those of `LOWERING` are in `asked`: all others are in float32."""
     return asked if runtime_for(path).name == LOWERING else "fp32"
@@ -47,6 +52,9 @@ def resolved_activations(
         raise ConfigError(setting, got, do)
     if precision == "int8":
         check_installed(setting)
+        for name in ("onnxruntime", LOWERING):
+            if format_of(name) in formats:
+                runtime(name).check_int8(setting)
         if LOWERING not in formats and asked != "bf16":
             return "fp32"
     if LOWERING not in formats:

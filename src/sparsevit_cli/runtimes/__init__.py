@@ -10,7 +10,7 @@ from sparsevit_cli.errors import ConfigError
 from .module import ProgramModule
 from .onnxruntime import OnnxRuntime
 from .openvino import OpenVino
-from .runtime import Activations, Precision, Program, Run, Runtime, precision_label
+from .runtime import Activations, Precision, Program, Run, Runtime, precision_label, slow_in_int8
 from .torch_export import TorchExport
 
 RUNTIMES: Mapping[str, Runtime] = {each.name: each for each in (TorchExport(), OnnxRuntime(), OpenVino())}
@@ -43,4 +43,5 @@ __all__ = [
     "precision_label",
     "runtime",
     "runtime_for",
+    "slow_in_int8",
 ]

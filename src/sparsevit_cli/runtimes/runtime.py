@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsevit_cli.errors import CheckpointError, ConfigError, check_installed, in_one_line, pass_on
+from sparsevit_cli.profiling.device import cpu_flags
 
 Activations = Literal["fp32", "bf16"]
 """What a runtime computes in, where the file does not say eight bits."""
@@ -46,18 +47,22 @@ class Runtime(ABC):
     """A way to run exported files on this machine's CPU.
 
     `suffixes` are of the files that it reads, the preferred one first, `packages` what must be installed, `extra` the
-    extra of this package that installs them. `runs_int8` is true if it has kernels for eight bits.
+    extra of this package that installs them. `otherwise` says what it would do if it were asked for other activations.
     """
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     packages: ClassVar[tuple[str, ...]]
     extra: ClassVar[str | None] = None
-    runs_int8: ClassVar[bool] = False
+    otherwise: ClassVar[str] = ""
 
     @abstractmethod
     def activations(self) -> tuple[Activations, ...]:
         """What this machine's CPU computes in by instructions of its own, the slowest first."""
+
+    def runs_int8(self) -> bool:
+        """True if it has kernels for eight bits on this machine's CPU."""
+        return False
 
     @abstractmethod
     def _run(
@@ -106,7 +111,7 @@ class Runtime(ABC):
     def precisions(self) -> tuple[str, ...]:
         """Labels of all that it computes in on this CPU; see `precision_label`."""
         found = self.activations()
-        return (*found, *(precision_label("int8", each) for each in found if self.runs_int8))
+        return (*found, *(precision_label("int8", each) for each in found if self.runs_int8()))
 
     def version(self) -> str:
         """Version of the installed runtime."""
@@ -132,6 +137,21 @@ class Runtime(ABC):
             do = f"Install {self.packages[0]} again."
             raise ConfigError(f"runtime {self.name}", f"it cannot be loaded ({in_one_line(error)})", do) from error
         if activations not in known:
-            got = f"{activations}: {self.name} on this CPU computes in {' and '.join(known)}"
+            got = f"{activations}: {self.name} on this CPU computes in {' and '.join(known)}{self.otherwise}"
             do = "Take fp32" if setting is None else f"Set {setting}: fp32"
             raise ConfigError(f"runtime {self.name}", got, f"{do}, or another runtime.")
+
+    def check_int8(self, setting: str) -> None:
+        """Raises ConfigError for a runtime without kernels of eight bits on this CPU; `setting` asked for them."""
+        self.check_activations("fp32", setting)  # one that is broken
+        if not self.runs_int8():
+            got = f"int8: {self.name} on this CPU computes in {' and '.join(self.activations())}"
+            raise ConfigError(f"runtime {self.name}", got, f"Set {setting}: fp32, or another runtime.")
+
+
+def slow_in_int8() -> str:
+    """Why eight bits gain little on this CPU; empty if they do not, and where nothing is known of it."""
+    flags = cpu_flags()
+    if not flags or flags & {"avx512_vnni", "avx_vnni", "amx_int8"}:
+        return ""
+    return "this CPU multiplies eight bits without VNNI or AMX: int8 may be no faster than fp32 here"

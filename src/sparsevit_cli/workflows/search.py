@@ -115,6 +115,8 @@ class SearchSummary:
     not_measured_here: str = ""
     """The machine that predicted latencies are of, if nothing was measured here."""
     others: tuple[FurtherWinner, ...] = ()
+    measured_in: str = ""
+    """Runtime, precision and batch of measured latencies."""
 
     @property
     def scope(self) -> Scope | None:
@@ -466,6 +468,7 @@ class Search:
             self.folder, self.session.task.metric, winner, tuple(finalists), self.latencies.dense_ms, costs.feasibility,
             costs.table.error if costs.table else None, len(result.history), result.evaluations, result.infeasible,
             correlation, sum(self.scores.used.values()), self.scores.forwarded, result.note, self.latencies.elsewhere,
+            measured_in=self.latencies.measured_in,
         )  # fmt: skip
 
     def write_evaluations(self, summary: SearchSummary, costs: _Costs, results: Sequence[SearchResult]) -> None:
