@@ -471,6 +471,25 @@ def test_examples_serve_what_evaluation_computes(
     assert f"import {package}\n" in text
 
 
+@needs_openvino
+def test_the_openvino_example_compiles_what_latencies_are_of(
+    served: tuple[nn.Module, ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program of one shape: one of any batch may be slower, and is not what was measured."""
+    import openvino
+
+    shapes: list[tuple[bool, Any]] = []
+
+    class Core(openvino.Core):  # type: ignore[misc]
+        def compile_model(self, model: Any, *settings: Any) -> Any:
+            shapes.append((model.input(0).partial_shape.is_static, settings[-1]["PERFORMANCE_HINT"]))
+            return super().compile_model(model, *settings)
+
+    monkeypatch.setattr(openvino, "Core", Core)
+    example_of("serve_openvino").scores(served[1].directory, photograph(tmp_path / "picture.png", (80, 60)))
+    assert shapes == [(True, "LATENCY")]
+
+
 def example_of(name: str) -> Any:
     """The module of an example."""
     loaded = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
@@ -487,6 +506,10 @@ def test_examples_refuse_what_they_would_serve_wrong(example: str, package: str,
     pytest.importorskip(package)
     (tmp_path / SERVING).write_text(json.dumps({"task": "instances"}))
     with pytest.raises(AssertionError, match="serves instances, which has outputs of other kinds"):
+        example_of(example).scores(tmp_path, tmp_path / "none.png")
+    other = {"onnxruntime": "openvino", "openvino": "onnx"}[package]
+    (tmp_path / SERVING).write_text(json.dumps({"task": "classification", "programs": {other: {}}}))
+    with pytest.raises(AssertionError, match=r"has no \w+ file: add \w+ to export\.formats"):
         example_of(example).scores(tmp_path, tmp_path / "none.png")
 
 
