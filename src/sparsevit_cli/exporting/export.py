@@ -88,6 +88,8 @@ def export_model(
     check_images: Tensor | None = None,
     reporter: Reporter | None = None,
     patience: Patience | None = None,
+    max_spread: float = 0.10,
+    retries: int = 1,
     before_step: Callable[[], None] = lambda: None,
 ) -> ExportReport:
     """Export a sparsified float32 model at its present ratios to `output_dir`; the model itself is not touched.
@@ -105,7 +107,8 @@ def export_model(
     one in eight bits then, which is compared with eager too: `calibration` images (1, C, H, W) tell the ranges of
     activations. `quantise` does that, and judges the result; what it returns stands in the manifest. By default
     `quantization.quantize` does.
-    `measure_ms` measures the files in ONNX Runtime and OpenVINO, in turns with the same weights at ratio 0.
+    `measure_ms` measures the files in ONNX Runtime and OpenVINO, in turns with the same weights at ratio 0; `patience`,
+    `max_spread` and `retries` are those of `measure_interleaved`.
     `preprocessing` goes into serving.json.
     Files of an earlier export are replaced once all new ones are good, and not before; `before_step` may raise, to
     stop early.
@@ -152,11 +155,12 @@ def export_model(
         before_step()
         latencies: tuple[RuntimeLatency, ...] = ()
         if measure_ms:
-            image = outputs(seed)[0][0][:1]
             lower = partial(_quantised, images=random_images(shape), check=before_step) if precision == "int8" else None
-            latencies = _latencies(
-                writer, formats, staging, image, computed_in, lower, seed, reporter, patience, before_step
-            )
+            measure = partial(
+                measured_latency, image=outputs(seed)[0][0][:1], seed=seed, reporter=reporter, check=before_step,
+                patience=patience, max_spread=max_spread, retries=retries,
+            )  # fmt: skip
+            latencies = _latencies(writer, formats, staging, computed_in, lower, reporter, measure)
         weights = file_name(scope, "safetensors")
         _write_weights(staging, {WEIGHTS: whole, weights: module})
         write_json(staging / SPARSITY, contents)
@@ -271,13 +275,10 @@ def _latencies(
     writer: Writer,
     formats: Sequence[str],
     staging: Path,
-    image: Tensor,
     computed_in: Activations,
     lower: Quantise | None,
-    seed: int,
     reporter: Reporter,
-    patience: Patience | None,
-    check: Callable[[], None],
+    measure: Callable[..., RuntimeLatency],
 ) -> tuple[RuntimeLatency, ...]:
     """Dense against sparse of each format of MEASURED that was written. Leaves the model at ratio 0.
 
@@ -299,12 +300,9 @@ def _latencies(
             for path in dense.values():
                 _replaced(path, lower)
     found = tuple(
-        measured_latency(
-            sparse[name], dense.get(name), image, activations=activations_of(sparse[name], computed_in),
-            seed=seed, reporter=reporter, patience=patience, check=check,
-        )
+        measure(sparse[name], dense.get(name), activations=activations_of(sparse[name], computed_in))
         for name in measured
-    )  # fmt: skip
+    )
     if dense:
         shutil.rmtree(folder)
     return found

@@ -30,6 +30,8 @@ def measured_latency(
     seed: int,
     reporter: Reporter,
     patience: Patience | None,
+    max_spread: float,
+    retries: int,
     check: Callable[[], None],
 ) -> RuntimeLatency:
     """Latency of the files in the runtime of their kind on one image (1, C, H, W), measured in turns.
@@ -46,7 +48,8 @@ def measured_latency(
         device=torch.device("cpu"),
         seconds=_SECONDS,
         rounds=_ROUNDS,
-        retries=1,
+        max_spread=max_spread,
+        retries=retries,
         strict=False,
         patience=patience,
         before_round=check,

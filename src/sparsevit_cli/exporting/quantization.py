@@ -170,14 +170,25 @@ def _check_in_float(before: Any, after: Any, names: Sequence[str]) -> None:
 
     NNCF passes over a name that it does not know without a word.
     """
-    there = {node.get_friendly_name() for node in before.get_ops()}
-    wrong = [name for name in names if name not in there or name in quantised_layers(after)]
-    if wrong:
+    there, rounded = {node.get_friendly_name() for node in before.get_ops()}, quantised_layers(after)
+    if wrong := [name for name in names if name not in there or name in rounded]:
         raise MeasurementError("int8", f"{', '.join(wrong)} should stay in float and did not", _REPORT)
 
 
+def _passes(node: Any) -> bool:
+    """True for nodes of `_PASSING`, and for those that make floats of whole numbers of eight bits, as ONNX files do."""
+    of_eight_bits = node.get_type_name() in ("Subtract", "Multiply") and _are_whole(node.input_value(0).get_node())
+    return node.get_type_name() in _PASSING or of_eight_bits
+
+
+def _are_whole(node: Any) -> bool:
+    if node.get_type_name() == "Subtract":
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "Convert" and node.get_input_element_type(0).get_type_name() in ("i8", "u8")
+
+
 def _is_rounded(node: Any) -> bool:
-    while node.get_type_name() in _PASSING:
+    while _passes(node):
         node = node.input_value(0).get_node()
     return bool(node.get_type_name() == "FakeQuantize")
 
@@ -258,13 +269,13 @@ def quantised_layers(model: Any) -> Mapping[str, frozenset[str]]:
     """Names of the nodes that compute in eight bits, each with the names of its `FakeQuantize` nodes."""
     layers: dict[str, set[str]] = {}
     for node in model.get_ordered_ops():
-        if node.get_type_name() in ("FakeQuantize", "ShapeOf", *_PASSING):
+        if node.get_type_name() in ("FakeQuantize", "ShapeOf") or _passes(node):
             continue
         waiting = [value.get_node() for value in node.input_values()]
         while waiting:
             before = waiting.pop()
             if before.get_type_name() == "FakeQuantize":
                 layers.setdefault(node.get_friendly_name(), set()).add(before.get_friendly_name())
-            elif before.get_type_name() in _PASSING:
+            elif _passes(before):
                 waiting += [value.get_node() for value in before.input_values()]
     return {name: frozenset(quantisers) for name, quantisers in layers.items()}

@@ -23,9 +23,9 @@ from sparsevit_cli.data.splits import fixed_subset
 from sparsevit_cli.errors import DataError, MeasurementError
 from sparsevit_cli.exporting import ExportScope, structured_images
 from sparsevit_cli.exporting.openvino_ir import changed_windows
-from sparsevit_cli.exporting.precision import activations_of
+from sparsevit_cli.exporting.precision import IN_EIGHT_BITS, activations_of
 from sparsevit_cli.exporting.quantization import LayerError, layer_errors, quantize
-from sparsevit_cli.runtimes import Activations, ProgramModule, runtime_for
+from sparsevit_cli.runtimes import Activations, ProgramModule, runtime_for, slow_in_int8
 from sparsevit_cli.tasks.task import Metric, Score
 
 from .paired import Change, PairedScorer, change
@@ -98,6 +98,15 @@ def told(found: Change, metric: Metric) -> str:
     )
 
 
+def passes_told(session: Session, images: int) -> str:
+    """How often int8 scores the validation data: that takes most of its time."""
+    formats = [name for name in IN_EIGHT_BITS if name in session.config.export.formats]
+    return (
+        f"{images:,} validation images are scored {1 + len(formats)} times, in fp32 and in int8 for "
+        f"{' and '.join(formats)}; once more for each step in which layers stay in float"
+    )
+
+
 class _TakenError(Exception):
     """Raised to leave a forward pass once the exported part was called: what follows is not needed."""
 
@@ -132,14 +141,15 @@ class Deployed:
             assert self._module is not None, "no file is loaded"
             return self._module(images)
         if tuple(images.shape[1:]) == self._shape:
-            self.taking.append(images[:1].detach().float().cpu().contiguous())
+            self.taking.append(images.detach().float().cpu())
         raise _TakenError
 
     def input_of(self, source: Source, sample: int) -> Tensor:
         """What the part gets for a sample of `source`: an image (1, C, H, W).
 
-        Of a detector that is what its backbone gets, padded; of sliding windows the first one. Raises DataError for
-        one that cannot be read, and one that never reaches the part at the size that the file takes.
+        Of a detector that is what its backbone gets, padded. Of sliding windows it is one of those that come first,
+        another one for another sample. Raises DataError for one that cannot be read, and one that never reaches the
+        part at the size that the file takes.
         """
         session = self.session
         session.stop.check("export", AS_BEFORE)
@@ -155,7 +165,8 @@ class Deployed:
             raise DataError(
                 "data: images for eight bits", got, "Evaluate at model.img_size, or export in fp32 or bf16."
             )
-        return found[0]
+        number = sample % len(found[0])
+        return found[0][number : number + 1].clone(memory_format=torch.contiguous_format)
 
     def score(self, path: Path, activations: Activations, source: Source, title: str) -> tuple[Score, PairedScorer]:
         """Score of a file on all samples of `source`, and what its standard error needs."""
@@ -198,6 +209,8 @@ class Quantiser:
         if not count:
             got = "the search split, which is held out of the training images, is empty"
             raise DataError("data: images for eight bits", got, "Add training images, or export in fp32 or bf16.")
+        if slow := slow_in_int8():
+            session.reporter.warn(f"export: {slow}")
         self.deployed = Deployed(session, model, scope)
         chosen = fixed_subset(len(data.search), count, session.config.seed)
         self.images = Inputs(self.deployed, data.search, chosen)
@@ -205,6 +218,7 @@ class Quantiser:
             for _ in self.images:
                 progress.advance()
         self.found: dict[str, EightBits] = {}
+        self._before: tuple[Score, PairedScorer] | None = None
 
     def __call__(self, source: Path, target: Path) -> dict[str, Any]:
         """Write `source`, in float32, as `target`, and tell what manifest.json says.
@@ -212,7 +226,7 @@ class Quantiser:
         Raises MeasurementError if more than `export.max_loss` is lost whatever stays in float.
         """
         metric, say = self.session.task.metric, self.session.reporter.say
-        before = self.deployed.score(source, "fp32", self.data.val, f"{source.name} in fp32")
+        before = self._in_float(source)
         without: Change | None
         without = found = self._tried(source, target, (), before)
         in_float: tuple[LayerError, ...] = ()
@@ -234,6 +248,13 @@ class Quantiser:
         told_of = EightBits(metric, len(self.images), found, kept, changed, counted, in_float, without)
         self.found[source.name] = told_of
         return told_of.document()
+
+    def _in_float(self, source: Path) -> tuple[Score, PairedScorer]:
+        """The score of the first file stands for all: each was compared with eager, and it is the same graph."""
+        if self._before is None:
+            self.session.reporter.say(f"export: {passes_told(self.session, len(self.data.val))}")
+            self._before = self.deployed.score(source, "fp32", self.data.val, f"{source.name} in fp32")
+        return self._before
 
     @property
     def _allowed(self) -> str:

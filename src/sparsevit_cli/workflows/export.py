@@ -212,6 +212,8 @@ def _export(
         check_images=_images(session, trained) if part.one_image else None,
         reporter=session.reporter,
         patience=session.patience,
+        max_spread=session.config.clock.max_spread,
+        retries=session.config.clock.retries,
         before_step=partial(session.stop.check, "export", AS_BEFORE),
     )
     return report, {} if quantiser is None else quantiser.found
