@@ -42,7 +42,8 @@ test-gpu: install
 # Ours against the best dense model, on this machine; the tables of README and docs/benchmarks.md are made of what is kept.
 BENCH_MODEL ?= swin_tiny_patch4_window7_224
 BENCH_CELLS ?= 672:1 672:4 256x704:6
-BENCH_PRECISIONS ?= fp32 bf16
+BENCH_PRECISIONS ?= fp32 bf16 int8
+BENCH_GPU_PRECISIONS ?= fp32 bf16
 BENCH_RUNTIMES ?= torch,onnxruntime,openvino
 BENCH_CONTESTANTS ?= B0,B1,B2,B2f,B3,ours,O
 BENCH_ROUNDS ?= 15
@@ -63,8 +64,8 @@ bench: install
 # measured too where a test fails, which is told.
 bench-gpu:
 	-$(MAKE) test-gpu
-	$(MAKE) bench BENCH_RUNTIMES=torch BENCH_KERNELS=portable BENCH_AUTOTUNE=true
-	SPARSEVIT_TUNE=1 $(MAKE) bench BENCH_RUNTIMES=torch BENCH_KERNELS=triton BENCH_AUTOTUNE=true
+	$(MAKE) bench BENCH_RUNTIMES=torch "BENCH_PRECISIONS=$(BENCH_GPU_PRECISIONS)" BENCH_KERNELS=portable BENCH_AUTOTUNE=true
+	SPARSEVIT_TUNE=1 $(MAKE) bench BENCH_RUNTIMES=torch "BENCH_PRECISIONS=$(BENCH_GPU_PRECISIONS)" BENCH_KERNELS=triton BENCH_AUTOTUNE=true
 
 quality: install
 	$(BIN)/ruff check $(SOURCES)

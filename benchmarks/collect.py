@@ -150,7 +150,8 @@ def _cell_of(run: dict[str, Any], cell: dict[str, Any]) -> Cell:
     row, engine = cell["rows"][0], run["settings"].get("kernels", "portable").split()[0].rstrip(",")
     size = f"{row['image_size'][0]}x{row['image_size'][1]}"
     model = run["model"] if run.get("scope", "model") == "model" else f"{run['scope']} of {run['model']}"
-    return run["device"]["type"], model, size, row["batch"], row["dtype"], engine
+    dtype = min(each["dtype"] for each in cell["rows"])  # int8+bf16 beside a runtime of int8+fp32
+    return run["device"]["type"], model, size, row["batch"], dtype, engine
 
 
 def _summary(cells: dict[Cell, list[dict[str, Any]]]) -> list[str]:

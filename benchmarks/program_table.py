@@ -25,11 +25,9 @@ from statistics import fmean
 import timm
 import torch
 
-from sparsevit_cli.exporting.adjustable import CALIBRATION_IMAGES, AdjustablePrograms
-from sparsevit_cli.exporting.images import structured_images
-from sparsevit_cli.exporting.openvino_ir import save_openvino
-from sparsevit_cli.exporting.programs import save_onnx, trace
-from sparsevit_cli.exporting.quantization import quantize
+from sparsevit_cli.exporting.adjustable import AdjustablePrograms
+from sparsevit_cli.exporting.light import timed_file
+from sparsevit_cli.exporting.programs import OPSET, save_onnx, trace
 from sparsevit_cli.profiling.device import describe_versions, device_identity
 from sparsevit_cli.profiling.latency import measure_interleaved
 from sparsevit_cli.profiling.latency_table import program_design
@@ -156,15 +154,8 @@ def _fixed(
     """The program whose counts were bound against the export at these ratios, in the same rounds."""
     side, path = args.img_size, folder / "fixed.onnx"
     set_sparsity(model, config)
-    save_onnx(trace(model, (3, side, side), ()), path, ["output"], 20, {})
-    if args.runtime == "openvino":
-        save_openvino(path, path.with_suffix(".xml"), {})
-        path = path.with_suffix(".xml")
-    if args.precision == "int8":
-        target = path.with_name("fixed-int8.xml")
-        calibration = [structured_images((3, side, side), 1, seed) for seed in range(CALIBRATION_IMAGES)]
-        quantize(path, target, calibration)
-        path = target
+    save_onnx(trace(model, (3, side, side), ()), path, ["output"], OPSET, {})
+    path = timed_file(path, args.runtime, (1, 3, side, side), eight_bits=args.precision == "int8")
     images = torch.randn(1, 3, side, side)
     program = RUNTIMES[args.runtime].load(path, activations=activations, shape=tuple(images.shape))
     found = measure_interleaved(

@@ -1,6 +1,4 @@
-"""Best categories of an image by an exported classifier in ONNX Runtime, with numpy and Pillow and nothing else.
-
-usage: python examples/serve_onnxruntime.py FOLDER IMAGE      FOLDER is what `sparsevit export` wrote"""
+"""Best categories of an image by an exported classifier in ONNX Runtime: serve_onnxruntime.py EXPORT_FOLDER IMAGE"""
 
 import json
 import sys
@@ -28,6 +26,7 @@ def scores(folder, file):
     """Names of the categories, and the score that an image gets for each (categories,)."""
     serving = json.loads((Path(folder) / "serving.json").read_text(encoding="utf-8"))
     assert serving["task"] == "classification", f"{folder} serves {serving['task']}, which has outputs of other kinds"
+    assert "onnx" in serving["programs"], f"{folder} has no ONNX file: add onnx to export.formats"
     program, image = Path(folder) / serving["programs"]["onnx"]["file"], model_input(file, serving["preprocessing"])
     session = onnxruntime.InferenceSession(program, providers=["CPUExecutionProvider"])
     return serving["categories"], session.run(None, {serving["input"]["name"]: image})[0][0]
@@ -35,5 +34,4 @@ def scores(folder, file):
 
 if __name__ == "__main__":
     names, found = scores(*sys.argv[1:])
-    shares = np.exp(found - found.max()) / np.exp(found - found.max()).sum()
-    print(*(f"{shares[n]:.4f} {names[n]}" for n in (-found).argsort()[:5]), sep="\n")
+    print(*(f"{1 / np.exp(found - found[n]).sum():.4f} {names[n]}" for n in (-found).argsort()[:5]), sep="\n")

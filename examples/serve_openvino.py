@@ -1,6 +1,4 @@
-"""Best categories of an image by an exported classifier in OpenVINO, with numpy and Pillow and nothing else.
-
-usage: python examples/serve_openvino.py FOLDER IMAGE      FOLDER is what `sparsevit export` wrote"""
+"""Best categories of an image by an exported classifier in OpenVINO: serve_openvino.py EXPORT_FOLDER IMAGE"""
 
 import json
 import sys
@@ -26,14 +24,16 @@ def model_input(file, steps):
 
 def scores(folder, file):
     """Names of the categories, and the score that an image gets for each (categories,)."""
-    serving = json.loads((Path(folder) / "serving.json").read_text(encoding="utf-8"))
+    serving, core = json.loads((Path(folder) / "serving.json").read_text(encoding="utf-8")), openvino.Core()
     assert serving["task"] == "classification", f"{folder} serves {serving['task']}, which has outputs of other kinds"
-    hints = {"INFERENCE_PRECISION_HINT": serving["programs"]["openvino"]["activations"].replace("fp32", "f32")}
-    model = openvino.Core().compile_model(Path(folder) / serving["programs"]["openvino"]["file"], "CPU", hints)
-    return serving["categories"], model(model_input(file, serving["preprocessing"]))[0][0]
+    assert "openvino" in serving["programs"], f"{folder} has no OpenVINO file: add openvino to export.formats"
+    program, image = serving["programs"]["openvino"], model_input(file, serving["preprocessing"])
+    model = core.read_model(Path(folder) / program["file"])
+    model.reshape(image.shape)  # one image and no other batch, as latencies are measured
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": program["activations"].replace("fp32", "f32")}
+    return serving["categories"], core.compile_model(model, "CPU", hints)(image)[0][0]
 
 
 if __name__ == "__main__":
     names, found = scores(*sys.argv[1:])
-    shares = np.exp(found - found.max()) / np.exp(found - found.max()).sum()
-    print(*(f"{shares[n]:.4f} {names[n]}" for n in (-found).argsort()[:5]), sep="\n")
+    print(*(f"{1 / np.exp(found - found[n]).sum():.4f} {names[n]}" for n in (-found).argsort()[:5]), sep="\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 import sparsevit_cli
 
 PACKAGE = Path(sparsevit_cli.__file__).parent
+ROOT = PACKAGE.parents[1]
 ORDER = (  # noqa: SIM905
     "__init__ errors atomic documents sizes seeding sparsity schedule windows kernels config reporting stopping ranks "
     "commands runs winner search swin acceleration checkpoints torch_files weights models backbones data tasks "
@@ -109,7 +112,7 @@ def test_no_identifier_outside_tasks_is_of_classification() -> None:
 
 
 def test_the_page_lists_the_packages_in_their_order() -> None:
-    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     table = page.partition("## The packages, in import order")[2].partition("\n## ")[0]
     first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     listed = [name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)]
@@ -136,6 +139,25 @@ def test_public_names_resolve_and_others_do_not() -> None:
     assert set(sparsevit_cli.__all__) <= set(dir(sparsevit_cli))
     with pytest.raises(AttributeError):
         _ = sparsevit_cli.nothing  # type: ignore[attr-defined]
+
+
+SCRIPTS = [path for folder in ("benchmarks", "docs", "examples") for path in (ROOT / folder).glob("*.py")]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_import_what_there_is(path: Path) -> None:
+    """Nobody starts most of them for months, and mypy reads the package alone."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            wanted = [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            wanted = [(node.module or "", alias.name) for alias in node.names]
+        else:
+            continue
+        for module, name in wanted:
+            if module.partition(".")[0] == "sparsevit_cli":
+                there = name is None or hasattr(importlib.import_module(module), name)
+                assert there or importlib.util.find_spec(f"{module}.{name}"), f"{path.name}:{node.lineno} {name}"
 
 
 def test_nothing_unsafe_is_called() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -153,6 +156,23 @@ def run_in_runtimes(folder: Path, precision: str, times: dict[str, float]) -> Pa
     folder.mkdir()
     (folder / "rivals.json").write_text(json.dumps(report))
     return folder
+
+
+def test_a_cell_of_eight_bits_has_one_name_whatever_each_runtime_computes_the_rest_in(collect: ModuleType) -> None:
+    rows = [{"image_size": [672, 672], "batch": 1, "dtype": dtype} for dtype in ("int8+fp32", "int8+bf16")]
+    run = {"model": "swin", "device": {"type": "cpu"}, "settings": {"kernels": "native, 4"}}
+    for order in (rows, rows[::-1]):
+        assert collect._cell_of(run, {"rows": order}) == ("cpu", "swin", "672x672", 1, "int8+bf16", "native")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("target", "precisions"), [("bench", ["fp32 bf16 int8"]), ("bench-gpu", ["fp32 bf16", "fp32 bf16"])]
+)
+def test_make_measures_eight_bits_where_a_runtime_has_them(target: str, precisions: list[str]) -> None:
+    """A GPU's benchmark is of torch alone, which has none."""
+    told = subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert re.findall(r"for precision in ([\w ]+);", told) == precisions
 
 
 FP32 = {"timm, openvino": 530.0, "timm eager": 650.0, "timm, onnxruntime": 628.0, "ours, ratio 0": 460.0,

@@ -199,7 +199,7 @@ def test_the_file_is_named_by_its_folder_or_by_itself(
 def test_precision_and_activations_are_the_manifests(
     exported: tuple[Path, EvaluateSummary], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are of OpenVINO's own file; all others are in float32."""
+    """bfloat16 is of OpenVINO's own file alone. An ONNX file of eight bits computes the rest in float32."""
     folder = runs / "tiny" / "export"
     with_xml(folder)
     changed(folder, lambda manifest: manifest.update(precision="bf16", activations="bf16"))

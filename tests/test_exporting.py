@@ -37,7 +37,7 @@ from sparsevit_cli.exporting import (
 from sparsevit_cli.exporting import (
     folder as export_folder,
 )
-from sparsevit_cli.exporting.programs import onnx_runner, pt2_runner
+from sparsevit_cli.exporting.checks import runner
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runtimes import Run
 from sparsevit_cli.swin import get_sparsity, set_sparsity, sparsify_
@@ -127,7 +127,7 @@ def test_a_program_that_has_run_leaves_the_cores_alone(tmp_path: Path, monkeypat
     export_model(tiny(), tmp_path, input_size=SIDE, formats=("onnx",), measure_ms=False)
     image, path = torch.randn(4, 3, SIDE, SIDE), tmp_path / "model.onnx"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)  # the only thread of a run would have none that spins
-    ours, options = onnx_runner(path), onnxruntime.SessionOptions()
+    ours, options = runner(path), onnxruntime.SessionOptions()
     options.intra_op_num_threads = 4
     spinning = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     spun = seconds_spent_after(lambda: spinning.run(None, {"image": image.numpy()}))
@@ -306,7 +306,7 @@ def test_a_module_around_the_backbone_exports(tmp_path: Path) -> None:
 # -- bad files ----------------------------------------------------------------------------------------------------
 
 
-def spoil(runner: Callable[[Path], Run], when: Callable[[int], bool]) -> Callable[[Path], Run]:
+def spoil(when: Callable[[int], bool]) -> Callable[[Path], Run]:
     """A runner whose call number n gives wrong numbers where `when(n)`."""
 
     def spoiled(path: Path) -> Run:
@@ -326,7 +326,7 @@ def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.M
     model = tiny()
     export_model(model, tmp_path, input_size=SIDE, formats=("pt2",), measure_ms=False)
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
-    monkeypatch.setattr(checks, "pt2_runner", spoil(pt2_runner, lambda number: True))
+    monkeypatch.setattr(checks, "runner", spoil(lambda number: True))
     set_sparsity(model, 0.2)
     with pytest.raises(MeasurementError, match=r"model\.pt2: differs from eager by 1\.0e-01 and 1\.0e-01"):
         export_model(model, tmp_path, input_size=SIDE, formats=("pt2",), measure_ms=False)
@@ -334,7 +334,7 @@ def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_second_images_may_agree_and_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "pt2_runner", spoil(pt2_runner, lambda number: number == 1))
+    monkeypatch.setattr(checks, "runner", spoil(lambda number: number == 1))
     reporter = SilentReporter()
     report = export_model(tiny(), tmp_path, input_size=SIDE, formats=("pt2",), measure_ms=False, reporter=reporter)
     (file,) = report.files
@@ -348,7 +348,7 @@ def test_second_images_may_agree_and_it_is_told(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("wrong", [float("nan"), "shape", "count", "crash"])
 def test_broken_outputs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: object) -> None:
-    def runner(path: Path) -> Run:
+    def broken(path: Path) -> Run:
         def run(images: Tensor) -> list[Tensor]:
             if wrong == "crash":
                 raise RuntimeError("Guard failed: x.size()[0] == 2")
@@ -358,7 +358,7 @@ def test_broken_outputs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
         return run
 
-    monkeypatch.setattr(checks, "pt2_runner", runner)
+    monkeypatch.setattr(checks, "runner", broken)
     with pytest.raises(MeasurementError):
         export_model(tiny(), tmp_path / "new" / "deep", input_size=SIDE, formats=("pt2",), measure_ms=False)
     assert names(tmp_path) == set()

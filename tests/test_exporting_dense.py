@@ -29,7 +29,7 @@ from sparsevit_cli.exporting import (
     load_exported,
     structured_images,
 )
-from sparsevit_cli.exporting.programs import onnx_runner, pt2_runner
+from sparsevit_cli.exporting.checks import runner
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.swin import get_sparsity, set_sparsity
 from sparsevit_cli.workflows.export import check_exportable, export_winner
@@ -87,7 +87,7 @@ def test_backbone_and_neck_of_a_task(tmp_path: Path) -> None:
     assert {WEIGHTS, FEATURE_WEIGHTS} < set(manifest["files"])
     images = structured_images((3, *SIZE), 5, seed=9)
     expected = run(model.pyramid, images)
-    for found in (onnx_runner(folder / "features.onnx")(images), pt2_runner(folder / "features.pt2")(images)):
+    for found in (runner(folder / "features.onnx")(images), runner(folder / "features.pt2")(images)):
         torch.testing.assert_close(found, list(expected.values()), atol=1e-4, rtol=1e-4)
     loaded = load_exported(folder)
     assert get_sparsity(loaded) == get_sparsity(model)
@@ -224,7 +224,7 @@ def test_a_whole_detector_for_one_image_with_padded_maps(tmp_path: Path) -> None
         "output_boxes": ["answers", 4], "output_labels": ["answers"], "output_scores": ["answers"],
         "output_masks": ["answers", 1, *SIZE],
     }  # fmt: skip
-    counts, in_onnxruntime = set(), onnx_runner(path)
+    counts, in_onnxruntime = set(), runner(path)
     for seed in range(20, 28):
         image = structured_images((3, *SIZE), 1, seed=seed)
         expected, found = run(model, image)[0], in_onnxruntime(image)
@@ -322,6 +322,6 @@ def test_whole_mask2former(tmp_path: Path) -> None:
     assert report.output_shapes == {"output": ("batch", 11, 64, 64)}
     images = structured_images((3, 64, 64), 2, seed=5)
     expected = run(model, images)
-    torch.testing.assert_close(onnx_runner(tmp_path / "model.onnx")(images)[0], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(runner(tmp_path / "model.onnx")(images)[0], expected, atol=1e-5, rtol=1e-4)
     program = torch.export.load(tmp_path / "model.pt2").module()
     torch.testing.assert_close(run(program, images), expected)

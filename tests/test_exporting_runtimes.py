@@ -39,7 +39,8 @@ from sparsevit_cli.exporting import (
 )
 from sparsevit_cli.exporting import folder as export_folder
 from sparsevit_cli.exporting import openvino_ir as ir
-from sparsevit_cli.exporting.programs import openvino_runner, save_onnx, trace
+from sparsevit_cli.exporting.checks import runner
+from sparsevit_cli.exporting.programs import save_onnx, trace
 from sparsevit_cli.exporting.report import ExportedFile, serving_json
 from sparsevit_cli.exporting.writing import Writer
 from sparsevit_cli.reporting import SilentReporter
@@ -109,7 +110,7 @@ def test_openvino_writes_a_pair_of_files_for_any_batch(served: tuple[nn.Module, 
     assert [file.format for file in report.files] == ["onnx", "openvino"]
     for batch in (1, 2, 5):
         images = structured_images((3, SIDE, SIDE), batch, seed=77)
-        (output,) = openvino_runner(report.directory / "model.xml")(images)
+        (output,) = runner(report.directory / "model.xml")(images)
         np.testing.assert_allclose(output.numpy(), eager(model, images)[0], atol=1e-5)
     text = (report.directory / "model.xml").read_text()
     assert str(Path(torch.__file__).parent.parent) not in text
@@ -157,10 +158,10 @@ def test_killed_while_a_pair_is_put_into_place(
 @pytest.mark.usefixtures("already_written")
 def test_a_file_of_openvino_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(path: Path, activations: Any = "fp32") -> Any:
-        run = openvino_runner(path, activations)
+        run = runner(path, activations)
         return lambda images: [output + 0.1 * output.abs().max() for output in run(images)]
 
-    monkeypatch.setattr(checks, "openvino_runner", wrong)
+    monkeypatch.setattr(checks, "runner", wrong)
     with pytest.raises(MeasurementError, match=r"model\.xml: differs from eager"):
         export_model(tiny([[0.6], [0.5]]), tmp_path / "new", input_size=SIDE, formats=("openvino",), measure_ms=False)
     assert names(tmp_path) == set()
@@ -470,6 +471,25 @@ def test_examples_serve_what_evaluation_computes(
     assert f"import {package}\n" in text
 
 
+@needs_openvino
+def test_the_openvino_example_compiles_what_latencies_are_of(
+    served: tuple[nn.Module, ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program of one shape: one of any batch may be slower, and is not what was measured."""
+    import openvino
+
+    shapes: list[tuple[bool, Any]] = []
+
+    class Core(openvino.Core):  # type: ignore[misc]
+        def compile_model(self, model: Any, *settings: Any) -> Any:
+            shapes.append((model.input(0).partial_shape.is_static, settings[-1]["PERFORMANCE_HINT"]))
+            return super().compile_model(model, *settings)
+
+    monkeypatch.setattr(openvino, "Core", Core)
+    example_of("serve_openvino").scores(served[1].directory, photograph(tmp_path / "picture.png", (80, 60)))
+    assert shapes == [(True, "LATENCY")]
+
+
 def example_of(name: str) -> Any:
     """The module of an example."""
     loaded = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
@@ -486,6 +506,10 @@ def test_examples_refuse_what_they_would_serve_wrong(example: str, package: str,
     pytest.importorskip(package)
     (tmp_path / SERVING).write_text(json.dumps({"task": "instances"}))
     with pytest.raises(AssertionError, match="serves instances, which has outputs of other kinds"):
+        example_of(example).scores(tmp_path, tmp_path / "none.png")
+    other = {"onnxruntime": "openvino", "openvino": "onnx"}[package]
+    (tmp_path / SERVING).write_text(json.dumps({"task": "classification", "programs": {other: {}}}))
+    with pytest.raises(AssertionError, match=r"has no \w+ file: add \w+ to export\.formats"):
         example_of(example).scores(tmp_path, tmp_path / "none.png")
 
 

@@ -23,8 +23,8 @@ from sparsevit_cli.config.experiment import ModelSection
 from sparsevit_cli.config.loading import section_hash
 from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.exporting import export_model, load_exported, load_sparsity
+from sparsevit_cli.exporting.checks import runner
 from sparsevit_cli.exporting.folder import ModelInfo
-from sparsevit_cli.exporting.programs import onnx_runner, pt2_runner
 from sparsevit_cli.kernels import held
 from sparsevit_cli.models import build_model
 from sparsevit_cli.profiling.latency_table import table_identity
@@ -357,8 +357,7 @@ def test_exported_files_pad_first(ratio: float, formats: tuple[str, ...], tmp_pa
     with torch.no_grad():
         expected = model(x)
         torch.testing.assert_close(load_exported(tmp_path)(x), expected)
-        runners = {"pt2": pt2_runner, "onnx": onnx_runner}
-        for run in (runners[name](tmp_path / f"model.{name}") for name in formats):
+        for run in (runner(tmp_path / f"model.{name}") for name in formats):
             torch.testing.assert_close(run(x)[0], expected, atol=1e-5, rtol=1e-4)
 
 

@@ -63,6 +63,20 @@ def test_a_dry_run_whose_classes_are_named_by_missing_data(tmp_path: Path) -> No
     assert "nowhere" in error
 
 
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_a_latency_table_in_a_file_has_a_plan_of_its_own(tmp_path: Path, runtime: str) -> None:
+    config = tiny.write_tiny(tmp_path, output=str(tmp_path / "runs"))
+    typed = ["profile", "--config", str(config), "--latency-table", str(tmp_path / "table.json"), "--dry-run"]
+    done = CliRunner().invoke(app, [*typed, "--set", f"search.runtime={runtime}"], prog_name="sparsevit")
+    assert done.exit_code == 0, done.output
+    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert lines["command"].startswith("profile --latency-table, into ")
+    assert lines["runtime"] == f"{runtime}, fp32"
+    wanted = r"every block pair" if runtime == "torch" else r"\d+ whole programs, \d+\.\d min at least"
+    assert re.match(wanted, lines["table"])
+    assert not {path.name for path in tmp_path.iterdir()} - {"tiny.yaml"}
+
+
 def test_check_data_without_data_is_planned_too(tmp_path: Path) -> None:
     plan, _ = planned(tmp_path, "check-data", *MISSING["classification"])
     assert "data: missing" in plan

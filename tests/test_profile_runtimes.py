@@ -88,7 +88,7 @@ def eager_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         model: torch.nn.Module, images: Tensor, runtimes: Sequence[str], precision: str, *, threads: int
     ) -> dict[str, TimedProgram]:
         def program(name: str) -> Program:
-            return Program(name, RUNTIMES[name].version(), "fp32", threads, None, lambda x: [model(x)])
+            return Program(name, RUNTIMES[name].version(), "fp32", threads, lambda x: [model(x)])
 
         return {name: TimedProgram(program(name), precision) for name in runtimes}
 
@@ -238,7 +238,7 @@ def test_what_no_runtime_does_is_refused(tmp_path: Path) -> None:
     for name in ALL[1:]:
         check_timed(name, "fp32")
     with pytest.raises(ConfigError, match="no programs of it for onnxruntime"):
-        check_timed("onnxruntime", "int8")
+        check_timed("onnxruntime", "fp16")
 
 
 # -- programs for the clock -------------------------------------------------------------------------------------
@@ -370,15 +370,27 @@ def test_plans_name_the_runtimes(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs sparsevit-cli[openvino]")
-def test_eight_bits_are_openvinos_alone_and_for_the_clock(tmp_path: Path) -> None:
+def test_eight_bits_are_of_exported_programs_and_for_the_clock(tmp_path: Path) -> None:
     session = session_in(tmp_path, precision="int8")
-    assert chosen_runtimes(session, "profile").names == ("openvino",)
+    assert chosen_runtimes(session, "profile").names == ("onnxruntime", "openvino")
     assert "profile: without torch: int8" in told_in(session)
-    assert "profile: without onnxruntime: int8" in told_in(session)
     model = sparsify_(tiny_swin(img_size=32, depths=(1,), embed_dim=8).eval())
     set_sparsity(model, 0.5)
     images = light.structured_images((3, 32, 32), 2, 7)
-    found = timed_programs(model, images, ["openvino"], "int8", threads=1)["openvino"]
-    assert found.precision == f"int8+{found.program.activations}"
-    assert found.precision in RUNTIMES["openvino"].precisions()
-    assert found.program.run(images)[0].shape == (2, 5)
+    in_float = timed_programs(model, images, ["onnxruntime"], "fp32", threads=1)["onnxruntime"].program.run(images)[0]
+    for name, found in timed_programs(model, images, ALL[1:], "int8", threads=1).items():
+        assert found.precision == f"int8+{found.program.activations}"
+        assert found.precision in RUNTIMES[name].precisions()
+        assert found.program.run(images)[0].shape == (2, 5)
+        assert 0 < (found.program.run(images)[0] - in_float).norm() < 0.5 * in_float.norm()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs sparsevit-cli[openvino]")
+def test_a_cpu_that_gains_little_by_eight_bits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_runtimes, "slow_in_int8", lambda: "no VNNI")
+    for precision, told in (("int8", ["profile: no VNNI"]), ("fp32", [])):
+        session = session_in(tmp_path, precision=precision)
+        warned: list[str] = []
+        monkeypatch.setattr(session.reporter, "warn", warned.append)
+        chosen_runtimes(session, "profile")
+        assert warned == told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import re
@@ -33,7 +34,7 @@ from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.tasks.task import Score
 from sparsevit_cli.winner import read_winner, write_winner
-from sparsevit_cli.workflows import pipeline
+from sparsevit_cli.workflows import latency_sources, pipeline
 from sparsevit_cli.workflows.export import ExportSummary, export_winner
 from sparsevit_cli.workflows.latencies import GivenLatencies
 from sparsevit_cli.workflows.latency_budget import BudgetCheck, check_budget
@@ -143,6 +144,7 @@ def test_the_winner_keeps_the_budget_by_the_clock_of_the_runtime(done: tuple[Pat
     assert row.limit == pytest.approx(0.75 * row.dense)
     assert summary.table_error is not None
     assert summary.table_error.largest < 0.02
+    assert summary.measured_in == f"openvino {RUNTIMES['openvino'].version()}, fp32, batch 1"
     winner = summary.winner
     assert winner.latency_ms is not None
     assert winner.latency_ms <= row.limit
@@ -280,7 +282,7 @@ def test_a_budget_that_no_program_meets_is_refused_with_the_range(runs: Path) ->
 
 @pytest.mark.parametrize(
     ("runtime", "precision"),
-    [("torch", "int8"), ("onnxruntime", "bf16"), ("onnxruntime", "int8"), ("openvino", "fp16")],
+    [("torch", "int8"), ("onnxruntime", "bf16"), ("openvino", "fp16")],
 )
 def test_precisions_that_a_runtime_does_not_compute_are_refused(runtime: str, precision: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"precision {precision} is not for runtime {runtime}"):
@@ -517,7 +519,7 @@ def test_a_winner_of_other_programs_or_of_another_table_is_not_kept(runs: Path, 
 
 def test_bf16_on_a_cpu_without_it_is_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OpenVino, "activations", lambda self: ("fp32",))
-    with pytest.raises(ConfigError, match=r"computes in fp32. Set search.precision: fp32"):
+    with pytest.raises(ConfigError, match=r"it would emulate bf16, slower than fp32. Set search.precision: fp32"):
         searched(session_in(runs, {**LATENCY, "precision": "bf16"}))
 
 
@@ -526,6 +528,31 @@ def test_eight_bits_without_nncf_are_refused(tmp_path: Path, monkeypatch: pytest
     session = session_in(tmp_path, {**LATENCY, "precision": "int8"})
     with pytest.raises(ConfigError, match=r"search.precision int8: no_such_package .* or set search.precision: fp32"):
         computed_in(session, RUNTIMES["openvino"])
+
+
+def test_programs_of_eight_bits_are_measured(tmp_path: Path, meter: Meter) -> None:
+    """What is loaded has eight bits, and the record names the quantiser that made it."""
+    pytest.importorskip("nncf")
+    session = session_in(tmp_path, {**LATENCY, "precision": "int8"})
+    with ExitStack() as resources:
+        model = session.model(Categories(tuple("0123456789")))
+        source = latency_source(session, model, resources)
+        space = session.space(model, 0.8)
+        found = source.measure([space.dense, space.sparsest], session.patience)
+        assert found[space.sparsest].speedup > 1.2
+        files = list(source._programs._files.values())  # type: ignore[attr-defined]
+        assert len(files) == 2
+        assert all("FakeQuantize" in file.read_text() for file in files)
+    assert source.told.endswith(RUNTIMES["openvino"].precisions()[-1])
+    assert f"nncf {importlib.metadata.version('nncf')}" in str(source.identity["runtime_version"])
+
+
+def test_a_cpu_that_is_slow_in_eight_bits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nncf")
+    session = session_in(tmp_path, {**LATENCY, "precision": "int8"})
+    monkeypatch.setattr(latency_sources, "slow_in_int8", lambda: "no VNNI")
+    computed_in(session, RUNTIMES["openvino"])
+    assert session.reporter.warnings == ["search: no VNNI"]  # type: ignore[attr-defined]
 
 
 def test_a_program_that_does_not_load_is_told_by_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,15 +22,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsevit_cli.checkpoints import save_checkpoint
 from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.data.source import Batch, Categories, Source
 from sparsevit_cli.errors import ConfigError, DataError, MeasurementError, StoppedError
-from sparsevit_cli.exporting import export_model, quantization, resolved_activations, structured_images
+from sparsevit_cli.exporting import (
+    WEIGHTS,
+    export,
+    export_model,
+    latency,
+    named_tensors,
+    quantization,
+    resolved_activations,
+    structured_images,
+)
 from sparsevit_cli.exporting.openvino_ir import changed_windows, ranking_nodes, rankings
 from sparsevit_cli.exporting.quantization import LayerError, layer_errors, load_nncf, quantised_layers, quantize
+from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runtimes import runtime
 from sparsevit_cli.swin import set_sparsity, sparsify_
@@ -39,7 +50,9 @@ from sparsevit_cli.workflows.eight_bits import WINDOW_IMAGES, Deployed, Quantise
 from sparsevit_cli.workflows.evaluate import evaluate_export
 from sparsevit_cli.workflows.export import export_winner
 from sparsevit_cli.workflows.paired import PairedScorer, change
+from sparsevit_cli.workflows.plan import plan_of
 from sparsevit_cli.workflows.session import Session
+from test_exporting_runtimes import example_of, photograph
 from tiny import shaken_, tiny_config, tiny_swin
 
 needs_nncf = pytest.mark.skipif(
@@ -127,6 +140,38 @@ def test_eight_bits_in_the_ranking_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+@needs_nncf
+def test_eight_bits_in_the_ranking_of_an_onnx_file_are_refused(
+    float_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There eight bits are whole numbers, which are made floats again before they are scored."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    source = float_file.with_suffix(".onnx")
+    model = onnx.load(source)
+    scored = next(node for node in model.graph.node if node.op_type == "Abs")
+    model.graph.initializer.extend(
+        [
+            helper.make_tensor("scale", TensorProto.FLOAT, [], [0.1]),
+            helper.make_tensor("zero", TensorProto.INT8, [], [3]),
+        ]
+    )
+    pair = [
+        helper.make_node("QuantizeLinear", [scored.input[0], "scale", "zero"], ["whole"]),
+        helper.make_node("DequantizeLinear", ["whole", "scale", "zero"], ["rounded"]),
+    ]
+    scored.input[0] = "rounded"
+    number = list(model.graph.node).index(scored)
+    nodes = [*model.graph.node][:number] + pair + [*model.graph.node][number:]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    monkeypatch.setattr(quantization, "_by_nncf", lambda *args, **kwargs: model)
+    with pytest.raises(MeasurementError, match="eight bits in 1 of 3 rankings of windows"):
+        quantize(source, tmp_path / "int8.onnx", images(2))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_scale_between_a_mean_and_a_matrix_of_eight_bits_is_why_the_classifier_stays_in_float() -> None:
     """OpenVINO's fused mean takes a scale of channels for another one. Once this fails, `behind_means` can go."""
     openvino = pytest.importorskip("openvino")
@@ -154,15 +199,30 @@ def test_a_scale_between_a_mean_and_a_matrix_of_eight_bits_is_why_the_classifier
 
 
 @needs_nncf
-def test_layers_can_stay_in_float(float_file: Path, tmp_path: Path) -> None:
-    """Every layer has an error of its own; what is named keeps its 32 bits."""
+@pytest.mark.parametrize("suffix", [".xml", ".onnx"])
+def test_layers_can_stay_in_float(suffix: str, float_file: Path, tmp_path: Path) -> None:
+    """Every layer has an error of its own; what is named keeps its 32 bits, in the files of both runtimes."""
+    float_file = float_file.with_suffix(suffix)
     errors = {layer.name: layer.error for layer in layer_errors(float_file, images(2), images(4))}
     assert len(errors) == 3 * 5 + 2  # four matrices and a product a block (NNCF leaves one), patch embedding, merging
     assert all(0 < error < 1 for error in errors.values())
     worst = sorted(errors, key=lambda name: -errors[name])[:3]
-    target = tmp_path / "int8.xml"
+    target = tmp_path / f"int8{suffix}"
     quantize(float_file, target, images(4), in_float=worst)
     assert set(quantised_layers(read(target))) == set(errors) - set(worst)
+
+
+@needs_nncf
+def test_a_layer_that_does_not_stay_in_float_is_told(
+    float_file: Path, int8_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NNCF says nothing of a name that it does not find."""
+    layer = next(iter(quantised_layers(read(int8_file))))
+    monkeypatch.setattr(quantization, "_by_nncf", lambda *_, **__: read(int8_file))
+    for name in (layer, "no such layer"):
+        with pytest.raises(MeasurementError, match=f"int8: {name} should stay in float and did not"):
+            quantize(float_file, tmp_path / "int8.xml", images(1), in_float=[name])
+        assert not list(tmp_path.iterdir())
 
 
 @needs_nncf
@@ -370,11 +430,83 @@ def test_images_for_eight_bits_are_read_when_they_are_asked_for(weights: str, tm
     assert len(list(images)) == 6
 
 
+def test_windows_of_a_sliding_segmenter_are_not_all_of_one_corner(weights: str, tmp_path: Path) -> None:
+    session = session_in(tmp_path)
+    data = session.data()
+    deployed = Deployed(session, session.model(data.categories), "model")
+    windows = torch.rand(3, 3, *session.img_size)
+    deployed.model = lambda _image: deployed._run(windows)  # type: ignore[assignment]
+    for sample in range(4):
+        assert torch.equal(deployed.input_of(data.search, sample), windows[sample % 3][None])
+
+
+@pytest.mark.parametrize("formats", [["onnx"], ["onnx", "openvino"]])
+def test_a_plan_tells_how_often_the_validation_data_are_scored(formats: list[str], tmp_path: Path) -> None:
+    session = session_in(tmp_path, formats=formats)
+    (line,) = (line for line in plan_of(session, "export").lines if line.startswith("int8: "))
+    assert f"350 validation images are scored {1 + len(formats)} times, in fp32 and in int8 for " in line
+
+
+def test_an_export_is_measured_by_the_section_clock(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    class ReachedError(Exception):
+        """Enough was seen."""
+
+    def measured(_candidates: Any, **settings: Any) -> Any:
+        given.update(settings)
+        raise ReachedError
+
+    monkeypatch.setattr(latency, "measure_interleaved", measured)
+    export = {"formats": ["onnx"], "latency": True}
+    clock = {"retries": 7, "max_spread": 0.33, "wait": 0}
+    session = Session(tiny_config(output=str(tmp_path), export=export, clock=clock), SilentReporter())
+    with pytest.raises(ReachedError):
+        export_winner(session, weights=weights, ratios=RATIOS_TYPED)
+    assert (given["retries"], given["max_spread"]) == (7, 0.33)
+
+
 @needs_nncf
-def test_the_command_tells_the_score_before_and_after(weights: str, tmp_path: Path) -> None:
-    """Of both formats, each in its runtime."""
+def test_the_dense_model_for_the_clock_is_quantised_on_drawn_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever 128 images are given: they would change no latency, and take minutes."""
+    counts: list[int] = []
+    real = quantization.quantize
+
+    def counted(source: Path, target: Path, calibration: Any, **settings: Any) -> None:
+        counts.append(len(calibration))
+        real(source, target, calibration, **settings)
+
+    monkeypatch.setattr(export, "quantize", counted)
+    monkeypatch.setattr(
+        latency, "measure_interleaved", lambda runs, **_: {name: Latency.from_samples([1.0] * 9) for name in runs}
+    )
+    model = tiny_swin(img_size=SIDE, window_size=2, embed_dim=8, depths=(1, 1), always_partition=True).eval()
+    set_sparsity(sparsify_(model), 0.5)
+    export_model(model, tmp_path, input_size=SIDE, formats=("openvino",), precision="int8", calibration=images(5))
+    assert counts == [5, 2]
+
+
+@needs_nncf
+def test_the_command_tells_the_score_before_and_after(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both formats, each in its runtime. The float32 files are the same graph: one of them is scored."""
     session = session_in(tmp_path, max_loss=100.0, formats=["onnx", "openvino"])
+    real, passes, said = Deployed.score, list[str](), list[str]()
+
+    def counted(self: Deployed, path: Path, *others: Any) -> Any:
+        passes.append(path.name)
+        return real(self, path, *others)
+
+    monkeypatch.setattr(Deployed, "score", counted)
+    monkeypatch.setattr(session.reporter, "say", said.append)
     summary = export_winner(session, weights=weights, ratios=RATIOS_TYPED)
+    assert passes == ["model.onnx", "model.onnx", "model.xml"]
+    assert any("350 validation images are scored 3 times, in fp32 and in int8 for onnx and openvino" in s for s in said)
     assert list(summary.eight_bits) == ["model.onnx", "model.xml"]
     manifest = summary.document()
     assert (manifest["precision"], manifest["activations"]) == ("int8", "fp32")
@@ -400,6 +532,15 @@ def test_the_command_tells_the_score_before_and_after(weights: str, tmp_path: Pa
         assert scored.score.value == found.change.after.value
         assert scored.runtime is not None
         assert scored.runtime.precision == "int8+fp32"
+        served = example_of(f"serve_{runtime_name}")
+        picture = photograph(tmp_path / "picture.png", (40, 30))
+        steps = json.loads(summary.report.serving.read_text())["preprocessing"]
+        image = torch.from_numpy(served.model_input(picture, steps))
+        found_there = served.scores(summary.folder.path, picture)[1]
+        np.testing.assert_allclose(
+            found_there, runtime(runtime_name).load(summary.folder.path / name, shape=image.shape).run(image)[0][0],
+            atol=1e-5,
+        )  # fmt: skip
 
 
 @needs_nncf
@@ -499,7 +640,10 @@ def test_what_cannot_be_quantised_leaves_the_earlier_export(
 @needs_nncf
 @pytest.mark.parametrize("task", ["instances", "semantic"])
 def test_backbone_and_neck_of_a_dense_task(task: str, tmp_path: Path) -> None:
-    """Calibrated on what they get inside the model; the whole model is scored, with the heads in PyTorch."""
+    """Calibrated on what they get inside the model; the whole model is scored, with the heads in PyTorch.
+
+    Each level is near the one of float32, for an image of the calibration.
+    """
     from coco_tree import coco_tree
     from test_evaluate_export import instances, semantic, with_weights
 
@@ -510,9 +654,19 @@ def test_backbone_and_neck_of_a_dense_task(task: str, tmp_path: Path) -> None:
     summary = export_winner(session, weights=with_weights(session, tmp_path), ratios="[[.3],[.5]]")
     (found,) = summary.eight_bits.values()
     assert summary.report.scope == "features"
-    assert quantised_layers(read(summary.folder.path / "features.xml"))
-    assert 0 <= found.change.after.value <= 100
+    path = summary.folder.path / "features.xml"
+    assert quantised_layers(read(path))
     assert found.kept > 0
+    data = session.data()
+    model = session.model(data.categories).eval()
+    model.load_state_dict(load_file(summary.folder.path / WEIGHTS))
+    set_sparsity(model, [[0.3], [0.5]])
+    image = Deployed(session, model, "features").input_of(data.search, 0)
+    with torch.no_grad():
+        levels = [level for _, level in named_tensors(session.task.exported_features(model)(image))]
+    rounded = runtime("openvino").load(path).run(image)
+    for ours, theirs in zip(rounded, levels, strict=True):
+        assert 0 < (ours - theirs).norm() < 0.2 * theirs.norm()
     if task == "semantic":
         assert found.change.standard_error is not None
         assert re.fullmatch(r"jackknife over \d+ groups of images", found.change.method)

@@ -23,11 +23,20 @@ from sparsevit_cli import runtimes
 from sparsevit_cli.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ResourceError, StoppedError
 from sparsevit_cli.exporting import export_model, structured_images
 from sparsevit_cli.profiling.latency import Latency
-from sparsevit_cli.runtimes import RUNTIMES, Program, ProgramModule, precision_label, runtime
+from sparsevit_cli.runtimes import (
+    RUNTIMES,
+    Program,
+    ProgramModule,
+    precision_label,
+    runtime,
+    runtime_for,
+    slow_in_int8,
+)
 from sparsevit_cli.runtimes.openvino import SignalStack, same_signal_stack
 from sparsevit_cli.runtimes.runtime import Runtime
 from sparsevit_cli.swin import set_sparsity, sparsify_
 from sparsevit_cli.workflows import doctor
+from sparsevit_cli.workflows.doctor import _told as told_of_runtime
 from sparsevit_cli.workflows.doctor import examine, measured_twice, told_of_clock
 from test_exporting import needs_onnx
 from tiny import tiny_swin
@@ -88,7 +97,6 @@ def test_outputs_are_eagers_at_any_batch_and_compiled_for_one(
         torch.testing.assert_close(found, eager(model, images(batch)), atol=1e-4, rtol=1e-4)
     fixed = runtime(name).load(folder / file, shape=(2, *SHAPE))
     torch.testing.assert_close(fixed.run(images(2))[0], eager(model, images(2)), atol=1e-4, rtol=1e-4)
-    assert (program.shape, fixed.shape) == (None, (2, *SHAPE))
 
 
 @pytest.mark.parametrize(("name", "file"), EACH)
@@ -178,6 +186,45 @@ def test_a_cpu_without_bfloat16_is_not_asked_for_it(monkeypatch: pytest.MonkeyPa
     assert RUNTIMES["openvino"].precisions() == ("fp32", "int8+fp32")
     with pytest.raises(ConfigError, match="bf16"):
         RUNTIMES["openvino"].check_activations("bf16")
+
+
+@needs_openvino
+def test_a_cpu_without_eight_bits_is_not_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes.openvino, "_capabilities", lambda: ("FP32", "BF16"))
+    assert RUNTIMES["openvino"].precisions() == ("fp32", "bf16")
+    with pytest.raises(ConfigError, match=r"int8: openvino on this CPU computes in fp32 and bf16. Set here"):
+        RUNTIMES["openvino"].check_int8("here")
+    monkeypatch.setattr(runtimes.openvino, "_capabilities", lambda: ("FP32", "INT8"))
+    assert RUNTIMES["openvino"].precisions() == ("fp32", "int8+fp32")
+    with pytest.raises(ConfigError, match="it would emulate bf16, slower than fp32"):
+        RUNTIMES["openvino"].check_activations("bf16")
+
+
+@pytest.mark.parametrize(
+    ("flags", "slow"),
+    [
+        ({"avx2", "avx512_vnni"}, False),
+        ({"avx2", "avx_vnni"}, False),
+        ({"amx_int8"}, False),
+        ({"avx2"}, True),
+        ((), False),
+    ],
+)
+def test_eight_bits_without_instructions_for_them_are_told_to_be_slow(
+    flags: Any, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is known of the CPU, nothing is said."""
+    monkeypatch.setattr(sys.modules["sparsevit_cli.runtimes.runtime"], "cpu_flags", lambda: frozenset(flags))
+    assert ("without VNNI or AMX" in slow_in_int8()) is slow
+    if RUNTIMES["openvino"].is_installed():
+        assert ("without VNNI or AMX" in told_of_runtime(RUNTIMES["openvino"])) is slow
+
+
+def test_a_file_has_a_runtime() -> None:
+    names = {name: runtime_for(Path(f"model{name}")).name for name in (".pt2", ".onnx", ".xml")}
+    assert names == {".pt2": "torch", ".onnx": "onnxruntime", ".xml": "openvino"}
+    with pytest.raises(ConfigError, match=r"none runs model.safetensors.*\.pt2, \.onnx, \.xml"):
+        runtime_for(Path("model.safetensors"))
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------
@@ -270,7 +317,7 @@ X, Y = torch.tensor([1.0]), torch.tensor([2.0])
 
 
 def program(*outputs: Tensor) -> Program:
-    return Program("fake", "1.0", "fp32", 1, None, lambda images: [output * len(images) for output in outputs])
+    return Program("fake", "1.0", "fp32", 1, lambda images: [output * len(images) for output in outputs])
 
 
 def module(*outputs: Tensor, like: object, **arguments: Any) -> ProgramModule:

@@ -566,7 +566,7 @@ def test_other_runtimes_run_the_backbone_alone_if_the_whole_cannot_be_exported(
     tmp_path: Path, task_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stand_in(model: Any, images: Any, names: Any, precision: str, *, threads: int) -> dict[str, TimedProgram]:
-        made = {name: Program(name, "1", "fp32", threads, None, lambda x: list(model(x).values())) for name in names}
+        made = {name: Program(name, "1", "fp32", threads, lambda x: list(model(x).values())) for name in names}
         return {name: TimedProgram(program, precision) for name, program in made.items()}
 
     monkeypatch.setattr(in_runtimes, "timed_programs", stand_in)

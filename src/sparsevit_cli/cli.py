@@ -93,7 +93,6 @@ FIELD_OF = {
     "budget_latency": "search.budget_latency", "budget_macs": "search.budget_macs", "runtime": "profile.runtimes",
 }  # fmt: skip
 """Fields of flags that are not named as their field is."""
-"""Flags of fields of the search section."""
 
 
 def _options(
@@ -393,7 +392,7 @@ def profile(
     what: dict[str, Any] = {"model": model, "img_size": img_size, "ratios": ratios}
     if latency_table is not None:
         work = _workflow("table", "measure_table", path=latency_table, rivals=rivals, runtime=runtime, **what)
-        _run("profile", options, work, show_table, **{**what, "ratios": "0"})
+        _run("profile", options, work, show_table, **{**what, "ratios": "0"}, latency_table=latency_table)
         return
     _run(command, options, _workflow(command, name, **what), show, refuse=methodcaller("refuse_unsteady"), **what)
 

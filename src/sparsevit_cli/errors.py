@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -153,6 +154,14 @@ def from_extra(module: str, what: str, extra: str) -> Any:
     except ImportError as error:
         got = f"{module.partition('.')[0]} is needed and cannot be imported ({error})"
         raise ConfigError(what, got, f"Type: pip install 'sparsevit-cli[{extra}]'.") from error
+
+
+def check_installed(what: str, names: Iterable[str], extra: str, or_else: str = "") -> None:
+    """Raise ConfigError on `what` if a package is missing; `extra` brings it. None is imported."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        do = f'Type: pip install "sparsevit-cli[{extra}]"{or_else}.'
+        raise ConfigError(what, f"{', '.join(missing)} not installed", do)
 
 
 def first_line(text: object) -> str:

@@ -122,7 +122,8 @@ def show_search(summary: SearchSummary) -> None:
     ]  # fmt: skip
     columns = ("ratios", f"search {metric.column}", "GMACs", "predicted ms", "measured ms", "speed-up", "within budget")
     of = f", {summary.of}" if summary.of else ""
-    print_table(f"Finalists, {'predicted' if summary.not_measured_here else 'measured'}{of}", columns, rows)
+    where = f" in {summary.measured_in}" if summary.measured_in else ""
+    print_table(f"Finalists, {'predicted' if summary.not_measured_here else 'measured'}{where}{of}", columns, rows)
     lines = [
         f"search: {summary.asked} candidates, {summary.evaluated} evaluated now, "
         f"{summary.asked - summary.evaluated} from the ledger, {summary.infeasible} infeasible"
@@ -183,8 +184,7 @@ def show_evaluation(summary: EvaluateSummary) -> None:
     run = summary.runtime
     told = f"weights of {summary.weights}"
     if run is not None:
-        threads = f"{run.threads} thread{'s' if run.threads > 1 else ''}"
-        told = f"{run.file} ({run.precision}, {run.runtime} {run.version}, {threads})"
+        told = f"{run.file} ({run.precision}, {run.runtime} {run.version}, {threads_text(run.threads)})"
     print_lines(
         f"evaluate: {told} at {summary.config}: {summary.metric.told(score.value)} "
         f"on {score.count} validation images, {summary.gmacs:.3f} GMACs{backbone}",
@@ -238,7 +238,8 @@ def show_rivals(report: RivalReport) -> None:
         ]
         first = cell.rows[0]
         of = "backbone of " if first.scope == "backbone" else ""
-        title = f"{of}{report.model}, batch {first.batch}, {size_text(first.image_size)}, {first.dtype}"
+        dtypes = "/".join(dict.fromkeys(row.dtype for row in cell.rows))
+        title = f"{of}{report.model}, batch {first.batch}, {size_text(first.image_size)}, {dtypes}"
         print_table(title, columns, rows, losing=losing)
         known = any(row.compares for row in cell.rows)
         print_lines(f"best dense: {cell.best_dense if known else 'not known, for dense rows are not steady'}")
@@ -249,7 +250,7 @@ def show_rivals(report: RivalReport) -> None:
 
 
 def show_export(summary: ExportSummary) -> None:
-    """Files, their checks, and onnxruntime's latency."""
+    """Files, their checks, latencies, and what eight bits did."""
     from .exporting import WEIGHTS
     from .runtimes import precision_label
 

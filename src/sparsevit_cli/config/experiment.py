@@ -58,7 +58,7 @@ Contestant = Literal["B0", "B1", "B2", "B2f", "B3", "ours", "O"]
 """Kinds of contestants of `profile --rivals`."""
 PRECISIONS_OF: dict[str, tuple[str, ...]] = {
     "torch": ("fp32", "bf16", "fp16"),
-    "onnxruntime": ("fp32",),
+    "onnxruntime": ("fp32", "int8"),
     "openvino": ("fp32", "bf16", "int8"),
 }
 """What each runtime computes in."""
@@ -300,7 +300,7 @@ class SearchSection(Section):
     precision: Literal["fp32", "bf16", "fp16", "int8"] = Field(
         "fp32",
         description="Precision of the model in latency measurements. openvino takes fp32, bf16 and int8; onnxruntime "
-        "fp32; torch fp32, bf16 and fp16.",
+        "fp32 and int8; torch fp32, bf16 and fp16.",
     )
     latency_table: PathText | None = Field(
         None,
@@ -340,8 +340,8 @@ class ProfileSection(Section):
     )
     precision: TimedPrecision = Field(
         "fp32",
-        description="Precision of the computation. onnxruntime has fp32 alone, openvino no fp16; `int8` is openvino's "
-        "alone, of a program that is quantised on random images, for the clock and nothing else. "
+        description="Precision of the computation. onnxruntime has fp32 and int8, openvino no fp16, torch no int8; "
+        "`int8` is of a program that is quantised on random images, for the clock and nothing else. "
         "A runtime without it is left out, which is told.",
     )
     runtimes: Annotated[tuple[RuntimeName, ...], Field(min_length=1)] | None = Field(

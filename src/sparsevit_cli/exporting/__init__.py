@@ -12,7 +12,7 @@ Everything is made and checked in a hidden folder and moved into place at the en
 """
 
 from .checks import Difference, Lowered, runs_on
-from .export import export_model
+from .export import check_answers, export_model
 from .folder import (
     DEFAULT_FORMATS,
     FEATURE_WEIGHTS,
@@ -53,6 +53,7 @@ __all__ = [
     "RuntimeLatency",
     "SparsityFile",
     "UntraceableError",
+    "check_answers",
     "check_packages",
     "export_model",
     "is_export",

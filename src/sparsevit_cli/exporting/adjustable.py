@@ -24,8 +24,9 @@ from sparsevit_cli.windows import num_keep
 from .checks import runs_on
 from .export import inference_copy
 from .images import structured_images
-from .light import openvino_file
+from .light import timed_file
 from .programs import (
+    OPSET,
     Around,
     batched,
     named_tensors,
@@ -121,7 +122,7 @@ class AdjustablePrograms:
         folder: Path | str,
         *,
         activations: Activations = "fp32",
-        opset: int = 20,
+        opset: int = OPSET,
         eight_bits: bool = False,
         before_step: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda line: None,
@@ -161,13 +162,12 @@ class AdjustablePrograms:
         program = trace_adjustable(self.model, (channels, height, width), pattern, self.counts)
         names = [keep_input(s, p) for s, p in _sparse(pattern)]
         save_onnx(program, path, self.output_names, self.opset, {}, lengths=names)
-        if self.runtime.name == "onnxruntime":
-            return path
         counts = {keep_input(s, p): max(1, self.counts.windows[s] // 2) for s, p in _sparse(pattern)}
-        made = openvino_file(
-            path, (1, channels, height, width), eight_bits=self.eight_bits, lengths=counts, check=self.before_step
-        )
-        for file in path.parent.glob(f"{path.name}*"):
+        made = timed_file(
+            path, self.runtime.name, (1, channels, height, width),
+            eight_bits=self.eight_bits, lengths=counts, check=self.before_step,
+        )  # fmt: skip
+        for file in path.parent.glob(f"{path.name}*") if made != path else ():
             file.unlink()
         return made
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError, NonFiniteError, in_one_line, pass_on
 from sparsevit_cli.profiling.memory import memory_errors
 from sparsevit_cli.reporting import Reporter
-from sparsevit_cli.runtimes import Activations, Run
+from sparsevit_cli.runtimes import Activations, Run, runtime_for
 
 from .images import structured_images
 from .openvino_ir import changed_windows
-from .programs import ANSWERS, named_tensors, onnx_runner, openvino_runner, pt2_runner
+from .programs import ANSWERS, named_tensors
 
 Pairs = list[tuple[Tensor, dict[str, Tensor]]]
 Reference = Callable[[int], Pairs]
@@ -157,7 +157,7 @@ def checked(
     """
     tries: list[tuple[Difference, ...]] = []
     try:
-        run = _runner(path)
+        run = runner(path)
         for attempt in (seed, seed + 1):
             tries.append(
                 tuple(_difference(run(images), list(named.values()), len(images)) for images, named in outputs(attempt))
@@ -187,11 +187,9 @@ def checked(
     raise MeasurementError(path.name, got, _NOT_KEPT)
 
 
-def _runner(path: Path, activations: Activations = "fp32") -> Run:
-    """The file, as it is served; `activations` are OpenVINO's."""
-    if path.suffix == ".xml":
-        return openvino_runner(path, activations)
-    return {".onnx": onnx_runner, ".pt2": pt2_runner}[path.suffix](path)
+def runner(path: Path, activations: Activations = "fp32") -> Run:
+    """The file in the runtime of its kind, with torch's number of threads."""
+    return runtime_for(path).load(path, activations=activations).run
 
 
 def checked_lowered(
@@ -208,7 +206,7 @@ def checked_lowered(
     Without `exact` it is one of OpenVINO that is right in float32, in `activations`. Raises MeasurementError where the
     image in the middle differs by more than LOWERED_TOLERANCE, of eight bits ROUNDED_TOLERANCE.
     """
-    run = _runner(path, activations)
+    run = runner(path, activations)
     label, tolerance = (activations, LOWERED_TOLERANCE) if exact is None else ("int8", ROUNDED_TOLERANCE)
     pairs = [*outputs(seed), *outputs(seed + 1)]
     differences: list[Difference] = []

@@ -57,9 +57,10 @@ from .folder import (
     staging_folder,
 )
 from .images import structured_images
-from .latency import RUNTIME_OF, measured_latency
-from .precision import IN_EIGHT_BITS, LOWERING, ActivationsAsked, resolved_activations
-from .programs import OPSETS, OneImage, check_packages, describe_onnx, with_fixed_outputs
+from .latency import MEASURED, measured_latency
+from .light import random_images
+from .precision import IN_EIGHT_BITS, ActivationsAsked, activations_of, resolved_activations
+from .programs import OPSET, OPSETS, OneImage, check_packages, describe_onnx, with_fixed_outputs
 from .quantization import Quantise, quantize
 from .report import ExportedFile, ExportReport, RuntimeLatency, manifest_json, serving_json
 from .writing import Writer, traced
@@ -71,7 +72,7 @@ def export_model(
     *,
     input_size: InputSize,
     formats: Sequence[str] = DEFAULT_FORMATS,
-    opset: int = 20,
+    opset: int = OPSET,
     precision: Precision = "fp32",
     activations: ActivationsAsked = "auto",
     calibration: Sequence[Tensor] = (),
@@ -87,6 +88,8 @@ def export_model(
     check_images: Tensor | None = None,
     reporter: Reporter | None = None,
     patience: Patience | None = None,
+    max_spread: float = 0.10,
+    retries: int = 1,
     before_step: Callable[[], None] = lambda: None,
 ) -> ExportReport:
     """Export a sparsified float32 model at its present ratios to `output_dir`; the model itself is not touched.
@@ -104,7 +107,8 @@ def export_model(
     one in eight bits then, which is compared with eager too: `calibration` images (1, C, H, W) tell the ranges of
     activations. `quantise` does that, and judges the result; what it returns stands in the manifest. By default
     `quantization.quantize` does.
-    `measure_ms` measures the files in ONNX Runtime and OpenVINO, in turns with the same weights at ratio 0.
+    `measure_ms` measures the files in ONNX Runtime and OpenVINO, in turns with the same weights at ratio 0; `patience`,
+    `max_spread` and `retries` are those of `measure_interleaved`.
     `preprocessing` goes into serving.json.
     Files of an earlier export are replaced once all new ones are good, and not before; `before_step` may raise, to
     stop early.
@@ -126,7 +130,7 @@ def export_model(
     with runs_on((min(check_batch_sizes), *shape)):
         model = with_fixed_outputs(module, lambda batch: structured_images(shape, batch, seed), check_batch_sizes)
     one_image = isinstance(model, OneImage)
-    _check_answers(one_image, precision)
+    check_answers(one_image, precision)
     draw = single_images(shape, check_images) if one_image else batches(shape, check_batch_sizes)
     outputs = eager_reference(model, draw, output_prefix(scope))
     outputs = with_most_different_answers(outputs) if one_image else outputs
@@ -140,7 +144,7 @@ def export_model(
         for name in (name for name in FORMATS if name in formats):  # OpenVINO's is made from the ONNX file
             before_step()
             path = writer.write(name, staging)
-            lowered_to = computed_in if precision == "bf16" and name == LOWERING else "fp32"
+            lowered_to = activations_of(path, computed_in) if precision == "bf16" else "fp32"
             files.append(_checked_file(name, path, outputs, lowered_to, seed, tolerance, reporter))
         before_step()
         eight_bits: Mapping[str, Any] | None = None
@@ -151,11 +155,12 @@ def export_model(
         before_step()
         latencies: tuple[RuntimeLatency, ...] = ()
         if measure_ms:
-            image = outputs(seed)[0][0][:1]
-            lower = calibrated if precision == "int8" else None
-            latencies = _latencies(
-                writer, formats, staging, image, computed_in, lower, seed, reporter, patience, before_step
-            )
+            lower = partial(_quantised, images=random_images(shape), check=before_step) if precision == "int8" else None
+            measure = partial(
+                measured_latency, image=outputs(seed)[0][0][:1], seed=seed, reporter=reporter, check=before_step,
+                patience=patience, max_spread=max_spread, retries=retries,
+            )  # fmt: skip
+            latencies = _latencies(writer, formats, staging, computed_in, lower, reporter, measure)
         weights = file_name(scope, "safetensors")
         _write_weights(staging, {WEIGHTS: whole, weights: module})
         write_json(staging / SPARSITY, contents)
@@ -195,7 +200,8 @@ def _check_scores(module: nn.Module, formats: Sequence[str]) -> None:
         raise ConfigError("export.formats", got, "Set model.importance to mean_abs_l2 or l2, or export onnx or pt2.")
 
 
-def _check_answers(one_image: bool, precision: str) -> None:
+def check_answers(one_image: bool, precision: str) -> None:
+    """Raise ConfigError for a model of one image that is to be rounded."""
     if one_image and precision != "fp32":
         got = f"{precision}, but the model answers each image: rounding changes how many answers there are"
         raise ConfigError("export.precision", got, "Export backbone and neck (export.scope: features), or fp32.")
@@ -241,8 +247,7 @@ def _rounded(
         if file.format not in IN_EIGHT_BITS:
             found.append(file)
             continue
-        activations = computed_in if file.format == LOWERING else "fp32"
-        seen = partial(look, exact=file.path, activations=activations)
+        seen = partial(look, exact=file.path, activations=activations_of(file.path, computed_in))
         told[file.format], lowered = _replaced(file.path, quantise, seen)
         found.append(replace(file, lowered=lowered))
     return found, told
@@ -270,21 +275,18 @@ def _latencies(
     writer: Writer,
     formats: Sequence[str],
     staging: Path,
-    image: Tensor,
     computed_in: Activations,
     lower: Quantise | None,
-    seed: int,
     reporter: Reporter,
-    patience: Patience | None,
-    check: Callable[[], None],
+    measure: Callable[..., RuntimeLatency],
 ) -> tuple[RuntimeLatency, ...]:
-    """Dense against sparse in each runtime of RUNTIME_OF whose file was written. Leaves the model at ratio 0.
+    """Dense against sparse of each format of MEASURED that was written. Leaves the model at ratio 0.
 
-    `lower` makes a dense file of eight bits, if the sparse one is such.
+    `lower` makes a dense file of eight bits, if the sparse one is such: on drawn images, for it is for the clock alone.
     """
-    measured = [name for name in RUNTIME_OF if name in formats]
+    measured = [name for name in MEASURED if name in formats]
     if not measured:
-        reporter.warn(f"export: latency is measured of {' and '.join(RUNTIME_OF)} files, and neither is written")
+        reporter.warn(f"export: latency is measured of {' and '.join(MEASURED)} files, and neither is written")
         return ()
     sparse = {name: staging / writer.file_name(name) for name in measured}
     dense: dict[str, Path] = {}
@@ -298,13 +300,9 @@ def _latencies(
             for path in dense.values():
                 _replaced(path, lower)
     found = tuple(
-        measured_latency(
-            RUNTIME_OF[name], sparse[name], dense.get(name), image,
-            activations=computed_in if name == LOWERING else "fp32",
-            seed=seed, reporter=reporter, patience=patience, check=check,
-        )
+        measure(sparse[name], dense.get(name), activations=activations_of(sparse[name], computed_in))
         for name in measured
-    )  # fmt: skip
+    )
     if dense:
         shutil.rmtree(folder)
     return found
@@ -322,7 +320,7 @@ def _check_settings(
         raise ConfigError("export formats", f"{formats!r}; allowed are {', '.join(FORMATS)}", "Name each once.")
     if isinstance(opset, bool) or opset not in OPSETS:
         got = f"{opset!r}; the exporter writes {OPSETS[0]} to {OPSETS[-1]}"
-        raise ConfigError("export opset", got, "Take 20 if in doubt.")
+        raise ConfigError("export opset", got, f"Take {OPSET} if in doubt.")
     whole = all(isinstance(batch, int) and not isinstance(batch, bool) and batch >= 1 for batch in batch_sizes)
     if not whole or len(set(batch_sizes)) < 2:
         got = f"{tuple(batch_sizes)!r}; one batch size cannot show that the batch is free"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,17 +12,16 @@ from torch import Tensor
 from sparsevit_cli.profiling.latency import measure_interleaved
 from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.reporting import Reporter
-from sparsevit_cli.runtimes import Activations, runtime
+from sparsevit_cli.runtimes import Activations, runtime_for
 
 from .report import RuntimeLatency
 
-RUNTIME_OF = {"onnx": "onnxruntime", "openvino": "openvino"}
-"""The runtime of each format whose latency is measured."""
+MEASURED = ("onnx", "openvino")
+"""The formats whose latency is measured."""
 _SECONDS, _ROUNDS = 1.0, 15
 
 
 def measured_latency(
-    name: str,
     sparse: Path,
     dense: Path | None,
     image: Tensor,
@@ -30,23 +30,26 @@ def measured_latency(
     seed: int,
     reporter: Reporter,
     patience: Patience | None,
+    max_spread: float,
+    retries: int,
     check: Callable[[], None],
 ) -> RuntimeLatency:
-    """Latency of the files in the runtime `name` on one image (1, C, H, W), measured in turns.
+    """Latency of the files in the runtime of their kind on one image (1, C, H, W), measured in turns.
 
     `dense` is None for a model that is dense itself. `check` may raise, to stop early.
     """
-    loaded = runtime(name).load(sparse, activations=activations, shape=image.shape)
-    programs = {"sparse": loaded} if dense is None else {
-        "dense": runtime(name).load(dense, activations=activations, shape=image.shape), "sparse": loaded,
-    }  # fmt: skip
+    load = partial(runtime_for(sparse).load, activations=activations, shape=image.shape)
+    loaded = load(sparse)
+    name = loaded.runtime
+    programs = {"sparse": loaded} if dense is None else {"dense": load(dense), "sparse": loaded}
     reporter.say(f"export: measuring {name} latency{', dense against sparse' if dense else ''}")
     latencies = measure_interleaved(
         {label: lambda run=program.run: run(image) for label, program in programs.items()},  # type: ignore[misc]
         device=torch.device("cpu"),
         seconds=_SECONDS,
         rounds=_ROUNDS,
-        retries=1,
+        max_spread=max_spread,
+        retries=retries,
         strict=False,
         patience=patience,
         before_round=check,

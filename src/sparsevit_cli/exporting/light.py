@@ -18,8 +18,9 @@ from sparsevit_cli.runtimes import Precision, Program, precision_label, runtime
 
 from .images import structured_images
 from .openvino_ir import save_openvino
-from .precision import LOWERING, resolved_activations
+from .precision import LOWERING, format_of, resolved_activations
 from .programs import (
+    OPSET,
     batched,
     check_packages,
     named_tensors,
@@ -29,9 +30,6 @@ from .programs import (
 from .quantization import check_installed as check_nncf
 from .quantization import quantize
 
-OPSET = 20
-CALIBRATION_BATCHES = 2
-"""Random batches that an eight-bit program for the clock is calibrated on: its outputs mean nothing."""
 FARTHEST: Mapping[str, float] = {"fp32": 0.02, "bf16": 0.5}
 """Largest distance of a program's outputs from eager's, over the length of eager's: rounding may swap two windows."""
 
@@ -49,8 +47,9 @@ def check_timed(name: str, precision: str) -> None:
     found = runtime(name)
     found.check_installed()
     check_packages(("onnx",))
-    if precision == "int8" and name == LOWERING:
+    if precision == "int8":
         check_nncf("profile.precision")
+        found.check_int8("profile.precision")
     elif precision in ("fp32", "bf16"):
         found.check_activations("bf16" if precision == "bf16" else "fp32", "profile.precision")
     else:
@@ -76,8 +75,8 @@ def timed_programs(
         path = Path(folder) / "model.onnx"
         save_onnx(trace_fixed(plain, seen), path, list(expected), OPSET, {}, dynamic_batch=False)
         for name in runtimes:
-            activations = resolved_activations(precision, "auto", (name,), "profile.precision")
-            file = path if name != LOWERING else openvino_file(path, (batch, *shape), eight_bits=precision == "int8")
+            activations = resolved_activations(precision, "auto", (format_of(name),), "profile.precision")
+            file = timed_file(path, name, (batch, *shape), eight_bits=precision == "int8")
             program = runtime(name).load(file, activations=activations, threads=threads, shape=images.shape)
             label = precision_label(precision, activations)
             _look_at(program.run(seen), list(expected.values()), name, label)
@@ -85,26 +84,38 @@ def timed_programs(
     return programs
 
 
-def openvino_file(
+def timed_file(
     onnx: Path,
+    runtime_name: str,
     shape: tuple[int, int, int, int],
     *,
     eight_bits: bool,
     lengths: Mapping[str, int] | None = None,
     check: Callable[[], object] = lambda: None,
 ) -> Path:
-    """An ONNX file as OpenVINO is served with it, written beside it: the .xml marks what ranks windows as float32.
+    """An ONNX file as a runtime is served with it, itself or written beside it.
 
-    For eight bits random images of `shape` (B, C, H, W) tell the ranges; `lengths` are those of further inputs.
+    OpenVINO takes an .xml, which marks what ranks windows as float32. For eight bits random images of `shape`
+    (B, C, H, W) tell the ranges; `lengths` are those of further inputs.
     """
-    path, quantised = onnx.with_suffix(".xml"), onnx.with_name(f"{onnx.stem}-int8.xml")
-    save_openvino(onnx, path, {})
+    path = onnx
+    if runtime_name == LOWERING:
+        path = onnx.with_suffix(".xml")
+        save_openvino(onnx, path, {})
     if not eight_bits:
         return path
+    quantised = path.with_name(f"{path.stem}-int8{path.suffix}")
     batch, *sides = shape
-    images = [structured_images((sides[0], sides[1], sides[2]), batch, seed) for seed in range(CALIBRATION_BATCHES)]
-    quantize(path, quantised, images, lengths=lengths, check=check)
+    quantize(path, quantised, random_images((sides[0], sides[1], sides[2]), batch), lengths=lengths, check=check)
     return quantised
+
+
+def random_images(shape: tuple[int, int, int], batch: int = 1) -> list[Tensor]:
+    """What an eight-bit program for the clock is calibrated on: its outputs mean nothing, and its latency is the same.
+
+    `shape` is (C, H, W).
+    """
+    return [structured_images(shape, batch, seed) for seed in range(2)]
 
 
 def _look_at(found: Sequence[Tensor], expected: Sequence[Tensor], name: str, label: str) -> None:

@@ -7,7 +7,6 @@ a time (`OneImage`). torch.export refuses torchvision's detectors, so torch's ol
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import logging
@@ -21,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
-from sparsevit_cli.runtimes import Activations, Run, runtime
+from sparsevit_cli.errors import ConfigError, check_installed, in_one_line, pass_on
+from sparsevit_cli.runtimes import runtime
 
 from .folder import PACKAGES, SPARSITY
 from .images import structured_images
 
+OPSET = 20
 OPSETS = range(18, 26)
 TORCHSCRIPT_OPSETS = range(18, 21)
 """What torch's TorchScript exporter writes."""
@@ -39,11 +39,8 @@ def check_packages(formats: Sequence[str]) -> None:
     """Raise ConfigError where a package that writes one of `formats` is not installed."""
     if "openvino" in formats:
         runtime("openvino").check_installed()
-    needed = PACKAGES if {"onnx", "openvino"} & set(formats) else ()
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        got = f"{', '.join(missing)} not installed"
-        raise ConfigError("export to ONNX", got, 'Type: pip install "sparsevit-cli[export]", or export pt2 only.')
+    if {"onnx", "openvino"} & set(formats):
+        check_installed("export to ONNX", PACKAGES, "export", ", or export pt2 only")
 
 
 class UntraceableError(ConfigError):
@@ -249,21 +246,6 @@ def describe_onnx(path: Path) -> dict[str, object]:
             waiting += [graph.node for graph in inner]
     opset = next(entry.version for entry in proto.opset_import if not entry.domain)
     return {"opset": opset, "operators": dict(sorted(counts.items()))}
-
-
-def openvino_runner(path: Path, activations: Activations = "fp32") -> Run:
-    """The file in OpenVINO on the CPU, with torch's number of threads."""
-    return runtime("openvino").load(path, activations=activations).run
-
-
-def onnx_runner(path: Path) -> Run:
-    """The file in onnxruntime on the CPU, with torch's number of threads."""
-    return runtime("onnxruntime").load(path).run
-
-
-def pt2_runner(path: Path) -> Run:
-    """The file, read back."""
-    return runtime("torch").load(path).run
 
 
 def named_tensors(output: object, name: str = "output") -> Iterator[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsevit_cli import errors
 from sparsevit_cli.errors import ConfigError, MeasurementError, in_one_line, pass_on
 from sparsevit_cli.runtimes.openvino import compiled, core, load_openvino, same_signal_stack, without_telemetry
 
@@ -53,12 +54,7 @@ def check_installed(setting: str = "export.precision") -> None:
 
     `setting` is the one of int8, as users write it.
     """
-    import importlib.util
-
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        do = f'Type: pip install "sparsevit-cli[openvino]", or set {setting}: fp32.'
-        raise ConfigError(f"{setting} int8", f"{', '.join(missing)} not installed", do)
+    errors.check_installed(f"{setting} int8", PACKAGES, "openvino", f", or set {setting}: fp32")
 
 
 def load_nncf() -> Any:
@@ -104,7 +100,7 @@ def quantize(
 
     `images` (1, C, H, W) tell the ranges of activations. Nodes of the names `in_float`, and all that ranks windows,
     stay as they are. `lengths` are those of further inputs. `check` is called before each image, and may raise. Raises
-    ConfigError (packages, no images), MeasurementError if NNCF fails or puts eight bits into the ranking.
+    ConfigError (packages, no images), MeasurementError if NNCF fails, or puts eight bits into what should have none.
     """
     if source.suffix == ".onnx":
         import onnx
@@ -116,7 +112,9 @@ def quantize(
         load_openvino().save_model(model, target, compress_to_fp16=False)
         keep_ranking_exact(target)
     try:
-        _check_ranking(core().read_model(source), core().read_model(target))
+        before, after = (core().read_model(path) for path in (source, target))
+        _check_ranking(before, after)
+        _check_in_float(before, after, in_float)
     except MeasurementError:
         for path in (target, target.with_suffix(".bin")):
             path.unlink(missing_ok=True)
@@ -167,8 +165,30 @@ def _check_ranking(before: Any, after: Any) -> None:
         raise MeasurementError("int8", got, _REPORT)
 
 
+def _check_in_float(before: Any, after: Any, names: Sequence[str]) -> None:
+    """Raises MeasurementError unless layers of these names were there, and have no eight bits now.
+
+    NNCF passes over a name that it does not know without a word.
+    """
+    there, rounded = {node.get_friendly_name() for node in before.get_ops()}, quantised_layers(after)
+    if wrong := [name for name in names if name not in there or name in rounded]:
+        raise MeasurementError("int8", f"{', '.join(wrong)} should stay in float and did not", _REPORT)
+
+
+def _passes(node: Any) -> bool:
+    """True for nodes of `_PASSING`, and for those that make floats of whole numbers of eight bits, as ONNX files do."""
+    of_eight_bits = node.get_type_name() in ("Subtract", "Multiply") and _are_whole(node.input_value(0).get_node())
+    return node.get_type_name() in _PASSING or of_eight_bits
+
+
+def _are_whole(node: Any) -> bool:
+    if node.get_type_name() == "Subtract":
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "Convert" and node.get_input_element_type(0).get_type_name() in ("i8", "u8")
+
+
 def _is_rounded(node: Any) -> bool:
-    while node.get_type_name() in _PASSING:
+    while _passes(node):
         node = node.input_value(0).get_node()
     return bool(node.get_type_name() == "FakeQuantize")
 
@@ -249,13 +269,13 @@ def quantised_layers(model: Any) -> Mapping[str, frozenset[str]]:
     """Names of the nodes that compute in eight bits, each with the names of its `FakeQuantize` nodes."""
     layers: dict[str, set[str]] = {}
     for node in model.get_ordered_ops():
-        if node.get_type_name() in ("FakeQuantize", "ShapeOf", *_PASSING):
+        if node.get_type_name() in ("FakeQuantize", "ShapeOf") or _passes(node):
             continue
         waiting = [value.get_node() for value in node.input_values()]
         while waiting:
             before = waiting.pop()
             if before.get_type_name() == "FakeQuantize":
                 layers.setdefault(node.get_friendly_name(), set()).add(before.get_friendly_name())
-            elif before.get_type_name() in _PASSING:
+            elif _passes(before):
                 waiting += [value.get_node() for value in before.input_values()]
     return {name: frozenset(quantisers) for name, quantisers in layers.items()}

@@ -23,9 +23,7 @@ from .folder import (
     output_prefix,
     verify,
 )
-
-LOWERED = ".xml"
-"""Files that may be computed in bfloat16. They and ONNX files may have eight bits; all others are in float32."""
+from .precision import activations_of
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,12 @@ class ExportFolder:
 
     def activations_of(self, path: Path) -> Activations:
         """What a runtime is asked to compute in for a file: `precision` and `activations` are those of the `.xml`."""
-        return self.activations if path.suffix == LOWERED else "fp32"
+        return activations_of(path, self.activations)
 
     def label_of(self, path: Path) -> str:
         """Precision of a file as tables have it: `int8+bf16`."""
-        if path.suffix == LOWERED or (path.suffix == ".onnx" and self.precision == "int8"):
-            return precision_label(self.precision, self.activations_of(path))
-        return "fp32"
+        rounded = self.precision == "int8" and path.suffix != ".pt2"
+        return precision_label("int8" if rounded else "fp32", self.activations_of(path))
 
     @property
     def prefix(self) -> str:

@@ -115,6 +115,15 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_flags() -> frozenset[str]:
+    """What Linux says that an x86 CPU can do, such as `avx512_vnni`; empty elsewhere."""
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
 def _cpu_state() -> dict[str, str | int | float]:
     state: dict[str, str | int | float] = {}
     if hasattr(os, "getloadavg"):

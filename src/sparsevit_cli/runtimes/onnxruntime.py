@@ -18,11 +18,14 @@ class OnnxRuntime(Runtime):
     suffixes = (".onnx",)
     packages = ("onnxruntime", "onnx")
     extra = "export"
-    runs_int8 = True
 
     def activations(self) -> tuple[Activations, ...]:
         """float32 alone."""
         return ("fp32",)
+
+    def runs_int8(self) -> bool:
+        """True: of eight bits it has kernels for every CPU."""
+        return True
 
     def _run(
         self,

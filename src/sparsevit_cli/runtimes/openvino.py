@@ -90,13 +90,15 @@ class OpenVino(Runtime):
     suffixes = (".xml", ".onnx")
     packages = ("openvino",)
     extra = "openvino"
-    runs_int8 = True
+    otherwise = "; it would emulate bf16, slower than fp32"
 
-    @functools.cache  # noqa: B019 - runtimes live as long as the process
     def activations(self) -> tuple[Activations, ...]:
         """float32, and bfloat16 where the CPU has it: emulated bfloat16 is slower than float32."""
-        capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        return ("fp32", "bf16") if "BF16" in capabilities else ("fp32",)
+        return ("fp32", "bf16") if "BF16" in _capabilities() else ("fp32",)
+
+    def runs_int8(self) -> bool:
+        """True if OpenVINO says so of this CPU."""
+        return "INT8" in _capabilities()
 
     def _run(
         self,
@@ -114,6 +116,12 @@ class OpenVino(Runtime):
         if shapes:
             model.reshape(shapes)
         return compiled(model, activations, threads)
+
+
+@functools.cache
+def _capabilities() -> tuple[str, ...]:
+    """What OpenVINO computes in on this CPU by instructions of its own, in its own words."""
+    return tuple(core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def compiled(model: object, activations: Activations, threads: int) -> Run:

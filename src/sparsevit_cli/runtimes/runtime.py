@@ -9,14 +9,15 @@ import importlib.metadata
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from sparsevit_cli.errors import CheckpointError, ConfigError, in_one_line, pass_on
+from sparsevit_cli.errors import CheckpointError, ConfigError, check_installed, in_one_line, pass_on
+from sparsevit_cli.profiling.device import cpu_flags
 
 Activations = Literal["fp32", "bf16"]
 """What a runtime computes in, where the file does not say eight bits."""
@@ -28,19 +29,13 @@ Run = Callable[[Tensor], list[Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A file as a runtime runs it, with the settings that its latency depends on.
-
-    `shape` is the one shape (B, C, H, W) that it was compiled for; None where any batch goes. `lengths` are those of
-    the file's inputs besides the images, which were folded into the program.
-    """
+    """A file as a runtime runs it, with the settings that its latency depends on."""
 
     runtime: str
     version: str
     activations: Activations
     threads: int
-    shape: tuple[int, ...] | None
     run: Run
-    lengths: Mapping[str, int] = field(default_factory=dict)
 
 
 def precision_label(precision: Precision, activations: Activations) -> str:
@@ -52,18 +47,22 @@ class Runtime(ABC):
     """A way to run exported files on this machine's CPU.
 
     `suffixes` are of the files that it reads, the preferred one first, `packages` what must be installed, `extra` the
-    extra of this package that installs them. `runs_int8` is true if it has kernels for eight bits.
+    extra of this package that installs them. `otherwise` says what it would do if it were asked for other activations.
     """
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     packages: ClassVar[tuple[str, ...]]
     extra: ClassVar[str | None] = None
-    runs_int8: ClassVar[bool] = False
+    otherwise: ClassVar[str] = ""
 
     @abstractmethod
     def activations(self) -> tuple[Activations, ...]:
         """What this machine's CPU computes in by instructions of its own, the slowest first."""
+
+    def runs_int8(self) -> bool:
+        """True if it has kernels for eight bits on this machine's CPU."""
+        return False
 
     @abstractmethod
     def _run(
@@ -85,8 +84,9 @@ class Runtime(ABC):
         shape: Sequence[int] | None = None,
         lengths: Mapping[str, int] | None = None,
     ) -> Program:
-        """Load a file on `threads` CPU threads, by default torch's number; `shape` (B, C, H, W) compiles for it alone.
+        """Load a file on `threads` CPU threads, by default torch's number.
 
+        `shape` (B, C, H, W) compiles for it alone, in OpenVINO; the others run any batch that the file takes.
         `lengths` are those of all its inputs besides the images, by name: vectors whose values do not matter.
         The threads do not spin once a run has ended, so that a program that is measured next has all cores to itself.
         Raises ConfigError (packages, activations), CheckpointError (a file that is missing or cannot be loaded).
@@ -106,12 +106,12 @@ class Runtime(ABC):
             pass_on(error)
             got = f"{self.name} {self.version()} cannot load it ({in_one_line(error)})"
             raise CheckpointError(str(path), got, "Export the model again.") from error
-        return Program(self.name, self.version(), activations, threads, fixed, run, dict(lengths or {}))
+        return Program(self.name, self.version(), activations, threads, run)
 
     def precisions(self) -> tuple[str, ...]:
         """Labels of all that it computes in on this CPU; see `precision_label`."""
         found = self.activations()
-        return (*found, *(precision_label("int8", each) for each in found if self.runs_int8))
+        return (*found, *(precision_label("int8", each) for each in found if self.runs_int8()))
 
     def version(self) -> str:
         """Version of the installed runtime."""
@@ -123,10 +123,7 @@ class Runtime(ABC):
 
     def check_installed(self) -> None:
         """Raises ConfigError that names the extra."""
-        if not self.is_installed():
-            missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
-            do = f'Type: pip install "sparsevit-cli[{self.extra}]"'
-            raise ConfigError(f"runtime {self.name}", f"{', '.join(missing)} not installed", do)
+        check_installed(f"runtime {self.name}", self.packages, self.extra or "")
 
     def check_activations(self, activations: Activations, setting: str | None = None) -> None:
         """Raises ConfigError for what this CPU would emulate, slower than float32, and for a runtime that is broken.
@@ -140,6 +137,21 @@ class Runtime(ABC):
             do = f"Install {self.packages[0]} again."
             raise ConfigError(f"runtime {self.name}", f"it cannot be loaded ({in_one_line(error)})", do) from error
         if activations not in known:
-            got = f"{activations}: {self.name} on this CPU computes in {' and '.join(known)}"
+            got = f"{activations}: {self.name} on this CPU computes in {' and '.join(known)}{self.otherwise}"
             do = "Take fp32" if setting is None else f"Set {setting}: fp32"
             raise ConfigError(f"runtime {self.name}", got, f"{do}, or another runtime.")
+
+    def check_int8(self, setting: str) -> None:
+        """Raises ConfigError for a runtime without kernels of eight bits on this CPU; `setting` asked for them."""
+        self.check_activations("fp32", setting)  # one that is broken
+        if not self.runs_int8():
+            got = f"int8: {self.name} on this CPU computes in {' and '.join(self.activations())}"
+            raise ConfigError(f"runtime {self.name}", got, f"Set {setting}: fp32, or another runtime.")
+
+
+def slow_in_int8() -> str:
+    """Why eight bits gain little on this CPU; empty if they do not, and where nothing is known of it."""
+    flags = cpu_flags()
+    if not flags or flags & {"avx512_vnni", "avx_vnni", "amx_int8"}:
+        return ""
+    return "this CPU multiplies eight bits without VNNI or AMX: int8 may be no faster than fp32 here"

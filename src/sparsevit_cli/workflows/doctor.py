@@ -15,7 +15,7 @@ from sparsevit_cli.profiling.inputs import evaluating
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.profiling.neighbours import Patience, Vigil
 from sparsevit_cli.profiling.workload import image_workload
-from sparsevit_cli.runtimes import RUNTIMES, Runtime
+from sparsevit_cli.runtimes import RUNTIMES, Runtime, slow_in_int8
 
 EXTRAS = {
     "demo": ("sklearn", "matplotlib"),
@@ -85,4 +85,6 @@ def _told(runtime: Runtime) -> str:
     except Exception as error:
         pass_on(error)
         return f"{runtime.version()}, cannot be loaded ({in_one_line(error)})"
-    return f"{runtime.version()}, runs {' and '.join(runtime.suffixes)} files in {precisions}"
+    found = f"{runtime.version()}, runs {' and '.join(runtime.suffixes)} files in {precisions}"
+    slow = slow_in_int8() if runtime.runs_int8() else ""
+    return f"{found}; {slow}" if slow else found

@@ -23,8 +23,9 @@ from sparsevit_cli.data.splits import fixed_subset
 from sparsevit_cli.errors import DataError, MeasurementError
 from sparsevit_cli.exporting import ExportScope, structured_images
 from sparsevit_cli.exporting.openvino_ir import changed_windows
+from sparsevit_cli.exporting.precision import IN_EIGHT_BITS, activations_of
 from sparsevit_cli.exporting.quantization import LayerError, layer_errors, quantize
-from sparsevit_cli.runtimes import Activations, ProgramModule, runtime
+from sparsevit_cli.runtimes import Activations, ProgramModule, runtime_for, slow_in_int8
 from sparsevit_cli.tasks.task import Metric, Score
 
 from .paired import Change, PairedScorer, change
@@ -35,7 +36,6 @@ RANKING_IMAGES = 8
 """Calibration images on which the layers are ranked by their errors."""
 WINDOW_IMAGES = 128
 """Validation images on which changed windows are counted, at most."""
-RUNTIME_OF = {".xml": "openvino", ".onnx": "onnxruntime"}
 AS_BEFORE = "an earlier export is as it was"
 
 
@@ -98,6 +98,15 @@ def told(found: Change, metric: Metric) -> str:
     )
 
 
+def passes_told(session: Session, images: int) -> str:
+    """How often int8 scores the validation data: that takes most of its time."""
+    formats = [name for name in IN_EIGHT_BITS if name in session.config.export.formats]
+    return (
+        f"{images:,} validation images are scored {1 + len(formats)} times, in fp32 and in int8 for "
+        f"{' and '.join(formats)}; once more for each step in which layers stay in float"
+    )
+
+
 class _TakenError(Exception):
     """Raised to leave a forward pass once the exported part was called: what follows is not needed."""
 
@@ -105,7 +114,7 @@ class _TakenError(Exception):
 class Deployed:
     """A copy of a model that runs an exported file in the place of the part that it was exported from.
 
-    `program` may be changed. While `taking` is a list, what the part gets is put there, and nothing is computed.
+    While `taking` is a list, what the part gets is put there, and nothing is computed.
     """
 
     def __init__(self, session: Session, model: nn.Module, scope: ExportScope) -> None:
@@ -124,7 +133,7 @@ class Deployed:
 
     def load(self, path: Path, activations: Activations) -> None:
         """Run this file from now on."""
-        program = runtime(RUNTIME_OF[path.suffix]).load(path, activations=activations)
+        program = runtime_for(path).load(path, activations=activations)
         self._module = ProgramModule(program, self._like, name=path.name, shape=self._shape)
 
     def _run(self, images: Tensor) -> Any:
@@ -132,14 +141,15 @@ class Deployed:
             assert self._module is not None, "no file is loaded"
             return self._module(images)
         if tuple(images.shape[1:]) == self._shape:
-            self.taking.append(images[:1].detach().float().cpu().contiguous())
+            self.taking.append(images.detach().float().cpu())
         raise _TakenError
 
     def input_of(self, source: Source, sample: int) -> Tensor:
         """What the part gets for a sample of `source`: an image (1, C, H, W).
 
-        Of a detector that is what its backbone gets, padded; of sliding windows the first one. Raises DataError for
-        one that cannot be read, and one that never reaches the part at the size that the file takes.
+        Of a detector that is what its backbone gets, padded. Of sliding windows it is one of those that come first,
+        another one for another sample. Raises DataError for one that cannot be read, and one that never reaches the
+        part at the size that the file takes.
         """
         session = self.session
         session.stop.check("export", AS_BEFORE)
@@ -155,7 +165,8 @@ class Deployed:
             raise DataError(
                 "data: images for eight bits", got, "Evaluate at model.img_size, or export in fp32 or bf16."
             )
-        return found[0]
+        number = sample % len(found[0])
+        return found[0][number : number + 1].clone(memory_format=torch.contiguous_format)
 
     def score(self, path: Path, activations: Activations, source: Source, title: str) -> tuple[Score, PairedScorer]:
         """Score of a file on all samples of `source`, and what its standard error needs."""
@@ -198,6 +209,8 @@ class Quantiser:
         if not count:
             got = "the search split, which is held out of the training images, is empty"
             raise DataError("data: images for eight bits", got, "Add training images, or export in fp32 or bf16.")
+        if slow := slow_in_int8():
+            session.reporter.warn(f"export: {slow}")
         self.deployed = Deployed(session, model, scope)
         chosen = fixed_subset(len(data.search), count, session.config.seed)
         self.images = Inputs(self.deployed, data.search, chosen)
@@ -205,6 +218,7 @@ class Quantiser:
             for _ in self.images:
                 progress.advance()
         self.found: dict[str, EightBits] = {}
+        self._before: tuple[Score, PairedScorer] | None = None
 
     def __call__(self, source: Path, target: Path) -> dict[str, Any]:
         """Write `source`, in float32, as `target`, and tell what manifest.json says.
@@ -212,7 +226,7 @@ class Quantiser:
         Raises MeasurementError if more than `export.max_loss` is lost whatever stays in float.
         """
         metric, say = self.session.task.metric, self.session.reporter.say
-        before = self.deployed.score(source, "fp32", self.data.val, f"{source.name} in fp32")
+        before = self._in_float(source)
         without: Change | None
         without = found = self._tried(source, target, (), before)
         in_float: tuple[LayerError, ...] = ()
@@ -235,12 +249,16 @@ class Quantiser:
         self.found[source.name] = told_of
         return told_of.document()
 
+    def _in_float(self, source: Path) -> tuple[Score, PairedScorer]:
+        """The score of the first file stands for all: each was compared with eager, and it is the same graph."""
+        if self._before is None:
+            self.session.reporter.say(f"export: {passes_told(self.session, len(self.data.val))}")
+            self._before = self.deployed.score(source, "fp32", self.data.val, f"{source.name} in fp32")
+        return self._before
+
     @property
     def _allowed(self) -> str:
         return f"{self.session.config.export.max_loss:g} may be lost (export.max_loss)"
-
-    def _computed_in(self, path: Path) -> Activations:
-        return self.activations if path.suffix == ".xml" else "fp32"
 
     def _lost_too_much(self, found: Change) -> bool:
         return -found.difference > self.session.config.export.max_loss
@@ -254,7 +272,9 @@ class Quantiser:
         self.session.reporter.say(f"export: NNCF quantises {source.name} on {len(self.images)} images")
         names = [layer.name for layer in in_float]
         quantize(source, target, self.images, in_float=names, check=self._check)
-        after = self.deployed.score(target, self._computed_in(target), self.data.val, f"{target.name} in int8")
+        after = self.deployed.score(
+            target, activations_of(target, self.activations), self.data.val, f"{target.name} in int8"
+        )
         return change(self.session.task, before, after)
 
     def _ranked(self, source: Path) -> tuple[LayerError, ...]:
@@ -269,5 +289,5 @@ class Quantiser:
         """
         samples = fixed_subset(len(self.data.val), min(WINDOW_IMAGES, len(self.data.val)), self.session.config.seed)
         images = Inputs(self.deployed, self.data.val, samples)
-        kept, changed = changed_windows(source, images, self._computed_in(target), target)
+        kept, changed = changed_windows(source, images, activations_of(target, self.activations), target)
         return kept, changed, len(images)

@@ -17,6 +17,7 @@ from sparsevit_cli.exporting import (
     ExportReport,
     ModelInfo,
     UntraceableError,
+    check_answers,
     export_model,
     resolved_activations,
 )
@@ -72,9 +73,7 @@ def _checked_activations(session: Session, part: Part) -> Activations:
     """What the files of `part` are computed in. Raises ConfigError for settings that do not go with it."""
     section = session.config.export
     activations = resolved_activations(section.precision, section.activations, section.formats)
-    if part.one_image and section.precision != "fp32":
-        got = f"{section.precision}, but the model answers each image: rounding changes how many answers there are"
-        raise ConfigError("export.precision", got, "Export backbone and neck (export.scope: features), or fp32.")
+    check_answers(part.one_image, section.precision)
     if part.one_image and "pt2" in section.formats:
         got = f"pt2, but the model of task {session.task.name} gives as many answers as it finds: .pt2 cannot hold that"
         do = "Set export.formats: [onnx] for one image at a time, or export.scope: features for backbone and neck."
@@ -167,6 +166,8 @@ def _export(
         check_images=_images(session, trained) if part.one_image else None,
         reporter=session.reporter,
         patience=session.patience,
+        max_spread=session.config.clock.max_spread,
+        retries=session.config.clock.retries,
         before_step=partial(session.stop.check, "export", AS_BEFORE),
     )
     return report, {} if quantiser is None else quantiser.found

@@ -14,7 +14,7 @@ from sparsevit_cli.exporting import UntraceableError
 from sparsevit_cli.exporting.light import check_timed, timed_programs
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, placed
 from sparsevit_cli.profiling.workload import Workload
-from sparsevit_cli.runtimes import RUNTIMES, Precision
+from sparsevit_cli.runtimes import RUNTIMES, Precision, slow_in_int8
 
 from .rows import TORCH, Place
 from .session import Session
@@ -83,6 +83,8 @@ def chosen_runtimes(session: Session, command: str, *, all_installed: bool = Fal
         )  # fmt: skip
     for name, why in left_out.items():
         session.reporter.say(f"{command}: without {name}: {why}")
+    if section.precision == "int8" and (slow := slow_in_int8()):
+        session.reporter.warn(f"{command}: {slow}")
     return found
 
 

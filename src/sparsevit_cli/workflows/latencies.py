@@ -52,6 +52,11 @@ class MeasuredLatencies:
         return self.source.identity
 
     @property
+    def measured_in(self) -> str:
+        """`openvino 2026.4, int8+bf16, batch 1`"""
+        return f"{self.source.told}, batch {self.section.batch_size}"
+
+    @property
     def dense_ms(self) -> float | None:
         """Milliseconds per batch of the dense model, where the clock was steady."""
         dense = self._measured.get(self.space.dense)
@@ -150,6 +155,8 @@ def machine_told(machine: Mapping[str, Any]) -> str:
 
 class GivenLatencies:
     """What a latency table says that was measured on another machine. Nothing is measured here."""
+
+    measured_in = ""
 
     def __init__(self, path: Path, table: LatencyTable, space: SearchSpace) -> None:
         self.path, self._table, self.space = path, table, space

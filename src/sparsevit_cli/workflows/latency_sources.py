@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.exporting import ExportScope, UntraceableError
 from sparsevit_cli.exporting.adjustable import AdjustablePrograms
-from sparsevit_cli.exporting.precision import resolved_activations
+from sparsevit_cli.exporting.precision import LOWERING, format_of, resolved_activations
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.profiling.latency_table import (
@@ -30,7 +31,7 @@ from sparsevit_cli.profiling.latency_table import (
 from sparsevit_cli.profiling.neighbours import Patience
 from sparsevit_cli.profiling.program_table import measure_program_table, measure_programs
 from sparsevit_cli.profiling.workload import Workload
-from sparsevit_cli.runtimes import Activations, Runtime, precision_label, runtime
+from sparsevit_cli.runtimes import Activations, Runtime, precision_label, runtime, slow_in_int8
 from sparsevit_cli.search.budget import CostMetric, CostScope
 from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.search.table_design import TableDesign
@@ -83,7 +84,7 @@ class TorchSource:
         self.session, section = session, session.config.search
         self.workload = session.workload(model, size, section.batch_size, section.precision, section.scope)
         self.identity = _with_clock(session, table_identity(self.workload))
-        self.told = str(session.device)
+        self.told = f"torch on {session.device}, {section.precision}"
 
     def measure(self, configs: Sequence[SparsityConfig], patience: Patience) -> dict[SparsityConfig, Latency]:
         """In turns, all in the same rounds."""
@@ -118,7 +119,10 @@ class ProgramSource:
         if self.runtime.name == "openvino" and session.config.model.importance == "random":
             got = "openvino, and no file is written for it where model.importance is random"
             raise ConfigError("search.runtime", got, "Choose onnxruntime or torch, or another importance.")
-        here = {"runtime_version": self.runtime.version(), "activations": self.activations}
+        version = self.runtime.version()
+        if self.section.precision == "int8":
+            version += f", nncf {importlib.metadata.version('nncf')}"
+        here = {"runtime_version": version, "activations": self.activations}
         self.identity = _with_clock(session, _program_identity(session, self.workload, here))
         whole = "" if self.workload.scope == "model" else ", backbone and neck"
         self.told = f"{self.runtime.name} {self.runtime.version()}, {label_in(self.identity)}{whole}"
@@ -179,11 +183,12 @@ class ProgramSource:
 def computed_in(session: Session, runtime: Runtime) -> Activations:
     """What `runtime` is asked to compute in: of an int8 program all that is not eight bits. Raises ConfigError."""
     precision = session.config.search.precision
-    if precision == "int8":
-        return resolved_activations("int8", session.config.export.activations, (runtime.name,), SETTING)
-    activations: Activations = "bf16" if precision == "bf16" else "fp32"
-    runtime.check_activations(activations, SETTING)
-    return activations
+    runtime.check_activations("fp32", SETTING)  # one that is broken is told before it is asked for more
+    asked = session.config.export.activations if (precision, runtime.name) == ("int8", LOWERING) else "auto"
+    found = resolved_activations(precision, asked, (format_of(runtime.name),), SETTING)
+    if precision == "int8" and (slow := slow_in_int8()):
+        session.reporter.warn(f"search: {slow}")
+    return found
 
 
 def program_workload(session: Session, model: nn.Module, size: Size | None = None) -> Workload:

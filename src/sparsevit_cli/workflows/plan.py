@@ -17,12 +17,14 @@ from sparsevit_cli.data.source import Data
 from sparsevit_cli.errors import DataError
 from sparsevit_cli.profiling.device import synchronize
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, trained_in
-from sparsevit_cli.profiling.latency_table import measure_configs
+from sparsevit_cli.profiling.latency_table import measure_configs, program_design
 from sparsevit_cli.search.engine import most_evaluations
+from sparsevit_cli.sizes import size_text
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import model_depths, set_sparsity
 from sparsevit_cli.training import plan_training
 
+from .eight_bits import passes_told
 from .in_runtimes import chosen_runtimes
 from .profile_target import ProfileTarget, built, profile_target
 from .scopes import BACKBONE, gmacs_of, image_told, per_image
@@ -63,6 +65,7 @@ def plan_of(
     ratios: str | None = None,
     runtime: str | None = None,
     budgets: Sequence[str] = (),
+    latency_table: str | None = None,
 ) -> Plan:
     """The plan of `command`, from a few timed passes. The flags are those of profile, evaluate and search.
 
@@ -71,7 +74,8 @@ def plan_of(
     if command in ("profile", "rivals"):
         ratios = ratios or ("0.6" if command == "rivals" else None)
         target = profile_target(session, model=model, img_size=img_size, ratios=ratios)
-        return Plan(tuple(_profile_lines(target, command)))
+        of_table = None if latency_table is None else _table_lines(target, latency_table)
+        return Plan(tuple(of_table or _profile_lines(target, command)))
     known = _Known(session, with_model=command != "check-data")
     lines = [*_folder_lines(session, command), *known.data_lines()]
     if command == "check-data":
@@ -94,6 +98,8 @@ def plan_of(
         lines.append(f"runtime: an exported file in {runtime} is scored, whose time is not known")
     if command == "export":
         lines.append(f"export: {', '.join(session.config.export.formats) or 'weights'}, safetensors and sparsity.json")
+    if command in ("export", "run") and session.config.export.precision == "int8":
+        lines.append(known.int8_line())
     return Plan(tuple(lines), known.missing)
 
 
@@ -206,6 +212,12 @@ class _Known:
         images = len(self.data.val)
         return f"evaluate: {images} images, {self._seconds_of(self.model, images):.0f} s dense"
 
+    def int8_line(self) -> str:
+        """Passes over the validation data."""
+        return "int8: images need the data" if self.data is None else (
+            f"int8: {passes_told(self.session, len(self.data.val))}"
+        )  # fmt: skip
+
     def _seconds_of(self, model: nn.Module, images: int) -> float:
         """Seconds of a dense evaluation, from a few timed batches of the search's size."""
         section, session = self.session.config.search, self.session
@@ -242,6 +254,25 @@ class _Known:
 
 def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _table_lines(target: ProfileTarget, path: str) -> list[str]:
+    """Of a latency table in a file: search.runtime decides how it is made."""
+    session, section = target.session, target.session.config.search
+    size = target.sizes[0]
+    model = session.sparsified_(built(session, size)).to(session.device)
+    made = "every block pair at every ratio, by marked passes; their time is not known"
+    if section.runtime != "torch":
+        workload = session.workload(model, size, section.batch_size, scope=section.scope)
+        programs = len(program_design(workload).configs())
+        minutes = programs * section.seconds * WARMUP_SHARE / 60
+        made = f"{programs} whole programs, {minutes:.1f} min at least, making them left out"
+    return [
+        f"command: profile --latency-table, into {path}",
+        f"model: {session.config.model.name}, {size_text(size)} pixels, batch {section.batch_size}, {section.scope}",
+        f"runtime: {section.runtime}, {section.precision}",
+        f"table: {made}",
+    ]
 
 
 def _profile_lines(target: ProfileTarget, command: str) -> list[str]:

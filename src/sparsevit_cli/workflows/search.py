@@ -120,6 +120,8 @@ class SearchSummary:
     not_measured_here: str = ""
     """The machine that predicted latencies are of, if nothing was measured here."""
     others: tuple[FurtherWinner, ...] = ()
+    measured_in: str = ""
+    """Runtime, precision and batch of measured latencies."""
 
 
 @dataclass(frozen=True)
@@ -534,7 +536,7 @@ class Search:
             self.folder, self.session.task.metric, winner, finalists, self.latencies.dense_ms, costs.feasibility,
             costs.table.error if costs.table else None, len(result.history), result.evaluations, result.infeasible,
             correlation, sum(self.scores.used.values()), self.scores.forwarded, result.note, self._of(),
-            self.latencies.elsewhere, others,
+            self.latencies.elsewhere, others, self.latencies.measured_in,
         )  # fmt: skip
 
     def _of(self) -> str:
