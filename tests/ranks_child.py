@@ -79,6 +79,7 @@ def trained(case: Mapping[str, Any]) -> None:
     torch.set_num_threads(1)
     folder, reporter, rank = Path(case["folder"]), SilentReporter(), os.environ["RANK"]
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        (folder / f"restarted-{rank}").touch()
         case = {name: value for name, value in case.items() if name != "kill"}
     try:
         with stop_on_signals() as stop, joined(lambda: torch.device("cpu")) as ranks:

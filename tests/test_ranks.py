@@ -150,11 +150,11 @@ def test_torchrun_starts_killed_processes_again_ten_times_of_ten(
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", str(CHILD),
              json.dumps(case)],
-            env=environment(), capture_output=True, text=True, timeout=250, check=False,
+            env=environment(), capture_output=True, text=True, timeout=900, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
-        for each in (0, 1):
+        for each in (0, 1):  # torchrun tells one that failed, be it the killed one or the other, which then ends
+            assert (folder / f"restarted-{each}").exists()
             assert_equal(torch.load(folder / f"rank-{each}.pth"), straight)
 
 
@@ -163,7 +163,7 @@ def test_a_command_under_torchrun_writes_and_prints_once(tmp_path: Path) -> None
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "sparsevit_cli.cli", "pretrain",
          "--config", str(write_tiny(tmp_path))],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=250, check=False,
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pretrain: top-1") == 1
