@@ -436,7 +436,8 @@ def test_a_wrong_config_is_told_in_three_parts_before_anything_starts(tmp_path: 
 
 def test_text_from_outside_is_shown_as_it_is(tmp_path: Path) -> None:
     images_in(tmp_path / "data", ["[red]", "[|x]", "<b>\x1b[31m"])
-    (tmp_path / "data" / "val" / "[red]" / "3.png").write_text("not an image")
+    broken = tmp_path / "data" / "val" / "[red]" / "3.png"
+    broken.write_bytes((tmp_path / "data" / "val" / "[red]" / "0.png").read_bytes()[:60])  # its header is whole
     config = write_tiny(
         tmp_path,
         data={"source": "folder", "root": str(tmp_path / "data")},
@@ -445,7 +446,7 @@ def test_text_from_outside_is_shown_as_it_is(tmp_path: Path) -> None:
     done = sparsevit("pretrain", "--config", config, cwd=tmp_path, check=3)
     assert "[red]" in done.stderr
     assert "3.png" in done.stderr
-    (tmp_path / "data" / "val" / "[red]" / "3.png").unlink()
+    broken.unlink()
     done = sparsevit("pretrain", "--config", config, cwd=tmp_path)  # repaired, and nothing trained is lost
     assert "going on from step" in done.stderr or "validation data changed" in done.stderr
     (tmp_path / "data" / "train" / "[red]" / "5.png").unlink()
