@@ -371,6 +371,7 @@ def test_the_exported_file_is_measured_against_the_budget(
     lower = checked(lambda about: about["budget"].update(latency_ms=again.latency.median_ms / 1.01))  # type: ignore[union-attr]
     assert (lower.kept, lower.document()["kept"]) == (False, False)
     assert "is NOT KEPT: model.onnx takes" in lower.told
+    assert lower.told.endswith(". Search with a smaller budget")
     off = checked(lambda about: None, export={**ON, "latency": False})
     assert (off.kept, off.why) == (None, "export.latency is false")
 

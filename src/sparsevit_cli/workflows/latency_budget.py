@@ -82,7 +82,15 @@ class BudgetCheck:
             why = self.why if found is None else f"{self.file} is not steady, {found.unsteady}"
             return f"it is not known if {budget} is kept: {why}"
         verb = "is kept" if self.kept else "is NOT KEPT"
-        return f"{budget} {verb}: {self.file} takes {found.median_ms:.2f} ms [{found.low_ms:.2f}, {found.high_ms:.2f}]"
+        took = f"{self.file} takes {found.median_ms:.2f} ms [{found.low_ms:.2f}, {found.high_ms:.2f}]"
+        return f"{budget} {verb}: {took}{'' if self.kept else self._do}"
+
+    @property
+    def _do(self) -> str:
+        """What helps where it is not kept."""
+        eight = self.budget.run_as.precision.startswith("int8")
+        fewer = "; a larger export.max_loss keeps fewer layers in float" if eight else ""
+        return f". Search with a smaller budget{fewer}"
 
     def document(self) -> dict[str, object]:
         """As JSON has it."""
