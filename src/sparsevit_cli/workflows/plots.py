@@ -57,9 +57,11 @@ def _pareto(
     draw(front, "-", "#0b6e4f", 0, "front of the finalists", drawstyle="steps-post")
     told = ", ".join(str(winner.config) for winner in winners.values())
     draw(winners.values(), "*", "#c1121f", 14, f"winner {told}" if len(winners) == 1 else "winners, by budget", ls="")
+    budgets: dict[tuple[float, float], list[str]] = {}
     for budget, winner in winners.items() if len(winners) > 1 else ():
-        place = (winner.cost, winner.metric)
-        axes.annotate(budget, place, xytext=(0, 10), fontsize=7, textcoords="offset points", ha="center")
+        budgets.setdefault((winner.cost, winner.metric), []).append(budget)
+    for place, of_one in budgets.items():
+        axes.annotate("\n".join(of_one), place, xytext=(0, 10), fontsize=7, textcoords="offset points", ha="center")
     axes.margins(y=0.12)
     axes.set_xlabel(cost_unit)
     axes.set_ylabel(f"{metric.label} on the search split, {metric.unit}".removesuffix(", "))

@@ -575,7 +575,7 @@ class Search:
             "pareto.csv",
             ("ratios", key, "first_images", "cost", "gmacs", "latency_ms", "winner_of", "scope"),
             [(f.config, f.score, f.proxy_score, f.cost, f.gmacs, f.latency_ms,
-              "; ".join(winner_of.get(f.config, ())), scope) for f in (rows[e.config] for e in front)],
+              "; ".join(dict.fromkeys(winner_of.get(f.config, ()))), scope) for f in (rows[e.config] for e in front)],
         )  # fmt: skip
         unit = "predicted ms per batch" if everything[0].costs.table else "multiply-adds per image"
         unit += of_scope(everything[0].costs.feasibility[0].scope)
