@@ -44,7 +44,7 @@ from sparsevit_cli.tasks.semantic.cityscapes import CITYSCAPES
 from sparsevit_cli.tasks.semantic.labels import IGNORED, read_numbers
 from sparsevit_cli.tasks.semantic.mask2former import Mask2FormerSegmenter
 from sparsevit_cli.tasks.semantic.scorer import ConfusionScorer
-from sparsevit_cli.tasks.semantic.segmenter import Segmenter, window_places
+from sparsevit_cli.tasks.semantic.segmenter import Segmenter, at_size, window_places
 from sparsevit_cli.tasks.semantic.transforms import TransformSpec
 from sparsevit_cli.tasks.task import BuildOptions, task_of
 from sparsevit_cli.training import TrainingJob, plan_training
@@ -711,8 +711,15 @@ def test_a_model_that_transformers_saved_gives_its_scores(saved: Path) -> None:
     assert torch.allclose(masks, outputs.masks_queries_logits, rtol=1e-4, atol=1e-4)
     assert torch.allclose(classes, outputs.class_queries_logits, rtol=1e-4, atol=1e-4)
     assert len(torch.cat([each.flatten() for each in maps]).unique()) > 3
+    targets, ties = [], 0
+    for scores, truth in zip(found, maps, strict=True):
+        first, second = at_size(scores, (truth.shape[0], truth.shape[1])).topk(2, dim=0).values
+        near = first - second < 1e-4 * first  # rounding decides which class is first
+        ties += int(near.sum())
+        targets.append(truth.where(~near, IGNORED).byte())
+    assert ties < 300, "nearly all of the 297,456 pixels are compared"
     result = ConfusionScorer(tuple("abcdefghijk"), CPU)
-    result.update(found, Batch(images, [each.byte() for each in maps], torch.arange(2)))
+    result.update(found, Batch(images, targets, torch.arange(2)))
     assert result.compute()["accuracy"] == 100, "ours, scored against what transformers says"
 
 
