@@ -410,6 +410,8 @@ def test_a_run_tells_both_scopes(done: tuple[Path, str]) -> None:
     assert winner["backbone"]["gmacs"] <= 0.7 * dense["backbone"]["gmacs"]
     assert dense["backbone"]["speedup"] == dense["speedup"] == 1
     assert "Its backbone alone" in told
+    assert document["parts"] == read(folder / "profile" / "profile.json")["parts"]
+    assert f"{document['parts']['told']}." in told
     assert "of the backbone's multiply-adds gone" in told
     assert "against dense trained as long" in told
     assert "70% of the dense backbone's multiply-adds" in told

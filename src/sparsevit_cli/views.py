@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .workflows.evaluate import EvaluateSummary
     from .workflows.export import ExportSummary
     from .workflows.pipeline import PipelineRow, PipelineSummary, ScopeCost
-    from .workflows.profile_report import ProfileReport
+    from .workflows.profile_report import PartCosts, ProfileReport
     from .workflows.rivals import RivalReport
     from .workflows.search import SearchSummary
     from .workflows.sensitivity import SensitivitySummary
@@ -194,14 +194,12 @@ def show_evaluation(summary: EvaluateSummary) -> None:
 
 def show_profile(report: ProfileReport) -> None:
     """All cells, the losing ones marked, and where the time goes."""
-    from .workflows.pages import PART_COLUMNS, STAGE_COLUMNS, columns, part_rows, parts_title, rows_of, stage_rows
+    from .workflows.pages import STAGE_COLUMNS, columns, rows_of, stage_rows
 
     losing = [number for number, row in enumerate(report.rows) if row.losing]
     print_table(f"{report.model} at {report.config}", columns(report), rows_of(report), losing=losing)
     print_lines(*(f"{line}." for line in report.image_lines()))
-    if report.parts is not None:
-        print_table(parts_title(report.parts), PART_COLUMNS, part_rows(report.parts))
-        print_lines(f"{report.parts.told()}.")
+    _show_parts(report.parts)
     for label, times in report.stages.items():
         of = "" if report.parts is None else "backbone, "
         print_table(f"Where the time goes: {of}{label}, first steady size", STAGE_COLUMNS, stage_rows(times))
@@ -213,6 +211,15 @@ def show_profile(report: ProfileReport) -> None:
         print_lines(f"sparse{where} LOSES at batch {row.batch}, {size_text(row.image_size)}{of}: {by}")
     print_lines(*(f"{line}." for line in report.told))
     print_lines(f"written: {report.folder.path / 'profile.json'}")
+
+
+def _show_parts(parts: PartCosts | None) -> None:
+    """What each part costs, and which costs most; nothing if there are no modules around the backbone."""
+    from .workflows.pages import PART_COLUMNS, part_rows, parts_title
+
+    if parts is not None:
+        print_table(parts_title(parts), PART_COLUMNS, part_rows(parts))
+        print_lines(f"{parts.told()}.")
 
 
 def show_rivals(report: RivalReport) -> None:
@@ -305,6 +312,7 @@ def show_pipeline(summary: PipelineSummary) -> None:
     print_table(title, ("model", metric.column, "GMACs", *SPEED), rows, losing=_losing(summary.rows))
     if dense.backbone is not None:
         _show_costs("Its backbone alone", [(row.label, row.backbone) for row in summary.rows])
+    _show_parts(summary.parts)
     if summary.runtime is not None:
         title = f"Exported, in {summary.runtime}, batch {summary.batch}"
         _show_costs(title, [(row.label, row.exported) for row in summary.rows])

@@ -16,6 +16,7 @@ from torch import nn
 from sparsevit_cli.commands import COMMANDS
 from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.data.shrunk import Scale, Shrunk
+from sparsevit_cli.documents import understood
 from sparsevit_cli.errors import CheckpointError, ConfigError, UnsteadyError
 from sparsevit_cli.exporting import check_packages
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
@@ -36,6 +37,7 @@ from .latencies import latencies_of_search
 from .latency_budget import BudgetCheck, RunAs, budget_of, exported_call, not_of_here
 from .latency_sources import ProgramSource, tell_of_export
 from .profile import profile_model, profile_settings
+from .profile_report import PartCosts
 from .ratios import ratios_to_finetune
 from .rows import TORCH
 from .scopes import image_told, per_image
@@ -121,6 +123,8 @@ class PipelineSummary:
     """True where the search left a latency budget out, for the clock was not steady."""
     runtime: str | None
     """Where `exported` of the rows was measured, in words; None where nothing was."""
+    parts: PartCosts | None
+    """Where the time and the multiply-adds of the winner go, as `profile` found; None without modules around a Swin."""
     budget: BudgetCheck | None
     """Of a budget that is not kept in PyTorch on this machine: whether the exported file of the winner keeps it."""
 
@@ -139,6 +143,7 @@ class PipelineSummary:
             "schema_version": 2, **self.about, **self.environment, "batch": self.batch, "validation_images": self.count,
             "rows": [row.document() for row in self.rows], "clock": self.clock,
             "searched_without_clock": self.without_clock, "runtime": self.runtime,
+            "parts": None if self.parts is None else self.parts.document(),
             "budget": None if self.budget is None else self.budget.document(), "seconds": self.seconds,
             "written": self.written,
         }  # fmt: skip
@@ -341,11 +346,18 @@ def _summary(
         tuple(str(path) for path in written if path.exists() or path == folder.result), session.environment,
         next((found.unsteady for found in (*measured.values(), exported) if found.unsteady), None),
         bool((session.earlier("search").read_result() or {}).get("without_clock")),
-        runtime, budget,
+        runtime, _parts(session), budget,
     )  # fmt: skip
     folder.set_aside(["metrics.json"], session.reporter)
     folder.write_result(summary.document())
     return summary
+
+
+def _parts(session: Session) -> PartCosts | None:
+    """What the profile of this run found. Raises CheckpointError where it is damaged."""
+    profile = session.earlier("profile")
+    with understood(profile.result):
+        return PartCosts.of_result(profile.read_result() or {})
 
 
 @dataclass(frozen=True)
@@ -354,6 +366,15 @@ class _Measured:
 
     costs: Mapping[str, ScopeCost]
     unsteady: str | None
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[str, float, Latency]]) -> _Measured:
+        """Label, multiply-adds and latency of each row; the first one is the reference of speed-ups."""
+        reference = rows[0][2]
+        return cls(
+            {label: ScopeCost(gmacs=macs / 1e9, **_facts(latency, reference)) for label, macs, latency in rows},
+            next((latency.unsteady for _, _, latency in rows if latency.unsteady), None),
+        )
 
 
 def _costs(session: Session, contenders: Sequence[_Contender], scope: Scope) -> _Measured:
@@ -372,14 +393,7 @@ def _costs(session: Session, contenders: Sequence[_Contender], scope: Scope) -> 
         session, {c.label: partial(call, c) for c in contenders if c.timed_as == c.label},
         patience=Patience(session.config.clock.wait, session.config.clock.max_neighbour),
     )  # fmt: skip
-    reference = latencies[contenders[0].label]
-    return _Measured(
-        {
-            c.label: ScopeCost(gmacs=macs[c.model](c.config) / 1e9, **_facts(latencies[c.timed_as], reference))
-            for c in contenders
-        },
-        next((latency.unsteady for latency in latencies.values() if latency.unsteady), None),
-    )
+    return _Measured.of([(c.label, macs[c.model](c.config), latencies[c.timed_as]) for c in contenders])
 
 
 def _in_runtime(session: Session, contenders: Sequence[_Contender]) -> tuple[_Measured, str | None, BudgetCheck | None]:
@@ -415,13 +429,8 @@ def _in_runtime(session: Session, contenders: Sequence[_Contender]) -> tuple[_Me
     for config, latency in latencies.items():
         if not latency.stable:
             session.reporter.warn(f"not steady: latency of {config} in {source.told}, {latency.unsteady}")
-    reference = latencies[contenders[0].config]
-    costs = {
-        row.label: ScopeCost(gmacs=macs(row.config) / 1e9, **_facts(latencies[row.config], reference)) for row in rows
-    }
-    unsteady = next((latency.unsteady for latency in latencies.values() if latency.unsteady), None)
     checked = None if budget is None else BudgetCheck(budget, file, latencies[winner] if file else None, why)
-    return _Measured(costs, unsteady), source.told, checked
+    return _Measured.of([(row.label, macs(row.config), latencies[row.config]) for row in rows]), source.told, checked
 
 
 def _facts(latency: Latency, reference: Latency) -> dict[str, float | None]:

@@ -122,6 +122,7 @@ def profile_model(
             "steady": all(row.stable for row in rows),
             "ratios": config.ratios,
             "settings": profile_settings(session),
+            "parts": None if parts is None else parts.document(),
         },
         files=["profile.json"],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.profiling.neighbours import unsteady
@@ -99,6 +99,19 @@ class PartCosts:
         what = {REST: "What runs in no part", name_after: "What follows the model"}.get(name, f"The {name}")
         return f"{what} now costs most: {share:.0%} of the {'time' if by_time else 'multiply-adds'}"
 
+    def document(self) -> dict[str, Any]:
+        """The parts in JSON documents."""
+        return {**asdict(self), "told": self.told()}
+
+    @classmethod
+    def of_result(cls, result: Mapping[str, Any]) -> PartCosts | None:
+        """Those in the final numbers of a profile; None without. Raises KeyError or TypeError where damaged."""
+        if (found := result.get("parts")) is None:
+            return None
+        after = found["after"]
+        rows = tuple(PartCost(**row) for row in found["rows"])
+        return cls(found["batch"], tuple(found["image_size"]), rows, None if after is None else PartCost(**after))
+
 
 @dataclass(frozen=True)
 class ProfileReport:
@@ -176,7 +189,6 @@ class ProfileReport:
 
     def document(self) -> dict[str, object]:
         """The JSON document of `sparsevit profile --json`."""
-        parts = {} if self.parts is None else {"parts": {**asdict(self.parts), "told": self.parts.told()}}
         return {
             "schema_version": 2,
             **self.about,
@@ -185,7 +197,7 @@ class ProfileReport:
             "settings": self.settings,
             "rows": [asdict(row) for row in self.rows],
             "stages": {label: asdict(times) for label, times in self.stages.items()},
-            **parts,
+            **({} if self.parts is None else {"parts": self.parts.document()}),
             "gmacs_by_counter": self.macs_check,
         }
 
