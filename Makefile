@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 SOURCES := src tests docs benchmarks examples
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .PHONY: demo install test test-slow test-all test-gpu test-lowest bench bench-gpu quality style docs clean
 
@@ -18,17 +19,17 @@ demo: install
 	$(BIN)/sparsevit run --config configs/digits.yaml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
 test-all: install
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
 
 # All tests, or TESTS, at the lowest versions that pyproject.toml allows; PYTHON=python3.11 takes the lowest Python too.
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest $(TESTS)
+	$(LOWEST)/bin/python -m pytest $(PARALLEL) $(TESTS)
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: more threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anybody imports torch
+
 import pytest
 import torch
 from hypothesis import settings
