@@ -469,6 +469,26 @@ def test_ap_is_that_of_pycocotools_on_the_file_itself(tmp_path: Path, letterbox:
             assert value < 0 or values[name] == pytest.approx(100 * value, abs=1e-9)
 
 
+def of_large_ids(document: dict[str, Any]) -> None:
+    """Ids as of clocks and hashes, next to each other and beyond what a double or eight bytes hold."""
+    ids = {row["id"]: (2**53, 10**18, 2**63)[n % 3] + n for n, row in enumerate(document["images"])}
+    for row in document["images"]:
+        row["id"] = ids[row["id"]]
+    for row in document["annotations"]:
+        row.update(image_id=ids[row["image_id"]], category_id=10**18 + row["category_id"])
+    for row in document["categories"]:
+        row["id"] += 10**18
+
+
+def test_ids_may_be_as_large_as_json_has_them(tmp_path: Path, tree: Path) -> None:
+    """faster_coco_eval reads them as doubles."""
+    large = data(coco_tree(tmp_path, change={"train": of_large_ids, "val": of_large_ids}))
+    scorer, small = scored(large, large.val, noise=1.5), data(tree)
+    assert scorer.compute() == scored(small, small.val, noise=1.5).compute()
+    assert {row["image_id"] for row in scorer.predictions()} <= {2**53, 10**18 + 1, 2**63 + 2, 2**53 + 3}
+    assert {row["category_id"] for row in scorer.predictions()} <= {10**18 + 3, 10**18 + 7, 10**18 + 90}
+
+
 @pytest.mark.parametrize("shrunk", [False, True])
 def test_who_finds_everything_has_all_of_the_ap_at_any_size(tree: Path, shrunk: bool) -> None:
     found = data(tree, letterbox=True)
