@@ -373,6 +373,21 @@ def test_an_image_goes_where_its_masks_go() -> None:
         assert (bright & mask).sum() / (bright | mask).sum() > 0.97
 
 
+@pytest.mark.parametrize("wide", [1, 2])
+def test_a_crack_is_still_taught_on_a_canvas_on_which_it_has_half_of_no_pixel(wide: int) -> None:
+    ys, xs = np.mgrid[:400, :400]
+    pixels = abs(ys - xs) < wide
+    thick = abs(ys + xs - 399) < 40
+    instances = tuple(Instance(0, (0, 0, 400, 400), float(each.sum()), run_lengths(each)) for each in (pixels, thick))
+    found: Any = placed_objects(Truth(1, (400, 400), instances), stretched((400, 400), (64, 64)), masks=True)
+    assert found["boxes"].tolist() == [[0, 0, 64, 64]] * 2
+    crack, broad = (mask.numpy().astype(bool) for mask in found["masks"])
+    assert crack.diagonal().all(), "whole from end to end"
+    assert crack.sum() <= 3 * 64
+    rows, columns = np.mgrid[:64, :64]
+    assert not broad[abs(rows + columns - 63) > 7].any(), "others are no wider than they were"
+
+
 def test_augmentation_is_a_function_of_seed_epoch_and_number(tree: Path) -> None:
     augment = InstancesAugment(hflip=0.5, jitter=(0.3, 2.0))
     source = data(tree, augment=augment).train

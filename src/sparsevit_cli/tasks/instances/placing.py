@@ -24,6 +24,8 @@ from .masks import Pixels
 from .truth import Truth
 
 Target = dict[str, object]
+# Raise when a change of this file changes what is trained on.
+_AUGMENT_VERSION = 2
 LEAST_SIDE = 1.0
 """Pixels of a side below which a box is not trained on: torchvision's detectors fail at one without area."""
 
@@ -107,7 +109,7 @@ class PlacingSpec:
 
     def describe(self) -> str:
         """Canonical text, for fingerprints."""
-        augment = None if self.augment is None else self.augment.model_dump()
+        augment = None if self.augment is None else {**self.augment.model_dump(), "version": _AUGMENT_VERSION}
         return json.dumps({**asdict(self), "augment": augment}, sort_keys=True)
 
     def preprocessing(self) -> Preprocessing:
@@ -188,11 +190,16 @@ def placed_objects(truth: Truth, placement: Placement, *, masks: bool) -> Target
 
 
 def _placed_mask(pixels: Pixels, placement: Placement) -> Tensor:
-    """(h, w) uint8 of the kept part."""
+    """(h, w) uint8 of the kept part: the pixels of which the mask has at least half.
+
+    Of a crack or wire that has half of no pixel, those of which it has at least half as much as of its fullest one.
+    """
     height, width = placement.part
     image = Image.fromarray(pixels.astype(np.uint8) * 255)
-    part = image.resize((width, height), Image.Resampling.BILINEAR, box=placement.source)
-    return torch.from_numpy((np.asarray(part) >= 128).astype(np.uint8))
+    part = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=placement.source))
+    most = int(part.max())
+    least = 128 if most >= 128 else max(1, (most + 1) // 2)
+    return torch.from_numpy((part >= least).astype(np.uint8))
 
 
 def _around(mask: Tensor) -> Tensor:
