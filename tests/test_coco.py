@@ -251,6 +251,16 @@ def test_validation_on_training_images_is_refused(tree: Path) -> None:
         data(tree, **same)
 
 
+def test_validation_on_a_training_image_is_refused_by_whatever_path_it_is_named(tmp_path: Path) -> None:
+    def shared(document: dict[str, Any]) -> None:
+        document["images"][0].update(file_name="./linked/000000000100.png")
+
+    tree = coco_tree(tmp_path, change={"val": shared})
+    (tree / "val2017" / "linked").symlink_to(tree / "train2017")
+    with pytest.raises(DataError, match=r"1 validation images are training images: \./linked/0+100.png"):
+        data(tree)
+
+
 def test_the_extra_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     monkeypatch.delitem(sys.modules, "faster_coco_eval.core", raising=False)

@@ -283,7 +283,7 @@ def test_wrong_masks_of_a_folder_are_told_with_their_file(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"val_split": "training"}, "same images"),
+        ({"val_split": "training"}, "6 validation images are training images"),
         ({"images": "photos"}, "no folder .*photos/training"),
         ({"ignore": 2}, "the number of the class sky"),
         ({"classes_file": "nothing.txt"}, "cannot be read"),
@@ -292,6 +292,24 @@ def test_wrong_masks_of_a_folder_are_told_with_their_file(tmp_path: Path) -> Non
 def test_settings_of_folders_that_cannot_be(fields: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=told):
         data_of(ade(ade_tree(tmp_path), **fields))
+
+
+def test_splits_of_which_one_holds_the_other_or_links_to_it_are_refused(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for number in range(3):
+            mask = squares(number, (0, 1))
+            save(tmp_path / "rgb" / split / f"{number}.png", painted(mask))
+            save(tmp_path / "gt" / split / f"{number}.png", mask)
+    fields = {"source": "folders", "root": str(tmp_path), "images": "rgb", "masks": "gt", "classes": ["no", "yes"],
+              "train_split": "train", "val_split": "val"}  # fmt: skip
+    assert len(data_of(tiny_task(data=fields)).val) == 3
+    with pytest.raises(DataError, match=r"data.train_split, data.val_split: 3 validation images are training images: 0"):
+        data_of(tiny_task(data={**fields, "train_split": "."}))
+    linked = tmp_path / "rgb" / "val" / "1.png"
+    linked.unlink()
+    linked.symlink_to(tmp_path / "rgb" / "train" / "2.png")
+    with pytest.raises(DataError, match=r"1 validation images are training images: 1\."):
+        data_of(tiny_task(data=fields))
 
 
 def test_unreadable_training_images_are_counted_and_too_many_are_an_error(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
 from sparsevit_cli.errors import ConfigError, DataError
 from sparsevit_cli.sizes import ImageSize, Size
 
+from .files import real_paths
 from .source import BadImages, Source, shorten
 from .splits import Indices
 
@@ -23,6 +25,14 @@ def refuse_unreadable(faults: Mapping[str, str], split: str = "validation") -> N
         listed = shorten([f"{name} ({reason})" for name, reason in faults.items()])
         do = "Repair or remove them; evaluation leaves no image out."
         raise DataError(f"data: {split} images", f"{len(faults)} unreadable: {listed}", do)
+
+
+def refuse_shared(field: str, train: Iterable[Path], val: Mapping[str, Path]) -> None:
+    """Raises DataError if files of held-out images, by their names, are training images, whatever links lead there."""
+    taught = set(real_paths(train))
+    if shared := [name for name, path in zip(val, real_paths(val.values()), strict=True) if path in taught]:
+        got = f"{len(shared)} validation images are training images: {shorten(sorted(shared))}"
+        raise DataError(field, got, "Validation needs images of its own.")
 
 
 def refuse_other_channels(in_chans: int, mean: Sequence[float]) -> None:

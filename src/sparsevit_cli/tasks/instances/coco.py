@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsevit_cli.data.chosen import refuse_shared
 from sparsevit_cli.data.files import file_bytes, file_fault, file_status
 from sparsevit_cli.data.source import Categories, Finding, shorten
 from sparsevit_cli.errors import DataError
@@ -344,12 +345,6 @@ def check_same_categories(train: CocoSplit, val: CocoSplit) -> None:
 
 def check_apart(train: CocoSplit, val: CocoSplit) -> None:
     """Raises DataError if validation would run on training images."""
-
-    used, asked = (
-        {os.path.join(folder, name): name for name in images.names}
-        for images in (train.images, val.images)
-        for folder in [os.path.realpath(images.folder)]
-    )
-    if shared := sorted(asked[path] for path in used.keys() & asked.keys()):
-        got = f"{len(shared)} validation images are training images: {shorten(shared)}"
-        raise DataError("data.val_annotations", got, "Validation needs images of its own.")
+    images = train.images
+    taught = (images.folder / name for name in images.names)
+    refuse_shared("data.val_annotations", taught, {name: val.images.folder / name for name in val.images.names})
