@@ -294,6 +294,17 @@ def test_settings_of_folders_that_cannot_be(fields: dict[str, Any], told: str, t
         data_of(ade(ade_tree(tmp_path), **fields))
 
 
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "LA"), ("JPEG", "L")])
+def test_headers_tell_all_masks_that_are_no_numbers(kind: str, mode: str, tmp_path: Path) -> None:
+    val = data_of(ade(ade_tree(tmp_path))).val
+    file = sorted((tmp_path / "annotations" / "validation").iterdir())[0]
+    val.check_header(0)
+    with Image.open(file) as image:
+        image.convert(mode).save(file, kind)
+    with pytest.raises(DataError, match=r"mode (RGBA?|LA), not one number|not an image \(PNG"):
+        val.check_header(0)
+
+
 def test_splits_of_which_one_holds_the_other_or_links_to_it_are_refused(tmp_path: Path) -> None:
     for split in ("train", "val"):
         for number in range(3):

@@ -19,12 +19,12 @@ from torchvision.transforms.v2 import functional as V
 
 from sparsevit_cli.data.chosen import ChosenSource
 from sparsevit_cli.data.files import file_bytes, file_fault, file_status
-from sparsevit_cli.data.images import UnreadableImageError, decode_image, opened, upright_size
+from sparsevit_cli.data.images import UnreadableImageError, decode_image, upright_size
 from sparsevit_cli.data.source import BadImages
 from sparsevit_cli.data.splits import Indices
 from sparsevit_cli.sizes import Size
 
-from .labels import LabelMap, read_numbers
+from .labels import LabelMap, opened_mask, read_numbers
 from .transforms import TransformSpec
 
 
@@ -76,7 +76,7 @@ class Pairs:
         """Raises UnreadableImageError if the headers of image and mask tell that `read` would."""
         pair = self.pairs[index]
         image = upright_size(self.root / pair.image, pair.image, self.max_megapixels)
-        with opened(self.root / pair.mask, pair.mask, self.max_megapixels) as mask:
+        with opened_mask(self.root / pair.mask, pair.mask, self.max_megapixels) as mask:
             _refuse_other_size(pair, (mask.height, mask.width), image)
 
     def classes(self, index: int) -> NDArray[np.uint8]:
