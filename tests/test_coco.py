@@ -251,6 +251,22 @@ def test_validation_on_training_images_is_refused(tree: Path) -> None:
         data(tree, **same)
 
 
+def test_names_with_the_backslashes_of_windows_are_found_elsewhere(tmp_path: Path) -> None:
+    def of_windows(document: dict[str, Any]) -> None:
+        for row in document["images"]:
+            row["file_name"] = "deep\\" + row["file_name"]
+
+    tree = coco_tree(tmp_path, change={"val": of_windows})
+    (tree / "val2017" / "deep").mkdir()
+    files = sorted((tree / "val2017").glob("*.png"))
+    for file in files[:-1]:
+        file.rename(file.parent / "deep" / file.name)
+    files[-1].rename(files[-1].parent / f"deep\\{files[-1].name}")
+    val = data(tree).val
+    assert [val[n][0].shape for n in range(4)] == [(3, *SIZE)] * 4
+    assert [val.sample_name(n).count("/") for n in range(4)] == [2, 2, 2, 1], "a file is called as the list says"
+
+
 def test_validation_on_a_training_image_is_refused_by_whatever_path_it_is_named(tmp_path: Path) -> None:
     def shared(document: dict[str, Any]) -> None:
         document["images"][0].update(file_name="./linked/000000000100.png")

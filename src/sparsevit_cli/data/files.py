@@ -25,6 +25,11 @@ def file_bytes(status: os.stat_result | None) -> int:
     return status.st_size if status is not None and stat.S_ISREG(status.st_mode) else NOT_A_FILE
 
 
+def bytes_at(path: Path | str) -> int:
+    """Bytes of the file at `path`, or NOT_A_FILE."""
+    return file_bytes(file_status(path))
+
+
 def file_fault(size: int) -> str | None:
     """Why a file of so many bytes, or NOT_A_FILE, cannot be read; None as far as that does not tell."""
     return {0: "is an empty file", NOT_A_FILE: "cannot be opened as a file"}.get(size)
