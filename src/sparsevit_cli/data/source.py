@@ -153,7 +153,10 @@ class Source(ABC):
         return None
 
     def check_header(self, index: int) -> None:  # noqa: B027 - what is drawn has none
-        """Raises UnreadableImageError if the headers of a sample's files tell that it cannot be read."""
+        """Raises UnreadableImageError if the headers of a sample's files tell that it cannot be read.
+
+        Several threads may call it at once.
+        """
 
 
 class WrappedSource(Source):

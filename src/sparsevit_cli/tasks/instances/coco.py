@@ -324,24 +324,25 @@ def _is_finite(number: float) -> bool:
 def _files(
     folder: Path, listed: Iterable[tuple[str, Size]], max_megapixels: float
 ) -> tuple[tuple[str, ...], list[int], dict[int, str]]:
-    """Name and bytes of every image file, and why some cannot be read, as far as names, sizes and annotations tell.
-
-    A name with backslashes is that of a file with slashes if there is none with backslashes.
-    """
+    """Name and bytes of every image file, and why some cannot be read, as far as names, sizes and annotations tell."""
     if not os.path.isdir(folder):
         raise DataError(str(folder), "there is no such folder", "Set data.root, data.train_images and data.val_images.")
     names, found, faults = [], [], {}
-    for number, (name, size) in enumerate(listed):
-        of_file = bytes_at(folder / name)
-        if of_file == NOT_A_FILE and name != (other := _with_slashes(name)):
-            name, of_file = other, bytes_at(folder / other)
+    for number, (listed_name, size) in enumerate(listed):
+        name, length = _file(folder, listed_name)
         names.append(name)
-        found.append(of_file)
-        if reason := file_fault(of_file):
+        found.append(length)
+        if reason := file_fault(length):
             faults[number] = reason
         elif math.prod(size) > max_megapixels * 1e6:
             faults[number] = f"has {size_text(size)} pixels, more than data.max_megapixels {max_megapixels:g}"
     return tuple(names), found, faults
+
+
+def _file(folder: Path, name: str) -> tuple[str, int]:
+    """The name and the bytes of an image file: with slashes if there is none with the backslashes of its list."""
+    length, other = bytes_at(folder / name), _with_slashes(name)
+    return (other, bytes_at(folder / other)) if length == NOT_A_FILE and other != name else (name, length)
 
 
 def check_same_categories(train: CocoSplit, val: CocoSplit) -> None:
