@@ -510,6 +510,17 @@ def test_ap_is_that_of_pycocotools_on_the_file_itself(tmp_path: Path, letterbox:
             assert value < 0 or values[name] == pytest.approx(100 * value, abs=1e-9)
 
 
+def test_a_box_that_reaches_beyond_its_image_is_scored_as_pycocotools_does_and_said_to_be(tmp_path: Path) -> None:
+    tree = coco_tree(tmp_path, val=6, change={"val": of_first(bbox=[-8, -6, 20, 18])})
+    found = data(tree)
+    (told,) = found.findings
+    assert told.what == "box that reaches beyond its image: cut in training, scored as it is"
+    scorer = scored(found, found.val, noise=0)
+    expected = by_pycocotools(tree / "annotations" / "instances_val2017.json", scorer.predictions(), "bbox")
+    assert expected[0] < 0.99, "what is found inside the image is less than the box"
+    assert scorer.compute()["box_ap"] == pytest.approx(100 * expected[0], abs=1e-9)
+
+
 def of_large_ids(document: dict[str, Any]) -> None:
     """Ids as of clocks and hashes, next to each other and beyond what a double or eight bytes hold."""
     ids = {row["id"]: (2**53, 10**18, 2**63)[n % 3] + n for n, row in enumerate(document["images"])}

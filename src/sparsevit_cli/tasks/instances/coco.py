@@ -256,7 +256,7 @@ def _box(value: Any, size: Size, note: Callable[[str], None]) -> tuple[float, fl
     if min(x + width, size[1]) - max(x, 0) <= 0 or min(y + height, size[0]) - max(y, 0) <= 0:
         raise _UnusableError("box outside its image")
     if min(x, y) < -_ROUNDING or x + width > size[1] + _ROUNDING or y + height > size[0] + _ROUNDING:
-        note("box that reaches beyond its image, cut there")
+        note("box that reaches beyond its image: cut in training, scored as it is")  # pycocotools scores it so
     return x, y, width, height
 
 
