@@ -95,6 +95,8 @@ def shrunk_mask(mask: Tensor, size: Size) -> tv_tensors.Mask:
 
 def _shrunk_one(mask: Tensor, size: Size, *, keep: bool) -> Tensor:
     """A mask (H, W) at `size`; of two values, `keep` leaves some of the higher one."""
+    first: Tensor
+    others: list[Tensor]
     first, *others = mask.unique()
     if not others:
         return first.expand(size)

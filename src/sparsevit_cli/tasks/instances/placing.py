@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from sparsevit_cli.config.instances import CocoData, InstancesAugment
-from sparsevit_cli.data.chosen import refuse_other_channels
+from sparsevit_cli.data.chosen import Spec, refuse_other_channels
 from sparsevit_cli.data.preprocessing import Preprocessing
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
@@ -24,8 +23,6 @@ from .masks import Pixels
 from .truth import Truth
 
 Target = dict[str, object]
-# Raise when a change of this file changes what is trained on.
-_AUGMENT_VERSION = 2
 LEAST_SIDE = 1.0
 """Pixels of a side below which a box is not trained on: torchvision's detectors fail at one without area."""
 
@@ -78,39 +75,23 @@ def jittered(image: Size, canvas: Size, scale: float, *, keep_aspect: bool, at: 
 
 
 @dataclass(frozen=True)
-class PlacingSpec:
-    """What becomes of an image; without `augment` always the same."""
+class PlacingSpec(Spec[InstancesAugment]):
+    """What becomes of an image and its objects."""
 
-    size: Size
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     letterbox: bool
-    augment: InstancesAugment | None
+    augment_version = 2  # raise when a change of this file changes what is trained on
 
     @classmethod
     def from_config(cls, data: CocoData, img_size: ImageSize, in_chans: int) -> PlacingSpec:
         """The augmenting one of a configuration. Raises ConfigError."""
         refuse_other_channels(in_chans, data.mean)
-        return cls(as_pair(img_size), data.mean, data.std, data.letterbox, data.augment)
-
-    def resized(self, size: ImageSize) -> PlacingSpec:
-        """The same for a canvas of another size."""
-        return replace(self, size=as_pair(size))
-
-    def evaluation(self) -> PlacingSpec:
-        """The same without augmentation."""
-        return replace(self, augment=None)
+        return cls(as_pair(img_size), data.mean, data.std, data.letterbox, augment=data.augment)
 
     @property
     def pads(self) -> bool:
         """True if images may be smaller than the canvas."""
         low, _ = (self.augment and self.augment.jitter) or (1.0, 1.0)
         return self.letterbox or low < 1
-
-    def describe(self) -> str:
-        """Canonical text, for fingerprints."""
-        augment = None if self.augment is None else {**self.augment.model_dump(), "version": _AUGMENT_VERSION}
-        return json.dumps({**asdict(self), "augment": augment}, sort_keys=True)
 
     def preprocessing(self) -> Preprocessing:
         """`evaluation` in words."""

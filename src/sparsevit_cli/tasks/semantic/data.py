@@ -39,7 +39,7 @@ def build_data(data: DigitScenesData | MaskFiles, *, img_size: ImageSize, in_cha
     held_out = {pair.key: val.root / pair.image for pair in val.pairs}
     refuse_shared("data.train_split, data.val_split", taught, held_out)
     spec = TransformSpec.from_config(data, img_size, in_chans)
-    return _bundle(data, train, val, spec, spec.evaluation(img_size), seed)
+    return _bundle(data, train, val, spec, spec.evaluation().resized(img_size), seed)
 
 
 def class_names(data: DigitScenesData | MaskFiles) -> tuple[str, ...]:

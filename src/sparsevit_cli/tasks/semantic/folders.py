@@ -28,7 +28,7 @@ def read_folders(data: PairedFolders, split: str, labels: LabelMap) -> Pairs:
         raise DataError("data.root", f"{root} is not a folder", f"Give the one that holds {of_images}.")
     places = [os.path.realpath(root / folder) for folder in (of_images, of_masks)]
     is_one = places[0] == places[1]
-    image_extensions = IMAGE_EXTENSIONS
+    image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
     if is_one and image_end == mask_end:  # the ending tells which is which: a JPEG is no mask
         image_extensions = tuple(each for each in IMAGE_EXTENSIONS if each not in _MASK_EXTENSIONS)
     images, others = _listed(root, of_images, image_end, image_extensions, mask_end if is_one else "", places[1])
