@@ -99,7 +99,6 @@ def test_truths_in_arrays_are_those_that_were_put_in() -> None:
     packed = Truths(truths)
     assert [flat(truth) for truth in packed] == [flat(truth) for truth in truths]
     assert flat(packed[-2]) == flat(truths[-2])
-    assert [flat(truth) for truth in packed[1:3]] == [flat(truth) for truth in truths[1:3]]
     assert packed.objects().tolist() == [0, 2, 3, 0]
     assert packed.learned().tolist() == [0, 1, 3, 0]
     assert packed.size(2) == (60_000, 8)
@@ -251,6 +250,32 @@ def test_validation_on_training_images_is_refused(tree: Path) -> None:
         data(tree, **same)
 
 
+def test_names_with_the_backslashes_of_windows_are_found_elsewhere(tmp_path: Path) -> None:
+    def of_windows(document: dict[str, Any]) -> None:
+        for row in document["images"]:
+            row["file_name"] = "deep\\" + row["file_name"]
+
+    tree = coco_tree(tmp_path, change={"val": of_windows})
+    (tree / "val2017" / "deep").mkdir()
+    files = sorted((tree / "val2017").glob("*.png"))
+    for file in files[:-1]:
+        file.rename(file.parent / "deep" / file.name)
+    files[-1].rename(files[-1].parent / f"deep\\{files[-1].name}")
+    val = data(tree).val
+    assert [val[n][0].shape for n in range(4)] == [(3, *SIZE)] * 4
+    assert [val.sample_name(n).count("/") for n in range(4)] == [2, 2, 2, 1], "a file is called as the list says"
+
+
+def test_validation_on_a_training_image_is_refused_by_whatever_path_it_is_named(tmp_path: Path) -> None:
+    def shared(document: dict[str, Any]) -> None:
+        document["images"][0].update(file_name="./linked/000000000100.png")
+
+    tree = coco_tree(tmp_path, change={"val": shared})
+    (tree / "val2017" / "linked").symlink_to(tree / "train2017")
+    with pytest.raises(DataError, match=r"1 validation images are training images: \./linked/0+100.png"):
+        data(tree)
+
+
 def test_the_extra_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     monkeypatch.delitem(sys.modules, "faster_coco_eval.core", raising=False)
@@ -362,7 +387,7 @@ def test_an_image_goes_where_its_masks_go() -> None:
     pixels = np.zeros((40, 60), dtype=bool)
     pixels[10:30, 30:50] = True
     truth = Truth(1, (40, 60), (Instance(0, (30, 10, 20, 20), 400.0, run_lengths(pixels)),))
-    spec = PlacingSpec((64, 64), (0.5,) * 3, (0.5,) * 3, False, None)
+    spec = PlacingSpec((64, 64), (0.5,) * 3, (0.5,) * 3, False, augment=None)
     for scale, mirrored, at in ((1.6, True, (0.5, 0.5)), (0.7, True, (0, 0)), (1.0, False, (0, 0))):
         placement = jittered((40, 60), (64, 64), scale, keep_aspect=False, at=at)
         placement = type(placement)(**{**placement.__dict__, "mirrored": mirrored})
@@ -371,6 +396,21 @@ def test_an_image_goes_where_its_masks_go() -> None:
         bright = (drawn_image[0] > 0).numpy()
         mask = placed_objects(truth, placement, masks=True)["masks"].numpy()[0].astype(bool)  # type: ignore[attr-defined]
         assert (bright & mask).sum() / (bright | mask).sum() > 0.97
+
+
+@pytest.mark.parametrize("wide", [1, 2])
+def test_a_crack_is_still_taught_on_a_canvas_on_which_it_has_half_of_no_pixel(wide: int) -> None:
+    ys, xs = np.mgrid[:400, :400]
+    pixels = abs(ys - xs) < wide
+    thick = abs(ys + xs - 399) < 40
+    instances = tuple(Instance(0, (0, 0, 400, 400), float(each.sum()), run_lengths(each)) for each in (pixels, thick))
+    found: Any = placed_objects(Truth(1, (400, 400), instances), stretched((400, 400), (64, 64)), masks=True)
+    assert found["boxes"].tolist() == [[0, 0, 64, 64]] * 2
+    crack, broad = (mask.numpy().astype(bool) for mask in found["masks"])
+    assert crack.diagonal().all(), "whole from end to end"
+    assert crack.sum() <= 3 * 64
+    rows, columns = np.mgrid[:64, :64]
+    assert not broad[abs(rows + columns - 63) > 7].any(), "others are no wider than they were"
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_number(tree: Path) -> None:
@@ -467,6 +507,37 @@ def test_ap_is_that_of_pycocotools_on_the_file_itself(tmp_path: Path, letterbox:
         for name, value in zip(names, expected, strict=True):
             assert (name in values) == (value >= 0)
             assert value < 0 or values[name] == pytest.approx(100 * value, abs=1e-9)
+
+
+def test_a_box_that_reaches_beyond_its_image_is_scored_as_pycocotools_does_and_said_to_be(tmp_path: Path) -> None:
+    tree = coco_tree(tmp_path, val=6, change={"val": of_first(bbox=[-8, -6, 20, 18])})
+    found = data(tree)
+    (told,) = found.findings
+    assert told.what == "box that reaches beyond its image: cut in training, scored as it is"
+    scorer = scored(found, found.val, noise=0)
+    expected = by_pycocotools(tree / "annotations" / "instances_val2017.json", scorer.predictions(), "bbox")
+    assert expected[0] < 0.99, "what is found inside the image is less than the box"
+    assert scorer.compute()["box_ap"] == pytest.approx(100 * expected[0], abs=1e-9)
+
+
+def of_large_ids(document: dict[str, Any]) -> None:
+    """Ids as of clocks and hashes, next to each other and beyond what a double or eight bytes hold."""
+    ids = {row["id"]: (2**53, 10**18, 2**63)[n % 3] + n for n, row in enumerate(document["images"])}
+    for row in document["images"]:
+        row["id"] = ids[row["id"]]
+    for row in document["annotations"]:
+        row.update(image_id=ids[row["image_id"]], category_id=10**18 + row["category_id"])
+    for row in document["categories"]:
+        row["id"] += 10**18
+
+
+def test_ids_may_be_as_large_as_json_has_them(tmp_path: Path, tree: Path) -> None:
+    """faster_coco_eval reads them as doubles."""
+    large = data(coco_tree(tmp_path, change={"train": of_large_ids, "val": of_large_ids}))
+    scorer, small = scored(large, large.val, noise=1.5), data(tree)
+    assert scorer.compute() == scored(small, small.val, noise=1.5).compute()
+    assert {row["image_id"] for row in scorer.predictions()} <= {2**53, 10**18 + 1, 2**63 + 2, 2**53 + 3}
+    assert {row["category_id"] for row in scorer.predictions()} <= {10**18 + 3, 10**18 + 7, 10**18 + 90}
 
 
 @pytest.mark.parametrize("shrunk", [False, True])

@@ -525,7 +525,7 @@ def test_tiny_images_and_strips(tree, size):
 def test_a_crop_of_a_tiny_image_is_never_empty():
     """timm gives black where the crop rounds to no pixel."""
     augment = AugmentSection(scale_min=0.01)
-    transform = TransformSpec((8, 8), 3, (0.0,) * 3, (1.0,) * 3, "bilinear", 0.9, augment).build()
+    transform = TransformSpec((8, 8), (0.0,) * 3, (1.0,) * 3, 3, "bilinear", 0.9, augment=augment).build()
     for width, height in [(1, 1), (2, 1), (1, 9)]:
         for _ in range(50):
             image = transform(Image.new("RGB", (width, height), (255, 0, 0)))
@@ -539,7 +539,7 @@ def test_only_the_centre_of_a_strip_is_resized(short, long, is_wide, size):
     image = ramp if is_wide else ramp.transpose(Image.Transpose.ROTATE_270)
     trimmed = _trim_strip(image, size)
     assert max(trimmed.size) <= 8 * 3 * min(image.size) + 1
-    spec = TransformSpec(size, 3, (0.0,) * 3, (1.0,) * 3, "bilinear", 0.9, None)
+    spec = TransformSpec(size, (0.0,) * 3, (1.0,) * 3, 3, "bilinear", 0.9, augment=None)
     whole = create_transform(input_size=(3, *size), crop_pct=0.9, mean=spec.mean, std=spec.std)(image)
     assert replace(spec.build(), transform=lambda image: image)(image).size == trimmed.size
     # Half a pixel of the source may be lost in rounding the centre.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sparsevit_cli.data.files import NOT_A_FILE, file_bytes, file_fault, file_status
-from sparsevit_cli.data.images import UnreadableImageError, decode_image, is_system_name, upright_size
+from sparsevit_cli.data.images import UnreadableImageError, decode_image, is_system_name, opened, upright_size
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
@@ -228,6 +228,18 @@ def test_the_limit_can_be_raised_above_pillows_own(monkeypatch):
     with pytest.raises(UnreadableImageError, match="megapixels"):
         decode(noise("PNG"), max_megapixels=0.001)
     assert decode(noise("PNG"), max_megapixels=1).size == (32, 32)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+def test_the_limit_stays_raised_until_the_last_thread_has_read(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    first, second = (opened(io.BytesIO(noise("PNG")), "cat.png", 1) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS == 1_000_000
+    second.__exit__(None, None, None)
     assert Image.MAX_IMAGE_PIXELS == 100
 
 

@@ -1,6 +1,8 @@
 """Batches: order, resume, workers, unreadable samples, dead processes."""
 
+import contextlib
 import errno
+import hashlib
 import os
 import pickle
 import random
@@ -437,6 +439,44 @@ def test_carve(pairs, fraction):
         assert taken < counts[label]
         assert taken >= min(1, counts[label] - 1)
         assert abs(taken - fraction * counts[label]) <= 1
+
+
+def carved_class_by_class(keys, labels, fraction, usable):
+    """What is held out, by looking through all labels for each class."""
+    held_out = []
+    for label in np.unique(labels):
+        members = [at for at in range(len(keys)) if labels[at] == label and usable[at]]
+        members.sort(key=lambda at: hashlib.sha256(keys[at].encode("utf-8", "surrogatepass")).digest()[:8])
+        wanted = max(1, int(len(members) * fraction + 0.5))
+        held_out += members[: min(wanted, len(members) - 1)] if members else []
+    return sorted(held_out)
+
+
+class Compared(np.ndarray):
+    """Labels that count how often all of them are compared."""
+
+    times = 0
+
+    def __eq__(self, other):
+        Compared.times += 1
+        return np.asarray(self) == other
+
+    __hash__ = None
+
+
+@given(
+    st.lists(st.tuples(st.text(), st.integers(-3, 40)), min_size=1, unique_by=lambda pair: pair[0]),
+    st.floats(0.01, 0.99),
+)
+def test_each_class_is_carved_as_if_alone_and_labels_are_not_looked_through_for_it(pairs, fraction):
+    keys, labels = [key for key, _ in pairs], np.array([label for _, label in pairs], dtype=np.int64)
+    usable = np.array([len(key) != 1 for key in keys], dtype=bool)
+    Compared.times = 0
+    held_out = []
+    with contextlib.suppress(DataError):
+        held_out = carve(keys, labels.view(Compared), fraction, usable)[1].tolist()
+    assert held_out == carved_class_by_class(keys, labels, fraction, usable)
+    assert Compared.times <= 1
 
 
 def test_a_new_image_moves_few_others_between_splits():

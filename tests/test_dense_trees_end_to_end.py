@@ -298,7 +298,7 @@ TOLD: Mapping[str, Mapping[str, str]] = {
         "nan_box": "box that is not four finite numbers",
         "short_box": "box that is not four finite numbers",
         "box_outside": "box outside its image",
-        "mask_sticks_out": "box that reaches beyond its image, cut there",
+        "mask_sticks_out": "box that reaches beyond its image: cut in training, scored as it is",
     },
     "cityscapes": {"sixteen_bits": ""},
 }

@@ -238,6 +238,57 @@ def test_splits_may_be_above_their_folders_and_images_beside_their_masks(
     assert dict(data.describe())["ignored files"] == "2"
 
 
+def one_folder(root: Path, image: str, mask: str, **fields: Any) -> dict[str, Any]:
+    """Settings of a tree whose files of sample n are called `image` and `mask`; no two images are alike."""
+    for place, split in enumerate(("train", "val")):
+        for number in range(3):
+            numbers = squares(number + 3 * place, (0, 1))
+            save(root / split / image.format(number), painted(numbers))
+            save(root / split / mask.format(number), numbers)
+    return {"source": "folders", "root": str(root), "images": "{split}", "masks": "{split}", "train_split": "train",
+            "val_split": "val", "classes": ["no", "yes"], **fields}  # fmt: skip
+
+
+def test_in_one_folder_the_ending_tells_a_mask_from_its_image(tmp_path: Path) -> None:
+    val = data_of(tiny_task(data=one_folder(tmp_path, "{}.jpg", "{}.png"))).val
+    assert [val.sample_name(n) for n in range(3)] == ["0", "1", "2"]
+    assert str(val.sample_file(0)).endswith(".jpg")
+    assert (val[0][1].numpy() == np.asarray(Image.open(tmp_path / "val" / "0.png"))).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "told"),
+    [
+        ("{}.tif", "{}.png", r"0: train/0.png and train/0.tif. Set data.image_suffix and data.mask_suffix, or move"),
+        ("{}.png", "{}.png", "lie in one folder, train, and no ending tells them apart. Set data.mask_suffix, or move"),
+        ("{}.jpg", "masks/{}.gif", r"3 images .* have no mask \(train/masks/\*\(.png\|.tif\|.tiff\|.bmp\)\)"),
+    ],
+)
+def test_nobody_is_told_to_remove_a_mask_that_was_not_told_from_its_image(
+    image: str, mask: str, told: str, tmp_path: Path
+) -> None:
+    fields = one_folder(tmp_path, image, mask, masks="{split}/masks" if "/" in mask else "{split}")
+    with pytest.raises(DataError, match=told) as refused:
+        data_of(tiny_task(data=fields))
+    assert "emove" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "fields"),
+    [("{}.png", "masks/{}.png", {"masks": "{split}/masks"}), ("rgb/{}.png", "{}.png", {"images": "{split}/rgb"})],
+)
+def test_masks_below_their_images_are_no_images(image: str, mask: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    data = data_of(tiny_task(data=one_folder(tmp_path, image, mask, **fields)))
+    assert (len(data.train) + len(data.search), len(data.val)) == (3, 3)
+    assert (data.val[1][1].numpy() == np.asarray(Image.open(tmp_path / "val" / mask.format(1)))).all()
+
+
+def test_a_file_of_names_may_begin_with_the_mark_of_windows(tmp_path: Path) -> None:
+    root = ade_tree(tmp_path)
+    (root / "objectInfo150.txt").write_bytes(b"\xef\xbb\xbf" + (root / "objectInfo150.txt").read_bytes())
+    assert data_of(ade(root)).categories.names == ("wall", "sky", "tree")
+
+
 def test_masks_of_0_and_255_are_two_classes_where_numbers_say_so_and_are_refused_where_all_else_is_ignored(
     tmp_path: Path,
 ) -> None:
@@ -283,7 +334,7 @@ def test_wrong_masks_of_a_folder_are_told_with_their_file(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"val_split": "training"}, "same images"),
+        ({"val_split": "training"}, "6 validation images are training images"),
         ({"images": "photos"}, "no folder .*photos/training"),
         ({"ignore": 2}, "the number of the class sky"),
         ({"classes_file": "nothing.txt"}, "cannot be read"),
@@ -292,6 +343,35 @@ def test_wrong_masks_of_a_folder_are_told_with_their_file(tmp_path: Path) -> Non
 def test_settings_of_folders_that_cannot_be(fields: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=told):
         data_of(ade(ade_tree(tmp_path), **fields))
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "LA"), ("JPEG", "L")])
+def test_headers_tell_all_masks_that_are_no_numbers(kind: str, mode: str, tmp_path: Path) -> None:
+    val = data_of(ade(ade_tree(tmp_path))).val
+    file = sorted((tmp_path / "annotations" / "validation").iterdir())[0]
+    val.check_header(0)
+    with Image.open(file) as image:
+        image.convert(mode).save(file, kind)
+    with pytest.raises(DataError, match=r"mode (RGBA?|LA), not one number|not an image \(PNG"):
+        val.check_header(0)
+
+
+def test_splits_of_which_one_holds_the_other_or_links_to_it_are_refused(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for number in range(3):
+            mask = squares(number, (0, 1))
+            save(tmp_path / "rgb" / split / f"{number}.png", painted(mask))
+            save(tmp_path / "gt" / split / f"{number}.png", mask)
+    fields = {"source": "folders", "root": str(tmp_path), "images": "rgb", "masks": "gt", "classes": ["no", "yes"],
+              "train_split": "train", "val_split": "val"}  # fmt: skip
+    assert len(data_of(tiny_task(data=fields)).val) == 3
+    with pytest.raises(DataError, match=r"data.val_split: 3 validation images are training images: 0"):
+        data_of(tiny_task(data={**fields, "train_split": "."}))
+    linked = tmp_path / "rgb" / "val" / "1.png"
+    linked.unlink()
+    linked.symlink_to(tmp_path / "rgb" / "train" / "2.png")
+    with pytest.raises(DataError, match=r"1 validation images are training images: 1\."):
+        data_of(tiny_task(data=fields))
 
 
 def test_unreadable_training_images_are_counted_and_too_many_are_an_error(tmp_path: Path) -> None:

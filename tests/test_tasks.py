@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as V
 from typer.testing import CliRunner
 
 from sparsevit_cli.cli import app
@@ -234,6 +235,29 @@ def test_a_shrunk_mask_lies_where_its_image_shows_it(side: int) -> None:
         assert classes.unique().tolist() == [0, 3, 7]
     nothing = shrunk_mask(torch.zeros(0, 192, 192, dtype=torch.uint8), (side, side))
     assert nothing.shape == (0, side, side)
+
+
+def test_masks_of_objects_are_shrunk_one_at_a_time_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack at once would take four bytes for each of its pixels, several times over."""
+    resized, masks = [], torch.zeros(20, 48, 48, dtype=torch.uint8)
+    for number in range(20):
+        masks[number, number : number + 9, 4 : 9 + number] = 1
+    resize = V.resize
+    monkeypatch.setattr(V, "resize", lambda image, *rest, **more: resized.append(image) or resize(image, *rest, **more))
+    found = shrunk_mask(masks, (24, 36))
+    assert [tuple(image.shape) for image in resized] == [(1, 48, 48)] * 20
+    at_once = F.interpolate(masks[:, None].float(), (24, 36), mode="bilinear", antialias=True)[:, 0] >= 0.5
+    assert torch.equal(found.as_subclass(Tensor).bool(), at_once)
+
+
+def test_a_crack_does_not_vanish_from_a_shrunk_stack_and_classes_go_by_area() -> None:
+    masks = torch.zeros(2, 96, 96, dtype=torch.uint8)
+    masks[0, 41] = 1
+    masks[1, 8:88, 8:88] = 1
+    crack, broad = shrunk_mask(masks, (24, 24)).as_subclass(Tensor)
+    assert crack.sum(0).tolist() == [1] * 24
+    assert broad.sum() == 20 * 20
+    assert not shrunk_mask(masks[0], (24, 24)).any(), "of a map of classes each pixel gets what has most of it"
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6])

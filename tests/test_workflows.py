@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +21,10 @@ import torch
 
 from sparsevit_cli.checkpoints import best_checkpoint
 from sparsevit_cli.config.loading import section_hash
-from sparsevit_cli.data.source import Categories
-from sparsevit_cli.errors import CheckpointError, ConfigError, SparseViTError, StoppedError
+from sparsevit_cli.data.images import UnreadableImageError
+from sparsevit_cli.data.shrunk import Scale, Shrunk
+from sparsevit_cli.data.source import Categories, Source, WrappedSource
+from sparsevit_cli.errors import CheckpointError, ConfigError, DataError, SparseViTError, StoppedError
 from sparsevit_cli.exporting import folder as exporting_folder
 from sparsevit_cli.exporting import load_exported
 from sparsevit_cli.profiling import device
@@ -29,6 +33,7 @@ from sparsevit_cli.ranks import Ranks
 from sparsevit_cli.reporting import SilentReporter
 from sparsevit_cli.runs import RunFolder, RunLocks, next_command
 from sparsevit_cli.runtimes.openvino import OpenVino
+from sparsevit_cli.sizes import ImageSize
 from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.tasks.task import Score
@@ -45,7 +50,7 @@ from sparsevit_cli.workflows.profile import profile_model, profile_settings
 from sparsevit_cli.workflows.profile_target import profile_target, threads_set
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.smaller import MOST_SIZES, equal_size, rival_sizes
-from sparsevit_cli.workflows.training import adapt, pretrain
+from sparsevit_cli.workflows.training import adapt, check_headers, pretrain
 from sparsevit_cli.workflows.weights import file_weights, trained_weights
 from tiny import tiny_config, train_in
 
@@ -132,6 +137,42 @@ def test_weights_of_another_seed_are_not_validated_on_what_they_learned(runs: Pa
     folder = runs / "tiny" / "pretrain" / "checkpoints"
     with pytest.raises(CheckpointError, match="seed 0"):
         evaluate_checkpoint(session_in(runs, seed=1), weights=str(folder))
+
+
+class Headers(WrappedSource):
+    """The same samples as if each had a file; `read` lists those whose header was read, the first two at once."""
+
+    def __init__(self, inner: Source, read: list[int], bad: int = -1) -> None:
+        super().__init__(inner)
+        self.read, self.bad, self.both = read, bad, threading.Barrier(2, timeout=100)
+
+    def resized(self, size: ImageSize) -> Source:
+        return self.inner.resized(size)
+
+    def sample_file(self, index: int) -> Path:
+        return Path(f"{index}.png")
+
+    def check_header(self, index: int) -> None:
+        if index < 2:
+            self.both.wait()
+        self.read.append(index)
+        if index == self.bad:
+            raise UnreadableImageError("7.png", "its header is nonsense", "Repair it.")
+
+
+def test_headers_are_read_in_threads_before_a_training_and_not_when_it_goes_on(runs: Path, tmp_path: Path) -> None:
+    session, read = session_in(runs), list[int]()
+    data = session.data()
+    data = replace(data, val=Headers(data.val, read), search=Headers(data.search, read))
+    check_headers(session, "pretrain", data)
+    assert read == []
+    check_headers(session.replaced(fresh=True), "pretrain", data)
+    check_headers(session_in(tmp_path / "elsewhere"), "pretrain", data)
+    numbers = [*range(len(data.val)), *range(len(data.search))]
+    assert sorted(read) == sorted(2 * numbers)
+    other = replace(data, val=Headers(Shrunk(data.val, Scale((32, 32), (16, 16))), read, bad=7))
+    with pytest.raises(DataError, match=r"1 unreadable: val-0007.* \(its header is nonsense\)"):
+        check_headers(session, "pretrain", other)
 
 
 # -- folders ----------------------------------------------------------------------------------------------------

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Protocol, Self, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from pydantic import BaseModel
 
 from sparsevit_cli.errors import ConfigError, DataError
-from sparsevit_cli.sizes import ImageSize, Size
+from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
-from .source import BadImages, Source, shorten
+from .files import real_paths
+from .source import BadImages, Source, shorten, with_reasons
 from .splits import Indices
 
-S = TypeVar("S", bound="Spec")
+A = TypeVar("A", bound=BaseModel)
 
 
 def refuse_unreadable(faults: Mapping[str, str], split: str = "validation") -> None:
     """Raises DataError if there are held-out images, name to reason, that cannot be read."""
     if faults:
-        listed = shorten([f"{name} ({reason})" for name, reason in faults.items()])
         do = "Repair or remove them; evaluation leaves no image out."
-        raise DataError(f"data: {split} images", f"{len(faults)} unreadable: {listed}", do)
+        raise DataError(f"data: {split} images", f"{len(faults)} unreadable: {with_reasons(faults.items())}", do)
+
+
+def refuse_shared(field: str, train: Iterable[Path], val: Mapping[str, Path]) -> None:
+    """Raises DataError if files of held-out images, by their names, are training images, whatever links lead there."""
+    taught = set(real_paths(train))
+    if shared := [name for name, path in zip(val, real_paths(val.values()), strict=True) if path in taught]:
+        got = f"{len(shared)} validation images are training images: {shorten(sorted(shared))}"
+        raise DataError(field, got, "Validation needs images of its own.")
 
 
 def refuse_other_channels(in_chans: int, mean: Sequence[float]) -> None:
@@ -32,18 +45,33 @@ def refuse_other_channels(in_chans: int, mean: Sequence[float]) -> None:
         raise ConfigError("data.mean, data.std", got, "Image files give 3 channels: set 3 of each.")
 
 
-class Spec(Protocol):
-    """How a record becomes a sample."""
+@dataclass(frozen=True)
+class Spec(Generic[A]):
+    """How a record becomes a sample, an image of `size` (height, width) for the model; always the same sample without
+    `augment`.
+    """
 
-    @property
-    def size(self) -> Size:
-        """Height and width of images in pixels, as the model gets them."""
+    size: Size
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: A | None = field(kw_only=True)
 
-    def resized(self: S, size: ImageSize) -> S:
+    augment_version: ClassVar[int | None] = None
+    """Of the code that augments: a higher one tells that it draws other samples."""
+
+    def resized(self, size: ImageSize) -> Self:
         """The same for images of another size."""
+        return replace(self, size=as_pair(size))
+
+    def evaluation(self) -> Self:
+        """The same without augmentation."""
+        return replace(self, augment=None)
 
     def describe(self) -> str:
-        """All that it does, as text."""
+        """Canonical text of all that it does, for fingerprints."""
+        version = {} if self.augment_version is None else {"version": self.augment_version}
+        augment = None if self.augment is None else {**self.augment.model_dump(), **version}
+        return json.dumps({**asdict(self), "augment": augment}, sort_keys=True)
 
 
 class ChosenSource(Source):
@@ -52,7 +80,7 @@ class ChosenSource(Source):
     A subclass adds the listing, `__getitem__`, `sample_name` and `listing_digest`.
     """
 
-    spec: Spec
+    spec: Spec[Any]
 
     def __init__(self, indices: Indices, *, seed: int, bad_images: BadImages | None) -> None:
         self.indices, self.seed, self._bad_images, self.epoch = indices, seed, bad_images, 0

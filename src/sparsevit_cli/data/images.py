@@ -8,6 +8,7 @@ first frame counts.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,11 +80,9 @@ def opened(
 
     Inside the block Pillow's own limit is at least `max_megapixels`.
     """
-    max_pixels, pillows = max_megapixels * 1e6, Image.MAX_IMAGE_PIXELS
+    max_pixels = max_megapixels * 1e6
     try:
-        if pillows is not None:
-            Image.MAX_IMAGE_PIXELS = max(pillows, int(max_pixels))
-        with Image.open(file, formats=formats) as image:
+        with _LIMIT.raised(int(max_pixels)), Image.open(file, formats=formats) as image:
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
             yield image
@@ -98,8 +97,35 @@ def opened(
         pass_on(error)
         got = f"cannot be decoded ({type(error).__name__}: {error})"
         raise UnreadableImageError(name, got, "Repair or remove it.") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = pillows
+
+
+class _PillowsLimit:
+    """Pillow's limit of pixels, which all threads share: raised while one has a file open, and put back by the last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._own: int | None = None
+        self._asked: list[int] = []
+
+    @contextmanager
+    def raised(self, pixels: int) -> Iterator[None]:
+        """Inside the block the limit is at least `pixels`."""
+        with self._lock:
+            self._own = self._own if self._asked else Image.MAX_IMAGE_PIXELS
+            self._asked.append(pixels)
+            self._set()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asked.remove(pixels)
+                self._set()
+
+    def _set(self) -> None:
+        Image.MAX_IMAGE_PIXELS = None if self._own is None else max(self._own, *self._asked, 0)
+
+
+_LIMIT = _PillowsLimit()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -22,7 +22,7 @@ from sparsevit_cli.seeding import derive_seed
 from sparsevit_cli.stopping import HANG_UP
 
 from .images import UnreadableImageError
-from .source import Batch, Source, shorten
+from .source import Batch, Source, shorten, with_reasons
 from .splits import shuffled
 
 MAX_WAIT_SECONDS = 600.0
@@ -97,8 +97,7 @@ def eval_batches(
     """
     for fetched in _in_order(_Fetch, source, batch_size, workers, subset, max_wait_seconds, check):
         if fetched.bad:
-            listed = shorten([f"{name} ({reason})" for name, reason in fetched.bad])
-            got = f"cannot be read: {listed}"
+            got = f"cannot be read: {with_reasons(fetched.bad)}"
             raise DataError("data: evaluation images", got, "Repair or remove them; evaluation leaves no image out.")
         assert fetched.batch is not None
         yield fetched.batch

@@ -18,7 +18,7 @@ from sparsevit_cli.sizes import ImageSize, Size
 from .source import Source, WrappedSource
 
 # Raise when a change of this file changes what a smaller model is trained or judged on.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,36 @@ def shrunk_mask(mask: Tensor, size: Size) -> tv_tensors.Mask:
     """A mask (..., H, W) at `size`: each pixel gets the value that has most of its area.
 
     Areas are weighed as `Shrunk` weighs the pixels of an image. torchvision takes the pixel above and left instead, and
-    its masks so lie half a pixel beside their images.
+    its masks so lie half a pixel beside their images. In a stack (n, H, W) of single objects, none vanishes: one that
+    is too thin for a half of any pixel has those of which it has at least half as much as of its fullest one.
     """
     plain = mask.as_subclass(Tensor)
     flat = plain.reshape(math.prod(plain.shape[:-2]), *plain.shape[-2:])
     found = flat.new_zeros(len(flat), *size)
-    most = torch.zeros(found.shape)
-    for value in flat.unique():
-        share = V.resize((flat == value).float(), list(size), antialias=True)
-        found = torch.where(share >= most, value, found)
-        most = most.maximum(share)
+    for number, one in enumerate(flat):  # one at a time: the shares of a stack of objects would fill the memory
+        found[number] = _shrunk_one(one, size, keep=plain.ndim == 3)
     return tv_tensors.Mask(found.reshape(*plain.shape[:-2], *size))
+
+
+def _shrunk_one(mask: Tensor, size: Size, *, keep: bool) -> Tensor:
+    """A mask (H, W) at `size`; of two values, `keep` leaves some of the higher one."""
+    first: Tensor
+    others: list[Tensor]
+    first, *others = mask.unique()
+    if not others:
+        return first.expand(size)
+    if len(others) == 1:
+        share = _share(mask, others[0], size)
+        largest = float(share.max())
+        return torch.where(share >= (largest / 2 if keep and largest < 0.5 else 0.5), others[0], first)
+    found, most = first, _share(mask, first, size)
+    for value in others:
+        share = _share(mask, value, size)
+        found, most = torch.where(share >= most, value, found), most.maximum(share)
+    return found
+
+
+def _share(mask: Tensor, value: Tensor, size: Size) -> Tensor:
+    """How much of each pixel of `size` has `value` in a mask (H, W), from 0 to 1: `size` float32."""
+    share: Tensor = V.resize((mask == value).float()[None], list(size), antialias=True)[0]
+    return share

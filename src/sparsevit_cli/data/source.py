@@ -97,7 +97,7 @@ class BadImages:
                 _log.warning("%s: %s. Training goes on without unreadable images.", name, reason)
             self._reasons.setdefault(name, reason)
         if self.too_many(len(self)):
-            listed = shorten([f"{name} ({reason})" for name, reason in self._reasons.items()])
+            listed = with_reasons(self._reasons.items())
             raise DataError(
                 "data: unreadable training images",
                 f"{len(self)} of {self.total}, above data.max_bad_fraction {self.max_fraction:g}: {listed}",
@@ -153,7 +153,10 @@ class Source(ABC):
         return None
 
     def check_header(self, index: int) -> None:  # noqa: B027 - what is drawn has none
-        """Raises UnreadableImageError if the headers of a sample's files tell that it cannot be read."""
+        """Raises UnreadableImageError if the headers of a sample's files tell that it cannot be read.
+
+        Several threads may call it at once.
+        """
 
 
 class WrappedSource(Source):
@@ -279,3 +282,8 @@ def shorten(names: Sequence[str], limit: int = _NAMES_SHOWN) -> str:
     """`a, b, c and 12 more`: at most `limit` names and how many are left out."""
     text = ", ".join(names[:limit])
     return text if len(names) <= limit else f"{text} and {len(names) - limit} more"
+
+
+def with_reasons(faults: Iterable[tuple[str, str]]) -> str:
+    """`a (empty), b (no image) and 12 more`: names and what is wrong with each, shortened."""
+    return shorten([f"{name} ({reason})" for name, reason in faults])

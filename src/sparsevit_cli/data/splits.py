@@ -24,9 +24,9 @@ def carve(keys: Sequence[str], labels: Indices, fraction: float, usable: NDArray
     """
     rank = np.array([_hash(key) for key in keys], dtype=np.uint64)
     held_out = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero((labels == label) & usable)
-        members = members[np.argsort(rank[members], kind="stable")]
+    ordered = np.flatnonzero(usable)
+    ordered = ordered[np.lexsort((rank[ordered], labels[ordered]))]  # class by class, in the order of the hashes
+    for members in np.split(ordered, np.flatnonzero(np.diff(labels[ordered])) + 1):
         wanted = max(1, int(len(members) * fraction + 0.5))
         held_out[members[: min(wanted, len(members) - 1)]] = True
     if not held_out.any():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
@@ -16,6 +17,7 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from sparsevit_cli.atomic import write_atomic, write_json
+from sparsevit_cli.checkpoints import load_checkpoint
 from sparsevit_cli.commands import COMMANDS
 from sparsevit_cli.config.experiment import LoopSection
 from sparsevit_cli.config.loading import section_hash, settings_of
@@ -24,9 +26,9 @@ from sparsevit_cli.data.chosen import refuse_unreadable
 from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.data.shrunk import Scale, Shrunk
 from sparsevit_cli.data.source import Data, Source
-from sparsevit_cli.errors import ConfigError
+from sparsevit_cli.errors import CheckpointError, ConfigError
 from sparsevit_cli.evaluation import evaluate, evaluate_each
-from sparsevit_cli.reporting import Reporter, optional_output
+from sparsevit_cli.reporting import Reporter, SilentReporter, optional_output
 from sparsevit_cli.runs import HARMLESS, RunFolder
 from sparsevit_cli.schedule import FixedSchedule, RandomSchedule, SparsitySchedule
 from sparsevit_cli.sizes import Size
@@ -44,6 +46,8 @@ from .weights import file_weights, trained_weights
 
 MOVABLE = ("data.root",)
 """The folder itself may move: the fingerprint knows its files."""
+_READERS, _READ_AHEAD = 8, 256
+"""Threads that read headers, most of which wait for a disk, and how many headers are asked for at once."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def pretrain(session: Session) -> TrainingSummary:
     model = session.model(data.categories)
     dense = SparsityConfig.dense(model_depths(model))
     plan = checked_plan(session, "pretrain", section, model, data)
-    _check_headers(session, "pretrain", data)
+    check_headers(session, "pretrain", data)
     folder = session.folder("pretrain")  # once everything fits: --fresh sets an earlier run aside
     kind = _Kind("pretrain", section, FixedSchedule(dense), dense, plan, _start(session, None))
     return _train(session, folder, data, model, kind)
@@ -105,7 +109,7 @@ def adapt(session: Session) -> TrainingSummary:
     space = session.space(model, section.max_ratio)
     middle = space.uniform(min(0.5, section.max_ratio))
     plan = checked_plan(session, "adapt", section, model, data)
-    _check_headers(session, "adapt", data)
+    check_headers(session, "adapt", data)
     folder = session.folder("adapt")
     kind = _Kind(
         "adapt", section, RandomSchedule(space, session.config.seed), middle, plan, _start(session, weights),
@@ -257,21 +261,57 @@ def checked_plan(session: Session, command: str, section: LoopSection, model: nn
     return plan_training(section, len(data.train), session.img_size)
 
 
-def _check_headers(session: Session, command: str, data: Data) -> None:
-    """Raises DataError for held-out files at which evaluation would end, hours later, as far as headers tell."""
+def check_headers(session: Session, command: str, data: Data) -> None:
+    """Raises DataError for held-out files at which evaluation would end, hours later, as far as headers tell.
+
+    Nothing is read if a checkpoint of `command` tells that the same files have passed before.
+    """
 
     def check() -> None:
+        if _have_passed(session, command, data):
+            return
         for split, source in (("validation", data.val), ("search", data.search)):
             faults = {}
-            for index in range(len(source)):
-                session.stop.check(command, "nothing was trained since it was typed")
-                try:
-                    source.check_header(index)
-                except UnreadableImageError as error:
-                    faults[source.sample_name(index)] = error.got
+            has_files = len(source) > 0 and source.sample_file(0) is not None
+            reporter = session.reporter if has_files else SilentReporter()
+            with reporter.progress(f"{split} headers", len(source)) as progress:
+                for index, reason in enumerate(_header_faults(source)):
+                    session.stop.check(command, "nothing was trained since it was typed")
+                    progress.advance()
+                    if reason is not None:
+                        faults[source.sample_name(index)] = reason
             refuse_unreadable(faults, split)
 
     session.ranks.on_first(check)
+
+
+def _have_passed(session: Session, command: str, data: Data) -> bool:
+    """True if a checkpoint of `command` was made with the very files of `data`."""
+    if session.fresh:
+        return False
+    try:
+        saved = load_checkpoint(session.earlier(command).checkpoints, only=(), warn=lambda _: None).state
+        return (saved.get("validation"), saved["identity"]["data"]) == (data.val_fingerprint, data.fingerprint)
+    except (CheckpointError, LookupError, TypeError):  # none, or none of ours: the training tells of it
+        return False
+
+
+def _header_faults(source: Source) -> Iterator[str | None]:
+    """Why the header of each sample's files says that it cannot be read, or None; several are waited for at once."""
+
+    def fault(index: int) -> str | None:
+        try:
+            source.check_header(index)
+        except UnreadableImageError as error:
+            return error.got
+        return None
+
+    readers = ThreadPoolExecutor(_READERS, "headers")
+    try:
+        for first in range(0, len(source), _READ_AHEAD):
+            yield from readers.map(fault, range(first, min(first + _READ_AHEAD, len(source))))
+    finally:
+        readers.shutdown(wait=False, cancel_futures=True)
 
 
 def _validator(session: Session, data: Data, kind: _Kind) -> Any:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import Image
@@ -15,6 +14,7 @@ from timm.data import auto_augment, create_transform
 from torch import Tensor
 
 from sparsevit_cli.config.classification import AugmentSection, LabelledData
+from sparsevit_cli.data.chosen import Spec
 from sparsevit_cli.data.preprocessing import Preprocessing
 from sparsevit_cli.errors import ConfigError, in_one_line, pass_on
 from sparsevit_cli.seeding import seeded
@@ -30,16 +30,12 @@ _MOST_OPERATIONS = 100
 
 
 @dataclass(frozen=True)
-class TransformSpec:
-    """What becomes of an image: cropped and resized to `size` (height, width), normalised, augmented or not."""
+class TransformSpec(Spec[AugmentSection]):
+    """What becomes of an image: cropped and resized, normalised, augmented or not; the centre crop is evaluated."""
 
-    size: tuple[int, int]
     in_chans: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     interpolation: Literal["bilinear", "bicubic"]
     crop_pct: float
-    augment: AugmentSection | None
 
     @classmethod
     def from_config(cls, data: LabelledData, img_size: ImageSize, in_chans: int) -> TransformSpec:
@@ -53,18 +49,12 @@ class TransformSpec:
         if data.augment.scale_min < _SMALLEST_CROP:
             got = f"{data.augment.scale_min:g}; allowed are {_SMALLEST_CROP} to 1"
             raise ConfigError("data.augment.scale_min", got, "Raise it.")
-        spec = cls(as_pair(img_size), in_chans, data.mean, data.std, data.interpolation, data.crop_pct, data.augment)
+        spec = cls(
+            as_pair(img_size), data.mean, data.std, in_chans, data.interpolation, data.crop_pct, augment=data.augment
+        )
         if data.augment.auto_augment is not None:
             _try_policy(spec, data.augment.auto_augment)
         return spec
-
-    def resized(self, size: ImageSize) -> TransformSpec:
-        """The same at another size."""
-        return replace(self, size=as_pair(size))
-
-    def evaluation(self) -> TransformSpec:
-        """The same without augmentation: centre crop."""
-        return replace(self, augment=None)
 
     def preprocessing(self) -> Preprocessing:
         """`evaluation` in words, but for strips: those are trimmed first, which leaves the crop as it is."""
@@ -78,11 +68,6 @@ class TransformSpec:
             crop="center",
             channel_order="L" if self.in_chans == 1 else "RGB",
         )
-
-    def describe(self) -> str:
-        """Canonical text, for fingerprints."""
-        augment = None if self.augment is None else self.augment.model_dump()
-        return json.dumps({**asdict(self), "augment": augment}, sort_keys=True)
 
     def build(self) -> Callable[[Image.Image], Tensor]:
         """Function from an RGB image to (C, H, W) float32. Draws from the global generators where it augments."""

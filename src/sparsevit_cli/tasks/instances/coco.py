@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsevit_cli.data.files import file_bytes, file_fault, file_status
+from sparsevit_cli.data.chosen import refuse_shared
+from sparsevit_cli.data.files import NOT_A_FILE, bytes_at, file_fault
 from sparsevit_cli.data.source import Categories, Finding, shorten
 from sparsevit_cli.errors import DataError
 from sparsevit_cli.sizes import Size, size_text
@@ -74,8 +75,7 @@ def read_coco(file: Path, folder: Path, split: str, *, masks: bool, max_megapixe
         do = "Correct them; without masks, set task.masks: false." if "mask" in lost else "Correct the annotations."
         got = f"none of {len(document['annotations'])} annotations is an object to learn from"
         raise DataError(str(file), got + (f": {lost}" if lost else ""), do)
-    names = tuple(name for name, _ in listed.values())
-    sizes, faults = _files(folder, names, [size for _, size in listed.values()], max_megapixels)
+    names, sizes, faults = _files(folder, listed.values(), max_megapixels)
     digest = hashlib.sha256(hashlib.sha256(content).digest() + repr(sizes).encode()).hexdigest()
     images = Images(split, folder, names, truths, faults, digest, max_megapixels)
     return CocoSplit(images, categories, found.told(), with_object)
@@ -182,7 +182,7 @@ def _listed(file: Path, rows: list[Any]) -> _Listed:
             do = "Give each a whole id, height and width, and a file_name below the folder of images."
             raise DataError(str(file), got, do)
     _refuse_twins(file, "image ids", (row["id"] for row in rows))
-    _refuse_twins(file, "file names", (row["file_name"] for row in rows))
+    _refuse_twins(file, "file names", (_with_slashes(row["file_name"]) for row in rows))
     return {row["id"]: (row["file_name"], (row["height"], row["width"])) for row in rows}
 
 
@@ -215,8 +215,13 @@ def _is_name(value: object) -> bool:
     """True for a path that stays below its folder."""
     if not isinstance(value, str) or not value or "\0" in value:
         return False
-    path = PurePosixPath(value.replace("\\", "/"))
+    path = PurePosixPath(_with_slashes(value))
     return not path.is_absolute() and ".." not in path.parts
+
+
+def _with_slashes(name: str) -> str:
+    """A path as Windows writes it, or any other one, with slashes."""
+    return name.replace("\\", "/")
 
 
 def _instance(
@@ -251,7 +256,7 @@ def _box(value: Any, size: Size, note: Callable[[str], None]) -> tuple[float, fl
     if min(x + width, size[1]) - max(x, 0) <= 0 or min(y + height, size[0]) - max(y, 0) <= 0:
         raise _UnusableError("box outside its image")
     if min(x, y) < -_ROUNDING or x + width > size[1] + _ROUNDING or y + height > size[0] + _ROUNDING:
-        note("box that reaches beyond its image, cut there")
+        note("box that reaches beyond its image: cut in training, scored as it is")  # pycocotools scores it so
     return x, y, width, height
 
 
@@ -317,19 +322,27 @@ def _is_finite(number: float) -> bool:
 
 
 def _files(
-    folder: Path, names: tuple[str, ...], sizes: list[Size], max_megapixels: float
-) -> tuple[list[int], dict[int, str]]:
-    """Bytes of every image file, and why some cannot be read, as far as names, sizes and annotations tell."""
+    folder: Path, listed: Iterable[tuple[str, Size]], max_megapixels: float
+) -> tuple[tuple[str, ...], list[int], dict[int, str]]:
+    """Name and bytes of every image file, and why some cannot be read, as far as names, sizes and annotations tell."""
     if not os.path.isdir(folder):
         raise DataError(str(folder), "there is no such folder", "Set data.root, data.train_images and data.val_images.")
-    found, faults = [], {}
-    for number, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        found.append(file_bytes(file_status(folder / name)))
-        if reason := file_fault(found[-1]):
+    names, found, faults = [], [], {}
+    for number, (listed_name, size) in enumerate(listed):
+        name, length = _file(folder, listed_name)
+        names.append(name)
+        found.append(length)
+        if reason := file_fault(length):
             faults[number] = reason
         elif math.prod(size) > max_megapixels * 1e6:
             faults[number] = f"has {size_text(size)} pixels, more than data.max_megapixels {max_megapixels:g}"
-    return found, faults
+    return tuple(names), found, faults
+
+
+def _file(folder: Path, name: str) -> tuple[str, int]:
+    """The name and the bytes of an image file: with slashes if there is none with the backslashes of its list."""
+    length, other = bytes_at(folder / name), _with_slashes(name)
+    return (other, bytes_at(folder / other)) if length == NOT_A_FILE and other != name else (name, length)
 
 
 def check_same_categories(train: CocoSplit, val: CocoSplit) -> None:
@@ -344,12 +357,6 @@ def check_same_categories(train: CocoSplit, val: CocoSplit) -> None:
 
 def check_apart(train: CocoSplit, val: CocoSplit) -> None:
     """Raises DataError if validation would run on training images."""
-
-    used, asked = (
-        {os.path.join(folder, name): name for name in images.names}
-        for images in (train.images, val.images)
-        for folder in [os.path.realpath(images.folder)]
-    )
-    if shared := sorted(asked[path] for path in used.keys() & asked.keys()):
-        got = f"{len(shared)} validation images are training images: {shorten(shared)}"
-        raise DataError("data.val_annotations", got, "Validation needs images of its own.")
+    images = train.images
+    taught = (images.folder / name for name in images.names)
+    refuse_shared("data.val_annotations", taught, {name: val.images.folder / name for name in val.images.names})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from sparsevit_cli.config.instances import CocoData, InstancesAugment
-from sparsevit_cli.data.chosen import refuse_other_channels
+from sparsevit_cli.data.chosen import Spec, refuse_other_channels
 from sparsevit_cli.data.preprocessing import Preprocessing
 from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
@@ -76,39 +75,23 @@ def jittered(image: Size, canvas: Size, scale: float, *, keep_aspect: bool, at: 
 
 
 @dataclass(frozen=True)
-class PlacingSpec:
-    """What becomes of an image; without `augment` always the same."""
+class PlacingSpec(Spec[InstancesAugment]):
+    """What becomes of an image and its objects."""
 
-    size: Size
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     letterbox: bool
-    augment: InstancesAugment | None
+    augment_version = 2  # raise when a change of this file changes what is trained on
 
     @classmethod
     def from_config(cls, data: CocoData, img_size: ImageSize, in_chans: int) -> PlacingSpec:
         """The augmenting one of a configuration. Raises ConfigError."""
         refuse_other_channels(in_chans, data.mean)
-        return cls(as_pair(img_size), data.mean, data.std, data.letterbox, data.augment)
-
-    def resized(self, size: ImageSize) -> PlacingSpec:
-        """The same for a canvas of another size."""
-        return replace(self, size=as_pair(size))
-
-    def evaluation(self) -> PlacingSpec:
-        """The same without augmentation."""
-        return replace(self, augment=None)
+        return cls(as_pair(img_size), data.mean, data.std, data.letterbox, augment=data.augment)
 
     @property
     def pads(self) -> bool:
         """True if images may be smaller than the canvas."""
         low, _ = (self.augment and self.augment.jitter) or (1.0, 1.0)
         return self.letterbox or low < 1
-
-    def describe(self) -> str:
-        """Canonical text, for fingerprints."""
-        augment = None if self.augment is None else self.augment.model_dump()
-        return json.dumps({**asdict(self), "augment": augment}, sort_keys=True)
 
     def preprocessing(self) -> Preprocessing:
         """`evaluation` in words."""
@@ -188,11 +171,16 @@ def placed_objects(truth: Truth, placement: Placement, *, masks: bool) -> Target
 
 
 def _placed_mask(pixels: Pixels, placement: Placement) -> Tensor:
-    """(h, w) uint8 of the kept part."""
+    """(h, w) uint8 of the kept part: the pixels of which the mask has at least half.
+
+    Of a crack or wire that has half of no pixel, those of which it has at least half as much as of its fullest one.
+    """
     height, width = placement.part
     image = Image.fromarray(pixels.astype(np.uint8) * 255)
-    part = image.resize((width, height), Image.Resampling.BILINEAR, box=placement.source)
-    return torch.from_numpy((np.asarray(part) >= 128).astype(np.uint8))
+    part = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=placement.source))
+    most = int(part.max())
+    least = 128 if most >= 128 else max(1, (most + 1) // 2)
+    return torch.from_numpy((part >= least).astype(np.uint8))
 
 
 def _around(mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ class AveragePrecision:
         mask_api()  # tells what is missing
         from faster_coco_eval import COCO, COCOeval_faster
 
-        truth, found = COCO(self.document()), COCO(self._found(kind))
+        truth, found = COCO(self._truth()), COCO(self._found(kind))
         evaluation = COCOeval_faster(truth, found, kind, print_function=_silent, rle_iou_max_workers=1)
         evaluation.run()
         prefix = {"segm": "mask", "bbox": "box"}[kind]
@@ -93,9 +93,9 @@ class AveragePrecision:
             for row in self.detections
         ]
 
-    def document(self) -> dict[str, Any]:
-        """The truth so far, as an annotation file holds it."""
-        annotations = [
+    def _truth(self) -> dict[str, Any]:
+        """The truth so far, as an annotation file holds it, but for ids."""
+        rows = [
             {
                 "image_id": truth.image_id, "category_id": self.ids[instance.label], "bbox": list(instance.box),
                 "area": instance.area, "iscrowd": int(instance.crowd),
@@ -104,7 +104,7 @@ class AveragePrecision:
             for truth in self.truths
             for instance in truth.instances
         ]  # fmt: skip
-        return {**self._listed(), "annotations": _numbered(annotations)}
+        return self._numbered(rows)
 
     def _found(self, kind: str) -> dict[str, Any]:
         """The detections with the areas that COCO gives them: of the box, or of the mask."""
@@ -113,13 +113,26 @@ class AveragePrecision:
         else:
             api = mask_api()
             rows = [{**row, "area": float(api.area(row["segmentation"])), "iscrowd": 0} for row in self.detections]
-        return {**self._listed(), "annotations": _numbered(rows)}
+        return self._numbered(rows)
 
-    def _listed(self) -> dict[str, Any]:
+    def _numbered(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The document of `rows` with small ids in the order of the file's: faster_coco_eval reads ids as doubles.
+
+        The order matters: of detections with one score, those of the image with the lower id come first. Ids begin at
+        1, since 0 would mean that nothing is matched.
+        """
+        images, categories = _ranks(truth.image_id for truth in self.truths), _ranks(self.ids)
         return {
-            "images": [{"id": t.image_id, "height": t.size[0], "width": t.size[1]} for t in self.truths],
-            "categories": [{"id": number, "name": name} for number, name in zip(self.ids, self.names, strict=True)],
-        }
+            "images": [{"id": images[t.image_id], "height": t.size[0], "width": t.size[1]} for t in self.truths],
+            "categories": [{"id": categories[n], "name": name} for n, name in zip(self.ids, self.names, strict=True)],
+            "annotations": [
+                {
+                    **row, "id": number,
+                    "image_id": images[row["image_id"]], "category_id": categories[row["category_id"]],
+                }
+                for number, row in enumerate(rows, 1)
+            ],
+        }  # fmt: skip
 
 
 def on_image(boxes: Tensor, frame: Tensor, size: Size) -> Tensor:
@@ -129,9 +142,9 @@ def on_image(boxes: Tensor, frame: Tensor, size: Size) -> Tensor:
     return (boxes - frame[:2].repeat(2)) * scale.repeat(2)
 
 
-def _numbered(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With ids from 1 on: 0 would mean that nothing is matched."""
-    return [{"id": number, **row} for number, row in enumerate(rows, 1)]
+def _ranks(ids: Iterable[int]) -> dict[int, int]:
+    """1 for the lowest id, 2 for the next one, and so on."""
+    return {number: rank for rank, number in enumerate(sorted(set(ids)), 1)}
 
 
 def _as_text(run_lengths: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ class Truth:
     instances: tuple[Instance, ...]
 
 
-class Truths(Sequence[Truth]):
+class Truths:
     """The truths of many images, in a few arrays; each is made of them when it is asked for.
 
     Loader processes share the arrays with their parent. Objects of Python they would copy page by page, since counting
@@ -64,15 +64,7 @@ class Truths(Sequence[Truth]):
     def __len__(self) -> int:
         return len(self._ids)
 
-    @overload
-    def __getitem__(self, index: int) -> Truth: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Truth]: ...
-
-    def __getitem__(self, index: int | slice) -> Truth | Sequence[Truth]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
+    def __getitem__(self, index: int) -> Truth:
         index = range(len(self))[index]
         numbers = _between(self._first, index)
         return Truth(int(self._ids[index]), self.size(index), tuple(map(self._instance, numbers)))

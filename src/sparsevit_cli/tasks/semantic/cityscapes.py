@@ -23,13 +23,11 @@ _LABEL_IDS = {
     "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26, "truck": 27,
     "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33,
 }  # fmt: skip
+_TRAIN_IDS = {number: train_id for train_id, number in enumerate(_LABEL_IDS.values())}
 _LAST_LABEL_ID = 33
 CITYSCAPES = LabelMap(
     tuple(_LABEL_IDS),
-    tuple(
-        (number, list(_LABEL_IDS.values()).index(number) if number in _LABEL_IDS.values() else IGNORED)
-        for number in range(_LAST_LABEL_ID + 1)
-    ),
+    tuple((dict.fromkeys(range(_LAST_LABEL_ID + 1), IGNORED) | _TRAIN_IDS).items()),
     f"labelIds are 0 to {_LAST_LABEL_ID}, is it a file of train ids?",
     "Take the masks as downloaded.",
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from sparsevit_cli.config.images import DigitScenesData
 from sparsevit_cli.config.paths import as_path
 from sparsevit_cli.config.semantic import BACKGROUND, CityscapesData, MaskFiles, PairedFolders
-from sparsevit_cli.data.chosen import refuse_unreadable
+from sparsevit_cli.data.chosen import refuse_shared, refuse_unreadable
 from sparsevit_cli.data.digit_scenes import DigitScenes
 from sparsevit_cli.data.digits import DigitsSpec
 from sparsevit_cli.data.images import UnreadableImageError
@@ -36,12 +35,11 @@ def build_data(data: DigitScenesData | MaskFiles, *, img_size: ImageSize, in_cha
     if isinstance(data, DigitScenesData):
         return _digits(data, img_size, in_chans, seed)
     train, val = (_listed(data, split) for split in (data.train_split, data.val_split))
-    places = [os.path.realpath(pairs.root / os.path.dirname(pairs.pairs[0].image)) for pairs in (train, val)]
-    if data.train_split == data.val_split or places[0] == places[1]:
-        got = f"training ({train.split}) and validation ({val.split}) read the same images"
-        raise DataError("data.train_split, data.val_split", got, "Give two splits that do not overlap.")
+    taught = (train.root / pair.image for pair in train.pairs)
+    held_out = {pair.key: val.root / pair.image for pair in val.pairs}
+    refuse_shared("data.train_split, data.val_split", taught, held_out)
     spec = TransformSpec.from_config(data, img_size, in_chans)
-    return _bundle(data, train, val, spec, spec.evaluation(img_size), seed)
+    return _bundle(data, train, val, spec, spec.evaluation().resized(img_size), seed)
 
 
 def class_names(data: DigitScenesData | MaskFiles) -> tuple[str, ...]:

@@ -16,6 +16,8 @@ from .pairing import paired
 from .records import Pair, Pairs
 
 _MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp")
+"""GIF is no format of masks: who writes one renumbers the colours that occur, in each file anew."""
+_ENDINGS = f"({'|'.join(_MASK_EXTENSIONS)})"
 
 
 def read_folders(data: PairedFolders, split: str, labels: LabelMap) -> Pairs:
@@ -24,10 +26,17 @@ def read_folders(data: PairedFolders, split: str, labels: LabelMap) -> Pairs:
     of_images, of_masks = (_of_split(folder, split) for folder in (data.images, data.masks))
     if not os.path.isdir(root):
         raise DataError("data.root", f"{root} is not a folder", f"Give the one that holds {of_images}.")
-    is_one = image_end != mask_end and os.path.realpath(root / of_images) == os.path.realpath(root / of_masks)
-    images, others = _listed(root, of_images, image_end, IMAGE_EXTENSIONS, not_of=mask_end if is_one else "")
-    masks, more = _listed(root, of_masks, mask_end, _MASK_EXTENSIONS, not_of=image_end if is_one else "")
-    keys = paired(split, images, masks, f"{of_images}/*{image_end}.*", f"{of_masks}/*{mask_end}.*")
+    places = [os.path.realpath(root / folder) for folder in (of_images, of_masks)]
+    is_one = places[0] == places[1]
+    image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+    if is_one and image_end == mask_end:  # the ending tells which is which: a JPEG is no mask
+        image_extensions = tuple(each for each in IMAGE_EXTENSIONS if each not in _MASK_EXTENSIONS)
+    images, others = _listed(root, of_images, image_end, image_extensions, mask_end if is_one else "", places[1])
+    masks, more = _listed(root, of_masks, mask_end, _MASK_EXTENSIONS, image_end if is_one else "", places[0])
+    if masks and not images and is_one and image_end == mask_end:
+        got = f"images and masks lie in one folder, {of_images}, and no ending tells them apart"
+        raise DataError(f"data: {split}", got, "Set data.mask_suffix, or move the masks to a folder of their own.")
+    keys = paired(split, images, masks, f"{of_images}/*{image_end}.*", f"{of_masks}/*{mask_end}{_ENDINGS}")
     pairs = [Pair(key, images[key], masks[key]) for key in keys]
     ignored = others - len(masks) if is_one else others + more
     return Pairs.listed(root, split, pairs, labels, data.max_megapixels, ignored)
@@ -67,25 +76,25 @@ def folder_labels(data: PairedFolders) -> LabelMap:
 def _names_in(path_text: str) -> list[str]:
     path = as_path(path_text, "data.classes_file")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows begins files with a mark of UTF-8
     except (OSError, UnicodeDecodeError) as error:
         raise DataError("data.classes_file", f"{path} cannot be read ({error})", "Give a UTF-8 text file.") from error
     return [line.strip() for line in lines if line.strip()]
 
 
 def _listed(
-    root: Path, folder: str, suffix: str, extensions: tuple[str, ...], not_of: str
+    root: Path, folder: str, suffix: str, extensions: tuple[str, ...], not_of: str, not_in: str
 ) -> tuple[dict[str, str], int]:
     """Paths below `root` of the files below `folder`, by their name without suffix and ending; and how many others.
 
-    Names that end with `not_of`, if it is longer than `suffix`, belong to files of the other kind in that folder. Links
-    are followed, those to a folder that was seen before are not.
+    Names that end with `not_of`, if it is longer than `suffix`, belong to files of the other kind in that folder, and
+    so does a folder below, `not_in`. Links are followed, those to a folder that was seen before are not.
     """
     if not os.path.isdir(root / folder):
         got = f"there is no folder {root / folder}"
         raise DataError("data: split folder", got, "Set data.images, data.masks, data.train_split and data.val_split.")
     found: dict[str, str] = {}
-    ignored, seen = 0, set()
+    ignored, seen = 0, {not_in}
     for where, folders, names in os.walk(root / folder, followlinks=True):
         seen.add(os.path.realpath(where))
         inner = {name: os.path.realpath(os.path.join(where, name)) for name in sorted(folders)}
@@ -99,6 +108,7 @@ def _listed(
             path = os.path.relpath(os.path.join(where, name), root)
             key = os.path.relpath(os.path.join(where, stem.removesuffix(suffix)), root / folder)
             if key in found:
-                raise DataError(folder, f"two files for {key}: {found[key]} and {path}", "Remove one of them.")
+                do = "Set data.image_suffix and data.mask_suffix, or move one of them to another folder."
+                raise DataError(folder, f"two files for {key}: {found[key]} and {path}", do)
             found[key] = path
     return found, ignored

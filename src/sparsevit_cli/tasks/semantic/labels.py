@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,13 +64,20 @@ def read_numbers(file: Path, name: str, max_megapixels: float) -> NDArray[np.int
 
     A palette's colours say nothing: its indices are the numbers.
     """
+    with opened_mask(file, name, max_megapixels) as image:
+        factor = _factor(image)
+        numbers = np.asarray(image) // factor if factor > 1 else np.asarray(image)
+    return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
+
+
+@contextmanager
+def opened_mask(file: Path, name: str, max_megapixels: float) -> Iterator[Image.Image]:
+    """A mask file by its header. Raises UnreadableImageError for formats with losses and pixels that are no numbers."""
     with opened(file, name, max_megapixels, _FORMATS) as image:
         if image.mode not in _MODES:
             got = f"pixels of mode {image.mode}, not one number each"
             raise UnreadableImageError(name, got, "Save it as a PNG of class numbers: palette, or grey.")
-        factor = _factor(image)
-        numbers = np.asarray(image) // factor if factor > 1 else np.asarray(image)
-    return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
+        yield image
 
 
 def _factor(image: Image.Image) -> int:

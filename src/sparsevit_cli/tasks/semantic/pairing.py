@@ -24,5 +24,6 @@ def paired(split: str, images: Collection[str], masks: Collection[str], image: s
         if found
     ]
     if lacking:
-        raise DataError(f"data: {split}", "; ".join(lacking), "Add the files that are missing, or remove the others.")
+        do = "Add the files that are missing, or move the others away."
+        raise DataError(f"data: {split}", "; ".join(lacking), do)
     return sorted(images)

@@ -18,13 +18,13 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as V
 
 from sparsevit_cli.data.chosen import ChosenSource
-from sparsevit_cli.data.files import file_bytes, file_fault, file_status
-from sparsevit_cli.data.images import UnreadableImageError, decode_image, opened, upright_size
+from sparsevit_cli.data.files import bytes_at, file_fault
+from sparsevit_cli.data.images import UnreadableImageError, decode_image, upright_size
 from sparsevit_cli.data.source import BadImages
 from sparsevit_cli.data.splits import Indices
 from sparsevit_cli.sizes import Size
 
-from .labels import LabelMap, read_numbers
+from .labels import LabelMap, opened_mask, read_numbers
 from .transforms import TransformSpec
 
 
@@ -55,7 +55,7 @@ class Pairs:
         cls, root: Path, split: str, pairs: Sequence[Pair], labels: LabelMap, max_megapixels: float, ignored: int = 0
     ) -> Pairs:
         """With the sizes of the files, looked up now."""
-        sizes = tuple((_bytes(root / pair.image), _bytes(root / pair.mask)) for pair in pairs)
+        sizes = tuple((bytes_at(root / pair.image), bytes_at(root / pair.mask)) for pair in pairs)
         return cls(root, split, tuple(pairs), sizes, labels, max_megapixels, ignored)
 
     def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
@@ -76,7 +76,7 @@ class Pairs:
         """Raises UnreadableImageError if the headers of image and mask tell that `read` would."""
         pair = self.pairs[index]
         image = upright_size(self.root / pair.image, pair.image, self.max_megapixels)
-        with opened(self.root / pair.mask, pair.mask, self.max_megapixels) as mask:
+        with opened_mask(self.root / pair.mask, pair.mask, self.max_megapixels) as mask:
             _refuse_other_size(pair, (mask.height, mask.width), image)
 
     def classes(self, index: int) -> NDArray[np.uint8]:
@@ -101,10 +101,6 @@ def _refuse_other_size(pair: Pair, mask: Size, image: Size) -> None:
     if mask != image:
         got = f"{mask[0]} x {mask[1]} pixels, its image {image[0]} x {image[1]}"
         raise UnreadableImageError(pair.mask, got, f"Make it as large as {pair.image}.")
-
-
-def _bytes(path: Path) -> int:
-    return file_bytes(file_status(path))
 
 
 class PairSource(ChosenSource):

@@ -224,7 +224,7 @@ class SemanticSegmentation(Task):
         if not isinstance(data, MaskFiles):
             return Preprocessing(size, (MEAN,) * 3, (STD,) * 3)
         spec = TransformSpec.from_config(data, size, self.config.model.in_chans)
-        return spec.evaluation(size).preprocessing(data.overlap)
+        return spec.evaluation().resized(size).preprocessing(data.overlap)
 
     @functools.cached_property
     def _validation(self) -> Source:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
 from sparsevit_cli.config.semantic import CropSection, MaskFiles
-from sparsevit_cli.data.chosen import refuse_other_channels
+from sparsevit_cli.data.chosen import Spec, refuse_other_channels
 from sparsevit_cli.data.images import UnreadableImageError
 from sparsevit_cli.data.preprocessing import Preprocessing
 from sparsevit_cli.seeding import derive_seed
@@ -22,22 +22,16 @@ from sparsevit_cli.sizes import ImageSize, Size, as_pair
 
 from .labels import IGNORED
 
-# Raise when a change of this file changes a training crop.
-_AUGMENT_VERSION = 2
-
 
 @dataclass(frozen=True)
-class TransformSpec:
-    """Images of `size` (height, width) for the model, by settings of `MaskFiles`. Without `augment`: evaluation."""
+class TransformSpec(Spec[CropSection]):
+    """What becomes of an image and its mask, by settings of `MaskFiles`."""
 
-    size: Size
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     short_side: int | None
     crop: Size | None
     is_sliding: bool
     max_megapixels: float
-    augment: CropSection | None
+    augment_version = 2  # raise when a change of this file changes a training crop
 
     @classmethod
     def from_config(cls, data: MaskFiles, img_size: ImageSize, in_chans: int) -> TransformSpec:
@@ -46,20 +40,16 @@ class TransformSpec:
         crop = None if data.crop is None else as_pair(data.crop)
         spec = cls(
             as_pair(img_size), data.mean, data.std, data.short_side, crop, data.evaluation == "sliding",
-            data.max_megapixels, data.augment,
+            data.max_megapixels, augment=data.augment,
         )  # fmt: skip
         return spec.resized(img_size)
 
-    def resized(self, size: ImageSize) -> TransformSpec:
+    def resized(self, size: ImageSize) -> Self:
         """The same for images of another size; training crops are no larger than `crop`."""
         height, width = as_pair(size)
         if self.augment is not None and self.crop is not None:
             height, width = min(height, self.crop[0]), min(width, self.crop[1])
-        return replace(self, size=(height, width))
-
-    def evaluation(self, img_size: ImageSize) -> TransformSpec:
-        """The same without augmentation, for images of `img_size`."""
-        return replace(self, augment=None, size=as_pair(img_size))
+        return super().resized((height, width))
 
     def preprocessing(self, overlap: float) -> Preprocessing:
         """`evaluation` in words; sliding windows overlap by a share of `overlap`."""
@@ -69,11 +59,6 @@ class TransformSpec:
             return Preprocessing(self.size, self.mean, self.std, resize="none", sliding_overlap=overlap)
         to = (self.short_side, self.short_side)
         return Preprocessing(self.size, self.mean, self.std, resize="short_side", to=to, sliding_overlap=overlap)
-
-    def describe(self) -> str:
-        """Canonical text, for fingerprints."""
-        augment = None if self.augment is None else {**self.augment.model_dump(), "version": _AUGMENT_VERSION}
-        return json.dumps({**asdict(self), "augment": augment}, sort_keys=True)
 
     def evaluated(self, image: Tensor, name: str) -> Tensor:
         """Image (3, h, w) uint8, normalised: whole at `size`, or for sliding windows at its own size or short side.
