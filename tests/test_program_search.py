@@ -145,6 +145,8 @@ def test_the_winner_keeps_the_budget_by_the_clock_of_the_runtime(done: tuple[Pat
     assert summary.table_error is not None
     assert summary.table_error.largest < 0.02
     assert summary.measured_in == f"openvino {RUNTIMES['openvino'].version()}, fp32, batch 1"
+    table = LatencyTable.from_json((summary.folder.path / "latency_table.json").read_text())
+    assert summary.latency_table_plateaus == table.plateaus, "in --json too"
     winner = summary.winner
     assert winner.latency_ms is not None
     assert winner.latency_ms <= row.limit
@@ -185,12 +187,13 @@ def test_a_table_of_another_machine_decides_without_a_clock(
     }  # fmt: skip
     views.show_search(summary)
     told = " ".join(capsys.readouterr().out.split())
-    assert "Latencies are predictions for a Xeon (64 threads, fp32): none was measured on this machine" in told
+    assert "Latencies are predictions by the table of a Xeon (64 threads, fp32): none was measured now" in told
     budget = check_budget(session_in(runs), winner.config)
     assert budget is not None
     assert meter.now_ns == spent, "nothing was measured"
     assert budget.kept is None
-    assert "is kept: it is of a Xeon (64 threads, fp32), not of this machine" in budget.told
+    assert "is kept: it is by the latency table of a Xeon (64 threads, fp32), and nothing is measured" in budget.told
+    assert (budget.document()["by_table"], budget.document()["image_size"]) == ("a Xeon (64 threads, fp32)", [SIDE, SIDE])
 
 
 def test_a_table_is_measured_without_weights_and_a_search_reads_it(
@@ -372,6 +375,11 @@ def test_the_exported_file_is_measured_against_the_budget(
     assert (lower.kept, lower.document()["kept"]) == (False, False)
     assert "is NOT KEPT: model.onnx takes" in lower.told
     assert lower.told.endswith(". Search with a smaller budget")
+    search_folder = runs / "tiny" / "search"
+    shutil.copy(search_folder / "winner.yaml", search_folder / "winner-40percent.yaml")
+    least = checked(lambda about: about["budget"].update(latency_ms=1e6))
+    assert least.budget.limit_ms == lower.budget.limit_ms, "of two budgets with one winner the smaller one is checked"
+    assert least.kept is False
     off = checked(lambda about: None, export={**ON, "latency": False})
     assert (off.kept, off.why) == (None, "export.latency is false")
 

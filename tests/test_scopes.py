@@ -38,8 +38,10 @@ from sparsevit_cli.search.budget import Budget, check_reachable, parse_budgets
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparsify_
 from sparsevit_cli.tasks.task import Metric, Score, Task, load_task
+from sparsevit_cli.winner import read_winner
 from sparsevit_cli.workflows import in_runtimes
 from sparsevit_cli.workflows.evaluate import EvaluateSummary
+from sparsevit_cli.workflows.latency_budget import RunAs
 from sparsevit_cli.workflows.latency_sources import TorchSource
 from sparsevit_cli.workflows.pages import part_rows, parts_csv
 from sparsevit_cli.workflows.plan import plan_of
@@ -415,6 +417,12 @@ def test_a_run_tells_both_scopes(done: tuple[Path, str]) -> None:
     assert "of the backbone's multiply-adds gone" in told
     assert "against dense trained as long" in told
     assert "70% of the dense backbone's multiply-adds" in told
+
+
+def test_a_winner_tells_that_its_latencies_are_of_the_backbone(done: tuple[Path, str]) -> None:
+    about = read_winner(done[0] / "search" / "winner.yaml")[1]["measured_with"]
+    assert about["scope"] == "backbone"
+    assert "torch, fp32, backbone, batch 1" in str(RunAs.of(about))
 
 
 def test_the_dense_baseline_is_trained_as_long_and_costs_what_dense_does(done: tuple[Path, str]) -> None:

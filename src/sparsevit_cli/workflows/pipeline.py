@@ -34,7 +34,7 @@ from .evaluate import evaluate_checkpoint
 from .export import check_exportable, export_settings, export_winner
 from .in_runtimes import chosen_runtimes
 from .latencies import latencies_of_search
-from .latency_budget import BudgetCheck, RunAs, budget_of, exported_call, not_of_here
+from .latency_budget import BudgetCheck, RunAs, budget_of, exported_call, not_measured
 from .latency_sources import ProgramSource, tell_of_export
 from .profile import profile_model, profile_settings
 from .profile_report import PartCosts
@@ -408,7 +408,7 @@ def _in_runtime(session: Session, contenders: Sequence[_Contender]) -> tuple[_Me
         return nothing, None, None
     budget = budget_of(session, winner)
     if section.latency_table is not None:
-        return nothing, None, None if budget is None else not_of_here(budget)
+        return nothing, None, None if budget is None else not_measured(budget)
     if section.runtime == TORCH:
         return nothing, None, None
     rows = [contender for contender in contenders if contender.exact and contender.size == session.img_size]
