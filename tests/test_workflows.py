@@ -33,6 +33,7 @@ from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.tasks.task import Score
 from sparsevit_cli.winner import write_winner
+from sparsevit_cli.workflows import pipeline
 from sparsevit_cli.workflows import search as search_workflow
 from sparsevit_cli.workflows import training as training_workflow
 from sparsevit_cli.workflows.evaluate import evaluate_checkpoint
@@ -213,7 +214,7 @@ def test_a_profile_is_of_what_finetune_trained_at(tmp_path: Path, monkeypatch: p
         return found.ratios, warnings_of(session)
 
     winner = session_in(tmp_path).earlier("search").path / "winner.yaml"
-    with pytest.raises(CheckpointError, match="or give --ratios 0.6"):
+    with pytest.raises(CheckpointError, match=r"or give --ratios 0\.6"):
         profiled()
     assert profiled(finetune={"ratios": [[0.1], [0.2]]}) == (((0.1,), (0.2,)), [])
     winner.parent.mkdir(parents=True)
@@ -420,6 +421,21 @@ def test_a_profile_leaves_a_page_that_escapes_what_it_shows(tmp_path: Path) -> N
     hostile = profile_page(type(report)(**{**vars(report), "model": "<script>alert(1)</script>"}))
     assert "<script>" not in hostile
     assert "&lt;script&gt;" in hostile
+
+
+def test_a_run_profiles_again_what_was_profiled_at_another_image_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    for name in ("evaluate_checkpoint", "profile_model", "export_winner"):
+        monkeypatch.setattr(pipeline, name, lambda _, name=name: done.append(name))
+    session = session_in(tmp_path, profile={"batch_sizes": [1]})
+    config = SparsityConfig.from_ratios([[0.3], [0.5]])
+    for typed, again in (("16", True), ("32", False)):
+        profile_model(session, img_size=typed, ratios=RATIOS)
+        done.clear()
+        pipeline._last_steps(session, config, "")
+        assert ("profile_model" in done) is again, typed
 
 
 def test_the_pipeline_refuses_at_once_what_a_later_step_would(tmp_path: Path) -> None:

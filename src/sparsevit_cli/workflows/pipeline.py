@@ -38,6 +38,7 @@ from .latency_budget import BudgetCheck, RunAs, budget_of, exported_call, not_me
 from .latency_sources import ProgramSource, tell_of_export
 from .profile import profile_model, profile_settings
 from .profile_report import PartCosts
+from .profile_target import configured_sizes
 from .ratios import ratios_to_finetune
 from .rows import TORCH
 from .scopes import image_told, per_image
@@ -181,18 +182,25 @@ def run_pipeline(session: Session) -> PipelineSummary:
         _search(session)
     seconds["finetune"] = finetune(session).seconds
     contenders = _contenders(session, seconds)
-    tuned_at = [list(stage) for stage in contenders[-1].config.ratios]
-    tuned = {"ratios": tuned_at, "weights_sha256": trained_weights(session, "finetune", "sparsevit run").sha256}
+    _last_steps(session, contenders[-1].config, trained_weights(session, "finetune", "sparsevit run").sha256)
+    return _summary(session, folder, contenders, seconds)
+
+
+def _last_steps(session: Session, config: SparsityConfig, weights_sha256: str) -> None:
+    """What is made of the finetuned weights, unless it is there and of these settings and flags."""
+    ratios = [list(stage) for stage in config.ratios]
+    sizes = [list(size) for size in configured_sizes(session)]
+    tuned = {"ratios": ratios, "weights_sha256": weights_sha256}
+    profiled = {"ratios": ratios, "image_sizes": sizes, "settings": profile_settings(session), "steady": True}
     steps: tuple[tuple[str, Callable[[Session], object], Mapping[str, object]], ...] = (
         ("evaluate", evaluate_checkpoint, {**tuned, "runtime": None}),
-        ("profile", profile_model, {"ratios": tuned_at, "settings": profile_settings(session), "steady": True}),
+        ("profile", profile_model, profiled),
         ("export", export_winner, {**tuned, "settings": export_settings(session)}),
     )
     for command, step, wanted in steps:
         found = session.earlier(command).done(*COMMANDS[command].needed)
         if session.fresh or any(found.get(name) != value for name, value in wanted.items()):
             step(session)
-    return _summary(session, folder, contenders, seconds)
 
 
 def _search(session: Session) -> None:

@@ -1,6 +1,4 @@
-"""Which ratios? Typed ones come first, then configured or finetuned ones, then the winner of the search; here, for every
-command.
-"""
+"""Which ratios? Typed ones come first, then configured or finetuned ones, then the winner; here, for every command."""
 
 from __future__ import annotations
 
