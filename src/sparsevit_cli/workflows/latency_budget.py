@@ -134,8 +134,9 @@ def budget_of(session: Session, config: SparsityConfig) -> LatencyBudget | None:
 
 
 def not_measured(budget: LatencyBudget) -> BudgetCheck:
-    """Of a budget by a given latency table: it may be of another machine, and nothing is measured against it."""
-    return BudgetCheck(budget, why=f"it is by the latency table of {budget.by_table}, and nothing is measured beside it")
+    """Of a budget by a given latency table: it may be of another machine, and nothing is measured beside it."""
+    why = f"it is by the latency table of {budget.by_table}, and nothing is measured beside that"
+    return BudgetCheck(budget, why=why)
 
 
 def exported_call(session: Session, wanted: RunAs) -> tuple[str, Callable[[], object]]:

@@ -18,7 +18,7 @@ from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.exporting import ExportScope, UntraceableError
 from sparsevit_cli.exporting.adjustable import AdjustablePrograms
-from sparsevit_cli.exporting.precision import LOWERING, format_of, resolved_activations
+from sparsevit_cli.exporting.precision import LOWERING, ActivationsAsked, format_of, resolved_activations
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.profiling.latency_table import (
@@ -133,12 +133,12 @@ class ProgramSource:
 
     @cached_property
     def _programs(self) -> AdjustablePrograms:
-        folder = self.resources.enter_context(tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}programs-"))
+        folder = tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}programs-", ignore_cleanup_errors=True)
         try:
             return AdjustablePrograms(
                 self.workload.model, self.workload.inputs, [kept[0] for kept in self._design.kept], self.runtime,
-                folder, activations=self.activations, opset=self.session.config.export.opset,
-                eight_bits=self.section.precision == "int8",
+                self.resources.enter_context(folder), activations=self.activations,
+                opset=self.session.config.export.opset, eight_bits=self.section.precision == "int8",
                 before_step=check(self.session), say=lambda line: self.session.reporter.say(f"search: {line}"),
             )  # fmt: skip
         except UntraceableError as error:
@@ -184,8 +184,7 @@ def computed_in(session: Session, runtime: Runtime) -> Activations:
     """What `runtime` is asked to compute in: of an int8 program all that is not eight bits. Raises ConfigError."""
     precision = session.config.search.precision
     runtime.check_activations("fp32", SETTING)  # one that is broken is told before it is asked for more
-    asked = session.config.export.activations if (precision, runtime.name) == ("int8", LOWERING) else "auto"
-    found = resolved_activations(precision, asked, (format_of(runtime.name),), SETTING)
+    found = resolved_activations(precision, _asked(session), (format_of(runtime.name),), SETTING)
     if precision == "int8" and (slow := slow_in_int8()):
         session.reporter.warn(f"search: {slow}")
     return found
@@ -210,13 +209,17 @@ def program_workload(session: Session, model: nn.Module, size: Size | None = Non
 
 
 def tell_of_export(session: Session, model: nn.Module) -> None:
-    """A warning if the export, as it is configured, writes no file that the budget is of. Raises ConfigError."""
+    """A warning if the export, as it is configured, writes no file that the latency budget is of."""
     search, export = session.config.search, session.config.export
     formats = {"openvino": ("openvino", "onnx"), "onnxruntime": ("onnx",)}.get(search.runtime)
-    if formats is None:
+    if formats is None or search.budget_latency is None:
         return
     formats = formats if search.precision == "fp32" else formats[:1]
-    scope, written = exported_scope(search.scope), exported_part(session, model).scope
+    try:
+        scope, written = exported_scope(search.scope), exported_part(session, model).scope
+    except ConfigError as error:
+        session.reporter.warn(f"search: the budget is of a file for {search.runtime}, and export will fail: {error}")
+        return
     if search.precision != export.precision or not set(formats) & set(export.formats) or scope != written:
         session.reporter.warn(
             f"search: the budget is of a file in {search.precision} for {search.runtime}, of scope {scope}; "
@@ -254,10 +257,18 @@ def swin_parameters(model: nn.Module) -> dict[str, object]:
 
 def program_settings(session: Session) -> dict[str, object]:
     """What is set of programs besides the model; `activations` where they are asked for, `auto` hangs on the CPU."""
-    section, export = session.config.search, session.config.export
-    asked = export.activations if section.precision == "int8" else section.precision
+    section = session.config.search
+    asked = _asked(session) if section.precision == "int8" else section.precision
     activations = {} if asked == "auto" else {"activations": asked}
-    return {"runtime": section.runtime, "precision": section.precision, "opset": export.opset, **activations}
+    opset = session.config.export.opset
+    return {"runtime": section.runtime, "precision": section.precision, "opset": opset, **activations}
+
+
+def _asked(session: Session) -> ActivationsAsked:
+    """What the programs are asked to compute in besides eight bits: `LOWERING` alone has a choice."""
+    section = session.config.search
+    has_choice = (section.precision, section.runtime) == ("int8", LOWERING)
+    return session.config.export.activations if has_choice else "auto"
 
 
 def _program_identity(

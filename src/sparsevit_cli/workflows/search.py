@@ -164,6 +164,8 @@ def search(
     """
     requests = budget_requests(session)
     with opened_search(session, without_clock=without_clock, workers=workers) as work:
+        if not without_clock:
+            tell_of_export(session, work.model)
         requests = tuple(
             replace(request, scope=cost_scope(session, work.scope, request.metric))
             for request in requests
@@ -214,7 +216,6 @@ def opened_search(session: Session, *, without_clock: bool = False, workers: str
         loaded_optuna()  # refused before anything is measured
     model = session.model(weights.categories, weights).eval()
     scope = named_scope(session, model)
-    tell_of_export(session, model)
     folder = session.folder("search")
     first = first_images(session, len(data.search))
     settings = ledger_settings(session, first)
@@ -530,7 +531,7 @@ class Search:
         costs, result = first.costs, first.result
         finalists = first.finalists if winner in first.finalists else (*first.finalists, winner)
         winner = finalists[finalists.index(winner)]
-        note = result.note if winner.config == result.best or not result.best.is_dense else ""  # of dense it is the note
+        told = winner.config == result.best or not result.best.is_dense  # the note of dense is that it fits
         correlation = None
         if self.scores.is_subset and len(finalists) > 2:
             found = spearman([f.proxy_score for f in finalists], [f.score for f in finalists])
@@ -538,7 +539,7 @@ class Search:
         return SearchSummary(
             self.folder, self.session.task.metric, winner, finalists, self.latencies.dense_ms, costs.feasibility,
             costs.table.error if costs.table else None, len(result.history), result.evaluations, result.infeasible,
-            correlation, sum(self.scores.used.values()), self.scores.forwarded, note, self._of(),
+            correlation, sum(self.scores.used.values()), self.scores.forwarded, result.note if told else "", self._of(),
             self.latencies.elsewhere, others, self.latencies.measured_in, costs.table.plateaus if costs.table else None,
         )  # fmt: skip
 
