@@ -24,7 +24,6 @@ from sparsevit_cli.config import tasks as kinds
 from sparsevit_cli.config.loading import load_config
 from sparsevit_cli.data import Categories
 from sparsevit_cli.errors import BudgetError, ConfigError
-from sparsevit_cli.exporting.light import TimedProgram
 from sparsevit_cli.profiling.latency_table import measure_latency_table, table_identity
 from sparsevit_cli.profiling.macs import analytic_macs, flopcounter_macs, macs_cost, traced_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
@@ -575,9 +574,8 @@ def test_a_size_that_the_backbone_cannot_take_is_rounded_up_for_it_alone(tmp_pat
 def test_other_runtimes_run_the_backbone_alone_if_the_whole_cannot_be_exported(
     tmp_path: Path, task_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stand_in(model: Any, images: Any, names: Any, precision: str, *, threads: int) -> dict[str, TimedProgram]:
-        made = {name: Program(name, "1", "fp32", threads, lambda x: list(model(x).values())) for name in names}
-        return {name: TimedProgram(program, precision) for name, program in made.items()}
+    def stand_in(model: Any, images: Any, names: Any, precision: str, *, threads: int) -> dict[str, Program]:
+        return {name: Program(name, "1", "fp32", threads, lambda x: list(model(x).values())) for name in names}
 
     monkeypatch.setattr(in_runtimes, "timed_programs", stand_in)
     monkeypatch.setattr(in_runtimes, "check_timed", lambda *_: None)

@@ -178,10 +178,8 @@ def check_budget(session: Session, config: SparsityConfig) -> BudgetCheck | None
         return BudgetCheck(budget, why=error.got)
     if not session.config.export.latency:
         return BudgetCheck(budget, file, why="export.latency is false")
-    clock = session.config.clock
     latencies = measure_programs(
-        lambda _: call, [config], seconds=session.config.search.seconds, seed=session.config.seed,
-        retries=clock.retries, max_spread=clock.max_spread, patience=session.patience,
-        before_round=partial(session.stop.check, "export", "the files are whole"),
+        lambda _: call, [config], seconds=session.config.search.seconds, patience=session.patience,
+        before_round=partial(session.stop.check, "export", "the files are whole"), **session.measuring,
     )  # fmt: skip
     return BudgetCheck(budget, file, latencies[config])

@@ -88,20 +88,16 @@ class TorchSource:
 
     def measure(self, configs: Sequence[SparsityConfig], patience: Patience) -> dict[SparsityConfig, Latency]:
         """In turns, all in the same rounds."""
-        clock = self.session.config.clock
         return measure_configs(
-            self.workload, configs, seconds=self.session.config.search.seconds, seed=self.session.config.seed,
-            retries=clock.retries, max_spread=clock.max_spread, strict=True, patience=patience,
-            before_round=check(self.session),
+            self.workload, configs, seconds=self.session.config.search.seconds, strict=True, patience=patience,
+            before_round=check(self.session), **self.session.measuring,
         )  # fmt: skip
 
     def table(self, on_share: OnShare) -> LatencyTable:
         """By marked passes."""
-        clock = self.session.config.clock
         table = measure_latency_table(
             self.workload, max_tenths=MAX_TENTHS, seconds=self.session.config.search.seconds,
-            seed=self.session.config.seed, patience=self.session.patience, retries=clock.retries,
-            max_spread=clock.max_spread, on_round=on_share,
+            patience=self.session.patience, on_round=on_share, **self.session.measuring,
             check=partial(self.session.stop.check, "search", "the latency table is not saved yet"),
         )  # fmt: skip
         return replace(table, identity=self.identity)
@@ -163,20 +159,16 @@ class ProgramSource:
         files: Mapping[SparsityConfig, Callable[[], object]] = MappingProxyType({}),
     ) -> dict[SparsityConfig, Latency]:
         """Program by program, a few at a time, each beside the first. `files` run in the place of their programs."""
-        clock = self.session.config.clock
         return measure_programs(
             lambda config: files.get(config) or self._load(config), configs, seconds=self.section.seconds,
-            seed=self.session.config.seed, retries=clock.retries, max_spread=clock.max_spread, strict=strict,
-            patience=patience, before_round=check(self.session),
+            strict=strict, patience=patience, before_round=check(self.session), **self.session.measuring,
         )  # fmt: skip
 
     def table(self, on_share: OnShare) -> LatencyTable:
         """From programs that differ in one stage."""
-        clock = self.session.config.clock
         return measure_program_table(
-            self._load, self._design, self.identity, seconds=self.section.seconds, seed=self.session.config.seed,
-            retries=clock.retries, max_spread=clock.max_spread, patience=self.session.patience,
-            before_round=check(self.session), on_share=on_share,
+            self._load, self._design, self.identity, seconds=self.section.seconds, patience=self.session.patience,
+            before_round=check(self.session), on_share=on_share, **self.session.measuring,
         )  # fmt: skip
 
 

@@ -98,11 +98,8 @@ class PipelineRow(ScopeCost):
 
     def document(self) -> dict[str, Any]:
         """The row in JSON documents."""
-        found = asdict(self)
-        return {name: value for name, value in found.items() if name not in _SOMETIMES or value is not None}
-
-
-_SOMETIMES = ("backbone", "exported")
+        sometimes = ("backbone", "exported")
+        return {name: value for name, value in asdict(self).items() if name not in sometimes or value is not None}
 
 
 @dataclass(frozen=True)
@@ -308,9 +305,8 @@ def _measure(
     session: Session, calls: Mapping[str, Callable[[], object]], rounds: int = 30, patience: Patience | None = None
 ) -> dict[str, Latency]:
     latencies = measure_interleaved(
-        calls, device=session.device, seconds=session.config.search.seconds, rounds=rounds,
-        seed=session.config.seed, strict=False, max_spread=session.config.clock.max_spread,
-        retries=session.config.clock.retries, patience=patience or session.patience, before_round=_check(session),
+        calls, device=session.device, seconds=session.config.search.seconds, rounds=rounds, strict=False,
+        patience=patience or session.patience, before_round=_check(session), **session.measuring,
     )  # fmt: skip
     for name, latency in latencies.items():
         if not latency.stable:

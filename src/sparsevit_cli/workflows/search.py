@@ -314,14 +314,13 @@ class Search:
         """Of every budget, told before anything is spent. Raises BudgetError where one is out of reach."""
         by_macs = [request for request in requests if request.metric == "macs"]  # known without a measurement
         self._refuse_unreachable([feasibility(self.space, self.macs, request) for request in by_macs], by_macs)
-        costs = {request: self._ms_of_corner if request.metric == "latency_ms" else self.macs for request in requests}
-        rows = tuple(feasibility(self.space, cost, request) for request, cost in costs.items())
+        rows = tuple(
+            feasibility(self.space, self.macs if request.metric == "macs" else self._corners_ms.__getitem__, request)
+            for request in requests
+        )
         self._refuse_unreachable(rows, requests)
         self._tell(rows, requests)
         return rows
-
-    def _ms_of_corner(self, config: SparsityConfig) -> float:
-        return self._corners_ms[config]
 
     @cached_property
     def _corners_ms(self) -> dict[SparsityConfig, float]:
