@@ -23,11 +23,11 @@ from sparsevit_cli import views
 from sparsevit_cli.cli import app
 from sparsevit_cli.errors import ConfigError, MeasurementError
 from sparsevit_cli.exporting import UntraceableError, light
-from sparsevit_cli.exporting.light import TimedProgram, check_timed, timed_programs
+from sparsevit_cli.exporting.light import check_timed, timed_programs
 from sparsevit_cli.profiling import latency as latency_module
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
 from sparsevit_cli.reporting import SilentReporter
-from sparsevit_cli.runtimes import RUNTIMES, Program
+from sparsevit_cli.runtimes import RUNTIMES, Activations, Program
 from sparsevit_cli.swin import set_sparsity, sparsify_
 from sparsevit_cli.workflows import in_runtimes, profile_cells, rivals
 from sparsevit_cli.workflows.in_runtimes import chosen_runtimes, in_other_runtimes
@@ -86,11 +86,12 @@ def eager_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def stand_in(
         model: torch.nn.Module, images: Tensor, runtimes: Sequence[str], precision: str, *, threads: int
-    ) -> dict[str, TimedProgram]:
+    ) -> dict[str, Program]:
         def program(name: str) -> Program:
-            return Program(name, RUNTIMES[name].version(), "fp32", threads, lambda x: [model(x)])
+            activations: Activations = "bf16" if precision == "bf16" else "fp32"
+            return Program(name, RUNTIMES[name].version(), activations, threads, lambda x: [model(x)])
 
-        return {name: TimedProgram(program(name), precision) for name in runtimes}
+        return {name: program(name) for name in runtimes}
 
     assert set(inspect.signature(stand_in).parameters) == set(inspect.signature(timed_programs).parameters)
     monkeypatch.setattr(in_runtimes, "timed_programs", stand_in)
@@ -259,12 +260,12 @@ def test_programs_give_the_models_outputs_at_one_shape_and_leave_no_file(
     with torch.no_grad():
         expected = model(images)
     for name, each in found.items():
-        assert (each.program.runtime, each.program.threads, each.precision) == (name, 1, "fp32")
-        assert torch.allclose(each.program.run(images)[0], expected, atol=1e-3)
+        assert (each.runtime, each.threads, each.activations) == (name, 1, "fp32")
+        assert torch.allclose(each.run(images)[0], expected, atol=1e-3)
     if "bf16" in RUNTIMES["openvino"].activations():
         rounded = timed_programs(model, images, ["openvino"], "bf16", threads=1)["openvino"]
-        assert (rounded.precision, rounded.program.activations) == ("bf16", "bf16")
-        assert 0 < (rounded.program.run(images)[0] - expected).norm() < 0.5 * expected.norm()
+        assert rounded.activations == "bf16"
+        assert 0 < (rounded.run(images)[0] - expected).norm() < 0.5 * expected.norm()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -377,12 +378,11 @@ def test_eight_bits_are_of_exported_programs_and_for_the_clock(tmp_path: Path) -
     model = sparsify_(tiny_swin(img_size=32, depths=(1,), embed_dim=8).eval())
     set_sparsity(model, 0.5)
     images = light.structured_images((3, 32, 32), 2, 7)
-    in_float = timed_programs(model, images, ["onnxruntime"], "fp32", threads=1)["onnxruntime"].program.run(images)[0]
+    in_float = timed_programs(model, images, ["onnxruntime"], "fp32", threads=1)["onnxruntime"].run(images)[0]
     for name, found in timed_programs(model, images, ALL[1:], "int8", threads=1).items():
-        assert found.precision == f"int8+{found.program.activations}"
-        assert found.precision in RUNTIMES[name].precisions()
-        assert found.program.run(images)[0].shape == (2, 5)
-        assert 0 < (found.program.run(images)[0] - in_float).norm() < 0.5 * in_float.norm()
+        assert f"int8+{found.activations}" in RUNTIMES[name].precisions()
+        assert found.run(images)[0].shape == (2, 5)
+        assert 0 < (found.run(images)[0] - in_float).norm() < 0.5 * in_float.norm()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs sparsevit-cli[openvino]")

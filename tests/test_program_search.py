@@ -38,9 +38,15 @@ from sparsevit_cli.workflows import latency_sources, pipeline
 from sparsevit_cli.workflows.export import ExportSummary, export_winner
 from sparsevit_cli.workflows.latencies import GivenLatencies
 from sparsevit_cli.workflows.latency_budget import BudgetCheck, check_budget
-from sparsevit_cli.workflows.latency_sources import ProgramSource, computed_in, cost_scope, latency_source
+from sparsevit_cli.workflows.latency_sources import (
+    ProgramSource,
+    computed_in,
+    cost_scope,
+    latency_source,
+    tell_of_export,
+)
 from sparsevit_cli.workflows.pipeline import _check_settings, _Contender, _summary, run_pipeline
-from sparsevit_cli.workflows.search import SearchSummary, is_searched, search, search_settings
+from sparsevit_cli.workflows.search import SearchSummary, is_searched, opened_search, search, search_settings
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.table import measure_table
 from sparsevit_cli.workflows.training import adapt, pretrain
@@ -145,6 +151,8 @@ def test_the_winner_keeps_the_budget_by_the_clock_of_the_runtime(done: tuple[Pat
     assert summary.table_error is not None
     assert summary.table_error.largest < 0.02
     assert summary.measured_in == f"openvino {RUNTIMES['openvino'].version()}, fp32, batch 1"
+    table = LatencyTable.from_json((summary.folder.path / "latency_table.json").read_text())
+    assert summary.latency_table_plateaus == table.plateaus, "in --json too"
     winner = summary.winner
     assert winner.latency_ms is not None
     assert winner.latency_ms <= row.limit
@@ -185,12 +193,16 @@ def test_a_table_of_another_machine_decides_without_a_clock(
     }  # fmt: skip
     views.show_search(summary)
     told = " ".join(capsys.readouterr().out.split())
-    assert "Latencies are predictions for a Xeon (64 threads, fp32): none was measured on this machine" in told
+    assert "Latencies are predictions by the table of a Xeon (64 threads, fp32): none was measured now" in told
     budget = check_budget(session_in(runs), winner.config)
     assert budget is not None
     assert meter.now_ns == spent, "nothing was measured"
     assert budget.kept is None
-    assert "is kept: it is of a Xeon (64 threads, fp32), not of this machine" in budget.told
+    assert "is kept: it is by the latency table of a Xeon (64 threads, fp32), and nothing is measured" in budget.told
+    assert (budget.document()["by_table"], budget.document()["image_size"]) == (
+        "a Xeon (64 threads, fp32)",
+        [SIDE, SIDE],
+    )
 
 
 def test_a_table_is_measured_without_weights_and_a_search_reads_it(
@@ -230,8 +242,8 @@ def test_a_table_that_computed_eight_bits_otherwise_is_refused_if_that_is_asked_
     table.write_text(replace(found, identity={**found.identity, **there}).to_json())
     settings = {**LATENCY, "precision": "int8", "latency_table": str(table)}
 
-    def given(activations: str) -> GivenLatencies:
-        session = session_in(runs, settings, export={"activations": activations})
+    def given(activations: str, runtime: str = "openvino") -> GivenLatencies:
+        session = session_in(runs, {**settings, "runtime": runtime}, export={"activations": activations})
         model = session.model(Categories(tuple("0123456789")))
         return GivenLatencies.read(session, model, session.space(model, 0.8))
 
@@ -239,6 +251,8 @@ def test_a_table_that_computed_eight_bits_otherwise_is_refused_if_that_is_asked_
         assert given(activations).machine["precision"] == "int8+fp32"
     with pytest.raises(CheckpointError, match="activations 'fp32' there, 'bf16' here"):
         given("bf16")
+    table.write_text(replace(found, identity={**found.identity, **there, "runtime": "onnxruntime"}).to_json())
+    assert given("bf16", "onnxruntime").machine["precision"] == "int8+fp32", "it has no choice"
 
 
 def test_a_table_of_another_model_or_size_is_refused(runs: Path, table: Path) -> None:
@@ -302,6 +316,22 @@ def test_an_export_of_another_precision_than_the_budget_is_told(runs: Path) -> N
         searched(session)
         assert isinstance(session.reporter, SilentReporter)
         assert any("the budget is of a file in fp32 for openvino" in w for w in session.reporter.warnings) is told
+
+
+def test_an_export_is_nothing_to_a_search_without_a_latency_budget(runs: Path) -> None:
+    """Nor to a sensitivity. One that will be refused is told to a search with such a budget, and costs it nothing."""
+
+    def told(**search: Any) -> list[str]:
+        session = session_in(runs, {**LATENCY, **search}, export={"formats": ["pt2"], "scope": "features"})
+        with opened_search(session) as work:  # as of a sensitivity
+            assert not session.reporter.warnings  # type: ignore[attr-defined]
+            tell_of_export(session, work.model)
+        session.locks.close()
+        return list(session.reporter.warnings)  # type: ignore[attr-defined]
+
+    assert not told(budget_latency=None, budget_macs="75%")
+    (warning,) = told()
+    assert "export will fail: export.scope: the model of task" in warning
 
 
 # -- the budget of the exported file --------------------------------------------------------------------------------
@@ -372,6 +402,11 @@ def test_the_exported_file_is_measured_against_the_budget(
     assert (lower.kept, lower.document()["kept"]) == (False, False)
     assert "is NOT KEPT: model.onnx takes" in lower.told
     assert lower.told.endswith(". Search with a smaller budget")
+    search_folder = runs / "tiny" / "search"
+    shutil.copy(search_folder / "winner.yaml", search_folder / "winner-40percent.yaml")
+    least = checked(lambda about: about["budget"].update(latency_ms=1e6))
+    assert least.budget.limit_ms == lower.budget.limit_ms, "of two budgets with one winner the smaller one is checked"
+    assert least.kept is False
     off = checked(lambda about: None, export={**ON, "latency": False})
     assert (off.kept, off.why) == (None, "export.latency is false")
 

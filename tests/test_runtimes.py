@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -218,6 +219,20 @@ def test_eight_bits_without_instructions_for_them_are_told_to_be_slow(
     assert ("without VNNI or AMX" in slow_in_int8()) is slow
     if RUNTIMES["openvino"].is_installed():
         assert ("without VNNI or AMX" in told_of_runtime(RUNTIMES["openvino"])) is slow
+
+
+@pytest.mark.parametrize("system", ["win32", "linux"])
+def test_on_windows_no_file_of_weights_is_mapped(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is mapped can be neither replaced nor removed there."""
+    asked: list[dict[str, bool]] = []
+    made = SimpleNamespace(set_property=asked.append)
+    properties = SimpleNamespace(enable_mmap="ENABLE_MMAP")
+    monkeypatch.setattr(
+        runtimes.openvino, "load_openvino", lambda: SimpleNamespace(Core=lambda: made, properties=properties)
+    )
+    monkeypatch.setattr(runtimes.openvino.sys, "platform", system)  # type: ignore[attr-defined]
+    assert runtimes.openvino.core.__wrapped__() is made
+    assert asked == ([{"ENABLE_MMAP": False}] if system == "win32" else [])
 
 
 def test_a_file_has_a_runtime() -> None:

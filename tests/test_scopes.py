@@ -24,7 +24,6 @@ from sparsevit_cli.config import tasks as kinds
 from sparsevit_cli.config.loading import load_config
 from sparsevit_cli.data import Categories
 from sparsevit_cli.errors import BudgetError, ConfigError
-from sparsevit_cli.exporting.light import TimedProgram
 from sparsevit_cli.profiling.latency_table import measure_latency_table, table_identity
 from sparsevit_cli.profiling.macs import analytic_macs, flopcounter_macs, macs_cost, traced_macs
 from sparsevit_cli.profiling.memory import peak_memory_mb
@@ -38,8 +37,10 @@ from sparsevit_cli.search.budget import Budget, check_reachable, parse_budgets
 from sparsevit_cli.sparsity import SearchSpace
 from sparsevit_cli.swin import get_sparsity, model_depths, set_sparsity, sparsify_
 from sparsevit_cli.tasks.task import Metric, Score, Task, load_task
+from sparsevit_cli.winner import read_winner
 from sparsevit_cli.workflows import in_runtimes
 from sparsevit_cli.workflows.evaluate import EvaluateSummary
+from sparsevit_cli.workflows.latency_budget import RunAs
 from sparsevit_cli.workflows.latency_sources import TorchSource
 from sparsevit_cli.workflows.pages import part_rows, parts_csv
 from sparsevit_cli.workflows.plan import plan_of
@@ -417,6 +418,12 @@ def test_a_run_tells_both_scopes(done: tuple[Path, str]) -> None:
     assert "70% of the dense backbone's multiply-adds" in told
 
 
+def test_a_winner_tells_that_its_latencies_are_of_the_backbone(done: tuple[Path, str]) -> None:
+    about = read_winner(done[0] / "search" / "winner.yaml")[1]["measured_with"]
+    assert about["scope"] == "backbone"
+    assert "torch, fp32, backbone, batch 1" in str(RunAs.of(about))
+
+
 def test_the_dense_baseline_is_trained_as_long_and_costs_what_dense_does(done: tuple[Path, str]) -> None:
     folder, _ = done
     steps = {name: read(folder / name / "metrics.json")["steps"] for name in
@@ -567,9 +574,8 @@ def test_a_size_that_the_backbone_cannot_take_is_rounded_up_for_it_alone(tmp_pat
 def test_other_runtimes_run_the_backbone_alone_if_the_whole_cannot_be_exported(
     tmp_path: Path, task_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stand_in(model: Any, images: Any, names: Any, precision: str, *, threads: int) -> dict[str, TimedProgram]:
-        made = {name: Program(name, "1", "fp32", threads, lambda x: list(model(x).values())) for name in names}
-        return {name: TimedProgram(program, precision) for name, program in made.items()}
+    def stand_in(model: Any, images: Any, names: Any, precision: str, *, threads: int) -> dict[str, Program]:
+        return {name: Program(name, "1", "fp32", threads, lambda x: list(model(x).values())) for name in names}
 
     monkeypatch.setattr(in_runtimes, "timed_programs", stand_in)
     monkeypatch.setattr(in_runtimes, "check_timed", lambda *_: None)

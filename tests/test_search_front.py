@@ -120,6 +120,19 @@ def test_a_sparser_winner_that_scores_higher_wins_the_wider_budget_too(
     assert row["winner_of"] == f"{summary.feasibility[0].budget}; {other.budget}"
 
 
+@pytest.mark.parametrize("skipping_helps", [False, True])
+def test_dense_within_budget_is_told_only_if_it_wins(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, skipping_helps: bool
+) -> None:
+    if skipping_helps:
+        by_ratios = lambda _, configs, images: {config: sum(map(sum, config.ratios)) for config in configs}  # noqa: E731
+        monkeypatch.setattr(Scores, "score", by_ratios)
+    summary = search_front(session_in(runs), budgets="100%,80%")
+    assert summary.winner.config.is_dense is not skipping_helps
+    assert summary.note.endswith("" if skipping_helps else "nothing to prune")
+    assert bool(summary.note) is not skipping_helps
+
+
 def test_the_folder_of_a_search_may_be_a_link_to_a_local_disk(runs: Path, tmp_path: Path) -> None:
     """The ledger needs one; workers on other machines need the folder of adapt alone."""
     local, link = tmp_path / "local", runs / "tiny" / "search"

@@ -41,13 +41,17 @@ def test_configurations_outside_the_table_are_refused():
         table(max_tenths=5).predict(SPACE.sparsest)
 
 
-def test_plateaus_are_ratios_of_a_stage_that_are_equally_fast():
+def test_plateaus_are_ratios_of_a_stage_that_are_no_faster():
     """Stage 0 has steps by noise, stage 1 saves as much everywhere, stage 2 nothing, and ranking eats a step of 3."""
     waves = (10, 9, 8.99, 9.01, 7, 5, 5, 5.02, 2)
     even = (9, 8, 7, 6, 5, 4, 3, 2, 1)
     found = LatencyTable(1, ((waves,), (even,), ((3,) * 9, (2,) * 9), (even,)), (0, 0, 0, 1), IDENTITY)
     assert found.plateaus == (((0.1, 0.3), (0.5, 0.7)), (), ((0.0, 0.8),), ((0.0, 0.1),))
-    assert found.plateaus_told == "stage 0: 0.1 to 0.3, 0.5 to 0.7; stage 2: 0 to 0.8; stage 3: 0 to 0.1"
+    told = "stage 0: 0.1 to 0.3, 0.5 to 0.7; stage 2: 0 to 0.8; stage 3: 0 to 0.1"
+    assert found.plateaus_told == f"by the latency table a higher ratio is no faster: {told}"
+    slower = LatencyTable(1, ((even,),), (3,), IDENTITY)
+    assert slower.predict(SparsityConfig(((1,),))) > slower.predict(SparsityConfig(((0,),)))
+    assert slower.plateaus_told.endswith("a higher ratio is no faster: stage 0: 0 to 0.1"), "not equally fast"
     assert LatencyTable(1, ((even,),), (0,), IDENTITY).plateaus_told == ""
     assert LatencyTable(1, (((3,),),), (0,), IDENTITY).plateaus == ((),)
 

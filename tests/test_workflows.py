@@ -38,6 +38,7 @@ from sparsevit_cli.sparsity import SparsityConfig
 from sparsevit_cli.stopping import StopRequest
 from sparsevit_cli.tasks.task import Score
 from sparsevit_cli.winner import write_winner
+from sparsevit_cli.workflows import pipeline
 from sparsevit_cli.workflows import search as search_workflow
 from sparsevit_cli.workflows import training as training_workflow
 from sparsevit_cli.workflows.evaluate import evaluate_checkpoint
@@ -48,6 +49,7 @@ from sparsevit_cli.workflows.pipeline import run_pipeline
 from sparsevit_cli.workflows.plan import plan_of
 from sparsevit_cli.workflows.profile import profile_model, profile_settings
 from sparsevit_cli.workflows.profile_target import profile_target, threads_set
+from sparsevit_cli.workflows.ratios import ratios_to_profile
 from sparsevit_cli.workflows.session import Session
 from sparsevit_cli.workflows.smaller import MOST_SIZES, equal_size, rival_sizes
 from sparsevit_cli.workflows.training import adapt, check_headers, pretrain
@@ -242,6 +244,41 @@ def test_a_model_by_name_is_profiled_whatever_the_trainings_say(tmp_path: Path) 
         profile_target(session, model="swin_" + "x" * 80, ratios="0.5")
 
 
+def test_a_profile_is_of_what_finetune_trained_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As are evaluate and export; a winner found since, and ratios configured for finetune, stand back and are told."""
+    said: list[str] = []
+    monkeypatch.setattr(SilentReporter, "say", lambda self, text: said.append(text))
+
+    def profiled(model: str | None = None, **sections: object) -> tuple[tuple[tuple[float, ...], ...], list[str]]:
+        session = session_in(tmp_path, **sections)
+        found = ratios_to_profile(session, (2, 2), None, named=model is not None)
+        return found.ratios, warnings_of(session)
+
+    winner = session_in(tmp_path).earlier("search").path / "winner.yaml"
+    with pytest.raises(CheckpointError, match=r"or give --ratios 0\.6"):
+        profiled()
+    assert profiled(finetune={"ratios": [[0.1], [0.2]]}) == (((0.1,), (0.2,)), [])
+    winner.parent.mkdir(parents=True)
+    write_winner(winner, SparsityConfig.from_ratios([[0.3], [0.5]]), {})
+    assert profiled() == (((0.3,), (0.5,)), [])
+    folder = session_in(tmp_path).earlier("finetune")
+    folder.path.mkdir()
+    (folder.path / "sparsity.json").write_text('{"ratios": [[0.6], [0.6]]}')
+    assert profiled()[0] == ((0.3,), (0.5,)), "finetune is not done"
+    folder.write_result({}, files=["sparsity.json"])
+    for sections in ({}, {"finetune": {"ratios": [[0.1], [0.2]]}}):
+        ratios, (warning,) = profiled(**sections)
+        assert ratios == ((0.6,), (0.6,))
+        assert f"--ratios {winner} profiles that" in warning
+    assert profiled(finetune={"ratios": [[0.6], [0.6]]}) == (((0.6,), (0.6,)), []), "as configured"
+    assert profiled(profile={"ratios": 0.4})[0] == ((0.4,), (0.4,))
+    assert profiled(model="another")[0] == ((0.3,), (0.5,))
+    assert not said
+    winner.unlink()
+    assert profiled() == (((0.6,), (0.6,)), [])
+    assert said == ["profile: at [[0.6], [0.6]], which finetune trained at"]
+
+
 # -- done -------------------------------------------------------------------------------------------------------
 
 
@@ -425,6 +462,21 @@ def test_a_profile_leaves_a_page_that_escapes_what_it_shows(tmp_path: Path) -> N
     hostile = profile_page(type(report)(**{**vars(report), "model": "<script>alert(1)</script>"}))
     assert "<script>" not in hostile
     assert "&lt;script&gt;" in hostile
+
+
+def test_a_run_profiles_again_what_was_profiled_at_another_image_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    for name in ("evaluate_checkpoint", "profile_model", "export_winner"):
+        monkeypatch.setattr(pipeline, name, lambda _, name=name: done.append(name))
+    session = session_in(tmp_path, profile={"batch_sizes": [1]})
+    config = SparsityConfig.from_ratios([[0.3], [0.5]])
+    for typed, again in (("16", True), ("32", False)):
+        profile_model(session, img_size=typed, ratios=RATIOS)
+        done.clear()
+        pipeline._last_steps(session, config, "")
+        assert ("profile_model" in done) is again, typed
 
 
 def test_the_pipeline_refuses_at_once_what_a_later_step_would(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def show_search(summary: SearchSummary) -> None:
         for other in summary.others
     ]
     if summary.not_measured_here:
-        lines.append(f"Latencies are predictions for {summary.not_measured_here}: none was measured on this machine.")
+        lines.append(f"Latencies are predictions by the table of {summary.not_measured_here}: none was measured now.")
     lines.append(f"winner: {summary.winner.config}, in {summary.folder.path / 'winner.yaml'}")
     print_lines(*lines, f"Next: {_following(summary.folder)}")
 
@@ -169,7 +169,7 @@ def show_table(report: TableReport) -> None:
     lines = [f"runtime: {identity.get('runtime', 'torch')}"]
     if error is not None:
         lines.append(f"latency table: mean error {error.mean:.1%}, largest {error.largest:.1%} on {error.n} held out")
-    lines += [f"equally fast: {report.table.plateaus_told}"] if report.table.plateaus_told else []
+    lines += [report.table.plateaus_told] if report.table.plateaus_told else []
     print_lines(*lines, f"written: {report.path}", f"Elsewhere: --set search.latency_table={report.path.name}")
 
 

@@ -353,7 +353,9 @@ class ProfileSection(Section):
         "eager", description="For rows of torch: plain, torch.compile for all, or (on a GPU) a CUDA graph for all."
     )
     ratios: StageRatios | Ratio | None = Field(
-        None, description="Configuration to profile: per stage and pair, or one number; null takes the winner."
+        None,
+        description="Configuration to profile: per stage and pair, or one number; null takes what finetune trained at, "
+        "else the winner.",
     )
     seconds: Positive = Field(3.0, description="Measuring time per row at least, in seconds.")
     rounds: Annotated[int, Field(ge=6)] = Field(30, description="Interleaved rounds at least.")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,14 +33,6 @@ FARTHEST: Mapping[str, float] = {"fp32": 0.02, "bf16": 0.5}
 """Largest distance of a program's outputs from eager's, over the length of eager's: rounding may swap two windows."""
 
 
-@dataclass(frozen=True, eq=False)
-class TimedProgram:
-    """A loaded program; `precision` is the label that tables have, such as `bf16` or `int8+bf16`."""
-
-    program: Program
-    precision: str
-
-
 def check_timed(name: str, precision: str) -> None:
     """Raises ConfigError if runtime `name` is not installed here, or does not compute in `precision`."""
     found = runtime(name)
@@ -59,7 +50,7 @@ def check_timed(name: str, precision: str) -> None:
 
 def timed_programs(
     model: nn.Module, images: Tensor, runtimes: Sequence[str], precision: Precision, *, threads: int
-) -> dict[str, TimedProgram]:
+) -> dict[str, Program]:
     """`model`, float32 and on the CPU, at the shape of `images` (B, C, H, W) and no other; by the name of the runtime.
 
     All come from one ONNX file and run on `threads` threads; that of int8 is quantised on random images. Raises
@@ -78,9 +69,8 @@ def timed_programs(
             activations = resolved_activations(precision, "auto", (format_of(name),), "profile.precision")
             file = timed_file(path, name, (batch, *shape), eight_bits=precision == "int8")
             program = runtime(name).load(file, activations=activations, threads=threads, shape=images.shape)
-            label = precision_label(precision, activations)
-            _look_at(program.run(seen), list(expected.values()), name, label)
-            programs[name] = TimedProgram(program, label)
+            _look_at(program.run(seen), list(expected.values()), name, precision_label(precision, activations))
+            programs[name] = program
     return programs
 
 

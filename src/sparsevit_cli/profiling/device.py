@@ -60,7 +60,7 @@ def device_identity(device: torch.device) -> dict[str, str | int]:
         }
     else:
         identity |= {
-            "name": _cpu_name(),
+            "name": _cpu_info("model name") or platform.processor() or platform.machine(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
@@ -107,21 +107,16 @@ def source_revision() -> str | None:
     return found.stdout.strip()
 
 
-def _cpu_name() -> str:
+def _cpu_info(name: str) -> str:
+    """What Linux tells of the first CPU under that name; empty elsewhere."""
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 def cpu_flags() -> frozenset[str]:
     """What Linux says that an x86 CPU can do, such as `avx512_vnni`; empty elsewhere."""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        if line.startswith("flags"):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
+    return frozenset(_cpu_info("flags").split())
 
 
 def _cpu_state() -> dict[str, str | int | float]:

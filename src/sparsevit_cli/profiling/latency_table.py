@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from statistics import fmean, median
+from typing import Any
 
 import torch
 from torch import nn
@@ -102,20 +103,14 @@ def measure_configs(
     configs: Iterable[SparsityConfig],
     *,
     seconds: float = 1.0,
-    rounds: int = 30,
-    seed: int = 0,
-    max_spread: float = 0.10,
-    retries: int = 3,
     strict: bool = False,
-    clock: Clock | None = None,
-    patience: Patience | None = None,
-    before_round: Callable[[], None] = lambda: None,
+    **settings: Any,
 ) -> dict[SparsityConfig, Latency]:
     """Latency of the whole model at each configuration, interleaved; the first is the reference of `speedup`.
 
     Dense is ours at ratio 0 (`exact=False`): what the kernels gain is no merit of sparsity.
 
-    Settings and errors as in `measure_interleaved`. The model and its ratios are left as they were.
+    Other `settings`, and errors, as in `measure_interleaved`. The model and its ratios are left as they were.
     """
     by_name = {str(config): config for config in configs}
     with evaluating(workload.model), sparsity_kept(workload.model):
@@ -123,14 +118,8 @@ def measure_configs(
             {name: partial(_run_at, workload, config) for name, config in by_name.items()},
             device=workload.device,
             seconds=seconds,
-            rounds=rounds,
-            seed=seed,
-            max_spread=max_spread,
-            retries=retries,
             strict=strict,
-            clock=clock,
-            patience=patience,
-            before_round=before_round,
+            **settings,
         )
     return {by_name[name]: latency for name, latency in result.items()}
 

@@ -15,8 +15,7 @@ from sparsevit_cli.search.latency_table import LatencyTable
 from sparsevit_cli.search.table_design import TableDesign
 from sparsevit_cli.sparsity import SparsityConfig
 
-from .latency import Candidate, Clock, Latency, measure_interleaved
-from .neighbours import Patience
+from .latency import Candidate, Latency, measure_interleaved
 
 Load = Callable[[SparsityConfig], Candidate]
 """A configuration to a function that runs its program once."""
@@ -31,19 +30,14 @@ def measure_programs(
     *,
     seconds: float = 1.0,
     rounds: int = 15,
-    seed: int = 0,
-    max_spread: float = 0.10,
-    retries: int = 3,
     strict: bool = False,
-    clock: Clock | None = None,
-    patience: Patience | None = None,
-    before_round: Callable[[], None] = lambda: None,
     on_share: Callable[[float], None] = lambda share: None,
+    **settings: Any,
 ) -> dict[SparsityConfig, Latency]:
     """Latency of the program of each configuration; the first is the reference of `speedup`, measured in every group.
 
-    Its own latency is that of the first group. `on_share` is told the share done after each group. Other settings and
-    errors as in `measure_interleaved`.
+    Its own latency is that of the first group. `on_share` is told the share done after each group. Other
+    `settings`, and errors, as in `measure_interleaved`.
     """
     reference, *others = dict.fromkeys(configs)
     kept = load(reference)
@@ -55,13 +49,8 @@ def measure_programs(
             device=CPU,
             seconds=seconds,
             rounds=rounds,
-            seed=seed,
-            max_spread=max_spread,
-            retries=retries,
             strict=strict,
-            clock=clock,
-            patience=patience,
-            before_round=before_round,
+            **settings,
         )
         found.setdefault(reference, measured[str(reference)])
         found |= {config: measured[name] for name, config in group.items()}

@@ -58,8 +58,14 @@ def core() -> Any:
     OpenVINO's CPU plug-in gives the thread that loads it a signal stack of its own. Where several were loaded, the last
     one puts back a stack that is freed, and the next Ctrl-C is a segmentation fault (2026.4, class SigAltStackSetup of
     src/plugins/intel_cpu/src/plugin.cpp).
+
+    On Windows it maps no file of weights into memory: a mapped one can be neither replaced nor removed there.
     """
-    return load_openvino().Core()
+    openvino = load_openvino()
+    found = openvino.Core()
+    if sys.platform == "win32":
+        found.set_property({openvino.properties.enable_mmap: False})
+    return found
 
 
 class SignalStack(ctypes.Structure):

@@ -88,10 +88,10 @@ class LatencyTable:
 
     @cached_property
     def plateaus(self) -> tuple[tuple[tuple[float, float], ...], ...]:
-        """By stage the runs of ratios, first and last, that are equally fast if a whole stage is at them.
+        """By stage the runs of ratios, first and last, in which a higher ratio is no faster if a whole stage is at it.
 
-        A step of a run saves less than `PLATEAU` of the mean step of its stage. Where skipping saves nothing at all,
-        all ratios are one run.
+        A step of a run saves less than `PLATEAU` of the mean step of its stage, or costs time. Where skipping saves
+        nothing at all, all ratios are one run.
         """
         return tuple(
             _runs([sum(entry[t] for entry in entries) + (overhead if t else 0.0) for t in range(self.max_tenths + 1)])
@@ -100,12 +100,12 @@ class LatencyTable:
 
     @property
     def plateaus_told(self) -> str:
-        """`stage 2: 0.3 to 0.5, 0.7 to 0.8`, by stages that have any; empty if none has."""
+        """Stages that have any, with `stage 2: 0.3 to 0.5, 0.7 to 0.8`; empty if none has."""
         told = [
             f"stage {stage}: {', '.join(f'{first:g} to {last:g}' for first, last in runs)}"
             for stage, runs in enumerate(self.plateaus) if runs
         ]  # fmt: skip
-        return "; ".join(told)
+        return f"by the latency table a higher ratio is no faster: {'; '.join(told)}" if told else ""
 
     def fit_error(self, measured: Measured) -> TableError:
         """Error against measurements that the table was not made of. Raises MeasurementError where there are none."""

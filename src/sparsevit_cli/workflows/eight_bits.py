@@ -136,6 +136,10 @@ class Deployed:
         program = runtime_for(path).load(path, activations=activations)
         self._module = ProgramModule(program, self._like, name=path.name, shape=self._shape)
 
+    def unload(self) -> None:
+        """Let the file go: while it is mapped, Windows neither writes nor renames it."""
+        self._module = None
+
     def _run(self, images: Tensor) -> Any:
         if self.taking is None:
             assert self._module is not None, "no file is loaded"
@@ -225,6 +229,14 @@ class Quantiser:
 
         Raises MeasurementError if more than `export.max_loss` is lost whatever stays in float.
         """
+        try:
+            told_of = self._judged(source, target)
+        finally:
+            self.deployed.unload()
+        self.found[source.name] = told_of
+        return told_of.document()
+
+    def _judged(self, source: Path, target: Path) -> EightBits:
         metric, say = self.session.task.metric, self.session.reporter.say
         before = self._in_float(source)
         without: Change | None
@@ -245,9 +257,7 @@ class Quantiser:
                 say(f"export: {len(in_float)} layers in float: {told(found, metric)}")
         kept, changed, counted = self._windows(source, target)
         without = without if in_float else None
-        told_of = EightBits(metric, len(self.images), found, kept, changed, counted, in_float, without)
-        self.found[source.name] = told_of
-        return told_of.document()
+        return EightBits(metric, len(self.images), found, kept, changed, counted, in_float, without)
 
     def _in_float(self, source: Path) -> tuple[Score, PairedScorer]:
         """The score of the first file stands for all: each was compared with eager, and it is the same graph."""
@@ -271,6 +281,7 @@ class Quantiser:
     ) -> Change:
         self.session.reporter.say(f"export: NNCF quantises {source.name} on {len(self.images)} images")
         names = [layer.name for layer in in_float]
+        self.deployed.unload()
         quantize(source, target, self.images, in_float=names, check=self._check)
         after = self.deployed.score(
             target, activations_of(target, self.activations), self.data.val, f"{target.name} in int8"

@@ -158,7 +158,6 @@ def _export(
         check_batch_sizes=section.check_batch_sizes,
         tolerance=section.tolerance,
         measure_ms=section.latency,
-        seed=session.config.seed,
         info=_info(session, part, trained),
         preprocessing=session.task.preprocessing(),
         scope=part.scope,
@@ -166,9 +165,8 @@ def _export(
         check_images=_images(session, trained) if part.one_image else None,
         reporter=session.reporter,
         patience=session.patience,
-        max_spread=session.config.clock.max_spread,
-        retries=session.config.clock.retries,
         before_step=partial(session.stop.check, "export", AS_BEFORE),
+        **session.measuring,
     )
     return report, {} if quantiser is None else quantiser.found
 

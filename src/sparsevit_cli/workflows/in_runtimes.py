@@ -14,7 +14,7 @@ from sparsevit_cli.exporting import UntraceableError
 from sparsevit_cli.exporting.light import check_timed, timed_programs
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE, placed
 from sparsevit_cli.profiling.workload import Workload
-from sparsevit_cli.runtimes import RUNTIMES, Precision, slow_in_int8
+from sparsevit_cli.runtimes import RUNTIMES, Precision, precision_label, slow_in_int8
 
 from .rows import TORCH, Place
 from .session import Session
@@ -122,12 +122,13 @@ def in_other_runtimes(session: Session, runtimes: Runtimes, workload: Workload) 
         raise UntraceableError("timed export", got, "Measure its backbone.")
     images = workload.inputs.to("cpu", torch.float32)
     model = placed(workload.model, images.device, images.dtype)
+    precision = _exported_in(session)
     with workload.loaded(model):
-        made = timed_programs(model, images, runtimes.others, _exported_in(session), threads=torch.get_num_threads())
+        made = timed_programs(model, images, runtimes.others, precision, threads=torch.get_num_threads())
     return [
         InRuntime(
-            Place(each.program.runtime, each.program.version, each.precision, each.program.threads),
-            partial(each.program.run, images),
+            Place(each.runtime, each.version, precision_label(precision, each.activations), each.threads),
+            partial(each.run, images),
         )
         for each in made.values()
     ]

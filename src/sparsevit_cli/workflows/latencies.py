@@ -36,7 +36,7 @@ class MeasuredLatencies:
     """
 
     elsewhere = ""
-    """The machine that they are of, unless that is this one."""
+    """What a given latency table was measured on: there is none."""
 
     def __init__(
         self, session: Session, source: LatencySource, space: SearchSpace, ledger: Ledger | None = None,

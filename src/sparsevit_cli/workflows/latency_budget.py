@@ -44,17 +44,17 @@ class RunAs:
         return cls(place, label, str(record.get("scope", "model")), batch, (height, width))
 
     def __str__(self) -> str:
-        part = ", backbone and neck" if self.scope == "features" else ""
+        part = {"features": ", backbone and neck", "backbone": ", backbone"}.get(self.scope, "")
         return f"{self.runtime}, {self.precision}{part}, batch {self.batch}, {size_text(self.image_size)} pixels"
 
 
 @dataclass(frozen=True)
 class LatencyBudget:
-    """Milliseconds per batch at most; `elsewhere` is the machine that they are of, unless that is this one."""
+    """Milliseconds per batch at most; `by_table` is what a given latency table was measured on, if it was one's."""
 
     limit_ms: float
     run_as: RunAs
-    elsewhere: str = ""
+    by_table: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class BudgetCheck:
             "precision": run_as.precision,
             "scope": run_as.scope,
             "batch": run_as.batch,
-            "elsewhere": self.budget.elsewhere or None,
+            "image_size": list(run_as.image_size),
+            "by_table": self.budget.by_table or None,
             "file": self.file or None,
             "latency_ms": None if known is None else known.median_ms,
             "latency_ms_low": None if known is None else known.low_ms,
@@ -113,8 +114,11 @@ class BudgetCheck:
 
 
 def budget_of(session: Session, config: SparsityConfig) -> LatencyBudget | None:
-    """The latency budget of the search whose winner is `config`; None if there is none. Raises CheckpointError."""
+    """The smallest latency budget of the search whose winner is `config`: who keeps it keeps the others. None if there
+    is none. Raises CheckpointError.
+    """
     folder = session.earlier("search").path
+    found = []
     for path in (folder / "winner.yaml", *sorted(folder.glob("winner-*.yaml"))):
         if not path.is_file():
             continue
@@ -124,14 +128,15 @@ def budget_of(session: Session, config: SparsityConfig) -> LatencyBudget | None:
             if limit_ms is None or winner != config:
                 continue
             table = about.get("latency_table")
-            elsewhere = "" if table is None else machine_told(table)
-            return LatencyBudget(float(limit_ms), RunAs.of(about["measured_with"]), elsewhere)
-    return None
+            by_table = "" if table is None else machine_told(table)
+            found.append(LatencyBudget(float(limit_ms), RunAs.of(about["measured_with"]), by_table))
+    return min(found, key=lambda budget: budget.limit_ms, default=None)
 
 
-def not_of_here(budget: LatencyBudget) -> BudgetCheck:
-    """Of a budget by a latency table of another machine: nothing that is measured here says if it is kept."""
-    return BudgetCheck(budget, why=f"it is of {budget.elsewhere}, not of this machine")
+def not_measured(budget: LatencyBudget) -> BudgetCheck:
+    """Of a budget by a given latency table: it may be of another machine, and nothing is measured beside it."""
+    why = f"it is by the latency table of {budget.by_table}, and nothing is measured beside that"
+    return BudgetCheck(budget, why=why)
 
 
 def exported_call(session: Session, wanted: RunAs) -> tuple[str, Callable[[], object]]:
@@ -165,18 +170,16 @@ def check_budget(session: Session, config: SparsityConfig) -> BudgetCheck | None
         return None
     if budget is None or budget.run_as.runtime == TORCH:
         return None
-    if budget.elsewhere:
-        return not_of_here(budget)
+    if budget.by_table:
+        return not_measured(budget)
     try:
         file, call = exported_call(session, budget.run_as)
     except (ConfigError, CheckpointError) as error:
         return BudgetCheck(budget, why=error.got)
     if not session.config.export.latency:
         return BudgetCheck(budget, file, why="export.latency is false")
-    clock = session.config.clock
     latencies = measure_programs(
-        lambda _: call, [config], seconds=session.config.search.seconds, seed=session.config.seed,
-        retries=clock.retries, max_spread=clock.max_spread, patience=session.patience,
-        before_round=partial(session.stop.check, "export", "the files are whole"),
+        lambda _: call, [config], seconds=session.config.search.seconds, patience=session.patience,
+        before_round=partial(session.stop.check, "export", "the files are whole"), **session.measuring,
     )  # fmt: skip
     return BudgetCheck(budget, file, latencies[config])

@@ -18,7 +18,7 @@ from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.errors import CheckpointError, ConfigError, MeasurementError
 from sparsevit_cli.exporting import ExportScope, UntraceableError
 from sparsevit_cli.exporting.adjustable import AdjustablePrograms
-from sparsevit_cli.exporting.precision import LOWERING, format_of, resolved_activations
+from sparsevit_cli.exporting.precision import LOWERING, ActivationsAsked, format_of, resolved_activations
 from sparsevit_cli.profiling.inputs import TORCH_DTYPE
 from sparsevit_cli.profiling.latency import Latency
 from sparsevit_cli.profiling.latency_table import (
@@ -88,20 +88,16 @@ class TorchSource:
 
     def measure(self, configs: Sequence[SparsityConfig], patience: Patience) -> dict[SparsityConfig, Latency]:
         """In turns, all in the same rounds."""
-        clock = self.session.config.clock
         return measure_configs(
-            self.workload, configs, seconds=self.session.config.search.seconds, seed=self.session.config.seed,
-            retries=clock.retries, max_spread=clock.max_spread, strict=True, patience=patience,
-            before_round=check(self.session),
+            self.workload, configs, seconds=self.session.config.search.seconds, strict=True, patience=patience,
+            before_round=check(self.session), **self.session.measuring,
         )  # fmt: skip
 
     def table(self, on_share: OnShare) -> LatencyTable:
         """By marked passes."""
-        clock = self.session.config.clock
         table = measure_latency_table(
             self.workload, max_tenths=MAX_TENTHS, seconds=self.session.config.search.seconds,
-            seed=self.session.config.seed, patience=self.session.patience, retries=clock.retries,
-            max_spread=clock.max_spread, on_round=on_share,
+            patience=self.session.patience, on_round=on_share, **self.session.measuring,
             check=partial(self.session.stop.check, "search", "the latency table is not saved yet"),
         )  # fmt: skip
         return replace(table, identity=self.identity)
@@ -133,12 +129,12 @@ class ProgramSource:
 
     @cached_property
     def _programs(self) -> AdjustablePrograms:
-        folder = self.resources.enter_context(tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}programs-"))
+        folder = tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}programs-", ignore_cleanup_errors=True)
         try:
             return AdjustablePrograms(
                 self.workload.model, self.workload.inputs, [kept[0] for kept in self._design.kept], self.runtime,
-                folder, activations=self.activations, opset=self.session.config.export.opset,
-                eight_bits=self.section.precision == "int8",
+                self.resources.enter_context(folder), activations=self.activations,
+                opset=self.session.config.export.opset, eight_bits=self.section.precision == "int8",
                 before_step=check(self.session), say=lambda line: self.session.reporter.say(f"search: {line}"),
             )  # fmt: skip
         except UntraceableError as error:
@@ -163,20 +159,16 @@ class ProgramSource:
         files: Mapping[SparsityConfig, Callable[[], object]] = MappingProxyType({}),
     ) -> dict[SparsityConfig, Latency]:
         """Program by program, a few at a time, each beside the first. `files` run in the place of their programs."""
-        clock = self.session.config.clock
         return measure_programs(
             lambda config: files.get(config) or self._load(config), configs, seconds=self.section.seconds,
-            seed=self.session.config.seed, retries=clock.retries, max_spread=clock.max_spread, strict=strict,
-            patience=patience, before_round=check(self.session),
+            strict=strict, patience=patience, before_round=check(self.session), **self.session.measuring,
         )  # fmt: skip
 
     def table(self, on_share: OnShare) -> LatencyTable:
         """From programs that differ in one stage."""
-        clock = self.session.config.clock
         return measure_program_table(
-            self._load, self._design, self.identity, seconds=self.section.seconds, seed=self.session.config.seed,
-            retries=clock.retries, max_spread=clock.max_spread, patience=self.session.patience,
-            before_round=check(self.session), on_share=on_share,
+            self._load, self._design, self.identity, seconds=self.section.seconds, patience=self.session.patience,
+            before_round=check(self.session), on_share=on_share, **self.session.measuring,
         )  # fmt: skip
 
 
@@ -184,8 +176,7 @@ def computed_in(session: Session, runtime: Runtime) -> Activations:
     """What `runtime` is asked to compute in: of an int8 program all that is not eight bits. Raises ConfigError."""
     precision = session.config.search.precision
     runtime.check_activations("fp32", SETTING)  # one that is broken is told before it is asked for more
-    asked = session.config.export.activations if (precision, runtime.name) == ("int8", LOWERING) else "auto"
-    found = resolved_activations(precision, asked, (format_of(runtime.name),), SETTING)
+    found = resolved_activations(precision, _asked(session), (format_of(runtime.name),), SETTING)
     if precision == "int8" and (slow := slow_in_int8()):
         session.reporter.warn(f"search: {slow}")
     return found
@@ -210,13 +201,17 @@ def program_workload(session: Session, model: nn.Module, size: Size | None = Non
 
 
 def tell_of_export(session: Session, model: nn.Module) -> None:
-    """A warning if the export, as it is configured, writes no file that the budget is of. Raises ConfigError."""
+    """A warning if the export, as it is configured, writes no file that the latency budget is of."""
     search, export = session.config.search, session.config.export
     formats = {"openvino": ("openvino", "onnx"), "onnxruntime": ("onnx",)}.get(search.runtime)
-    if formats is None:
+    if formats is None or search.budget_latency is None:
         return
     formats = formats if search.precision == "fp32" else formats[:1]
-    scope, written = exported_scope(search.scope), exported_part(session, model).scope
+    try:
+        scope, written = exported_scope(search.scope), exported_part(session, model).scope
+    except ConfigError as error:
+        session.reporter.warn(f"search: the budget is of a file for {search.runtime}, and export will fail: {error}")
+        return
     if search.precision != export.precision or not set(formats) & set(export.formats) or scope != written:
         session.reporter.warn(
             f"search: the budget is of a file in {search.precision} for {search.runtime}, of scope {scope}; "
@@ -254,10 +249,18 @@ def swin_parameters(model: nn.Module) -> dict[str, object]:
 
 def program_settings(session: Session) -> dict[str, object]:
     """What is set of programs besides the model; `activations` where they are asked for, `auto` hangs on the CPU."""
-    section, export = session.config.search, session.config.export
-    asked = export.activations if section.precision == "int8" else section.precision
+    section = session.config.search
+    asked = _asked(session) if section.precision == "int8" else section.precision
     activations = {} if asked == "auto" else {"activations": asked}
-    return {"runtime": section.runtime, "precision": section.precision, "opset": export.opset, **activations}
+    opset = session.config.export.opset
+    return {"runtime": section.runtime, "precision": section.precision, "opset": opset, **activations}
+
+
+def _asked(session: Session) -> ActivationsAsked:
+    """What the programs are asked to compute in besides eight bits: `LOWERING` alone has a choice."""
+    section = session.config.search
+    has_choice = (section.precision, section.runtime) == ("int8", LOWERING)
+    return session.config.export.activations if has_choice else "auto"
 
 
 def _program_identity(

@@ -34,10 +34,11 @@ from .evaluate import evaluate_checkpoint
 from .export import check_exportable, export_settings, export_winner
 from .in_runtimes import chosen_runtimes
 from .latencies import latencies_of_search
-from .latency_budget import BudgetCheck, RunAs, budget_of, exported_call, not_of_here
+from .latency_budget import BudgetCheck, RunAs, budget_of, exported_call, not_measured
 from .latency_sources import ProgramSource, tell_of_export
 from .profile import profile_model, profile_settings
 from .profile_report import PartCosts
+from .profile_target import configured_sizes
 from .ratios import ratios_to_finetune
 from .rows import TORCH
 from .scopes import image_told, per_image
@@ -97,11 +98,8 @@ class PipelineRow(ScopeCost):
 
     def document(self) -> dict[str, Any]:
         """The row in JSON documents."""
-        found = asdict(self)
-        return {name: value for name, value in found.items() if name not in _SOMETIMES or value is not None}
-
-
-_SOMETIMES = ("backbone", "exported")
+        sometimes = ("backbone", "exported")
+        return {name: value for name, value in asdict(self).items() if name not in sometimes or value is not None}
 
 
 @dataclass(frozen=True)
@@ -181,18 +179,25 @@ def run_pipeline(session: Session) -> PipelineSummary:
         _search(session)
     seconds["finetune"] = finetune(session).seconds
     contenders = _contenders(session, seconds)
-    tuned_at = [list(stage) for stage in contenders[-1].config.ratios]
-    tuned = {"ratios": tuned_at, "weights_sha256": trained_weights(session, "finetune", "sparsevit run").sha256}
+    _last_steps(session, contenders[-1].config, trained_weights(session, "finetune", "sparsevit run").sha256)
+    return _summary(session, folder, contenders, seconds)
+
+
+def _last_steps(session: Session, config: SparsityConfig, weights_sha256: str) -> None:
+    """What is made of the finetuned weights, unless it is there and of these settings and flags."""
+    ratios = [list(stage) for stage in config.ratios]
+    sizes = [list(size) for size in configured_sizes(session)]
+    tuned = {"ratios": ratios, "weights_sha256": weights_sha256}
+    profiled = {"ratios": ratios, "image_sizes": sizes, "settings": profile_settings(session), "steady": True}
     steps: tuple[tuple[str, Callable[[Session], object], Mapping[str, object]], ...] = (
         ("evaluate", evaluate_checkpoint, {**tuned, "runtime": None}),
-        ("profile", profile_model, {"ratios": tuned_at, "settings": profile_settings(session), "steady": True}),
+        ("profile", profile_model, profiled),
         ("export", export_winner, {**tuned, "settings": export_settings(session)}),
     )
     for command, step, wanted in steps:
         found = session.earlier(command).done(*COMMANDS[command].needed)
         if session.fresh or any(found.get(name) != value for name, value in wanted.items()):
             step(session)
-    return _summary(session, folder, contenders, seconds)
 
 
 def _search(session: Session) -> None:
@@ -300,9 +305,8 @@ def _measure(
     session: Session, calls: Mapping[str, Callable[[], object]], rounds: int = 30, patience: Patience | None = None
 ) -> dict[str, Latency]:
     latencies = measure_interleaved(
-        calls, device=session.device, seconds=session.config.search.seconds, rounds=rounds,
-        seed=session.config.seed, strict=False, max_spread=session.config.clock.max_spread,
-        retries=session.config.clock.retries, patience=patience or session.patience, before_round=_check(session),
+        calls, device=session.device, seconds=session.config.search.seconds, rounds=rounds, strict=False,
+        patience=patience or session.patience, before_round=_check(session), **session.measuring,
     )  # fmt: skip
     for name, latency in latencies.items():
         if not latency.stable:
@@ -408,7 +412,7 @@ def _in_runtime(session: Session, contenders: Sequence[_Contender]) -> tuple[_Me
         return nothing, None, None
     budget = budget_of(session, winner)
     if section.latency_table is not None:
-        return nothing, None, None if budget is None else not_of_here(budget)
+        return nothing, None, None if budget is None else not_measured(budget)
     if section.runtime == TORCH:
         return nothing, None, None
     rows = [contender for contender in contenders if contender.exact and contender.size == session.img_size]

@@ -121,6 +121,7 @@ def profile_model(
             "rows": [asdict(row) for row in rows],
             "steady": all(row.stable for row in rows),
             "ratios": config.ratios,
+            "image_sizes": sizes,
             "settings": profile_settings(session),
             "parts": None if parts is None else parts.document(),
         },

@@ -38,11 +38,14 @@ def profile_target(
     """The configuration's profile with the flags as typed. Raises ConfigError, CheckpointError."""
     if model is not None:
         session = session.replaced(config=_config_of(model, session.config))
-    section = session.config.profile
-    sizes = parse_sizes(img_size) if img_size is not None else tuple(map(as_pair, section.image_sizes))
-    sizes = sizes or (session.img_size,)
+    sizes = configured_sizes(session) if img_size is None else parse_sizes(img_size)
     depths = model_depths(built(session, sizes[0]))
     return ProfileTarget(session, sizes, ratios_to_profile(session, depths, ratios, named=model is not None))
+
+
+def configured_sizes(session: Session) -> tuple[Size, ...]:
+    """Image sizes of a profile whose flags name none."""
+    return tuple(map(as_pair, session.config.profile.image_sizes)) or (session.img_size,)
 
 
 def _config_of(name: str, config: ExperimentConfig) -> ExperimentConfig:

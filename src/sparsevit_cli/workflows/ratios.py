@@ -1,8 +1,9 @@
-"""Which ratios? Typed ones come first, then configured ones, then the winner of the search; here, for every command."""
+"""Which ratios? Typed ones come first, then configured or finetuned ones, then the winner; here, for every command."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from sparsevit_cli.documents import read_json, understood
 from sparsevit_cli.errors import CheckpointError
@@ -54,9 +55,7 @@ def ratios_of_weights(session: Session, depths: Depths, typed: str | None, weigh
     if typed is not None:
         return parse_ratios(typed, depths)
     if weights.name == "finetune":  # whatever was searched since
-        path = session.earlier("finetune").path / "sparsity.json"
-        with understood(path, f"Type: {session.earlier('finetune').typed}"):
-            return SparsityConfig.from_ratios(read_json(path)["ratios"], depths)
+        return _finetuned_ratios(session, depths)
     if weights.name != "adapt":
         session.reporter.say(
             f"weights of {weights.name}: no ratios are given, all windows are computed (--ratios 0.6 prunes)"
@@ -67,15 +66,43 @@ def ratios_of_weights(session: Session, depths: Depths, typed: str | None, weigh
     return winner_ratios(session, depths, "sparsevit evaluate")
 
 
+def _finetuned_ratios(session: Session, depths: Depths) -> SparsityConfig:
+    """Those that finetune trained at. Raises CheckpointError."""
+    path = session.earlier("finetune").path / "sparsity.json"
+    with understood(path, f"Type: {session.earlier('finetune').typed}"):
+        return SparsityConfig.from_ratios(read_json(path)["ratios"], depths)
+
+
 def ratios_to_profile(session: Session, depths: Depths, typed: str | None, *, named: bool) -> SparsityConfig:
-    """What was typed; else what is configured, unless another model is `named` on the command line; else the winner."""
+    """What was typed; else that of the section profile, what finetune trained at, what it is to train at, the winner.
+
+    If another model is `named` on the command line, it is what was typed or the winner.
+    """
     if typed is not None:
         return parse_ratios(typed, depths)
-    section, finetune = session.config.profile, session.config.finetune
-    configured = finetune.ratios if section.ratios is None else section.ratios
-    if configured is not None and not named:
-        return SparsityConfig.from_ratios(configured, depths)
+    if not named:
+        section, asked = session.config.profile.ratios, session.config.finetune.ratios
+        if section is not None:
+            return SparsityConfig.from_ratios(section, depths)
+        configured = None if asked is None else SparsityConfig.from_ratios(asked, depths)
+        if session.earlier("finetune").read_result() is not None:  # as evaluate and export, whatever was searched since
+            found = _finetuned_ratios(session, depths)
+            if found != configured:
+                _tell_of_finetune(session, found)
+            return found
+        if configured is not None:
+            return configured
     try:
         return winner_ratios(session, depths, "sparsevit profile")
     except CheckpointError as error:
         raise CheckpointError(error.what, error.got, f"{error.do}, or give --ratios 0.6") from error
+
+
+def _tell_of_finetune(session: Session, found: SparsityConfig) -> None:
+    """Which ratios are profiled, with a warning if the winner of the search is another one."""
+    told, path = f"profile: at {found}, which finetune trained at", session.earlier("search").path / "winner.yaml"
+    with suppress(CheckpointError):  # no winner, or none that can be read
+        if read_winner(path)[0] != found:
+            session.reporter.warn(f"{told}; the winner of the search is another one: --ratios {path} profiles that")
+            return
+    session.reporter.say(told)

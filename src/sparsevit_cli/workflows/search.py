@@ -118,10 +118,12 @@ class SearchSummary:
     of: str
     """What GMACs and times are of, in words; nothing if the model has one scope."""
     not_measured_here: str = ""
-    """The machine that predicted latencies are of, if nothing was measured here."""
+    """What the latency table was measured on that predicts latencies, if nothing was measured."""
     others: tuple[FurtherWinner, ...] = ()
     measured_in: str = ""
     """Runtime, precision and batch of measured latencies."""
+    latency_table_plateaus: tuple[tuple[tuple[float, float], ...], ...] | None = None
+    """`LatencyTable.plateaus`, if a table predicted."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,8 @@ def search(
     """
     requests = budget_requests(session)
     with opened_search(session, without_clock=without_clock, workers=workers) as work:
+        if not without_clock:
+            tell_of_export(session, work.model)
         requests = tuple(
             replace(request, scope=cost_scope(session, work.scope, request.metric))
             for request in requests
@@ -212,7 +216,6 @@ def opened_search(session: Session, *, without_clock: bool = False, workers: str
         loaded_optuna()  # refused before anything is measured
     model = session.model(weights.categories, weights).eval()
     scope = named_scope(session, model)
-    tell_of_export(session, model)
     folder = session.folder("search")
     first = first_images(session, len(data.search))
     settings = ledger_settings(session, first)
@@ -311,14 +314,13 @@ class Search:
         """Of every budget, told before anything is spent. Raises BudgetError where one is out of reach."""
         by_macs = [request for request in requests if request.metric == "macs"]  # known without a measurement
         self._refuse_unreachable([feasibility(self.space, self.macs, request) for request in by_macs], by_macs)
-        costs = {request: self._ms_of_corner if request.metric == "latency_ms" else self.macs for request in requests}
-        rows = tuple(feasibility(self.space, cost, request) for request, cost in costs.items())
+        rows = tuple(
+            feasibility(self.space, self.macs if request.metric == "macs" else self._corners_ms.__getitem__, request)
+            for request in requests
+        )
         self._refuse_unreachable(rows, requests)
         self._tell(rows, requests)
         return rows
-
-    def _ms_of_corner(self, config: SparsityConfig) -> float:
-        return self._corners_ms[config]
 
     @cached_property
     def _corners_ms(self) -> dict[SparsityConfig, float]:
@@ -329,7 +331,7 @@ class Search:
     def _table(self) -> LatencyTable:
         table = self.latencies.table(list(self._corners_ms.items()))
         if table.plateaus_told:
-            self.session.reporter.say(f"search: equally fast by the latency table: {table.plateaus_told}")
+            self.session.reporter.say(f"search: {table.plateaus_told}")
         return table
 
     def _costs(self, feasibility: tuple[Feasibility, ...]) -> _Costs:
@@ -528,6 +530,7 @@ class Search:
         costs, result = first.costs, first.result
         finalists = first.finalists if winner in first.finalists else (*first.finalists, winner)
         winner = finalists[finalists.index(winner)]
+        told = winner.config == result.best or not result.best.is_dense  # the note of dense is that it fits
         correlation = None
         if self.scores.is_subset and len(finalists) > 2:
             found = spearman([f.proxy_score for f in finalists], [f.score for f in finalists])
@@ -535,8 +538,8 @@ class Search:
         return SearchSummary(
             self.folder, self.session.task.metric, winner, finalists, self.latencies.dense_ms, costs.feasibility,
             costs.table.error if costs.table else None, len(result.history), result.evaluations, result.infeasible,
-            correlation, sum(self.scores.used.values()), self.scores.forwarded, result.note, self._of(),
-            self.latencies.elsewhere, others, self.latencies.measured_in,
+            correlation, sum(self.scores.used.values()), self.scores.forwarded, result.note if told else "", self._of(),
+            self.latencies.elsewhere, others, self.latencies.measured_in, costs.table.plateaus if costs.table else None,
         )  # fmt: skip
 
     def _of(self) -> str:
@@ -638,7 +641,7 @@ class Search:
                     "evaluated": summary.evaluated,
                     "infeasible": summary.infeasible,
                     "latency_table_error": asdict(summary.table_error) if summary.table_error else None,
-                    "latency_table_plateaus": costs.table.plateaus if costs.table else None,
+                    "latency_table_plateaus": summary.latency_table_plateaus,
                     "proxy_correlation": summary.proxy_correlation,
                     "images": summary.images,
                     "images_forwarded_now": summary.forwarded,
@@ -652,7 +655,7 @@ class Search:
     def _place(self) -> dict[str, object]:
         """Where latencies were measured."""
         if self.section.runtime == "torch":
-            return {"device": str(self.session.device)}
+            return {"device": str(self.session.device), "scope": self.section.scope}
         program = {name: self.latencies.identity.get(name) for name in ("runtime", "activations", "scope")}
         return {"device": "cpu", **program}
 

@@ -150,6 +150,12 @@ class Session:
             load_state(model, fitting, name)
         return self.sparsified_(model).to(self.device)
 
+    @property
+    def measuring(self) -> dict[str, Any]:
+        """Settings of `measure_interleaved` that are those of the experiment."""
+        clock = self.config.clock
+        return {"seed": self.config.seed, "retries": clock.retries, "max_spread": clock.max_spread}
+
     def workload(
         self,
         model: nn.Module,
