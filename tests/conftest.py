@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: more threads would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anybody imports torch
@@ -21,6 +21,14 @@ from sparsevit_cli.workflows import doctor
 
 settings.register_profile("sparsevit", deadline=None, derandomize=True)
 settings.load_profile("sparsevit")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a test logged goes to another process, as UTF-8: names of files need not be."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture(autouse=True)
