@@ -92,7 +92,7 @@ def test_goals_are_told_with_what_became_of_them(
     gain = f"{speedup:.2f}x [0.90, 1.10] {told}"
     assert f"| swin, 672x672, batch 1, fp32, portable | 1 | 700 | - | {gain} | - | - |" in text
     assert f"| {gain} | 1.10 [1.00, 1.20] | +5.0% [-1.0%, +10.0%] |" in text
-    assert f"Goals over the best dense timm: {int(speedup > 1.7)} of 1 reached." in text
+    assert f"Goals over the best dense timm in torch alone: {int(speedup > 1.7)} of 1 reached." in text
 
 
 def test_a_run_is_as_steady_as_its_best_dense_and_its_own_rows_are_shown(collect: ModuleType, tmp_path: Path) -> None:
