@@ -3,7 +3,7 @@ image the winner of `make demo` computes, per stage.
 
 usage: python docs/make_pictures.py [CONFIG RUNS PICTURE [IMAGE ...]]
 The configuration of a finished run, its `output`, the file to write and the validation images to show, by number:
-configs/digits.yaml runs docs/kept_windows.png 3 11. docs/meadow.png: configs/trees.yaml runs docs/meadow.png 0 4 8.
+configs/digits.yaml runs docs/kept_windows.png 3 11. docs/meadow.jpg: configs/trees.yaml runs docs/meadow.jpg 0 4 8.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def main(config_path: str, runs: str, picture: str, *numbers: str) -> None:
         axes.set_title(title, fontsize=10)
     for axes in grid.flat:
         axes.set_axis_off()
-    FigureCanvasAgg(figure).print_png(picture)
+    FigureCanvasAgg(figure).print_figure(picture)  # PNG or JPEG, by its name
 
 
 if __name__ == "__main__":
