@@ -170,9 +170,9 @@ def train(
     Several ranks take every step together, each with its part of the batch. They stop, refuse a step and run out of
     memory together. The first one validates and saves; `on_row` is called there alone.
 
-    Raises NonFiniteError (saved are the weights before the bad step), ResourceError, CheckpointError for a checkpoint
-    of another run, StoppedError after a signal once a checkpoint is saved, ConfigError for a batch that the ranks
-    cannot share, PeerError if another rank ended.
+    Raises NonFiniteError; the weights before the bad step are saved. Raises StoppedError after a signal, once a
+    checkpoint is saved. Raises CheckpointError for a checkpoint of another run, ConfigError for a batch that the ranks
+    cannot share, PeerError if another rank ended, and ResourceError.
     """
     began = time.monotonic()
     ranks = job.ranks

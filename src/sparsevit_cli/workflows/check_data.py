@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from sparsevit_cli.atomic import sha256_file, write_atomic
-from sparsevit_cli.data.files import file_bytes, file_status
+from sparsevit_cli.data.files import bytes_at
 from sparsevit_cli.data.loader import checked_batches, num_batches
 from sparsevit_cli.data.pictures import contact_sheet
 from sparsevit_cli.data.source import Categories, Finding, Source, shorten
@@ -238,7 +238,7 @@ def _sizes(source: Source) -> dict[int, int]:
     found = {}
     for index in range(len(source)):
         path = source.sample_file(index)
-        size = 0 if path is None else file_bytes(file_status(path))
+        size = 0 if path is None else bytes_at(path)
         if size > 0:
             found[index] = size
     return found

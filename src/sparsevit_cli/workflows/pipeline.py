@@ -16,7 +16,7 @@ from torch import nn
 from sparsevit_cli.commands import COMMANDS
 from sparsevit_cli.config.experiment import Scope
 from sparsevit_cli.data.shrunk import Scale, Shrunk
-from sparsevit_cli.documents import understood
+from sparsevit_cli.documents import read_json, understood
 from sparsevit_cli.errors import CheckpointError, ConfigError, UnsteadyError
 from sparsevit_cli.exporting import check_packages
 from sparsevit_cli.profiling.latency import Latency, measure_interleaved
@@ -359,9 +359,9 @@ def _summary(
 
 def _parts(session: Session) -> PartCosts | None:
     """What the profile of this run found. Raises CheckpointError where it is damaged."""
-    profile = session.earlier("profile")
-    with understood(profile.result):
-        return PartCosts.of_result(profile.read_result() or {})
+    path = session.earlier("profile").path / "profile.json"
+    with understood(path):
+        return PartCosts.of_profile(read_json(path))
 
 
 @dataclass(frozen=True)

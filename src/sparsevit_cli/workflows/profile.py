@@ -123,7 +123,6 @@ def profile_model(
             "ratios": config.ratios,
             "image_sizes": sizes,
             "settings": profile_settings(session),
-            "parts": None if parts is None else parts.document(),
         },
         files=["profile.json"],
     )

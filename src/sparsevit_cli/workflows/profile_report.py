@@ -104,9 +104,9 @@ class PartCosts:
         return {**asdict(self), "told": self.told()}
 
     @classmethod
-    def of_result(cls, result: Mapping[str, Any]) -> PartCosts | None:
-        """Those in the final numbers of a profile; None without. Raises KeyError or TypeError where damaged."""
-        if (found := result.get("parts")) is None:
+    def of_profile(cls, profile: Mapping[str, Any]) -> PartCosts | None:
+        """Those in the document of a profile; None without. Raises KeyError or TypeError where damaged."""
+        if (found := profile.get("parts")) is None:
             return None
         after = found["after"]
         rows = tuple(PartCost(**row) for row in found["rows"])
