@@ -180,7 +180,7 @@ def run_pipeline(session: Session) -> PipelineSummary:
     seconds["finetune"] = finetune(session).seconds
     contenders = _contenders(session, seconds)
     _last_steps(session, contenders[-1].config, trained_weights(session, "finetune", "sparsevit run").sha256)
-    return _summary(session, folder, contenders, seconds)
+    return _summary(session, folder, contenders, seconds, _parts(session))
 
 
 def _last_steps(session: Session, config: SparsityConfig, weights_sha256: str) -> None:
@@ -315,7 +315,11 @@ def _measure(
 
 
 def _summary(
-    session: Session, folder: RunFolder, contenders: list[_Contender], seconds: Mapping[str, float]
+    session: Session,
+    folder: RunFolder,
+    contenders: list[_Contender],
+    seconds: Mapping[str, float],
+    parts: PartCosts | None,
 ) -> PipelineSummary:
     """Measure all contenders, dense first: it is the reference. Each scope is one interleaved run."""
     spent = session.config.search
@@ -350,7 +354,7 @@ def _summary(
         tuple(str(path) for path in written if path.exists() or path == folder.result), session.environment,
         next((found.unsteady for found in (*measured.values(), exported) if found.unsteady), None),
         bool((session.earlier("search").read_result() or {}).get("without_clock")),
-        runtime, _parts(session), budget,
+        runtime, parts, budget,
     )  # fmt: skip
     folder.set_aside(["metrics.json"], session.reporter)
     folder.write_result(summary.document())
