@@ -475,7 +475,7 @@ def test_a_run_has_a_table_of_the_runtime_in_which_the_winner_is_the_exported_fi
 
     monkeypatch.setattr(ProgramSource, "_load", program)
     monkeypatch.setattr(pipeline, "measure_interleaved", fixed)
-    summary = _summary(session, session.folder("run"), contenders, {})
+    summary = _summary(session, session.folder("run"), contenders, {}, None)
     rows = {row.label: row.exported for row in summary.rows}
     dense, sparsest = rows["dense (timm)"], rows["uniform 0.8"]
     found = rows["winner, finetuned"]
@@ -499,7 +499,7 @@ def test_a_run_has_a_table_of_the_runtime_in_which_the_winner_is_the_exported_fi
     assert "exported" not in documents["dense, our kernels"]
 
     monkeypatch.setattr(program_table, "measure_interleaved", unsteady)
-    shaky = _summary(session, session.folder("run"), contenders, {})
+    shaky = _summary(session, session.folder("run"), contenders, {}, None)
     session.locks.close()
     cost = shaky.rows[-1].exported
     assert cost is not None
